@@ -1,0 +1,279 @@
+// fusedrnn._cpu: arrays in and out. src/fusedrnn/functional.py checks what users pass and
+// allocates what they get; here a wrong array is a programming error and only refused.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <variant>
+
+#include "../cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace fusedrnn {
+namespace {
+
+using Array = py::array;
+using MaybeArray = std::optional<py::array>;
+
+[[noreturn]] void refuse(const char* name) {
+  throw py::value_error(std::string("_cpu: ") + name + " has a wrong dtype or shape");
+}
+
+// The pointer to an array of this type and shape whose last axis is contiguous.
+template <class S>
+const S* read(const Array& a, const char* name, std::initializer_list<index> shape) {
+  if (!py::isinstance<py::array_t<S>>(a)) refuse(name);
+  if (a.ndim() != static_cast<index>(shape.size())) refuse(name);
+  index axis = 0, size = 1;
+  for (const index n : shape) {
+    if (a.shape(axis++) != n) refuse(name);
+    size *= n;
+  }
+  const bool contiguous = a.strides(axis - 1) == a.itemsize() || a.shape(axis - 1) == 1;
+  if (size > 0 && !contiguous) refuse(name);
+  return static_cast<const S*>(a.data());
+}
+
+template <class S>
+const S* read(const MaybeArray& a, const char* name, std::initializer_list<index> shape) {
+  return a ? read<S>(*a, name, shape) : nullptr;
+}
+
+template <class S>
+S* write(Array& a, const char* name, std::initializer_list<index> shape) {
+  if (!a.writeable()) refuse(name);
+  return const_cast<S*>(read<S>(a, name, shape));
+}
+
+template <class S>
+S* write(MaybeArray& a, const char* name, std::initializer_list<index> shape) {
+  return a ? write<S>(*a, name, shape) : nullptr;
+}
+
+index stride(const Array& a, int axis) { return a.strides(axis) / a.itemsize(); }
+
+// A layer's parameters in one direction, packed for the forward or the backward kernels of
+// one ISA. Never changes, so threads share it.
+class Weights {
+ public:
+  Weights(const std::string& cell, const Array& weight_ih, const Array& weight_hh,
+          const MaybeArray& bias_ih, const MaybeArray& bias_hh, bool backward,
+          const std::optional<std::string>& isa)
+      : isa_(isa ? find_isa(*isa) : active_isa()),
+        cell_(find_cell(isa_, cell)),
+        backward_(backward),
+        I_(weight_ih.ndim() == 2 ? weight_ih.shape(1) : 0),
+        H_(weight_hh.ndim() == 2 ? weight_hh.shape(1) : 0) {
+    if (py::isinstance<py::array_t<float>>(weight_ih)) {
+      pack<float>(weight_ih, weight_hh, bias_ih, bias_hh);
+    } else {
+      pack<double>(weight_ih, weight_hh, bias_ih, bias_hh);
+    }
+  }
+
+  std::string cell() const { return std::string(cell_.name); }
+  std::string isa() const { return std::string(isa_.name); }
+  index saved_size() const {
+    return std::visit(
+        [&](const auto& packed) {
+          using S = typename std::decay_t<decltype(packed)>::element_type;
+          return cell_.kernels<S>().saved_size(I_, H_);
+        },
+        packed_);
+  }
+
+  void forward(const Array& x, const Array& h0, const MaybeArray& c0, bool reverse,
+               Array y, Array h_n, MaybeArray c_n, MaybeArray saved) const {
+    visit(false, [&]<class S>(const S* packed) {
+      Forward<S> p{};
+      sizes(p, x, reverse);
+      p.x = read<S>(x, "x", {p.T, p.B, p.I});
+      p.x_t = stride(x, 0);
+      p.x_b = stride(x, 1);
+      p.h0 = read<S>(h0, "h0", {p.B, p.H});
+      p.c0 = read<S>(c0, "c0", {p.B, p.H});
+      p.weights = packed;
+      p.y = write<S>(y, "y", {p.T, p.B, p.H});
+      p.y_t = stride(y, 0);
+      p.y_b = stride(y, 1);
+      p.h_n = write<S>(h_n, "h_n", {p.B, p.H});
+      p.c_n = write<S>(c_n, "c_n", {p.B, p.H});
+      const auto& kernels = cell_.kernels<S>();
+      p.saved = write<S>(saved, "saved", {p.T, p.B, kernels.saved_size(p.I, p.H)});
+      if (cell_.has_c && !(p.c0 && p.c_n)) refuse("c0 or c_n");
+      const py::gil_scoped_release release;
+      run(kernels, cell_.gates, p);
+    });
+  }
+
+  void backward(const Array& x, const Array& h0, const MaybeArray& c0, bool reverse,
+                const Array& y, const MaybeArray& saved, const MaybeArray& dy,
+                const MaybeArray& dh_n, const MaybeArray& dc_n, Array dx,
+                Array dweight_ih, Array dweight_hh, Array dbias_ih, Array dbias_hh,
+                Array dh0, MaybeArray dc0) const {
+    visit(true, [&]<class S>(const S* packed) {
+      Backward<S> p{};
+      sizes(p, x, reverse);
+      const auto& kernels = cell_.kernels<S>();
+      const index GH = cell_.gates * p.H;
+      p.x = read<S>(x, "x", {p.T, p.B, p.I});
+      p.x_t = stride(x, 0);
+      p.x_b = stride(x, 1);
+      p.h0 = read<S>(h0, "h0", {p.B, p.H});
+      p.c0 = read<S>(c0, "c0", {p.B, p.H});
+      p.weights = packed;
+      p.y = read<S>(y, "y", {p.T, p.B, p.H});
+      p.y_t = stride(y, 0);
+      p.y_b = stride(y, 1);
+      p.saved = read<S>(saved, "saved", {p.T, p.B, kernels.saved_size(p.I, p.H)});
+      p.dy = read<S>(dy, "dy", {p.T, p.B, p.H});
+      p.dy_t = dy ? stride(*dy, 0) : 0;
+      p.dy_b = dy ? stride(*dy, 1) : 0;
+      p.dh_n = read<S>(dh_n, "dh_n", {p.B, p.H});
+      p.dc_n = read<S>(dc_n, "dc_n", {p.B, p.H});
+      p.dx = write<S>(dx, "dx", {p.T, p.B, p.I});
+      p.dx_t = stride(dx, 0);
+      p.dx_b = stride(dx, 1);
+      p.dweight_ih = write<S>(dweight_ih, "dweight_ih", {GH, p.I});
+      p.dweight_hh = write<S>(dweight_hh, "dweight_hh", {GH, p.H});
+      p.dbias_ih = write<S>(dbias_ih, "dbias_ih", {GH});
+      p.dbias_hh = write<S>(dbias_hh, "dbias_hh", {GH});
+      p.dh0 = write<S>(dh0, "dh0", {p.B, p.H});
+      p.dc0 = write<S>(dc0, "dc0", {p.B, p.H});
+      if (cell_.has_c && !(p.c0 && p.dc0)) refuse("c0 or dc0");
+      if (kernels.saved_size(p.I, p.H) && !p.saved) refuse("saved");
+      const py::gil_scoped_release release;
+      run(kernels, cell_.gates, p);
+    });
+  }
+
+ private:
+  template <class S>
+  struct Free {
+    void operator()(S* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  template <class S>
+  using Packed = std::unique_ptr<S, Free<S>>;
+
+  static const Isa& find_isa(const std::string& name) {
+    for (const auto& [isa, supported] : compiled_isas()) {
+      if (isa->name == name && supported) return *isa;
+    }
+    throw py::value_error("_cpu: no ISA " + name);
+  }
+
+  static const CellEntry& find_cell(const Isa& isa, const std::string& name) {
+    for (const CellEntry& cell : isa.cells) {
+      if (cell.name == name) return cell;
+    }
+    throw py::value_error("_cpu: no cell " + name);
+  }
+
+  template <class S>
+  void pack(const Array& weight_ih, const Array& weight_hh, const MaybeArray& bias_ih,
+            const MaybeArray& bias_hh) {
+    const index GH = cell_.gates * H_;
+    const Parameters<S> p{I_,
+                          H_,
+                          read<S>(weight_ih, "weight_ih", {GH, I_}),
+                          read<S>(weight_hh, "weight_hh", {GH, H_}),
+                          read<S>(bias_ih, "bias_ih", {GH}),
+                          read<S>(bias_hh, "bias_hh", {GH})};
+    if (!(weight_ih.flags() & py::array::c_style)) refuse("weight_ih");
+    if (!(weight_hh.flags() & py::array::c_style)) refuse("weight_hh");
+    const auto& kernels = cell_.kernels<S>();
+    const auto size = static_cast<std::size_t>(kernels.packed_size(I_, H_, backward_));
+    Packed<S> packed(
+        static_cast<S*>(::operator new(size * sizeof(S), std::align_val_t{64})));
+    {
+      const py::gil_scoped_release release;
+      kernels.pack(p, backward_, packed.get());
+    }
+    packed_ = std::move(packed);
+  }
+
+  template <class F>
+  void visit(bool backward, const F& f) const {
+    if (backward != backward_) refuse("weights");
+    std::visit([&](const auto& packed) { f(const_cast<const std::decay_t<decltype(*packed)>*>(packed.get())); },
+               packed_);
+  }
+
+  void sizes(Sizes& p, const Array& x, bool reverse) const {
+    if (x.ndim() != 3) refuse("x");
+    p.T = x.shape(0);
+    p.B = x.shape(1);
+    p.I = I_;
+    p.H = H_;
+    p.reverse = reverse;
+    if (p.T < 1 || p.B < 1 || p.I < 1 || p.H < 1) refuse("x");
+  }
+
+  const Isa& isa_;
+  const CellEntry& cell_;
+  const bool backward_;
+  const index I_, H_;
+  std::variant<Packed<float>, Packed<double>> packed_;
+};
+
+// A cell's elementwise function on the active ISA; for tests of its accuracy.
+Array elementwise(const std::string& name, const Array& x) {
+  for (const MathEntry& function : active_isa().math) {
+    if (function.name != name) continue;
+    if (py::isinstance<py::array_t<float>>(x)) {
+      py::array_t<float> y(x.size());
+      function.f32(read<float>(x, "x", {x.size()}), y.mutable_data(), x.size());
+      return y;
+    }
+    py::array_t<double> y(x.size());
+    function.f64(read<double>(x, "x", {x.size()}), y.mutable_data(), x.size());
+    return y;
+  }
+  throw py::value_error("_cpu: no function " + name);
+}
+
+}  // namespace
+}  // namespace fusedrnn
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace fusedrnn;
+  m.doc() = "Kernels of fusedrnn for the CPU. Private: use fusedrnn's own functions.";
+
+  py::class_<Weights>(m, "Weights")
+      .def(py::init<const std::string&, const Array&, const Array&, const MaybeArray&,
+                    const MaybeArray&, bool, const std::optional<std::string>&>(),
+           py::arg("cell"), py::arg("weight_ih"), py::arg("weight_hh"),
+           py::arg("bias_ih"), py::arg("bias_hh"), py::arg("backward") = false,
+           py::arg("isa") = py::none())
+      .def_property_readonly("cell", &Weights::cell)
+      .def_property_readonly("isa", &Weights::isa)
+      .def_property_readonly("saved_size", &Weights::saved_size)
+      .def("forward", &Weights::forward)
+      .def("backward", &Weights::backward);
+
+  m.def("isas", [] {
+    py::dict supported;
+    for (const auto& entry : compiled_isas()) {
+      supported[py::str(std::string(entry.isa->name))] = entry.supported;
+    }
+    return supported;
+  });
+  m.def("cells", [] {
+    py::list names;
+    for (const CellEntry& cell : active_isa().cells) names.append(std::string(cell.name));
+    return names;
+  });
+  m.def("get_isa", [] { return std::string(active_isa().name); });
+  m.def("set_isa", &set_isa);
+  m.def("get_num_threads", &get_num_threads);
+  m.def("set_num_threads", &set_num_threads);
+  m.def("forked_after_parallel", &forked_after_parallel);
+  m.def("elementwise", &elementwise);
+  m.attr("compiler") = FUSEDRNN_COMPILER;
+}

@@ -1,0 +1,358 @@
+// A layer backward, in stretches of steps from the last to the first. Within a stretch each
+// step is a fused matmul Rᵀ·da + cell, mirrored from forward.h and shared out in the same
+// way; then the stretch's da, still in cache, is multiplied into dW, dR, the biases and dx.
+// So da never exists for the whole sequence.
+//
+// da lives in a ring of rows [slots][P], one step longer than a stretch because a step
+// reads the da of the step after it.
+#pragma once
+
+#include "forward.h"
+
+namespace fusedrnn::FUSEDRNN_ARCH {
+
+template <template <class> class CellOf, class S>
+class BackwardPass {
+  using L = Layout<CellOf, S>;
+  using V = typename L::V;
+  using Cell = typename L::Cell;
+  static constexpr int lanes = V::lanes;
+  static constexpr int gates = L::gates, slots = L::slots;
+
+  // The weight gradients' tile: rows are columns of da, packed; sums run over depth rows.
+  static constexpr int grad_tile = L::back_tile;
+  static constexpr index grad_tiles_at_once = 32;
+  static constexpr index grad_depth = 256;
+
+  const Backward<S>& p_;
+  const L layout_;
+  const index stretch_, ring_, record_, width_;
+  S* const da_;      // (ring, B, width)
+  S* const dc_;      // (B, P)
+  S* const direct_;  // (B, P) dh that reaches the step before past the matmul
+  S* const c0_;      // (B, P)
+  S* const dbias_;   // (slots, P)
+  S* const packs_;   // per thread: columns of da, one panel of x or h
+
+ public:
+  static index stretch(const Backward<S>& p, const L& layout) {
+    constexpr index cache = 512 * 1024, enough_rows = 256;
+    const index cached_rows = cache / (slots * layout.P * index{sizeof(S)});
+    const index rows = cached_rows > enough_rows ? cached_rows : enough_rows;
+    const index steps = rows / p.B > 1 ? rows / p.B : 1;
+    return steps < p.T ? steps : p.T;
+  }
+  static index pack_size() {
+    return grad_depth * (grad_tiles_at_once * grad_tile + L::back_columns);
+  }
+  static index workspace(const Backward<S>& p, int threads) {
+    const L layout(p.I, p.H);
+    const index rows = (stretch(p, layout) + 1) * p.B;
+    return rows * slots * layout.P + 3 * p.B * layout.P + slots * layout.P +
+           threads * pack_size();
+  }
+
+  BackwardPass(const Backward<S>& p, S* workspace)
+      : p_(p),
+        layout_(p.I, p.H),
+        stretch_(stretch(p, layout_)),
+        ring_(stretch_ + 1),
+        record_(layout_.record()),
+        width_(slots * layout_.P),
+        da_(workspace),
+        dc_(da_ + ring_ * p.B * width_),
+        direct_(dc_ + p.B * layout_.P),
+        c0_(direct_ + p.B * layout_.P),
+        dbias_(c0_ + p.B * layout_.P),
+        packs_(dbias_ + slots * layout_.P) {}
+
+  void run(const Team& team) const {
+    const index panels = layout_.back_panels(p_.H);
+    const Blocks<L> own(layout_, p_.B, panels, team);
+    start(own);
+    for (index end = p_.T; end > 0; end -= stretch_) {
+      const index begin = end > stretch_ ? end - stretch_ : 0;
+      for (index s = end - 1; s >= begin; --s) {
+        step(own, s);
+        if (!own.alone) team.meet();
+      }
+      if (own.alone) team.meet();
+      add_weight_gradients(team, begin, end);
+      write_dx(team, begin, end);
+      if (own.alone) team.meet();
+    }
+    finish(own);
+  }
+
+ private:
+  S* da(index s) const { return da_ + (s % ring_) * p_.B * width_; }
+  const S* saved(index s) const { return p_.saved + s * p_.B * record_; }
+  const S* y(index s) const { return p_.y + p_.time(s) * p_.y_t; }
+  const S* h_before(index s, index b) const {
+    return s == 0 ? p_.h0 + b * p_.H : y(s - 1) + b * p_.y_b;
+  }
+
+  Range units(const Blocks<L>& own) const {
+    const index end = own.panels.end * L::back_columns;
+    return {own.panels.begin * L::back_columns, end < p_.H ? end : p_.H};
+  }
+
+  // dc and c0 into padded rows, the gradients of h_n where the last step looks for dh.
+  void start(const Blocks<L>& own) const {
+    const auto read = [](const S* from, index left) {
+      return from ? load_upto<V>(from, left) : V::broadcast(0);
+    };
+    for (index b = own.rows.begin; b < own.rows.end; ++b) {
+      for (index j = units(own).begin; j < units(own).end; j += lanes) {
+        const index from = b * p_.H + j, to = b * layout_.P + j, left = p_.H - j;
+        read(p_.dh_n ? p_.dh_n + from : nullptr, left).store(direct_ + to);
+        if constexpr (Cell::has_c) {
+          read(p_.dc_n ? p_.dc_n + from : nullptr, left).store(dc_ + to);
+          read(p_.c0 + from, left).store(c0_ + to);
+        }
+      }
+    }
+  }
+
+  // dh[rows][columns] = dy + what reaches h past the matmul + Rᵀ da of the step after.
+  // At s = -1 that is the gradient of h0.
+  template <int rows, int columns>
+  void sum_dh(V (&dh)[rows][columns], index s, index row, index panel) const {
+    const bool direct = Cell::has_direct || s == p_.T - 1;
+    for (int n = 0; n < columns; ++n) {
+      const index unit = panel * L::back_columns + n * lanes, left = p_.H - unit;
+      if (unit >= layout_.P) break;
+      for (int r = 0; r < rows; ++r) {
+        const index b = row + r;
+        if (p_.dy && s >= 0) {
+          dh[r][n] =
+              load_upto<V>(p_.dy + p_.time(s) * p_.dy_t + b * p_.dy_b + unit, left);
+        }
+        if (direct) dh[r][n] = dh[r][n] + V::load(direct_ + b * layout_.P + unit);
+      }
+    }
+    if (s == p_.T - 1) return;
+    Rows<S, rows> next;
+    for (int r = 0; r < rows; ++r) next.p[r] = da(s + 1) + (row + r) * width_;
+    multiply_accumulate<L::back_width>(dh, next,
+                                       p_.weights + layout_.back_recurrent_panels() +
+                                           panel * layout_.back_panel_size(),
+                                       layout_.back_depth());
+  }
+
+  void step(const Blocks<L>& own, index s) const {
+    const S* const record = Cell::saves ? saved(s) : nullptr;
+    const S* c_prev = c0_;
+    if (Cell::has_c && s > 0) c_prev = saved(s - 1) + slots * layout_.P;
+    const index c_prev_b = s > 0 ? record_ : layout_.P;
+    for_blocks<L::back_width, L::back_tile>(
+        own.rows.begin, own.rows.end, own.panels.begin, own.panels.end,
+        [&]<int rows, int together>(index row, index panel) {
+          V dh[rows][together * L::back_width] = {};
+          sum_dh(dh, s, row, panel);
+          for (int n = 0; n < together * L::back_width; ++n) {
+            const index unit = panel * L::back_columns + n * lanes, left = p_.H - unit;
+            if (unit >= layout_.P) break;
+            for (int r = 0; r < rows; ++r) {
+              const index b = row + r, at = b * layout_.P + unit;
+              V v[slots];
+              State<V> prev{}, now{};
+              V dc = V::broadcast(0);
+              if constexpr (Cell::saves) {
+                for (int slot = 0; slot < slots; ++slot) {
+                  v[slot] = V::load(record + b * record_ + slot * layout_.P + unit);
+                }
+              } else {
+                now.h = load_upto<V>(y(s) + b * p_.y_b + unit, left);
+              }
+              if constexpr (Cell::has_direct) {
+                prev.h = load_upto<V>(h_before(s, b) + unit, left);
+              }
+              if constexpr (Cell::has_c) {
+                prev.c = V::load(c_prev + b * c_prev_b + unit);
+                now.c = V::load(record + b * record_ + slots * layout_.P + unit);
+                dc = V::load(dc_ + at);
+              }
+              const State<V> d = Cell::backward(v, prev, now, dh[r][n], dc);
+              for (int slot = 0; slot < slots; ++slot) {
+                v[slot].store(da(s) + b * width_ + slot * layout_.P + unit);
+              }
+              if constexpr (Cell::has_direct) d.h.store(direct_ + at);
+              if constexpr (Cell::has_c) d.c.store(dc_ + at);
+            }
+          }
+        });
+  }
+
+  void finish(const Blocks<L>& own) const {
+    for_blocks<L::back_width, L::back_tile>(
+        own.rows.begin, own.rows.end, own.panels.begin, own.panels.end,
+        [&]<int rows, int together>(index row, index panel) {
+          V dh[rows][together * L::back_width] = {};
+          sum_dh(dh, -1, row, panel);
+          for (int n = 0; n < together * L::back_width; ++n) {
+            const index unit = panel * L::back_columns + n * lanes, left = p_.H - unit;
+            if (left <= 0) break;
+            for (int r = 0; r < rows; ++r) {
+              const index to = (row + r) * p_.H + unit;
+              store_upto(dh[r][n], p_.dh0 + to, left);
+              if constexpr (Cell::has_c) {
+                store_upto(V::load(dc_ + (row + r) * layout_.P + unit), p_.dc0 + to, left);
+              }
+            }
+          }
+        });
+  }
+
+  // dx = Wᵀ da, rows of the stretch shared out.
+  void write_dx(const Team& team, index begin, index end) const {
+    const Range own = team.share((end - begin) * p_.B, L::back_tile);
+    for_blocks<L::back_width, L::back_tile>(
+        own.begin, own.end, 0, layout_.back_panels(p_.I),
+        [&]<int rows, int together>(index row, index panel) {
+          Rows<S, rows> a;
+          S* to[rows];
+          for (int r = 0; r < rows; ++r) {
+            const index s = begin + (row + r) / p_.B, b = (row + r) % p_.B;
+            a.p[r] = da(s) + b * width_ + L::first_input * layout_.P;
+            to[r] = p_.dx + p_.time(s) * p_.dx_t + b * p_.dx_b;
+          }
+          V dx[rows][together * L::back_width] = {};
+          multiply_accumulate<L::back_width>(
+              dx, a, p_.weights + panel * layout_.back_panel_size(),
+              layout_.back_depth());
+          for (int n = 0; n < together * L::back_width; ++n) {
+            const index column = panel * L::back_columns + n * lanes;
+            if (column >= p_.I) break;
+            for (int r = 0; r < rows; ++r) {
+              store_upto(dx[r][n], to[r] + column, p_.I - column);
+            }
+          }
+        });
+  }
+
+  // dW += daᵀ x, dR += daᵀ h', db += Σ da over the stretch; columns of da shared out. Sums
+  // run over the rows of a depth block in order and then over the blocks.
+  void add_weight_gradients(const Team& team, index begin, index end) const {
+    S* const columns = packs_ + team.rank * pack_size();
+    S* const panel = columns + grad_depth * grad_tiles_at_once * grad_tile;
+    const Range own = team.share(width_, grad_tile);
+    const index rows = (end - begin) * p_.B;
+    for (index done = 0; done < rows; done += grad_depth) {
+      const index depth = rows - done < grad_depth ? rows - done : grad_depth;
+      const S *da_row[grad_depth], *x_row[grad_depth], *h_row[grad_depth];
+      for (index k = 0; k < depth; ++k) {
+        const index s = begin + (done + k) / p_.B, b = (done + k) % p_.B;
+        da_row[k] = da(s) + b * width_;
+        x_row[k] = p_.x + p_.time(s) * p_.x_t + b * p_.x_b;
+        h_row[k] = h_before(s, b);
+      }
+      const bool first = end == p_.T && done == 0;
+      constexpr index at_once = grad_tiles_at_once * grad_tile;
+      for (index column = own.begin; column < own.end; column += at_once) {
+        const Range block{column, column + at_once < own.end ? column + at_once : own.end};
+        pack_columns(da_row, depth, block, columns);
+        add_products<&L::Cell::input_gate>(columns, depth, block, L::first_input, x_row,
+                                           p_.I, panel, p_.dweight_ih, first);
+        add_products<&L::Cell::recurrent_gate>(columns, depth, block, 0, h_row, p_.H,
+                                               panel, p_.dweight_hh, first);
+      }
+      add_bias_gradients(da_row, depth, own, first);
+    }
+    if (begin == 0) write_bias_gradients(own);
+  }
+
+  static void pack_columns(const S* const* from, index depth, Range block, S* to) {
+    for (index column = block.begin; column < block.end; column += grad_tile) {
+      const index left = block.end - column;
+      for (index k = 0; k < depth; ++k, to += grad_tile) {
+        if (left >= grad_tile) {
+          for (int r = 0; r < grad_tile; ++r) to[r] = from[k][column + r];
+        } else {
+          for (int r = 0; r < grad_tile; ++r) to[r] = r < left ? from[k][column + r] : 0;
+        }
+      }
+    }
+  }
+
+  // dweight (gates·H, N) += columnsᵀ · right for the columns of da in `block` that belong
+  // to slots from first_slot on, whose rows of dweight blocks[] gives.
+  template <auto blocks>
+  void add_products(const S* columns, index depth, Range block, int first_slot,
+                    const S* const* right, index N, S* panel, S* dweight,
+                    bool first) const {
+    const index slots_begin = first_slot * layout_.P;
+    const index slots_end = slots_begin + gates * layout_.P;
+    if (block.end <= slots_begin || block.begin >= slots_end) return;
+    for (index n = 0; n < N;) {
+      const int width = N - n > lanes ? L::back_width : 1;
+      for (index k = 0; k < depth; ++k) {
+        for (int w = 0; w < width; ++w) {
+          const index column = n + w * lanes;
+          load_upto<V>(right[k] + column, N - column)
+              .store(panel + (k * width + w) * lanes);
+        }
+      }
+      for (index column = block.begin; column < block.end; column += grad_tile) {
+        S* to[grad_tile];
+        bool any = false;
+        for (int r = 0; r < grad_tile; ++r) {
+          const index at = column + r - slots_begin, unit = at % layout_.P;
+          const bool real = column + r < block.end && at >= 0 &&
+                            at < gates * layout_.P && unit < p_.H;
+          to[r] = real ? dweight + ((*blocks)[at / layout_.P] * p_.H + unit) * N : nullptr;
+          any |= real;
+        }
+        if (!any) continue;
+        const PackedRows<S, grad_tile> left{columns + (column - block.begin) * depth};
+        if (width == L::back_width) {
+          add_tile<L::back_width>(left, panel, depth, to, n, N, first);
+        } else {
+          add_tile<1>(left, panel, depth, to, n, N, first);
+        }
+      }
+      n += width * lanes;
+    }
+  }
+
+  template <int width>
+  static void add_tile(const PackedRows<S, grad_tile>& left, const S* panel, index depth,
+                       S* const (&to)[grad_tile], index n, index N, bool first) {
+    V sum[grad_tile][width] = {};
+    multiply_accumulate<width>(sum, left, panel, depth);
+    for (int r = 0; r < grad_tile; ++r) {
+      if (!to[r]) continue;
+      for (int w = 0; w < width; ++w) {
+        const index column = n + w * lanes, rest = N - column;
+        S* const at = to[r] + column;
+        store_upto(first ? sum[r][w] : load_upto<V>(at, rest) + sum[r][w], at, rest);
+      }
+    }
+  }
+
+  void add_bias_gradients(const S* const* da_row, index depth, Range own,
+                          bool first) const {
+    for (index column = own.begin; column < own.end; column += lanes) {
+      const index left = own.end - column;
+      V sum = V::broadcast(0);
+      for (index k = 0; k < depth; ++k) {
+        sum = sum + load_upto<V>(da_row[k] + column, left);
+      }
+      S* const at = dbias_ + column;
+      store_upto(first ? sum : load_upto<V>(at, left) + sum, at, left);
+    }
+  }
+
+  void write_bias_gradients(Range own) const {
+    for (index column = own.begin; column < own.end; ++column) {
+      const int slot = static_cast<int>(column / layout_.P);
+      const index unit = column % layout_.P;
+      if (unit >= p_.H) continue;
+      const int input = L::blocks.input[slot], recurrent = L::blocks.recurrent[slot];
+      if (input >= 0) p_.dbias_ih[input * p_.H + unit] = dbias_[column];
+      if (recurrent >= 0) p_.dbias_hh[recurrent * p_.H + unit] = dbias_[column];
+    }
+  }
+};
+
+}  // namespace fusedrnn::FUSEDRNN_ARCH

@@ -1,0 +1,203 @@
+#include "dispatch.h"
+
+#include <omp.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define FUSEDRNN_X86 1
+#include <immintrin.h>
+#endif
+
+namespace fusedrnn {
+
+#ifdef FUSEDRNN_X86
+namespace avx512 {
+extern const Isa isa;
+}
+namespace avx2 {
+extern const Isa isa;
+}
+#endif
+namespace portable {
+extern const Isa isa;
+}
+
+const std::vector<CompiledIsa>& compiled_isas() {
+  static const std::vector<CompiledIsa> isas = {
+#ifdef FUSEDRNN_X86
+      {&avx512::isa,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")},
+      {&avx2::isa, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#endif
+      {&portable::isa, true},
+  };
+  return isas;
+}
+
+namespace {
+
+const Isa* best_isa() {
+  for (const auto& [isa, supported] : compiled_isas()) {
+    if (supported) return isa;
+  }
+  return &portable::isa;
+}
+
+std::atomic<const Isa*> chosen_isa{nullptr};
+std::atomic<int> chosen_threads{0};
+std::atomic<bool> used_parallel{false};
+std::atomic<bool> lost_pool{false};
+
+}  // namespace
+
+const Isa& active_isa() {
+  const Isa* isa = chosen_isa.load(std::memory_order_relaxed);
+  if (isa) return *isa;
+  chosen_isa.store(best_isa());
+  return *chosen_isa.load();
+}
+
+void set_isa(const std::string& name) {
+  if (name.empty()) return chosen_isa.store(best_isa());
+  std::string compiled, unsupported;
+  for (const auto& [isa, supported] : compiled_isas()) {
+    if (isa->name == name && supported) return chosen_isa.store(isa);
+    if (isa->name == name) unsupported = ", which this CPU lacks";
+    if (supported) compiled += (compiled.empty() ? "" : ", ") + std::string(isa->name);
+  }
+  throw std::invalid_argument("must be one of " + compiled + " on this machine, got " +
+                              name + unsupported);
+}
+
+void set_num_threads(int n) { chosen_threads.store(n); }
+
+int get_num_threads() {
+  const int chosen = chosen_threads.load(std::memory_order_relaxed);
+  if (forked_after_parallel()) return 1;
+  return chosen > 0 ? chosen : omp_get_max_threads();
+}
+
+bool forked_after_parallel() { return lost_pool.load(std::memory_order_relaxed); }
+
+namespace {
+
+// State that decays towards zero passes through denormals, which cost some hundred cycles
+// each on many machines: the call takes them as zero and leaves the caller's mode alone.
+class FlushDenormals {
+#ifdef FUSEDRNN_X86
+ public:
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif defined(__aarch64__)
+ public:
+  FlushDenormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" ::"r"(before_ | (1ull << 24)));
+  }
+  ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
+
+ private:
+  unsigned long long before_;
+#endif
+};
+
+// Scratch memory that a calling thread keeps between its calls, so that a short call
+// neither asks for memory nor touches new pages. Lent out: a call nested in another (it
+// cannot happen today) would find none and bring its own.
+class Workspace {
+ public:
+  template <class S>
+  static S* of(index elements) {
+    thread_local Workspace kept;
+    const auto bytes = static_cast<std::size_t>(elements) * sizeof(S);
+    if (bytes > kept.bytes_) {
+      kept.memory_.reset();
+      kept.memory_.reset(static_cast<char*>(::operator new(bytes, alignment)));
+      kept.bytes_ = bytes;
+    }
+    return reinterpret_cast<S*>(kept.memory_.get());
+  }
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+  struct Free {
+    void operator()(char* p) const { ::operator delete(p, alignment); }
+  };
+  std::unique_ptr<char, Free> memory_;
+  std::size_t bytes_ = 0;
+};
+
+// A thread is worth waking for this much work in all, and worth meeting once per step for
+// this much in each step (floating-point operations per thread).
+constexpr double work_per_thread = 4e5;
+constexpr double step_work_per_thread = 3e4;
+
+int threads_for(const Sizes& p, int gates, double passes) {
+  const double per_row = 2.0 * gates * static_cast<double>(p.H);
+  const double step = per_row * static_cast<double>(p.H * p.B);
+  const double input = per_row * static_cast<double>(p.I * p.B);
+  const double all = passes * static_cast<double>(p.T) * (step + input);
+  const double most = std::min(all / work_per_thread,
+                               (step + (p.T == 1 ? input : 0)) / step_work_per_thread);
+  const int limit = get_num_threads();
+  return most >= limit ? limit : most > 1 ? static_cast<int>(most) : 1;
+}
+
+template <class F>
+void with_team(int threads, const F& f) {
+  if (threads == 1) {
+    const FlushDenormals mode;
+    f(Team{0, 1, nullptr});
+    return;
+  }
+#if defined(__unix__) || defined(__APPLE__)
+  if (!used_parallel.exchange(true)) {
+    pthread_atfork(nullptr, nullptr, [] { lost_pool.store(true); });
+  }
+#endif
+  Barrier barrier;
+#pragma omp parallel num_threads(threads)
+  {
+    const FlushDenormals mode;
+    f(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
+  }
+}
+
+}  // namespace
+
+template <class S>
+void run(const Kernels<S>& kernels, int gates, const Forward<S>& problem) {
+  S* const workspace = Workspace::of<S>(kernels.forward_workspace(problem));
+  with_team(threads_for(problem, gates, 1), [&](const Team& team) {
+    kernels.forward(problem, workspace, team);
+  });
+}
+
+template <class S>
+void run(const Kernels<S>& kernels, int gates, const Backward<S>& problem) {
+  const int threads = threads_for(problem, gates, 2);
+  S* const workspace = Workspace::of<S>(kernels.backward_workspace(problem, threads));
+  with_team(threads, [&](const Team& team) {
+    kernels.backward(problem, workspace, team);
+  });
+}
+
+template void run(const Kernels<float>&, int, const Forward<float>&);
+template void run(const Kernels<double>&, int, const Forward<double>&);
+template void run(const Kernels<float>&, int, const Backward<float>&);
+template void run(const Kernels<double>&, int, const Backward<double>&);
+
+}  // namespace fusedrnn

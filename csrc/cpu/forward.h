@@ -1,0 +1,229 @@
+// A layer forward: W·x for a stretch of steps as one matmul, then those steps, each a fused
+// matmul R·h' + cell. A thread owns a block of rows × hidden units throughout, so W·x and
+// the cell state stay in its own caches; where it owns units it meets the others once per
+// step, where it owns whole rows it meets nobody.
+//
+// Pre-activations live in a ring of row records [slots | c][P]. In training the ring is
+// `saved` itself and holds every step.
+#pragma once
+
+#include "pack.h"
+#include "team.h"
+
+namespace fusedrnn::FUSEDRNN_ARCH {
+
+// Each thread's block. Rows are cut only if that leaves every thread full tiles and the
+// recurrent weights fit a core's own cache beside the rest.
+template <class L>
+struct Blocks {
+  Range rows, panels;
+  bool alone;  // no other thread computes what this one reads
+
+  Blocks(const L& layout, index B, index panels_total, const Team& team) {
+    constexpr index own_cache = 512 * 1024;
+    const index recurrent_bytes =
+        layout.panels() * layout.panel_size(layout.H) * sizeof(typename L::V::scalar);
+    const bool by_rows = B >= L::tile * team.count &&
+                         (recurrent_bytes <= own_cache || panels_total < team.count);
+    alone = by_rows || team.count == 1;
+    rows = by_rows ? team.share(B) : Range{0, B};
+    panels = by_rows ? Range{0, panels_total} : team.share(panels_total);
+  }
+};
+
+template <template <class> class CellOf, class S>
+class ForwardPass {
+  using L = Layout<CellOf, S>;
+  using V = typename L::V;
+  using Cell = typename L::Cell;
+  static constexpr int lanes = V::lanes;
+  static constexpr int gates = L::gates, slots = L::slots;
+
+  const Forward<S>& p_;
+  const L layout_;
+  const bool save_;
+  const index record_;  // values per row in the ring
+  const index ring_;    // steps in the ring
+  S* const records_;
+  S* const c0_;  // (B, P)
+  const S* const bias_;
+
+ public:
+  // Steps per stretch: their records fit the second-level cache, but there are rows enough
+  // for W·x to run at the speed of a matmul.
+  static index stretch(const Forward<S>& p, const L& layout) {
+    constexpr index cache = 256 * 1024, enough_rows = 96;
+    const index cached_rows = cache / (layout.record() * index{sizeof(S)});
+    const index rows = cached_rows > enough_rows ? cached_rows : enough_rows;
+    const index steps = rows / p.B > 1 ? rows / p.B : 1;
+    return steps < p.T ? steps : p.T;
+  }
+  static bool records_are_saved(const Forward<S>& p) { return p.saved && Cell::saves; }
+  static index workspace(const Forward<S>& p) {
+    const L layout(p.I, p.H);
+    const index ring = records_are_saved(p) ? 0 : stretch(p, layout);
+    return p.B * layout.P + ring * p.B * layout.record();
+  }
+
+  ForwardPass(const Forward<S>& p, S* workspace)
+      : p_(p),
+        layout_(p.I, p.H),
+        save_(records_are_saved(p)),
+        record_(layout_.record()),
+        ring_(save_ ? p.T : stretch(p, layout_)),
+        records_(save_ ? p.saved : workspace + p.B * layout_.P),
+        c0_(workspace),
+        bias_(p.weights) {}
+
+  void run(const Team& team) const {
+    const Blocks<L> own(layout_, p_.B, layout_.panels(), team);
+    if constexpr (Cell::has_c) read_c0(own);
+    const index steps = stretch(p_, layout_);
+    for (index begin = 0; begin < p_.T; begin += steps) {
+      const index end = begin + steps < p_.T ? begin + steps : p_.T;
+      multiply_inputs(own, begin, end);
+      for (index s = begin; s < end; ++s) {
+        step(own, s);
+        if (!own.alone) team.meet();
+      }
+    }
+    write_state(own);
+  }
+
+ private:
+  S* records(index s) const { return records_ + (s % ring_) * p_.B * record_; }
+  index units_left(index unit) const { return p_.H - unit; }
+
+  Range units(const Blocks<L>& own) const {
+    const index end = own.panels.end * L::panel_units;
+    return {own.panels.begin * L::panel_units, end < p_.H ? end : p_.H};
+  }
+
+  void read_c0(const Blocks<L>& own) const {
+    for (index b = own.rows.begin; b < own.rows.end; ++b) {
+      for (index j = units(own).begin; j < units(own).end; j += lanes) {
+        load_upto<V>(p_.c0 + b * p_.H + j, units_left(j)).store(c0_ + b * layout_.P + j);
+      }
+    }
+  }
+
+  void write_state(const Blocks<L>& own) const {
+    const S* y = p_.y + p_.time(p_.T - 1) * p_.y_t;
+    const S* c = records(p_.T - 1) + slots * layout_.P;
+    for (index b = own.rows.begin; b < own.rows.end; ++b) {
+      for (index j = units(own).begin; j < units(own).end; ++j) {
+        p_.h_n[b * p_.H + j] = y[b * p_.y_b + j];
+        if constexpr (Cell::has_c) p_.c_n[b * p_.H + j] = c[b * record_ + j];
+      }
+    }
+  }
+
+  // a = bias + W x for own rows and units of steps [begin, end), into the records.
+  void multiply_inputs(const Blocks<L>& own, index begin, index end) const {
+    const index height = own.rows.end - own.rows.begin;
+    const S* panels = p_.weights + layout_.input_panels();
+    for_blocks<L::width, L::tile>(
+        0, (end - begin) * height, own.panels.begin, own.panels.end,
+        [&]<int rows, int together>(index row, index panel) {
+          Rows<S, rows> x;
+          S* to[rows];
+          index s = begin + row / height, b = own.rows.begin + row % height;
+          for (int r = 0; r < rows; ++r) {
+            x.p[r] = p_.x + p_.time(s) * p_.x_t + b * p_.x_b;
+            to[r] = records(s) + b * record_ + L::first_input * layout_.P;
+            if (++b == own.rows.end) {
+              b = own.rows.begin;
+              ++s;
+            }
+          }
+          V a[rows][together * L::width] = {};
+          each_column<together>(panel, [&](int column, int slot, index unit) {
+            const V bias = V::load(bias_ + (L::first_input + slot) * layout_.P + unit);
+            for (int r = 0; r < rows; ++r) a[r][column] = bias;
+          });
+          multiply_accumulate<L::width>(a, x, panels + panel * layout_.panel_size(p_.I),
+                                        p_.I);
+          each_column<together>(panel, [&](int column, int slot, index unit) {
+            for (int r = 0; r < rows; ++r) a[r][column].store(to[r] + slot * layout_.P + unit);
+          });
+        });
+  }
+
+  void step(const Blocks<L>& own, index s) const {
+    const index t = p_.time(s);
+    const S* h_prev = s == 0 ? p_.h0 : p_.y + p_.time(s - 1) * p_.y_t;
+    const index h_prev_b = s == 0 ? p_.H : p_.y_b;
+    S* const record = records(s);
+    const S* c_prev = s == 0 ? c0_ : records(s - 1) + slots * layout_.P;
+    const index c_prev_b = s == 0 ? layout_.P : record_;
+    S* const y = p_.y + t * p_.y_t;
+    const S* panels = p_.weights + layout_.recurrent_panels();
+
+    for_blocks<L::width, L::tile>(
+        own.rows.begin, own.rows.end, own.panels.begin, own.panels.end,
+        [&]<int rows, int together>(index row, index panel) {
+          Rows<S, rows> h;
+          S* at[rows];
+          for (int r = 0; r < rows; ++r) {
+            h.p[r] = h_prev + (row + r) * h_prev_b;
+            at[r] = record + (row + r) * record_;
+          }
+          V a[rows][together * L::width] = {};
+          each_column<together>(panel, [&](int column, int slot, index unit) {
+            const bool joined = slot >= L::first_input;
+            for (int r = 0; r < rows; ++r) {
+              a[r][column] = V::load((joined ? at[r] : bias_) + slot * layout_.P + unit);
+            }
+          });
+          multiply_accumulate<L::width>(a, h, panels + panel * layout_.panel_size(p_.H),
+                                        p_.H);
+          each_unit_vector<together>(panel, [&](int first_column, index unit) {
+            const index left = units_left(unit);
+            for (int r = 0; r < rows; ++r) {
+              V v[slots];
+              for (int slot = 0; slot < slots; ++slot) {
+                v[slot] = slot < gates
+                              ? a[r][first_column + slot * L::unit_vectors]
+                              : V::load(at[r] + slot * layout_.P + unit);
+              }
+              State<V> prev{};
+              if constexpr (Cell::has_direct) prev.h = load_upto<V>(h.p[r] + unit, left);
+              if constexpr (Cell::has_c) {
+                prev.c = V::load(c_prev + (row + r) * c_prev_b + unit);
+              }
+              const State<V> now = Cell::forward(v, prev);
+              store_upto(now.h, y + (row + r) * p_.y_b + unit, left);
+              if constexpr (Cell::has_c) now.c.store(at[r] + slots * layout_.P + unit);
+              if (save_) {
+                for (int slot = 0; slot < slots; ++slot) {
+                  v[slot].store(at[r] + slot * layout_.P + unit);
+                }
+              }
+            }
+          });
+        });
+  }
+
+  // f(column, gate slot, first unit) for each column vector of `together` panels.
+  template <int together, class F>
+  void each_column(index panel, const F& f) const {
+    each_unit_vector<together>(panel, [&](int first_column, index unit) {
+      for (int slot = 0; slot < gates; ++slot) {
+        f(first_column + slot * L::unit_vectors, slot, unit);
+      }
+    });
+  }
+
+  // f(column of its first gate, first unit) for each vector of units; a panel of several
+  // may end past the last.
+  template <int together, class F>
+  void each_unit_vector(index panel, const F& f) const {
+    for (int n = 0; n < together * L::unit_vectors; ++n) {
+      const int panel_of = n / L::unit_vectors, vector = n % L::unit_vectors;
+      const index unit = (panel + panel_of) * L::panel_units + vector * lanes;
+      if (L::unit_vectors == 1 || unit < layout_.P) f(panel_of * L::width + vector, unit);
+    }
+  }
+};
+
+}  // namespace fusedrnn::FUSEDRNN_ARCH

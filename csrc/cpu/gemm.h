@@ -1,0 +1,122 @@
+// The one multiply: a register tile of a few rows times panels of packed columns.
+//
+// A panel holds W vectors' worth of columns for all k, as [k][W][lanes]; `panels` of them
+// stand one after the other. Rows are read through a functor, element (r, k), so that rows
+// of x, y or da are used where they lie. Every sum runs over k in order in one accumulator,
+// whatever the tile, so a result does not depend on the row's neighbours, on the split
+// among threads, or on how a sequence is cut.
+#pragma once
+
+#include "../vec/math.h"
+
+namespace fusedrnn::FUSEDRNN_ARCH {
+
+// Rows at pointers p[r]; used where rows are at arbitrary places.
+template <class S, int rows>
+struct Rows {
+  const S* p[rows];
+  S operator()(int r, index k) const { return p[r][k]; }
+};
+
+// Rows packed side by side for each k.
+template <class S, int rows>
+struct PackedRows {
+  const S* p;
+  S operator()(int r, index k) const { return p[k * rows + r]; }
+};
+
+// acc[r][p·W + w] += Σ_k a(r, k) · panel p, column vector w, at k
+//
+// gcc keeps a 2-D array in registers only if every loop over it is unrolled, hence the
+// local copy: the caller's loops need not be.
+template <int W, class V, int rows, int columns, class A>
+inline void multiply_accumulate(V (&acc)[rows][columns], const A& a,
+                                const typename V::scalar* panel, index K) {
+  constexpr int panels = columns / W;
+  const index panel_size = K * W * V::lanes;
+  V sum[rows][columns];
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < columns; ++c) sum[r][c] = acc[r][c];
+  }
+  for (index k = 0; k < K; ++k) {
+    V left[rows];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) left[r] = V::broadcast(a(r, k));
+#pragma GCC unroll 16
+    for (int p = 0; p < panels; ++p) {
+#pragma GCC unroll 16
+      for (int w = 0; w < W; ++w) {
+        const V right = V::load(panel + p * panel_size + (k * W + w) * V::lanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+          sum[r][p * W + w] = fma(left[r], right, sum[r][p * W + w]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 16
+    for (int c = 0; c < columns; ++c) acc[r][c] = sum[r][c];
+  }
+}
+
+// The tallest tile whose accumulators, one column vector and the broadcasts of its rows
+// fit the registers.
+template <class V>
+constexpr int tallest_tile(int columns) {
+  const int room = V::registers == 32 ? 24 : 12;
+  return room / columns < 8 ? room / columns : 8;
+}
+
+// Panels taken at once so that at least eight sums run side by side: the latency of an FMA
+// times their rate on the machines we know.
+constexpr int panels_at_once(int rows, int W) {
+  return rows * W >= 8 ? 1 : (8 + rows * W - 1) / (rows * W);
+}
+
+// Calls f.operator()<n>() for a run-time n in 1..most.
+template <int most, class F>
+inline void with_count(index n, const F& f) {
+  if constexpr (most > 1) {
+    if (n < most) return with_count<most - 1>(n, f);
+  }
+  f.template operator()<most>();
+}
+
+// Cuts [begin, end) into tiles of nearly equal height, at most `most`.
+template <int most, class F>
+inline void for_tiles(index begin, index end, const F& f) {
+  const index n = end - begin, tiles = (n + most - 1) / most;
+  for (index tile = 0; tile < tiles; ++tile) {
+    const index first = begin + n * tile / tiles;
+    const index last = begin + n * (tile + 1) / tiles;
+    with_count<most>(last - first, [&]<int rows>() { f.template operator()<rows>(first); });
+  }
+}
+
+// f.operator()<rows, panels>(row, panel) for each tile of rows × panels. Panels are the
+// outer loop: one stays in the nearest cache while all rows pass over it.
+template <int W, int most, class F>
+inline void for_blocks(index row_begin, index row_end, index panel_begin, index panel_end,
+                       const F& f) {
+  for (index panel = panel_begin; panel < panel_end;) {
+    const index left = panel_end - panel;
+    index taken = 1;
+    for_tiles<most>(row_begin, row_end, [&]<int rows>(index row) {
+      constexpr int together = panels_at_once(rows, W);
+      // Only a single tile takes several panels: all its rows are in it.
+      if (row_end - row_begin == rows && left >= together) {
+        taken = together;
+        f.template operator()<rows, together>(row, panel);
+      } else {
+        f.template operator()<rows, 1>(row, panel);
+      }
+    });
+    panel += taken;
+  }
+}
+
+}  // namespace fusedrnn::FUSEDRNN_ARCH

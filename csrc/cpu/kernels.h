@@ -1,0 +1,54 @@
+// The table that each ISA's translation unit exports: one entry per cell and element type.
+#pragma once
+
+#include <span>
+#include <string_view>
+
+#include "team.h"
+
+namespace fusedrnn {
+
+// Workspaces and packed weights are counted in elements and aligned by the caller.
+template <class S>
+struct Kernels {
+  index (*packed_size)(index I, index H, bool backward);
+  void (*pack)(const Parameters<S>&, bool backward, S* to);
+  index (*saved_size)(index I, index H);  // per step and row
+  index (*forward_workspace)(const Forward<S>&);
+  void (*forward)(const Forward<S>&, S* workspace, const Team&);
+  index (*backward_workspace)(const Backward<S>&, int threads);
+  void (*backward)(const Backward<S>&, S* workspace, const Team&);
+};
+
+// The cell's facts that callers outside the kernels need.
+struct CellEntry {
+  std::string_view name;
+  int gates;
+  bool has_c;
+  Kernels<float> f32;
+  Kernels<double> f64;
+
+  template <class S>
+  const Kernels<S>& kernels() const {
+    if constexpr (sizeof(S) == 4) {
+      return f32;
+    } else {
+      return f64;
+    }
+  }
+};
+
+// Elementwise functions of the cells, for the tests of their accuracy.
+struct MathEntry {
+  std::string_view name;
+  void (*f32)(const float* x, float* y, index n);
+  void (*f64)(const double* x, double* y, index n);
+};
+
+struct Isa {
+  std::string_view name;
+  std::span<const CellEntry> cells;
+  std::span<const MathEntry> math;
+};
+
+}  // namespace fusedrnn

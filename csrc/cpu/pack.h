@@ -1,0 +1,140 @@
+// Weights in the order in which the kernels read them: panels (gemm.h) with the columns of
+// all gates of a few hidden units together, so that a tile ends with whole units.
+//
+//   forward   bias (slots, P): b_ih + b_hh where they meet in one sum, else each alone
+//             W panels over K = I, R panels over K = H:
+//               [panel][k][gate slot][vector of units][lanes]
+//   backward  Wᵀ panels over N = I, Rᵀ panels over N = H:
+//               [panel][slot·P + unit][2 vectors of columns][lanes]
+//
+// Padding is zero.
+#pragma once
+
+#include "../problem.h"
+#include "gemm.h"
+
+namespace fusedrnn::FUSEDRNN_ARCH {
+
+constexpr index round_up(index n, index multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// Where everything stands for a cell, an element type and an ISA.
+template <template <class> class CellOf, class S>
+struct Layout {
+  using V = Vec<S>;
+  using Cell = CellOf<V>;
+  static constexpr int gates = Cell::gates, slots = Cell::slots;
+  static constexpr int first_input = slots - gates;  // the first slot with an input part
+
+  static constexpr int unit_vectors = gates == 1 ? 2 : 1;
+  static constexpr int panel_units = unit_vectors * V::lanes;
+  static constexpr int width = gates * unit_vectors;  // vectors per forward panel
+  static constexpr int tile = tallest_tile<V>(width);
+
+  static constexpr int back_width = 2;  // vectors per backward panel
+  static constexpr int back_columns = back_width * V::lanes;
+  static constexpr int back_tile = tallest_tile<V>(back_width);
+
+  // The block of rows of weight_ih and of weight_hh behind each slot, or -1.
+  struct SlotBlocks {
+    int input[slots], recurrent[slots];
+  };
+  static constexpr SlotBlocks blocks = [] {
+    SlotBlocks b{};
+    for (int s = 0; s < slots; ++s) {
+      b.input[s] = s < first_input ? -1 : Cell::input_gate[s - first_input];
+      b.recurrent[s] = s < gates ? Cell::recurrent_gate[s] : -1;
+    }
+    return b;
+  }();
+
+  index I, H, P;
+
+  Layout(index inputs, index units)
+      : I(inputs), H(units), P(round_up(units, V::lanes)) {}
+
+  // Values per row and step: the slots and c.
+  index record() const { return (slots + Cell::has_c) * P; }
+  index saved() const { return Cell::saves ? record() : 0; }
+
+  index panels() const { return (H + panel_units - 1) / panel_units; }
+  index panel_size(index K) const { return K * width * V::lanes; }
+  index back_panels(index N) const { return (N + back_columns - 1) / back_columns; }
+  index back_depth() const { return gates * P; }
+  index back_panel_size() const { return back_depth() * back_columns; }
+
+  index bias_size() const { return slots * P; }
+  index input_panels() const { return bias_size(); }
+  index recurrent_panels() const { return input_panels() + panels() * panel_size(I); }
+  index forward_size() const { return recurrent_panels() + panels() * panel_size(H); }
+  index back_recurrent_panels() const { return back_panels(I) * back_panel_size(); }
+  index backward_size() const {
+    return back_recurrent_panels() + back_panels(H) * back_panel_size();
+  }
+};
+
+template <class L, class S>
+void pack_gate_panels(const L& layout, const S* weight, index K, const int* blocks,
+                      S* to) {
+  constexpr int lanes = L::V::lanes;
+  for (index panel = 0; panel < layout.panels(); ++panel) {
+    for (int slot = 0; slot < L::gates; ++slot) {
+      for (int u = 0; u < L::panel_units; ++u) {
+        const index unit = panel * L::panel_units + u;
+        const S* row = weight + (blocks[slot] * layout.H + unit) * K;
+        S* column = to + slot * L::panel_units + u;
+        for (index k = 0; k < K; ++k) {
+          column[k * L::width * lanes] = unit < layout.H ? row[k] : S{0};
+        }
+      }
+    }
+    to += layout.panel_size(K);
+  }
+}
+
+template <class L, class S>
+void pack_transposed_panels(const L& layout, const S* weight, index N,
+                            const int* blocks, S* to) {
+  for (index panel = 0; panel < layout.back_panels(N); ++panel) {
+    const index n = panel * L::back_columns;
+    for (int slot = 0; slot < L::gates; ++slot) {
+      for (index unit = 0; unit < layout.P; ++unit) {
+        const S* row = weight + (blocks[slot] * layout.H + unit) * N;
+        for (int c = 0; c < L::back_columns; ++c) {
+          *to++ = unit < layout.H && n + c < N ? row[n + c] : S{0};
+        }
+      }
+    }
+  }
+}
+
+template <class L, class S>
+void pack_forward(const Parameters<S>& p, S* to) {
+  const L layout(p.I, p.H);
+  for (int slot = 0; slot < L::slots; ++slot) {
+    const int input = L::blocks.input[slot], recurrent = L::blocks.recurrent[slot];
+    for (index unit = 0; unit < layout.P; ++unit) {
+      S bias = 0;
+      if (unit < p.H && input >= 0 && p.bias_ih) bias += p.bias_ih[input * p.H + unit];
+      if (unit < p.H && recurrent >= 0 && p.bias_hh) {
+        bias += p.bias_hh[recurrent * p.H + unit];
+      }
+      to[slot * layout.P + unit] = bias;
+    }
+  }
+  pack_gate_panels(layout, p.weight_ih, p.I, L::Cell::input_gate,
+                   to + layout.input_panels());
+  pack_gate_panels(layout, p.weight_hh, p.H, L::Cell::recurrent_gate,
+                   to + layout.recurrent_panels());
+}
+
+template <class L, class S>
+void pack_backward(const Parameters<S>& p, S* to) {
+  const L layout(p.I, p.H);
+  pack_transposed_panels(layout, p.weight_ih, p.I, L::Cell::input_gate, to);
+  pack_transposed_panels(layout, p.weight_hh, p.H, L::Cell::recurrent_gate,
+                         to + layout.back_recurrent_panels());
+}
+
+}  // namespace fusedrnn::FUSEDRNN_ARCH

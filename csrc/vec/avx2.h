@@ -1,0 +1,97 @@
+// AVX2 with FMA: 8 floats or 4 doubles, 16 registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace fusedrnn::FUSEDRNN_ARCH {
+
+template <class S>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  using scalar = float;
+  static constexpr int lanes = 8;
+  static constexpr int registers = 16;
+
+  __m256 v;
+
+  static __m256i first(index n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
+  }
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load_n(const float* p, index n) {
+    return {_mm256_maskload_ps(p, first(n))};
+  }
+  static Vec broadcast(float s) { return {_mm256_set1_ps(s)}; }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store_n(float* p, index n) const { _mm256_maskstore_ps(p, first(n), v); }
+
+  friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+  friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+  friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+  friend Vec abs(Vec x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v)}; }
+  friend Vec with_sign(Vec x, Vec s) {
+    return {_mm256_or_ps(x.v, _mm256_and_ps(_mm256_set1_ps(-0.0f), s.v))};
+  }
+  friend Vec round(Vec x) {
+    return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
+  friend Vec exp2i(Vec n) {
+    const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(e, 23))};
+  }
+  friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {
+    return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+  }
+};
+
+template <>
+struct Vec<double> {
+  using scalar = double;
+  static constexpr int lanes = 4;
+  static constexpr int registers = 16;
+
+  __m256d v;
+
+  static __m256i first(index n) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
+  static Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static Vec load_n(const double* p, index n) {
+    return {_mm256_maskload_pd(p, first(n))};
+  }
+  static Vec broadcast(double s) { return {_mm256_set1_pd(s)}; }
+  void store(double* p) const { _mm256_storeu_pd(p, v); }
+  void store_n(double* p, index n) const { _mm256_maskstore_pd(p, first(n), v); }
+
+  friend Vec operator+(Vec a, Vec b) { return {_mm256_add_pd(a.v, b.v)}; }
+  friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_pd(a.v, b.v)}; }
+  friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_pd(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm256_div_pd(a.v, b.v)}; }
+  friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+  friend Vec max(Vec a, Vec b) { return {_mm256_max_pd(a.v, b.v)}; }
+  friend Vec abs(Vec x) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), x.v)}; }
+  friend Vec with_sign(Vec x, Vec s) {
+    return {_mm256_or_pd(x.v, _mm256_and_pd(_mm256_set1_pd(-0.0), s.v))};
+  }
+  friend Vec round(Vec x) {
+    return {_mm256_round_pd(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
+  friend Vec exp2i(Vec n) {
+    const __m256i e = _mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n.v));
+    return {_mm256_castsi256_pd(
+        _mm256_slli_epi64(_mm256_add_epi64(e, _mm256_set1_epi64x(1023)), 52))};
+  }
+  friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {
+    return {_mm256_blendv_pd(y.v, x.v, _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ))};
+  }
+};
+
+}  // namespace fusedrnn::FUSEDRNN_ARCH

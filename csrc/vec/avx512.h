@@ -1,0 +1,96 @@
+// AVX-512 F, DQ, VL: 16 floats or 8 doubles, 32 registers, a mask for every tail.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace fusedrnn::FUSEDRNN_ARCH {
+
+template <class S>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  using scalar = float;
+  static constexpr int lanes = 16;
+  static constexpr int registers = 32;
+
+  __m512 v;
+
+  static __mmask16 first(index n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load_n(const float* p, index n) {
+    return {_mm512_maskz_loadu_ps(first(n), p)};
+  }
+  static Vec broadcast(float s) { return {_mm512_set1_ps(s)}; }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store_n(float* p, index n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+
+  friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+  friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+  friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+  friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+  friend Vec abs(Vec x) { return {_mm512_abs_ps(x.v)}; }
+  friend Vec with_sign(Vec x, Vec s) {
+    return {_mm512_or_ps(x.v, _mm512_and_ps(_mm512_set1_ps(-0.0f), s.v))};
+  }
+  friend Vec round(Vec x) {
+    return {
+        _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
+  friend Vec exp2i(Vec n) {
+    const __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
+  }
+  friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {
+    return {
+        _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+  }
+};
+
+template <>
+struct Vec<double> {
+  using scalar = double;
+  static constexpr int lanes = 8;
+  static constexpr int registers = 32;
+
+  __m512d v;
+
+  static __mmask8 first(index n) { return static_cast<__mmask8>((1u << n) - 1); }
+  static Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static Vec load_n(const double* p, index n) {
+    return {_mm512_maskz_loadu_pd(first(n), p)};
+  }
+  static Vec broadcast(double s) { return {_mm512_set1_pd(s)}; }
+  void store(double* p) const { _mm512_storeu_pd(p, v); }
+  void store_n(double* p, index n) const { _mm512_mask_storeu_pd(p, first(n), v); }
+
+  friend Vec operator+(Vec a, Vec b) { return {_mm512_add_pd(a.v, b.v)}; }
+  friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_pd(a.v, b.v)}; }
+  friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_pd(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm512_div_pd(a.v, b.v)}; }
+  friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+  friend Vec max(Vec a, Vec b) { return {_mm512_max_pd(a.v, b.v)}; }
+  friend Vec abs(Vec x) { return {_mm512_abs_pd(x.v)}; }
+  friend Vec with_sign(Vec x, Vec s) {
+    return {_mm512_or_pd(x.v, _mm512_and_pd(_mm512_set1_pd(-0.0), s.v))};
+  }
+  friend Vec round(Vec x) {
+    return {
+        _mm512_roundscale_pd(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
+  friend Vec exp2i(Vec n) {
+    const __m512i e =
+        _mm512_add_epi64(_mm512_cvtpd_epi64(n.v), _mm512_set1_epi64(1023));
+    return {_mm512_castsi512_pd(_mm512_slli_epi64(e, 52))};
+  }
+  friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {
+    return {
+        _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+  }
+};
+
+}  // namespace fusedrnn::FUSEDRNN_ARCH

@@ -1,0 +1,88 @@
+// Vectors of 16 bytes in standard C++, for any machine and for the sanitizers.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <type_traits>
+
+namespace fusedrnn::FUSEDRNN_ARCH {
+
+template <class S>
+struct Vec {
+  using scalar = S;
+  using bits = std::conditional_t<sizeof(S) == 4, std::uint32_t, std::uint64_t>;
+  static constexpr int lanes = 16 / sizeof(S);
+  static constexpr int registers = 16;
+  static constexpr bits sign = bits{1} << (8 * sizeof(S) - 1);
+
+  S lane[lanes];
+
+  template <class F>
+  static Vec each(F f) {
+    Vec r;
+    for (int l = 0; l < lanes; ++l) r.lane[l] = f(l);
+    return r;
+  }
+
+  static Vec load(const S* p) {
+    return each([=](int l) { return p[l]; });
+  }
+  static Vec load_n(const S* p, index n) {
+    return each([=](int l) { return l < n ? p[l] : S{0}; });
+  }
+  static Vec broadcast(S s) {
+    return each([=](int) { return s; });
+  }
+  void store(S* p) const { store_n(p, lanes); }
+  void store_n(S* p, index n) const {
+    for (int l = 0; l < n; ++l) p[l] = lane[l];
+  }
+
+  friend Vec operator+(Vec a, Vec b) {
+    return each([&](int l) { return a.lane[l] + b.lane[l]; });
+  }
+  friend Vec operator-(Vec a, Vec b) {
+    return each([&](int l) { return a.lane[l] - b.lane[l]; });
+  }
+  friend Vec operator*(Vec a, Vec b) {
+    return each([&](int l) { return a.lane[l] * b.lane[l]; });
+  }
+  friend Vec operator/(Vec a, Vec b) {
+    return each([&](int l) { return a.lane[l] / b.lane[l]; });
+  }
+  // Rounded twice: std::fma is a slow library call on machines without the instruction.
+  friend Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  friend Vec max(Vec a, Vec b) {
+    return each([&](int l) { return a.lane[l] > b.lane[l] ? a.lane[l] : b.lane[l]; });
+  }
+  friend Vec abs(Vec x) {
+    return each([&](int l) {
+      return std::bit_cast<S>(std::bit_cast<bits>(x.lane[l]) & ~sign);
+    });
+  }
+  friend Vec with_sign(Vec x, Vec s) {
+    return each([&](int l) {
+      return std::bit_cast<S>(std::bit_cast<bits>(x.lane[l]) |
+                              (std::bit_cast<bits>(s.lane[l]) & sign));
+    });
+  }
+  // Adding 1.5·2^mantissa pushes the fraction out of a value small enough.
+  friend Vec round(Vec x) {
+    const S shift = sizeof(S) == 4 ? S(12582912.0) : S(6755399441055744.0);
+    return each([&](int l) { return (x.lane[l] + shift) - shift; });
+  }
+  friend Vec exp2i(Vec n) {
+    constexpr int bias = sizeof(S) == 4 ? 127 : 1023;
+    constexpr int mantissa = sizeof(S) == 4 ? 23 : 52;
+    return each([&](int l) {
+      // A NaN has no integer value; any finite scale leaves the NaN of its partner.
+      const int e = n.lane[l] <= 0 ? static_cast<int>(n.lane[l]) : 0;
+      return std::bit_cast<S>(static_cast<bits>(e + bias) << mantissa);
+    });
+  }
+  friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {
+    return each([&](int l) { return a.lane[l] < b.lane[l] ? x.lane[l] : y.lane[l]; });
+  }
+};
+
+}  // namespace fusedrnn::FUSEDRNN_ARCH

@@ -1,0 +1,55 @@
+// The vector contract: what the cells and the time loop may ask of an instruction set.
+//
+// Each ISA header defines, inside the namespace FUSEDRNN_ARCH, `template <class S> struct
+// Vec` for S = float and double with
+//
+//   scalar, lanes, registers      element type, elements per vector, vector registers
+//   load(p), store(p)             `lanes` consecutive elements, any alignment
+//   load_n(p, n), store_n(p, n)   the first n < lanes of them; loads fill with zero
+//   broadcast(s)                  s in every lane
+//   + - * /, fma(a, b, c)         elementwise; fma is a·b + c, rounded once where the
+//                                 machine can
+//   max(a, b)                     b where either is NaN, so max(bound, x) keeps a NaN x
+//   abs(x), with_sign(x, s)       |x|; x >= 0 with the sign of s
+//   round(x)                      to the nearest integer, ties to even
+//   exp2i(n)                      2^n for integral n from the smallest normal exponent to 0
+//   if_less(a, b, x, y)           a < b ? x : y
+//
+// The namespace is named after the ISA so that two translation units compiled with
+// different flags never share a function: the linker would keep one of them for every
+// machine. For the same reason kernel code includes no standard header with function
+// templates.
+#pragma once
+
+#include <cstddef>
+
+#ifndef FUSEDRNN_ARCH
+#error "kernel headers are compiled once per ISA: set FUSEDRNN_ARCH"
+#endif
+
+namespace fusedrnn {
+using index = std::ptrdiff_t;
+}
+
+#define FUSEDRNN_STRINGIFY_(x) #x
+#define FUSEDRNN_STRINGIFY(x) FUSEDRNN_STRINGIFY_(x)
+#include FUSEDRNN_STRINGIFY(FUSEDRNN_ARCH.h)
+
+namespace fusedrnn::FUSEDRNN_ARCH {
+
+// Load or store all lanes or, at the end of a row, the n that exist.
+template <class V>
+inline V load_upto(const typename V::scalar* p, index n) {
+  return n >= V::lanes ? V::load(p) : V::load_n(p, n);
+}
+
+template <class V>
+inline void store_upto(V x, typename V::scalar* p, index n) {
+  if (n >= V::lanes) {
+    x.store(p);
+  } else {
+    x.store_n(p, n);
+  }
+}
+
+}  // namespace fusedrnn::FUSEDRNN_ARCH

@@ -1,0 +1,35 @@
+"""Fused LSTM, GRU and RNN kernels, forward and backward, for NumPy."""
+
+from . import reference
+from ._version import __version__
+from .backends import (
+    get_isa,
+    get_num_threads,
+    select_isa_from_environment,
+    set_isa,
+    set_num_threads,
+    show_config,
+)
+from .functional import gru, gru_vjp, lstm, lstm_vjp, rnn, rnn_vjp
+from .layers import GRU, LSTM, RNN
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "__version__",
+    "get_isa",
+    "get_num_threads",
+    "gru",
+    "gru_vjp",
+    "lstm",
+    "lstm_vjp",
+    "reference",
+    "rnn",
+    "rnn_vjp",
+    "set_isa",
+    "set_num_threads",
+    "show_config",
+]
+
+select_isa_from_environment()

@@ -1,0 +1,72 @@
+from typing import Any
+
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+compiler: str
+
+class Weights:
+    """A layer's parameters in one direction, packed for one ISA; never changes."""
+
+    def __init__(
+        self,
+        cell: str,
+        weight_ih: Array,
+        weight_hh: Array,
+        bias_ih: Array | None,
+        bias_hh: Array | None,
+        backward: bool = False,
+        isa: str | None = None,
+    ) -> None: ...
+    @property
+    def cell(self) -> str: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def saved_size(self) -> int:
+        """Values saved for backward per step and row, beside x and y."""
+
+    def forward(
+        self,
+        x: Array,
+        h0: Array,
+        c0: Array | None,
+        reverse: bool,
+        y: Array,
+        h_n: Array,
+        c_n: Array | None,
+        saved: Array | None,
+        /,
+    ) -> None: ...
+    def backward(
+        self,
+        x: Array,
+        h0: Array,
+        c0: Array | None,
+        reverse: bool,
+        y: Array,
+        saved: Array | None,
+        dy: Array | None,
+        dh_n: Array | None,
+        dc_n: Array | None,
+        dx: Array,
+        dweight_ih: Array,
+        dweight_hh: Array,
+        dbias_ih: Array,
+        dbias_hh: Array,
+        dh0: Array,
+        dc0: Array | None,
+        /,
+    ) -> None: ...
+
+def isas() -> dict[str, bool]:
+    """Compiled ISAs, best first, and whether this CPU has them."""
+
+def cells() -> list[str]: ...
+def get_isa() -> str: ...
+def set_isa(name: str, /) -> None: ...
+def get_num_threads() -> int: ...
+def set_num_threads(n: int, /) -> None: ...
+def forked_after_parallel() -> bool: ...
+def elementwise(name: str, x: Array, /) -> Array: ...

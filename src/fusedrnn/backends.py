@@ -1,0 +1,115 @@
+"""Which instruction set and how many threads the kernels use, and what this build can do."""
+
+from __future__ import annotations
+
+import operator
+import os
+import platform
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from . import _cpu
+from ._version import __version__
+
+
+def set_num_threads(n: int) -> None:
+    """Set how many threads a call may use.
+
+    Parameters
+    ----------
+    n: a positive number, or 0 to follow OpenMP again (OMP_NUM_THREADS, or one thread a
+       core), which is the default. A call too small to gain from more threads uses fewer.
+
+    Raises
+    ------
+    TypeError, ValueError: n is not an integer, or is negative.
+
+    >>> set_num_threads(1)
+    >>> get_num_threads()
+    1
+    >>> set_num_threads(0)
+    """
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise TypeError(f"n must be an integer, got {type(n).__name__}") from None
+    if not 0 <= count <= 4096:
+        raise ValueError(f"n must be from 0 to 4096, got {count}")
+    _cpu.set_num_threads(count)
+
+
+def get_num_threads() -> int:
+    """Return how many threads a call may use; results never depend on it."""
+    return _cpu.get_num_threads()
+
+
+def set_isa(name: str | None) -> None:
+    """Choose the instruction set; None for the best of this CPU, which is the default.
+
+    The environment variable FUSEDRNN_ISA does the same when fusedrnn is imported. Weights
+    packed before (a layer that was called, a pullback not yet called) keep theirs.
+
+    Raises
+    ------
+    TypeError: name is not a string.
+    ValueError: this build or this CPU does not have it; the message lists what there is.
+    """
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name must be a string or None, got {type(name).__name__}")
+    try:
+        _cpu.set_isa(name or "")
+    except ValueError as error:
+        raise ValueError(f"name {error}") from None
+
+
+def get_isa() -> str:
+    """Return the name of the instruction set in use."""
+    return _cpu.get_isa()
+
+
+def select_isa_from_environment() -> None:
+    """Follow FUSEDRNN_ISA; raise ImportError where it names what is not there."""
+    name = os.environ.get("FUSEDRNN_ISA")
+    if name:
+        try:
+            _cpu.set_isa(name)
+        except ValueError as error:
+            raise ImportError(f"the environment variable FUSEDRNN_ISA {error}") from None
+
+
+@overload
+def show_config(mode: Literal["print"] = "print") -> None: ...
+@overload
+def show_config(mode: Literal["dict"]) -> dict[str, Any]: ...
+def show_config(mode: str = "print") -> dict[str, Any] | None:
+    """Print the version, compiler, instruction sets and threads, or return them as a dict.
+
+    Parameters
+    ----------
+    mode: "print" or "dict".
+
+    >>> show_config("dict")["isa"] == get_isa()
+    True
+    """
+    if mode not in ("print", "dict"):
+        raise ValueError(f'mode must be "print" or "dict", got {mode!r}')
+    supported = _cpu.isas()
+    config = {
+        "fusedrnn": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "compiler": _cpu.compiler,
+        "isa": get_isa(),
+        "isas available": [name for name, here in supported.items() if here],
+        "isas compiled": list(supported),
+        "threads": get_num_threads(),
+        "one thread because forked": _cpu.forked_after_parallel(),
+    }
+    if mode == "dict":
+        return config
+    width = max(map(len, config))
+    for key, value in config.items():
+        text = ", ".join(value) if isinstance(value, list) else value
+        print(f"{key:<{width}}  {text}")
+    return None

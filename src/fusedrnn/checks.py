@@ -1,0 +1,88 @@
+"""The wording of every user error: the argument, what was expected, what came."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+
+from .reference import Array
+
+DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def array(name: str, value: Any, dtype: np.dtype[Any] | None = None) -> Array:
+    """Return `value` as an array of float32 or float64, or of `dtype` where that is given."""
+    if type(value) is not np.ndarray:
+        if value is None:
+            raise TypeError(f"{name} must be an array, got None")
+        try:
+            value = np.asarray(value)
+        except ValueError as error:  # ragged lists
+            raise TypeError(f"{name} must be an array: {error}") from None
+    if dtype is not None:
+        if value.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype} like x, got {value.dtype}")
+    elif value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32 or float64, got {value.dtype}")
+    return value  # type: ignore[no-any-return]
+
+
+def shape(name: str, value: Array, expected: tuple[int, ...], meaning: str) -> None:
+    """Check the whole shape; `meaning` names its axes, as in "(4*H, I)"."""
+    if value.shape != expected:
+        raise ValueError(f"{name} must have shape {meaning} = {expected}, got {value.shape}")
+
+
+def sequence(x: Any, axes: str, input_size: int | None = None) -> Array:
+    """Return the input as an array of rank 3 (`axes`) or 2, with `input_size` features."""
+    x = array("x", x)
+    if x.ndim not in (2, 3):
+        raise ValueError(f"x must have shape {axes} or (T, I), got {x.shape}")
+    if input_size is not None and x.shape[-1] != input_size:
+        raise ValueError(
+            f"x must have shape {axes} or (T, I) with I = input_size = {input_size}, "
+            f"got {x.shape}"
+        )
+    if x.shape[-1] == 0:
+        raise ValueError(f"x must have at least one feature, got shape {x.shape}")
+    return x
+
+
+def positive(name: str, value: Any) -> int:
+    """Return a size as an int >= 1."""
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got bool")
+    if not 1 <= size <= 2**31:
+        raise ValueError(f"{name} must be from 1 to 2**31, got {size}")
+    return size
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return a bool; anything else, truthy or not, is a mistake."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return bool(value)
+
+
+def output(out: Any, expected: tuple[int, ...], meaning: str, x: Array) -> Array:
+    """Check `out`, which y is written into: its rows must be contiguous and its own."""
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be an array, got {type(out).__name__}")
+    if out.dtype != x.dtype:
+        raise TypeError(f"out must be {x.dtype} like x, got {out.dtype}")
+    shape("out", out, expected, meaning)
+    if not out.flags.writeable:
+        raise ValueError("out must be writeable, got a read-only array")
+    itemsize = out.itemsize
+    whole = all(s % itemsize == 0 for s in out.strides)
+    if out.size and not (whole and out.flags.aligned and out.strides[-1] == itemsize):
+        raise ValueError(
+            f"out must be contiguous along its last axis, got strides {out.strides}"
+        )
+    return out

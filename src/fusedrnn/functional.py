@@ -1,0 +1,465 @@
+"""The fused ops: one layer in one direction, with or without a pullback.
+
+An op checks its arguments in their order, packs the weights for the kernels and calls them.
+`layers.py` keeps the packed weights instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import checks, kernel
+from ._cpu import Weights
+from .cells import CELLS, Cell
+from .reference import Array, Grads, LSTMGrads, Nonlinearity
+
+__all__ = ["Grads", "LSTMGrads", "gru", "gru_vjp", "lstm", "lstm_vjp", "rnn", "rnn_vjp"]
+
+
+@dataclass
+class _Call:
+    """The checked arguments of an op, unbatched input seen as a batch of one."""
+
+    cell: Cell
+    unbatched: bool
+    reverse: bool
+    x: Array
+    parameters: tuple[Array, Array, Array | None, Array | None]
+    state: tuple[Array, ...]
+    y: Array
+    final: tuple[Array, ...]
+
+    def pack(self) -> Weights:
+        return kernel.pack(self.cell, *self.parameters)
+
+    def results(self) -> tuple[Array, ...]:
+        return tuple(self.user_view(a) for a in (self.y, *self.final))
+
+    def user_view(self, a: Array) -> Array:
+        """Undo the batch of one."""
+        return a[..., 0, :] if self.unbatched else a
+
+
+def _check(
+    cell: Cell,
+    x: Any,
+    weight_ih: Any,
+    weight_hh: Any,
+    bias_ih: Any,
+    bias_hh: Any,
+    states: tuple[Any, ...],
+    reverse: Any,
+    out: Any = None,
+) -> _Call:
+    x = checks.sequence(x, "(T, B, I)")
+    unbatched = x.ndim == 2
+    I, dtype, G = x.shape[-1], x.dtype, len(cell.gates)
+    rows = f"{G}*H" if G > 1 else "H"
+
+    weight_ih = checks.array("weight_ih", weight_ih, dtype)
+    if weight_ih.ndim != 2 or weight_ih.shape[1] != I or weight_ih.shape[0] % G:
+        raise ValueError(
+            f"weight_ih must have shape ({rows}, I) with I = {I}, got {weight_ih.shape}"
+        )
+    H = weight_ih.shape[0] // G
+    if H == 0:
+        raise ValueError(f"weight_ih must have at least {G} rows, got {weight_ih.shape}")
+    weight_hh = checks.array("weight_hh", weight_hh, dtype)
+    checks.shape("weight_hh", weight_hh, (G * H, H), f"({rows}, H)")
+    biases = []
+    for name, bias in (("bias_ih", bias_ih), ("bias_hh", bias_hh)):
+        if bias is not None:
+            bias = checks.array(name, bias, dtype)
+            checks.shape(name, bias, (G * H,), f"({rows},)")
+        biases.append(bias)
+
+    batch = x.shape[1:-1]
+    meaning = "(H,)" if unbatched else "(B, H)"
+    state = []
+    for letter, value in zip(cell.states, states, strict=True):
+        if value is None:
+            state.append(np.zeros((*batch, H), dtype))
+        else:
+            value = checks.array(f"{letter}0", value, dtype)
+            checks.shape(f"{letter}0", value, (*batch, H), meaning)
+            state.append(np.ascontiguousarray(value))
+    reverse = checks.flag("reverse", reverse)
+    shape_y = (*x.shape[:-1], H)
+    if out is None:
+        y = np.empty(shape_y, dtype)
+    else:
+        y = checks.output(out, shape_y, "(T, H)" if unbatched else "(T, B, H)", x)
+        used = (x, weight_ih, weight_hh, *biases, *state)
+        if any(a is not None and np.may_share_memory(y, a) for a in used):
+            raise ValueError("out must not share memory with another argument")
+
+    final = tuple(np.empty((*batch, H), dtype) for _ in state)
+    if unbatched:
+        x, y = x[:, None], y[:, None]
+        state = [a[None] for a in state]
+        final = tuple(a[None] for a in final)
+    return _Call(
+        cell, unbatched, reverse, x, (weight_ih, weight_hh, *biases), tuple(state), y, final
+    )
+
+
+def _forward(call: _Call) -> tuple[Array, ...]:
+    kernel.forward(call.pack(), call.x, call.state, call.reverse, call.y, call.final)
+    return call.results()
+
+
+def _vjp(call: _Call) -> tuple[tuple[Array, ...], Callable[..., tuple[Any, ...]]]:
+    weights = call.pack()
+    saved = kernel.forward(
+        weights, call.x, call.state, call.reverse, call.y, call.final, save=True
+    )
+    tape = kernel.Tape(
+        call.cell,
+        kernel.pack(call.cell, *call.parameters, like=weights),
+        call.x,
+        call.state,
+        call.reverse,
+        call.y,
+        saved,
+    )
+    call.y.flags.writeable = False  # backward reads it
+    has_bias = [p is not None for p in call.parameters]
+
+    def pullback(*d_results: Any) -> tuple[Any, ...]:
+        names = ("dy", *(f"d{letter}_n" for letter in call.cell.states))
+        likes = (call.y, *call.final)
+        d = [
+            _gradient(name, value, like, call)
+            for name, value, like in zip(names, d_results, likes, strict=True)
+        ]
+        dx = np.empty(call.x.shape, call.x.dtype)
+        d_state = tuple(np.empty_like(s) for s in call.state)
+        d_parameters = tape.backward(d[0], tuple(d[1:]), dx, d_state)
+        return (
+            call.user_view(dx),
+            *(g if has else None for g, has in zip(d_parameters, has_bias, strict=True)),
+            *(call.user_view(g) for g in d_state),
+        )
+
+    return call.results(), pullback
+
+
+def _gradient(name: str, value: Any, like: Array, call: _Call) -> Array | None:
+    """Check the gradient of a result, None for zeros."""
+    if value is None:
+        return None
+    value = checks.array(name, value, call.x.dtype)
+    axes = "(T, B, H)" if like.ndim == 3 else "(B, H)"
+    if call.unbatched:
+        axes = axes.replace("B, ", "") if like.ndim == 3 else "(H,)"
+    checks.shape(name, value, call.user_view(like).shape, axes)
+    return np.expand_dims(value, -2) if call.unbatched else value
+
+
+def lstm(
+    x: Array,
+    weight_ih: Array,
+    weight_hh: Array,
+    bias_ih: Array | None = None,
+    bias_hh: Array | None = None,
+    h0: Array | None = None,
+    c0: Array | None = None,
+    *,
+    reverse: bool = False,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    r"""Run an LSTM layer over a sequence.
+
+    ::
+
+        a = weight_ih x_t + bias_ih + weight_hh h' + bias_hh
+        i, f, o = σ(a_i), σ(a_f), σ(a_o)        g = tanh(a_g)
+        c = f c' + i g                          h = o tanh(c)
+
+    Parameters
+    ----------
+    x: (T, B, I) or (T, I), float32 or float64, any strides; every other array has its dtype.
+    weight_ih: (4*H, I), gates in the order i f g o.
+    weight_hh: (4*H, H).
+    bias_ih, bias_hh: (4*H,), or None for none.
+    h0, c0: (B, H) or (H,), the state before the first step, or None for zeros.
+    reverse: go from the last time to the first; y[t] stays beside x[t].
+    out: an array to write y into, its last axis contiguous.
+
+    Returns
+    -------
+    y: (T, B, H) or (T, H), every h.
+    h_n, c_n: (B, H) or (H,), the state after the last step taken.
+
+    Raises
+    ------
+    TypeError: a wrong type or dtype. ValueError: a wrong shape. Both before computing.
+
+    Notes
+    -----
+    Results do not depend on the number of threads or on the other rows of the batch, and a
+    sequence fed in parts, state carried over, equals the whole, bit for bit on one machine
+    and ISA. Denormal numbers count as zero. Source: Hochreiter & Schmidhuber 1997; forget
+    gate: Gers, Schmidhuber & Cummins 2000.
+
+    >>> import numpy as np, fusedrnn as fr
+    >>> rng = np.random.default_rng(0)
+    >>> x, W, R = rng.normal(size=(5, 2, 3)), rng.normal(size=(16, 3)), rng.normal(size=(16, 4))
+    >>> y, h_n, c_n = fr.lstm(x, W, R)
+    >>> y.shape, bool((y[-1] == h_n).all())
+    ((5, 2, 4), True)
+    """
+    call = _check(
+        CELLS["lstm"], x, weight_ih, weight_hh, bias_ih, bias_hh, (h0, c0), reverse, out
+    )
+    y, h_n, c_n = _forward(call)
+    return y, h_n, c_n
+
+
+def lstm_vjp(
+    x: Array,
+    weight_ih: Array,
+    weight_hh: Array,
+    bias_ih: Array | None = None,
+    bias_hh: Array | None = None,
+    h0: Array | None = None,
+    c0: Array | None = None,
+    *,
+    reverse: bool = False,
+) -> tuple[tuple[Array, Array, Array], Callable[..., LSTMGrads]]:
+    """Run `lstm` and return a function that computes its gradients.
+
+    The arguments are those of `lstm`. 5·H values a step and row are kept beside x and y; x
+    is kept by reference and y is read-only, because the pullback reads both.
+
+    Returns
+    -------
+    (y, h_n, c_n), pullback: as from `lstm`, and ``pullback(dy=None, dh_n=None, dc_n=None)``,
+        which takes the gradients of the three, None for zeros, and returns an `LSTMGrads`:
+        x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, each shaped like its argument. It
+        may be called more than once.
+
+    >>> import numpy as np, fusedrnn as fr
+    >>> rng = np.random.default_rng(0)
+    >>> x, W, R = rng.normal(size=(5, 2, 3)), rng.normal(size=(16, 3)), rng.normal(size=(16, 4))
+    >>> (y, h_n, c_n), pullback = fr.lstm_vjp(x, W, R)
+    >>> grads = pullback(2 * y)  # of the sum of y²
+    >>> grads.weight_hh.shape
+    (16, 4)
+    """
+    results, pull = _vjp(
+        _check(CELLS["lstm"], x, weight_ih, weight_hh, bias_ih, bias_hh, (h0, c0), reverse)
+    )
+    y, h_n, c_n = results
+
+    def pullback(
+        dy: Array | None = None, dh_n: Array | None = None, dc_n: Array | None = None
+    ) -> LSTMGrads:
+        return LSTMGrads(*pull(dy, dh_n, dc_n))
+
+    return (y, h_n, c_n), pullback
+
+
+def gru(
+    x: Array,
+    weight_ih: Array,
+    weight_hh: Array,
+    bias_ih: Array | None = None,
+    bias_hh: Array | None = None,
+    h0: Array | None = None,
+    *,
+    reverse: bool = False,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    r"""Run a GRU layer over a sequence, the reset gate applied after the matmul.
+
+    ::
+
+        r = σ(W_r x_t + b_ir + R_r h' + b_hr)
+        z = σ(W_z x_t + b_iz + R_z h' + b_hz)
+        n = tanh(W_n x_t + b_in + r (R_n h' + b_hn))
+        h = (1 - z) n + z h'
+
+    Parameters
+    ----------
+    x: (T, B, I) or (T, I), float32 or float64, any strides; every other array has its dtype.
+    weight_ih: (3*H, I), gates in the order r z n.
+    weight_hh: (3*H, H).
+    bias_ih, bias_hh: (3*H,), or None for none.
+    h0: (B, H) or (H,), the state before the first step, or None for zeros.
+    reverse: go from the last time to the first; y[t] stays beside x[t].
+    out: an array to write y into, its last axis contiguous.
+
+    Returns
+    -------
+    y: (T, B, H) or (T, H), every h.
+    h_n: (B, H) or (H,), the state after the last step taken.
+
+    Raises
+    ------
+    TypeError: a wrong type or dtype. ValueError: a wrong shape. Both before computing.
+
+    Notes
+    -----
+    Exactness as for `lstm`. Source: Cho et al. 2014, in the form of cuDNN and PyTorch.
+
+    >>> import numpy as np, fusedrnn as fr
+    >>> rng = np.random.default_rng(0)
+    >>> x, W, R = rng.normal(size=(5, 2, 3)), rng.normal(size=(12, 3)), rng.normal(size=(12, 4))
+    >>> y, h_n = fr.gru(x, W, R)
+    >>> y.shape
+    (5, 2, 4)
+    """
+    y, h_n = _forward(
+        _check(CELLS["gru"], x, weight_ih, weight_hh, bias_ih, bias_hh, (h0,), reverse, out)
+    )
+    return y, h_n
+
+
+def gru_vjp(
+    x: Array,
+    weight_ih: Array,
+    weight_hh: Array,
+    bias_ih: Array | None = None,
+    bias_hh: Array | None = None,
+    h0: Array | None = None,
+    *,
+    reverse: bool = False,
+) -> tuple[tuple[Array, Array], Callable[..., Grads]]:
+    """Run `gru` and return a function that computes its gradients.
+
+    The arguments are those of `gru`. 4·H values a step and row are kept beside x and y; x is
+    kept by reference and y is read-only, because the pullback reads both.
+
+    Returns
+    -------
+    (y, h_n), pullback: as from `gru`, and ``pullback(dy=None, dh_n=None)``, which takes the
+        gradients of the two, None for zeros, and returns a `Grads`: x, weight_ih, weight_hh,
+        bias_ih, bias_hh, h0, each shaped like its argument. It may be called more than once.
+
+    >>> import numpy as np, fusedrnn as fr
+    >>> rng = np.random.default_rng(0)
+    >>> x, W, R = rng.normal(size=(5, 2, 3)), rng.normal(size=(12, 3)), rng.normal(size=(12, 4))
+    >>> (y, h_n), pullback = fr.gru_vjp(x, W, R)
+    >>> pullback(2 * y).x.shape
+    (5, 2, 3)
+    """
+    call = _check(CELLS["gru"], x, weight_ih, weight_hh, bias_ih, bias_hh, (h0,), reverse)
+    return _one_state_vjp(call)
+
+
+def rnn(
+    x: Array,
+    weight_ih: Array,
+    weight_hh: Array,
+    bias_ih: Array | None = None,
+    bias_hh: Array | None = None,
+    h0: Array | None = None,
+    *,
+    nonlinearity: Nonlinearity = "tanh",
+    reverse: bool = False,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    r"""Run an Elman RNN layer over a sequence.
+
+    ::
+
+        h = φ(weight_ih x_t + bias_ih + weight_hh h' + bias_hh)
+
+    Parameters
+    ----------
+    x: (T, B, I) or (T, I), float32 or float64, any strides; every other array has its dtype.
+    weight_ih: (H, I).
+    weight_hh: (H, H).
+    bias_ih, bias_hh: (H,), or None for none.
+    h0: (B, H) or (H,), the state before the first step, or None for zeros.
+    nonlinearity: φ, "tanh", "relu" or "identity" (a linear recurrence).
+    reverse: go from the last time to the first; y[t] stays beside x[t].
+    out: an array to write y into, its last axis contiguous.
+
+    Returns
+    -------
+    y: (T, B, H) or (T, H), every h.
+    h_n: (B, H) or (H,), the state after the last step taken.
+
+    Raises
+    ------
+    TypeError: a wrong type or dtype. ValueError: a wrong shape or nonlinearity. Both before
+        computing.
+
+    Notes
+    -----
+    Exactness as for `lstm`. Source: Elman 1990.
+
+    >>> import numpy as np, fusedrnn as fr
+    >>> y, h_n = fr.rnn(np.ones((3, 1)), np.eye(1), np.eye(1), nonlinearity="relu")
+    >>> y.ravel()
+    array([1., 2., 3.])
+    """
+    y, h_n = _forward(
+        _check(
+            rnn_cell(nonlinearity),
+            x,
+            weight_ih,
+            weight_hh,
+            bias_ih,
+            bias_hh,
+            (h0,),
+            reverse,
+            out,
+        )
+    )
+    return y, h_n
+
+
+def rnn_vjp(
+    x: Array,
+    weight_ih: Array,
+    weight_hh: Array,
+    bias_ih: Array | None = None,
+    bias_hh: Array | None = None,
+    h0: Array | None = None,
+    *,
+    nonlinearity: Nonlinearity = "tanh",
+    reverse: bool = False,
+) -> tuple[tuple[Array, Array], Callable[..., Grads]]:
+    """Run `rnn` and return a function that computes its gradients.
+
+    The arguments are those of `rnn`. Nothing is kept beside x and y; x is kept by reference
+    and y is read-only, because the pullback reads both.
+
+    Returns
+    -------
+    (y, h_n), pullback: as from `rnn`; the pullback is that of `gru_vjp`.
+
+    >>> import numpy as np, fusedrnn as fr
+    >>> (y, h_n), pullback = fr.rnn_vjp(np.ones((3, 1)), np.eye(1), np.eye(1))
+    >>> pullback(dh_n=np.ones(1)).h0.shape
+    (1,)
+    """
+    return _one_state_vjp(
+        _check(
+            rnn_cell(nonlinearity), x, weight_ih, weight_hh, bias_ih, bias_hh, (h0,), reverse
+        )
+    )
+
+
+def rnn_cell(nonlinearity: Any) -> Cell:
+    cell = CELLS.get(f"rnn_{nonlinearity}")
+    if cell is None:
+        known = ", ".join(f'"{n.removeprefix("rnn_")}"' for n in CELLS if n.startswith("rnn_"))
+        raise ValueError(f"nonlinearity must be one of {known}, got {nonlinearity!r}")
+    return cell
+
+
+def _one_state_vjp(call: _Call) -> tuple[tuple[Array, Array], Callable[..., Grads]]:
+    (y, h_n), pull = _vjp(call)
+
+    def pullback(dy: Array | None = None, dh_n: Array | None = None) -> Grads:
+        return Grads(*pull(dy, dh_n))
+
+    return (y, h_n), pullback

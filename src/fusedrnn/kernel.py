@@ -1,0 +1,135 @@
+"""One layer in one direction: allocate what the compiled kernel writes, and call it.
+
+Everything here is checked already: arrays have one dtype, x is (T, B, I), states are
+(B, H). Strides are free. T = 0 and B = 0, which the kernels never see, end here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ._cpu import Weights
+from .cells import Cell
+from .reference import Array
+
+
+def pack(
+    cell: Cell,
+    weight_ih: Array,
+    weight_hh: Array,
+    bias_ih: Array | None,
+    bias_hh: Array | None,
+    like: Weights | None = None,
+) -> Weights:
+    """Pack parameters for the forward kernels or, given those weights, for the backward."""
+    return Weights(
+        cell.name,
+        np.ascontiguousarray(weight_ih),
+        np.ascontiguousarray(weight_hh),
+        None if bias_ih is None else np.ascontiguousarray(bias_ih),
+        None if bias_hh is None else np.ascontiguousarray(bias_hh),
+        like is not None,
+        None if like is None else like.isa,
+    )
+
+
+def _rows(a: Array) -> Array:
+    """Return `a`, copied unless its rows lie contiguous and aligned in memory."""
+    itemsize = a.itemsize
+    if a.flags.c_contiguous and a.flags.aligned:
+        return a
+    whole = all(s % itemsize == 0 for s in a.strides)
+    if a.flags.aligned and whole and (a.strides[-1] == itemsize or a.shape[-1] == 1):
+        return a
+    return np.ascontiguousarray(a)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return an uninitialised array that starts on a cache line."""
+    line = 64
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.empty(size + line, np.uint8)
+    start = -memory.ctypes.data % line
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def forward(
+    weights: Weights,
+    x: Array,
+    state: tuple[Array, ...],
+    reverse: bool,
+    y: Array,
+    final: tuple[Array, ...],
+    save: bool = False,
+) -> Array | None:
+    """Write y and the final state; return what backward needs beside them, if `save`."""
+    T, B, _ = x.shape
+    if T == 0 or B == 0:
+        for end, start in zip(final, state, strict=True):
+            end[...] = start
+        return None
+    saved = None
+    if save and weights.saved_size:
+        saved = _aligned((T, B, weights.saved_size), x.dtype)
+    h0, c0 = state if len(state) == 2 else (state[0], None)
+    h_n, c_n = final if len(final) == 2 else (final[0], None)
+    weights.forward(_rows(x), h0, c0, reverse, y, h_n, c_n, saved)
+    return saved
+
+
+@dataclass(frozen=True)
+class Tape:
+    """What the training forward of one layer in one direction leaves to its backward."""
+
+    cell: Cell
+    weights: Weights  # packed for backward
+    x: Array
+    state: tuple[Array, ...]
+    reverse: bool
+    y: Array
+    saved: Array | None
+
+    def backward(
+        self,
+        dy: Array | None,
+        d_final: tuple[Array | None, ...],
+        dx: Array,
+        d_state: tuple[Array, ...],
+    ) -> tuple[Array, Array, Array, Array]:
+        """Write dx and the initial state's gradient; return those of the parameters."""
+        T, B, I = self.x.shape
+        H = self.y.shape[-1]
+        dtype = self.x.dtype
+        gates_H = len(self.cell.gates) * H
+        shapes = ((gates_H, I), (gates_H, H), (gates_H,), (gates_H,))
+        if T == 0 or B == 0:
+            for d0, dn in zip(d_state, d_final, strict=True):
+                d0[...] = 0 if dn is None else dn
+            dW, dR, db_ih, db_hh = (np.zeros(shape, dtype) for shape in shapes)
+            return dW, dR, db_ih, db_hh
+        dW, dR, db_ih, db_hh = (np.empty(shape, dtype) for shape in shapes)
+        h0, c0 = self.state if len(self.state) == 2 else (self.state[0], None)
+        dh_n, dc_n = d_final if len(d_final) == 2 else (d_final[0], None)
+        dh0, dc0 = d_state if len(d_state) == 2 else (d_state[0], None)
+        self.weights.backward(
+            _rows(self.x),
+            h0,
+            c0,
+            self.reverse,
+            self.y,
+            self.saved,
+            None if dy is None else _rows(dy),
+            None if dh_n is None else np.ascontiguousarray(dh_n),
+            None if dc_n is None else np.ascontiguousarray(dc_n),
+            dx,
+            dW,
+            dR,
+            db_ih,
+            db_hh,
+            dh0,
+            dc0,
+        )
+        return dW, dR, db_ih, db_hh

@@ -1,0 +1,510 @@
+"""Layers that own their parameters: stacking, directions, states, packed weights.
+
+Parameter names, shapes, order and initialisation are PyTorch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from . import checks, kernel
+from ._cpu import Weights
+from .cells import CELLS, Cell
+from .functional import rnn_cell
+from .reference import Array, Nonlinearity
+
+StateT = TypeVar("StateT")
+
+
+class LayerGrads(NamedTuple, Generic[StateT]):
+    """What a layer's pullback returns.
+
+    Attributes
+    ----------
+    x: shaped like the input.
+    state: shaped like the state that goes in: h0, or (h0, c0) for an LSTM.
+    parameters: a dict with the keys and shapes of `state_dict`.
+    """
+
+    x: Array
+    state: StateT
+    parameters: dict[str, Array]
+
+
+class _Layer(Generic[StateT]):
+    """What LSTM, GRU and RNN share. `_cell` decides the rest."""
+
+    _cell: Cell
+    _parameters: dict[str, Array]
+    _packed: dict[tuple[str, bool], Weights]
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        bidirectional: bool,
+        dtype: npt.DTypeLike,
+        rng: np.random.Generator | int | None,
+    ) -> None:
+        set_ = object.__setattr__  # before there are parameters to look among
+        set_(self, "_cell", cell)
+        set_(self, "_parameters", {})
+        set_(self, "_packed", {})
+        self.input_size = checks.positive("input_size", input_size)
+        self.hidden_size = checks.positive("hidden_size", hidden_size)
+        self.num_layers = checks.positive("num_layers", num_layers)
+        self.bias = checks.flag("bias", bias)
+        self.batch_first = checks.flag("batch_first", batch_first)
+        self.bidirectional = checks.flag("bidirectional", bidirectional)
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in checks.DTYPES:
+            raise TypeError(f"dtype must be float32 or float64, got {self.dtype}")
+        generator = np.random.default_rng(rng)
+        bound = self.hidden_size**-0.5
+        for name, shape in self._shapes().items():
+            value = generator.uniform(-bound, bound, shape).astype(self.dtype)
+            value.flags.writeable = False
+            self._parameters[name] = value
+
+    # Parameters
+
+    def _directions(self) -> Iterator[tuple[int, int, str]]:
+        """Yield (layer, direction, the suffix of its parameters' names)."""
+        for layer in range(self.num_layers):
+            for direction in range(1 + self.bidirectional):
+                yield layer, direction, f"l{layer}" + "_reverse" * direction
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        H, rows = self.hidden_size, len(self._cell.gates) * self.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer, _, suffix in self._directions():
+            I = self.input_size if layer == 0 else H * (1 + self.bidirectional)
+            shapes[f"weight_ih_{suffix}"] = (rows, I)
+            shapes[f"weight_hh_{suffix}"] = (rows, H)
+            if self.bias:
+                shapes[f"bias_ih_{suffix}"] = (rows,)
+                shapes[f"bias_hh_{suffix}"] = (rows,)
+        return shapes
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return the parameters by torch's names; the arrays are the layer's, read-only."""
+        return dict(self._parameters)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over every parameter; nothing changes unless all names and shapes fit.
+
+        Parameters
+        ----------
+        state_dict: arrays (or what NumPy can see as such: CPU tensors) of float32 or float64
+            by torch's names, converted to the layer's dtype and copied.
+
+        Raises
+        ------
+        KeyError: names are missing or unknown. TypeError, ValueError: a wrong dtype, shape.
+        """
+        missing = [name for name in self._parameters if name not in state_dict]
+        unknown = [name for name in state_dict if name not in self._parameters]
+        if missing or unknown:
+            raise KeyError(
+                f"state_dict must have the layer's names: missing {missing}, unknown {unknown}"
+            )
+        self._parameters.update(
+            {name: self._checked(name, value) for name, value in state_dict.items()}
+        )
+        self._packed.clear()
+
+    def _checked(self, name: str, value: Any) -> Array:
+        array = checks.array(name, value)
+        expected = self._parameters[name].shape
+        checks.shape(name, array, expected, "(rows, columns)" if len(expected) == 2 else "(rows,)")
+        copy = array.astype(self.dtype, order="C")
+        copy.flags.writeable = False
+        return copy
+
+    def __getattr__(self, name: str) -> Any:
+        parameters = self.__dict__.get("_parameters", {})
+        if name in parameters:
+            return parameters[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._parameters:
+            self._parameters[name] = self._checked(name, value)
+            self._packed.clear()
+        elif name in self.__dict__ and self._parameters:
+            raise AttributeError(f"{name} is fixed when the layer is made")
+        else:
+            object.__setattr__(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for value in state["_parameters"].values():
+            value.flags.writeable = False
+        self.__dict__.update(state)
+
+    def __repr__(self) -> str:
+        extra = [f"{self.input_size}, {self.hidden_size}"]
+        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "bidirectional": False}
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                extra.append(f"{name}={getattr(self, name)}")
+        if self.dtype != np.float32:
+            extra.append(f"dtype={self.dtype}")
+        return f"{type(self).__name__}({', '.join(extra)})"
+
+    def _of(self, suffix: str) -> tuple[Array, Array, Array | None, Array | None]:
+        get = self._parameters.get
+        return (
+            self._parameters[f"weight_ih_{suffix}"],
+            self._parameters[f"weight_hh_{suffix}"],
+            get(f"bias_ih_{suffix}"),
+            get(f"bias_hh_{suffix}"),
+        )
+
+    def _weights(self, suffix: str, like: Weights | None = None) -> Weights:
+        """Return the packed weights, packing them on first use or if the ISA changed."""
+        key = (suffix, like is not None)
+        packed = self._packed.get(key)
+        if packed is None or (like is not None and packed.isa != like.isa):
+            packed = kernel.pack(self._cell, *self._of(suffix), like=like)
+            self._packed[key] = packed
+        return packed
+
+    # Calls
+
+    def _input(self, x: Any) -> Array:
+        """Check x and view it as (T, B, I)."""
+        axes = "(B, T, I)" if self.batch_first else "(T, B, I)"
+        x = checks.sequence(x, axes, self.input_size)
+        if x.dtype != self.dtype:
+            raise TypeError(f"x must be {self.dtype} like the layer, got {x.dtype}")
+        return self._time_major(x)
+
+    def _time_major(self, a: Array) -> Array:
+        if a.ndim == 2:
+            return a[:, None]
+        return a.swapaxes(0, 1) if self.batch_first else a
+
+    def _state(self, name: str, value: Any, shape: tuple[int, ...]) -> Array:
+        """Check a state or its gradient; shape is (layers·directions, B, H) or without B."""
+        value = checks.array(name, value, self.dtype)
+        axes = "(layers*directions, B, H)" if len(shape) == 3 else "(layers*directions, H)"
+        checks.shape(name, value, shape, axes)
+        value = np.ascontiguousarray(value)
+        return value if len(shape) == 3 else value[:, None]
+
+    def _state_shape(self, x: Array, unbatched: bool) -> tuple[int, ...]:
+        count = self.num_layers * (1 + self.bidirectional)
+        return (count, *(() if unbatched else (x.shape[1],)), self.hidden_size)
+
+    def _run(
+        self, x: Any, states: tuple[Any, ...], save: bool
+    ) -> tuple[Array, tuple[Array, ...], list[kernel.Tape], bool]:
+        seen = self._input(x)
+        unbatched = np.ndim(x) == 2
+        T, B, _ = seen.shape
+        H, D = self.hidden_size, 1 + self.bidirectional
+        shape = self._state_shape(seen, unbatched)
+        letters = self._cell.states
+        start = tuple(
+            np.zeros((self.num_layers * D, B, H), self.dtype)
+            if value is None
+            else self._state(f"{letter}0", value, shape)
+            for letter, value in zip(letters, states, strict=True)
+        )
+        final = tuple(np.empty((self.num_layers * D, B, H), self.dtype) for _ in letters)
+        tapes: list[kernel.Tape] = []
+        y = seen
+        for layer, direction, suffix in self._directions():
+            if direction == 0:
+                below = y
+                last = layer == self.num_layers - 1
+                y = self._empty(T, B, D * H, self.batch_first and last and not unbatched)
+            mine = y[..., direction * H : (direction + 1) * H] if D > 1 else y
+            at = layer * D + direction
+            weights = self._weights(suffix)
+            own_start = tuple(s[at] for s in start)
+            own_final = tuple(s[at] for s in final)
+            saved = kernel.forward(weights, below, own_start, direction == 1, mine, own_final, save)
+            if save:
+                back = self._weights(suffix, like=weights)
+                tapes.append(
+                    kernel.Tape(self._cell, back, below, own_start, direction == 1, mine, saved)
+                )
+        return y, final, tapes, unbatched
+
+    def _empty(self, T: int, B: int, width: int, batch_first: bool) -> Array:
+        if batch_first:
+            return np.empty((B, T, width), self.dtype).swapaxes(0, 1)
+        return np.empty((T, B, width), self.dtype)
+
+    def _user_sequence(self, a: Array, unbatched: bool) -> Array:
+        if unbatched:
+            return a[:, 0]
+        return a.swapaxes(0, 1) if self.batch_first else a
+
+    def _user_state(self, state: tuple[Array, ...], unbatched: bool) -> Any:
+        views = tuple(s[:, 0] for s in state) if unbatched else state
+        return views if len(views) > 1 else views[0]
+
+    def _split_state(self, name: str, value: Any) -> tuple[Any, ...]:
+        """Split a user's state into one value per letter, None for zeros."""
+        count = len(self._cell.states)
+        if count == 1:
+            return (value,)
+        if value is None:
+            return (None,) * count
+        if not isinstance(value, (tuple, list)) or len(value) != count:
+            what = f"{len(value)} items" if hasattr(value, "__len__") else "no pair"
+            raise TypeError(
+                f"{name} must be a pair of arrays or None, got {type(value).__name__} with {what}"
+            )
+        return tuple(value)
+
+    def __call__(self, x: Array, state: StateT | None = None) -> tuple[Array, StateT]:
+        """Run the layer over a sequence; nothing is saved.
+
+        Parameters
+        ----------
+        x: (T, B, I), (B, T, I) if batch_first, or (T, I).
+        state: h0, or (h0, c0) for an LSTM, each (layers*directions, B, H) or, for x of rank
+            2, (layers*directions, H); None for zeros.
+
+        Returns
+        -------
+        y: (T, B, directions*H), (B, T, …) or (T, …), every h of the last layer.
+        state: shaped like the state that goes in, after the last step of each direction.
+
+        Raises
+        ------
+        TypeError: a wrong type or dtype. ValueError: a wrong shape. Both before computing.
+        """
+        y, final, _, unbatched = self._run(x, self._split_state("state", state), save=False)
+        return self._user_sequence(y, unbatched), self._user_state(final, unbatched)
+
+    def vjp(
+        self, x: Array, state: StateT | None = None
+    ) -> tuple[tuple[Array, StateT], Callable[..., LayerGrads[StateT]]]:
+        """Run the layer and return a function that computes its gradients.
+
+        x is kept by reference and y is read-only, because the pullback reads both. Assigning
+        new parameters in between does not disturb it.
+
+        Returns
+        -------
+        (y, state), pullback: as from a call, and ``pullback(dy=None, d_state=None)``, which
+            takes their gradients, None for zeros, and returns a `LayerGrads`. It may be
+            called more than once.
+        """
+        y, final, tapes, unbatched = self._run(x, self._split_state("state", state), save=True)
+        y.flags.writeable = False
+        y_user = self._user_sequence(y, unbatched)
+        y_user.flags.writeable = False
+        state_shape = self._state_shape(y, unbatched)
+
+        def pullback(dy: Any = None, d_state: Any = None) -> LayerGrads[StateT]:
+            if dy is not None:
+                dy = checks.array("dy", dy, self.dtype)
+                axes = "(B, T, directions*H)" if self.batch_first else "(T, B, directions*H)"
+                axes = "(T, directions*H)" if unbatched else axes
+                checks.shape("dy", dy, y_user.shape, axes)
+                dy = self._time_major(dy)
+            d_final = tuple(
+                None if d is None else self._state(f"d_state, d{letter}_n,", d, state_shape)
+                for letter, d in zip(
+                    self._cell.states, self._split_state("d_state", d_state), strict=True
+                )
+            )
+            return self._backward(tapes, dy, d_final, unbatched)
+
+        return (y_user, self._user_state(final, unbatched)), pullback
+
+    def _backward(
+        self,
+        tapes: list[kernel.Tape],
+        dy: Array | None,
+        d_final: tuple[Array | None, ...],
+        unbatched: bool,
+    ) -> LayerGrads[StateT]:
+        H, D = self.hidden_size, 1 + self.bidirectional
+        T, B, _ = tapes[0].x.shape
+        d_start = tuple(np.empty((self.num_layers * D, B, H), self.dtype) for _ in d_final)
+        gradients: dict[str, Array] = {}
+        for layer, direction, suffix in reversed(list(self._directions())):
+            at = layer * D + direction
+            tape = tapes[at]
+            mine = dy
+            if dy is not None and D > 1:
+                mine = dy[..., direction * H : (direction + 1) * H]
+            to_user = layer == 0 and self.batch_first and not unbatched
+            dx = self._empty(T, B, tape.x.shape[-1], to_user)
+            dW, dR, db_ih, db_hh = tape.backward(
+                mine,
+                tuple(None if d is None else d[at] for d in d_final),
+                dx,
+                tuple(d[at] for d in d_start),
+            )
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            for name, gradient in zip(names, (dW, dR, db_ih, db_hh), strict=True):
+                gradients[f"{name}_{suffix}"] = gradient
+            if direction == D - 1:
+                total = dx
+            else:
+                total += dx
+            if direction == 0:
+                dy = total
+        return LayerGrads(
+            self._user_sequence(total, unbatched),
+            self._user_state(d_start, unbatched),
+            {name: gradients[name] for name in self._parameters},
+        )
+
+
+class LSTM(_Layer[tuple[Array, Array]]):
+    """A stack of LSTM layers in one or both directions, as `torch.nn.LSTM`.
+
+    The equations are those of `fusedrnn.lstm`; layer l+1 reads the y of layer l, both
+    directions side by side.
+
+    Parameters
+    ----------
+    input_size, hidden_size: I and H.
+    num_layers: how many are stacked.
+    bias: whether there are bias_ih and bias_hh.
+    batch_first: x and y are (B, T, …); states are (layers*directions, B, H) all the same.
+    bidirectional: each layer also runs from the last time to the first.
+    dtype: float32 or float64.
+    rng: a NumPy generator or seed for the parameters, uniform in ±1/√H.
+
+    Its parameters are attributes with torch's names (weight_ih_l0, weight_hh_l0, bias_ih_l0,
+    bias_hh_l0, …_reverse), read-only arrays; assign a new array to change one. Calls are
+    safe from several threads at once, and a layer can be pickled.
+
+    Raises
+    ------
+    TypeError, ValueError: an argument of a wrong type or value.
+
+    >>> import numpy as np, fusedrnn as fr
+    >>> lstm = fr.LSTM(3, 4, num_layers=2, rng=0)
+    >>> y, (h_n, c_n) = lstm(np.zeros((5, 2, 3), np.float32))
+    >>> y.shape, h_n.shape
+    ((5, 2, 4), (2, 2, 4))
+    >>> (y, state), pullback = lstm.vjp(np.zeros((5, 2, 3), np.float32))
+    >>> sorted(pullback(y).parameters)[:2]
+    ['bias_hh_l0', 'bias_hh_l1']
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        *,
+        bidirectional: bool = False,
+        dtype: npt.DTypeLike = np.float32,
+        rng: np.random.Generator | int | None = None,
+    ) -> None:
+        super().__init__(
+            CELLS["lstm"],
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            bidirectional,
+            dtype,
+            rng,
+        )
+
+
+class GRU(_Layer[Array]):
+    """A stack of GRU layers in one or both directions, as `torch.nn.GRU`.
+
+    The equations are those of `fusedrnn.gru`; everything else is as for `LSTM`, but the
+    state is h0 alone.
+
+    >>> import numpy as np, fusedrnn as fr
+    >>> gru = fr.GRU(3, 4, bidirectional=True, rng=0)
+    >>> y, h_n = gru(np.zeros((5, 2, 3), np.float32))
+    >>> y.shape, h_n.shape
+    ((5, 2, 8), (2, 2, 4))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        *,
+        bidirectional: bool = False,
+        dtype: npt.DTypeLike = np.float32,
+        rng: np.random.Generator | int | None = None,
+    ) -> None:
+        super().__init__(
+            CELLS["gru"],
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            bidirectional,
+            dtype,
+            rng,
+        )
+
+
+class RNN(_Layer[Array]):
+    """A stack of Elman RNN layers in one or both directions, as `torch.nn.RNN`.
+
+    The equations are those of `fusedrnn.rnn`; nonlinearity is "tanh", "relu" or "identity".
+    Everything else is as for `LSTM`, but the state is h0 alone.
+
+    >>> import numpy as np, fusedrnn as fr
+    >>> rnn = fr.RNN(3, 4, nonlinearity="relu", batch_first=True, rng=0)
+    >>> y, h_n = rnn(np.zeros((2, 5, 3), np.float32))
+    >>> y.shape, h_n.shape
+    ((2, 5, 4), (1, 2, 4))
+    """
+
+    nonlinearity: Nonlinearity
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: Nonlinearity = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        *,
+        bidirectional: bool = False,
+        dtype: npt.DTypeLike = np.float32,
+        rng: np.random.Generator | int | None = None,
+    ) -> None:
+        cell = rnn_cell(nonlinearity)
+        object.__setattr__(self, "nonlinearity", nonlinearity)
+        super().__init__(
+            cell,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            bidirectional,
+            dtype,
+            rng,
+        )
