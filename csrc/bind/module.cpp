@@ -6,12 +6,12 @@
 
 #include <initializer_list>
 #include <memory>
-#include <new>
 #include <optional>
 #include <string>
-#include <variant>
+#include <vector>
 
 #include "../cpu/dispatch.h"
+#include "../cpu/memory.h"
 
 namespace py = pybind11;
 
@@ -69,8 +69,9 @@ class Weights {
         cell_(find_cell(isa_, cell)),
         backward_(backward),
         I_(weight_ih.ndim() == 2 ? weight_ih.shape(1) : 0),
-        H_(weight_hh.ndim() == 2 ? weight_hh.shape(1) : 0) {
-    if (py::isinstance<py::array_t<float>>(weight_ih)) {
+        H_(weight_hh.ndim() == 2 ? weight_hh.shape(1) : 0),
+        single_(py::isinstance<py::array_t<float>>(weight_ih)) {
+    if (single_) {
       pack<float>(weight_ih, weight_hh, bias_ih, bias_hh);
     } else {
       pack<double>(weight_ih, weight_hh, bias_ih, bias_hh);
@@ -80,12 +81,7 @@ class Weights {
   std::string cell() const { return std::string(cell_.name); }
   std::string isa() const { return std::string(isa_.name); }
   index saved_size() const {
-    return std::visit(
-        [&](const auto& packed) {
-          using S = typename std::decay_t<decltype(packed)>::element_type;
-          return cell_.kernels<S>().saved_size(I_, H_);
-        },
-        packed_);
+    return single_ ? cell_.f32.saved_size(I_, H_) : cell_.f64.saved_size(I_, H_);
   }
 
   void forward(const Array& x, const Array& h0, const MaybeArray& c0, bool reverse,
@@ -154,13 +150,6 @@ class Weights {
   }
 
  private:
-  template <class S>
-  struct Free {
-    void operator()(S* p) const { ::operator delete(p, std::align_val_t{64}); }
-  };
-  template <class S>
-  using Packed = std::unique_ptr<S, Free<S>>;
-
   static const Isa& find_isa(const std::string& name) {
     for (const auto& [isa, supported] : compiled_isas()) {
       if (isa->name == name && supported) return *isa;
@@ -189,20 +178,19 @@ class Weights {
     if (!(weight_hh.flags() & py::array::c_style)) refuse("weight_hh");
     const auto& kernels = cell_.kernels<S>();
     const auto size = static_cast<std::size_t>(kernels.packed_size(I_, H_, backward_));
-    Packed<S> packed(
-        static_cast<S*>(::operator new(size * sizeof(S), std::align_val_t{64})));
-    {
-      const py::gil_scoped_release release;
-      kernels.pack(p, backward_, packed.get());
-    }
-    packed_ = std::move(packed);
+    const py::gil_scoped_release release;
+    packed_ = Memory(size * sizeof(S));
+    fusedrnn::pack(kernels, p, backward_, packed_.as<S>());
   }
 
   template <class F>
   void visit(bool backward, const F& f) const {
     if (backward != backward_) refuse("weights");
-    std::visit([&](const auto& packed) { f(const_cast<const std::decay_t<decltype(*packed)>*>(packed.get())); },
-               packed_);
+    if (single_) {
+      f(packed_.as<const float>());
+    } else {
+      f(packed_.as<const double>());
+    }
   }
 
   void sizes(Sizes& p, const Array& x, bool reverse) const {
@@ -219,8 +207,20 @@ class Weights {
   const CellEntry& cell_;
   const bool backward_;
   const index I_, H_;
-  std::variant<Packed<float>, Packed<double>> packed_;
+  const bool single_;  // float32
+  Memory packed_;
 };
+
+// An uninitialised array in memory of ours.
+Array allocate(const std::vector<index>& shape, const py::dtype& dtype) {
+  std::size_t bytes = static_cast<std::size_t>(dtype.itemsize());
+  for (const index n : shape) bytes *= static_cast<std::size_t>(n);
+  auto memory = std::make_unique<Memory>(bytes);
+  void* const start = memory->as<void>();
+  const py::capsule owner(memory.release(),
+                          [](void* p) { delete static_cast<Memory*>(p); });
+  return Array(dtype, shape, start, owner);
+}
 
 // A cell's elementwise function on the active ISA; for tests of its accuracy.
 Array elementwise(const std::string& name, const Array& x) {
@@ -274,6 +274,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("get_num_threads", &get_num_threads);
   m.def("set_num_threads", &set_num_threads);
   m.def("forked_after_parallel", &forked_after_parallel);
+  m.def("allocate", &allocate);
   m.def("elementwise", &elementwise);
   m.attr("compiler") = FUSEDRNN_COMPILER;
 }

@@ -22,7 +22,7 @@ class BackwardPass {
   // The weight gradients' tile: rows are columns of da, packed; sums run over depth rows.
   static constexpr int grad_tile = L::back_tile;
   static constexpr index grad_tiles_at_once = 32;
-  static constexpr index grad_depth = 256;
+  static constexpr index grad_depth = 512;
 
   const Backward<S>& p_;
   const L layout_;
@@ -32,24 +32,29 @@ class BackwardPass {
   S* const direct_;  // (B, P) dh that reaches the step before past the matmul
   S* const c0_;      // (B, P)
   S* const dbias_;   // (slots, P)
-  S* const packs_;   // per thread: columns of da, one panel of x or h
+  S* const right_;   // panels of x and of h' for a block of depth
+  S* const left_;    // per thread: columns of da for that depth
 
  public:
   static index stretch(const Backward<S>& p, const L& layout) {
-    constexpr index cache = 512 * 1024, enough_rows = 256;
+    constexpr index cache = 512 * 1024, enough_rows = 512;
     const index cached_rows = cache / (slots * layout.P * index{sizeof(S)});
     const index rows = cached_rows > enough_rows ? cached_rows : enough_rows;
     const index steps = rows / p.B > 1 ? rows / p.B : 1;
     return steps < p.T ? steps : p.T;
   }
-  static index pack_size() {
-    return grad_depth * (grad_tiles_at_once * grad_tile + L::back_columns);
+  static constexpr index left_size = grad_depth * grad_tiles_at_once * grad_tile;
+  static index right_width(index N) { return round_up(N, lanes); }
+  static index depth_of(const Backward<S>& p, const L& layout) {
+    const index rows = stretch(p, layout) * p.B;
+    return rows < grad_depth ? rows : grad_depth;
   }
   static index workspace(const Backward<S>& p, int threads) {
     const L layout(p.I, p.H);
     const index rows = (stretch(p, layout) + 1) * p.B;
+    const index right = right_width(p.I) + right_width(p.H);
     return rows * slots * layout.P + 3 * p.B * layout.P + slots * layout.P +
-           threads * pack_size();
+           depth_of(p, layout) * right + threads * left_size;
   }
 
   BackwardPass(const Backward<S>& p, S* workspace)
@@ -64,7 +69,9 @@ class BackwardPass {
         direct_(dc_ + p.B * layout_.P),
         c0_(direct_ + p.B * layout_.P),
         dbias_(c0_ + p.B * layout_.P),
-        packs_(dbias_ + slots * layout_.P) {}
+        right_(dbias_ + slots * layout_.P),
+        left_(right_ +
+              depth_of(p, layout_) * (right_width(p.I) + right_width(p.H))) {}
 
   void run(const Team& team) const {
     const index panels = layout_.back_panels(p_.H);
@@ -234,8 +241,6 @@ class BackwardPass {
   // dW += daᵀ x, dR += daᵀ h', db += Σ da over the stretch; columns of da shared out. Sums
   // run over the rows of a depth block in order and then over the blocks.
   void add_weight_gradients(const Team& team, index begin, index end) const {
-    S* const columns = packs_ + team.rank * pack_size();
-    S* const panel = columns + grad_depth * grad_tiles_at_once * grad_tile;
     const Range own = team.share(width_, grad_tile);
     const index rows = (end - begin) * p_.B;
     for (index done = 0; done < rows; done += grad_depth) {
@@ -247,22 +252,46 @@ class BackwardPass {
         x_row[k] = p_.x + p_.time(s) * p_.x_t + b * p_.x_b;
         h_row[k] = h_before(s, b);
       }
+      S* const x_panels = right_;
+      S* const h_panels = right_ + depth * right_width(p_.I);
+      if (done > 0) team.meet();  // the panels are still being read
+      pack_right(team, x_row, depth, p_.I, x_panels);
+      pack_right(team, h_row, depth, p_.H, h_panels);
+      team.meet();
+
       const bool first = end == p_.T && done == 0;
+      S* const left = left_ + team.rank * left_size;
       constexpr index at_once = grad_tiles_at_once * grad_tile;
       for (index column = own.begin; column < own.end; column += at_once) {
         const Range block{column, column + at_once < own.end ? column + at_once : own.end};
-        pack_columns(da_row, depth, block, columns);
-        add_products<&L::Cell::input_gate>(columns, depth, block, L::first_input, x_row,
-                                           p_.I, panel, p_.dweight_ih, first);
-        add_products<&L::Cell::recurrent_gate>(columns, depth, block, 0, h_row, p_.H,
-                                               panel, p_.dweight_hh, first);
+        pack_left(da_row, depth, block, left);
+        add_products<&L::Cell::input_gate>(left, depth, block, L::first_input, x_panels,
+                                           p_.I, p_.dweight_ih, first);
+        add_products<&L::Cell::recurrent_gate>(left, depth, block, 0, h_panels, p_.H,
+                                               p_.dweight_hh, first);
       }
       add_bias_gradients(da_row, depth, own, first);
     }
     if (begin == 0) write_bias_gradients(own);
   }
 
-  static void pack_columns(const S* const* from, index depth, Range block, S* to) {
+  // Panels of two vectors, the last of one if that is enough: [panel][k][width][lanes].
+  static void pack_right(const Team& team, const S* const* from, index depth, index N,
+                         S* to) {
+    const Range own = team.share(N, L::back_columns);
+    for (index n = own.begin; n < own.end; n += L::back_columns) {
+      const int width = N - n > lanes ? L::back_width : 1;
+      S* at = to + n * depth;
+      for (index k = 0; k < depth; ++k) {
+        for (int w = 0; w < width; ++w, at += lanes) {
+          load_upto<V>(from[k] + n + w * lanes, N - n - w * lanes).store(at);
+        }
+      }
+    }
+  }
+
+  // Tiles of columns: [tile][k][grad_tile].
+  static void pack_left(const S* const* from, index depth, Range block, S* to) {
     for (index column = block.begin; column < block.end; column += grad_tile) {
       const index left = block.end - column;
       for (index k = 0; k < depth; ++k, to += grad_tile) {
@@ -275,24 +304,16 @@ class BackwardPass {
     }
   }
 
-  // dweight (gates·H, N) += columnsᵀ · right for the columns of da in `block` that belong
-  // to slots from first_slot on, whose rows of dweight blocks[] gives.
+  // dweight (gates·H, N) += leftᵀ · right for the columns of da in `block` that belong to
+  // slots from first_slot on, whose blocks of rows of dweight blocks[] gives.
   template <auto blocks>
-  void add_products(const S* columns, index depth, Range block, int first_slot,
-                    const S* const* right, index N, S* panel, S* dweight,
-                    bool first) const {
+  void add_products(const S* left, index depth, Range block, int first_slot,
+                    const S* right, index N, S* dweight, bool first) const {
     const index slots_begin = first_slot * layout_.P;
     const index slots_end = slots_begin + gates * layout_.P;
     if (block.end <= slots_begin || block.begin >= slots_end) return;
-    for (index n = 0; n < N;) {
-      const int width = N - n > lanes ? L::back_width : 1;
-      for (index k = 0; k < depth; ++k) {
-        for (int w = 0; w < width; ++w) {
-          const index column = n + w * lanes;
-          load_upto<V>(right[k] + column, N - column)
-              .store(panel + (k * width + w) * lanes);
-        }
-      }
+    for (index n = 0; n < N; n += L::back_columns) {
+      const S* const panel = right + n * depth;
       for (index column = block.begin; column < block.end; column += grad_tile) {
         S* to[grad_tile];
         bool any = false;
@@ -304,22 +325,21 @@ class BackwardPass {
           any |= real;
         }
         if (!any) continue;
-        const PackedRows<S, grad_tile> left{columns + (column - block.begin) * depth};
-        if (width == L::back_width) {
-          add_tile<L::back_width>(left, panel, depth, to, n, N, first);
+        const PackedRows<S, grad_tile> tile{left + (column - block.begin) * depth};
+        if (N - n > lanes) {
+          add_tile<L::back_width>(tile, panel, depth, to, n, N, first);
         } else {
-          add_tile<1>(left, panel, depth, to, n, N, first);
+          add_tile<1>(tile, panel, depth, to, n, N, first);
         }
       }
-      n += width * lanes;
     }
   }
 
   template <int width>
-  static void add_tile(const PackedRows<S, grad_tile>& left, const S* panel, index depth,
+  static void add_tile(const PackedRows<S, grad_tile>& left, const S* right, index depth,
                        S* const (&to)[grad_tile], index n, index N, bool first) {
     V sum[grad_tile][width] = {};
-    multiply_accumulate<width>(sum, left, panel, depth);
+    multiply_accumulate<width>(sum, left, right, depth);
     for (int r = 0; r < grad_tile; ++r) {
       if (!to[r]) continue;
       for (int w = 0; w < width; ++w) {

@@ -2,11 +2,11 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
+
+#include "memory.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -115,30 +115,17 @@ class FlushDenormals {
 };
 
 // Scratch memory that a calling thread keeps between its calls, so that a short call
-// neither asks for memory nor touches new pages. Lent out: a call nested in another (it
-// cannot happen today) would find none and bring its own.
-class Workspace {
- public:
-  template <class S>
-  static S* of(index elements) {
-    thread_local Workspace kept;
-    const auto bytes = static_cast<std::size_t>(elements) * sizeof(S);
-    if (bytes > kept.bytes_) {
-      kept.memory_.reset();
-      kept.memory_.reset(static_cast<char*>(::operator new(bytes, alignment)));
-      kept.bytes_ = bytes;
-    }
-    return reinterpret_cast<S*>(kept.memory_.get());
+// neither asks for memory nor touches new pages.
+template <class S>
+S* workspace(index elements) {
+  thread_local Memory kept;
+  const auto bytes = static_cast<std::size_t>(elements) * sizeof(S);
+  if (bytes > kept.bytes()) {
+    kept = {};
+    kept = Memory(bytes);
   }
-
- private:
-  static constexpr std::align_val_t alignment{64};
-  struct Free {
-    void operator()(char* p) const { ::operator delete(p, alignment); }
-  };
-  std::unique_ptr<char, Free> memory_;
-  std::size_t bytes_ = 0;
-};
+  return kept.as<S>();
+}
 
 // A thread is worth waking for this much work in all, and worth meeting once per step for
 // this much in each step (floating-point operations per thread).
@@ -179,22 +166,34 @@ void with_team(int threads, const F& f) {
 }  // namespace
 
 template <class S>
+void pack(const Kernels<S>& kernels, const Parameters<S>& parameters, bool backward,
+          S* to) {
+  constexpr index values_per_thread = 1 << 18;
+  const index values = kernels.packed_size(parameters.I, parameters.H, backward);
+  const index most = values / values_per_thread, limit = get_num_threads();
+  with_team(most >= limit ? static_cast<int>(limit) : most > 1 ? static_cast<int>(most) : 1,
+            [&](const Team& team) { kernels.pack(parameters, backward, to, team); });
+}
+
+template <class S>
 void run(const Kernels<S>& kernels, int gates, const Forward<S>& problem) {
-  S* const workspace = Workspace::of<S>(kernels.forward_workspace(problem));
+  S* const scratch = workspace<S>(kernels.forward_workspace(problem));
   with_team(threads_for(problem, gates, 1), [&](const Team& team) {
-    kernels.forward(problem, workspace, team);
+    kernels.forward(problem, scratch, team);
   });
 }
 
 template <class S>
 void run(const Kernels<S>& kernels, int gates, const Backward<S>& problem) {
   const int threads = threads_for(problem, gates, 2);
-  S* const workspace = Workspace::of<S>(kernels.backward_workspace(problem, threads));
+  S* const scratch = workspace<S>(kernels.backward_workspace(problem, threads));
   with_team(threads, [&](const Team& team) {
-    kernels.backward(problem, workspace, team);
+    kernels.backward(problem, scratch, team);
   });
 }
 
+template void pack(const Kernels<float>&, const Parameters<float>&, bool, float*);
+template void pack(const Kernels<double>&, const Parameters<double>&, bool, double*);
 template void run(const Kernels<float>&, int, const Forward<float>&);
 template void run(const Kernels<double>&, int, const Forward<double>&);
 template void run(const Kernels<float>&, int, const Backward<float>&);

@@ -30,6 +30,8 @@ int get_num_threads();
 bool forked_after_parallel();
 
 template <class S>
+void pack(const Kernels<S>& kernels, const Parameters<S>& parameters, bool backward, S* to);
+template <class S>
 void run(const Kernels<S>& kernels, int gates, const Forward<S>& problem);
 template <class S>
 void run(const Kernels<S>& kernels, int gates, const Backward<S>& problem);

@@ -25,8 +25,8 @@ constexpr Kernels<S> kernels_of() {
         const L layout(I, H);
         return backward ? layout.backward_size() : layout.forward_size();
       },
-      [](const Parameters<S>& p, bool backward, S* to) {
-        backward ? pack_backward<L>(p, to) : pack_forward<L>(p, to);
+      [](const Parameters<S>& p, bool backward, S* to, const Team& team) {
+        backward ? pack_backward<L>(p, to, team) : pack_forward<L>(p, to, team);
       },
       [](index I, index H) { return L(I, H).saved(); },
       [](const Forward<S>& p) { return ForwardPass<CellOf, S>::workspace(p); },

@@ -12,7 +12,7 @@ namespace fusedrnn {
 template <class S>
 struct Kernels {
   index (*packed_size)(index I, index H, bool backward);
-  void (*pack)(const Parameters<S>&, bool backward, S* to);
+  void (*pack)(const Parameters<S>&, bool backward, S* to, const Team&);
   index (*saved_size)(index I, index H);  // per step and row
   index (*forward_workspace)(const Forward<S>&);
   void (*forward)(const Forward<S>&, S* workspace, const Team&);

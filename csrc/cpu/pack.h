@@ -10,8 +10,8 @@
 // Padding is zero.
 #pragma once
 
-#include "../problem.h"
 #include "gemm.h"
+#include "team.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
@@ -74,35 +74,50 @@ struct Layout {
   }
 };
 
+// A thread packs its share of the panels.
 template <class L, class S>
 void pack_gate_panels(const L& layout, const S* weight, index K, const int* blocks,
-                      S* to) {
-  constexpr int lanes = L::V::lanes;
-  for (index panel = 0; panel < layout.panels(); ++panel) {
-    for (int slot = 0; slot < L::gates; ++slot) {
-      for (int u = 0; u < L::panel_units; ++u) {
-        const index unit = panel * L::panel_units + u;
-        const S* row = weight + (blocks[slot] * layout.H + unit) * K;
-        S* column = to + slot * L::panel_units + u;
-        for (index k = 0; k < K; ++k) {
-          column[k * L::width * lanes] = unit < layout.H ? row[k] : S{0};
+                      S* panels, const Team& team) {
+  using V = typename L::V;
+  constexpr int lanes = V::lanes;
+  const Range own = team.share(layout.panels());
+  for (index panel = own.begin; panel < own.end; ++panel) {
+    for (int vector = 0; vector < L::width; ++vector) {
+      const int slot = vector / L::unit_vectors;
+      const index unit = panel * L::panel_units + vector % L::unit_vectors * lanes;
+      const S* rows = weight + (blocks[slot] * layout.H + unit) * K;
+      S* column = panels + panel * layout.panel_size(K) + vector * lanes;
+      for (index k = 0; k < K; k += lanes) {
+        // Through a small square, so that memory is read and written along its lines.
+        S square[lanes][lanes];
+        const index left = K - k;
+        for (int u = 0; u < lanes; ++u) {
+          const bool real = unit + u < layout.H;
+          (real ? load_upto<V>(rows + u * K + k, left) : V::broadcast(0)).store(square[u]);
+        }
+        for (int i = 0; i < lanes && i < left; ++i) {
+          for (int u = 0; u < lanes; ++u) column[u] = square[u][i];
+          column += L::width * lanes;
         }
       }
     }
-    to += layout.panel_size(K);
   }
 }
 
 template <class L, class S>
 void pack_transposed_panels(const L& layout, const S* weight, index N,
-                            const int* blocks, S* to) {
-  for (index panel = 0; panel < layout.back_panels(N); ++panel) {
-    const index n = panel * L::back_columns;
+                            const int* blocks, S* panels, const Team& team) {
+  using V = typename L::V;
+  const Range own = team.share(layout.back_panels(N));
+  for (index panel = own.begin; panel < own.end; ++panel) {
+    S* to = panels + panel * layout.back_panel_size();
     for (int slot = 0; slot < L::gates; ++slot) {
       for (index unit = 0; unit < layout.P; ++unit) {
         const S* row = weight + (blocks[slot] * layout.H + unit) * N;
-        for (int c = 0; c < L::back_columns; ++c) {
-          *to++ = unit < layout.H && n + c < N ? row[n + c] : S{0};
+        for (int vector = 0; vector < L::back_width; ++vector, to += V::lanes) {
+          const index n = panel * L::back_columns + vector * V::lanes;
+          const bool real = unit < layout.H && n < N;
+          (real ? load_upto<V>(row + n, N - n) : V::broadcast(0)).store(to);
         }
       }
     }
@@ -110,9 +125,9 @@ void pack_transposed_panels(const L& layout, const S* weight, index N,
 }
 
 template <class L, class S>
-void pack_forward(const Parameters<S>& p, S* to) {
+void pack_forward(const Parameters<S>& p, S* to, const Team& team) {
   const L layout(p.I, p.H);
-  for (int slot = 0; slot < L::slots; ++slot) {
+  for (int slot = 0; slot < L::slots && team.rank == 0; ++slot) {
     const int input = L::blocks.input[slot], recurrent = L::blocks.recurrent[slot];
     for (index unit = 0; unit < layout.P; ++unit) {
       S bias = 0;
@@ -124,17 +139,17 @@ void pack_forward(const Parameters<S>& p, S* to) {
     }
   }
   pack_gate_panels(layout, p.weight_ih, p.I, L::Cell::input_gate,
-                   to + layout.input_panels());
+                   to + layout.input_panels(), team);
   pack_gate_panels(layout, p.weight_hh, p.H, L::Cell::recurrent_gate,
-                   to + layout.recurrent_panels());
+                   to + layout.recurrent_panels(), team);
 }
 
 template <class L, class S>
-void pack_backward(const Parameters<S>& p, S* to) {
+void pack_backward(const Parameters<S>& p, S* to, const Team& team) {
   const L layout(p.I, p.H);
-  pack_transposed_panels(layout, p.weight_ih, p.I, L::Cell::input_gate, to);
+  pack_transposed_panels(layout, p.weight_ih, p.I, L::Cell::input_gate, to, team);
   pack_transposed_panels(layout, p.weight_hh, p.H, L::Cell::recurrent_gate,
-                         to + layout.back_recurrent_panels());
+                         to + layout.back_recurrent_panels(), team);
 }
 
 }  // namespace fusedrnn::FUSEDRNN_ARCH

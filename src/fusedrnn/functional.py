@@ -90,7 +90,7 @@ def _check(
     reverse = checks.flag("reverse", reverse)
     shape_y = (*x.shape[:-1], H)
     if out is None:
-        y = np.empty(shape_y, dtype)
+        y = kernel.empty(shape_y, dtype)
     else:
         y = checks.output(out, shape_y, "(T, H)" if unbatched else "(T, B, H)", x)
         used = (x, weight_ih, weight_hh, *biases, *state)
@@ -136,7 +136,7 @@ def _vjp(call: _Call) -> tuple[tuple[Array, ...], Callable[..., tuple[Any, ...]]
             _gradient(name, value, like, call)
             for name, value, like in zip(names, d_results, likes, strict=True)
         ]
-        dx = np.empty(call.x.shape, call.x.dtype)
+        dx = kernel.empty(call.x.shape, call.x.dtype)
         d_state = tuple(np.empty_like(s) for s in call.state)
         d_parameters = tape.backward(d[0], tuple(d[1:]), dx, d_state)
         return (

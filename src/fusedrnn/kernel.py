@@ -6,12 +6,13 @@ Everything here is checked already: arrays have one dtype, x is (T, B, I), state
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ._cpu import Weights
+from ._cpu import Weights, allocate
 from .cells import Cell
 from .reference import Array
 
@@ -47,13 +48,10 @@ def _rows(a: Array) -> Array:
     return np.ascontiguousarray(a)
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return an uninitialised array that starts on a cache line."""
-    line = 64
-    size = int(np.prod(shape)) * dtype.itemsize
-    memory = np.empty(size + line, np.uint8)
-    start = -memory.ctypes.data % line
-    return memory[start : start + size].view(dtype).reshape(shape)
+def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return an uninitialised array, its memory reused where fresh pages would be costly."""
+    large = math.prod(shape) * dtype.itemsize >= 1 << 22
+    return allocate(shape, dtype) if large else np.empty(shape, dtype)
 
 
 def forward(
@@ -73,7 +71,7 @@ def forward(
         return None
     saved = None
     if save and weights.saved_size:
-        saved = _aligned((T, B, weights.saved_size), x.dtype)
+        saved = allocate((T, B, weights.saved_size), x.dtype)
     h0, c0 = state if len(state) == 2 else (state[0], None)
     h_n, c_n = final if len(final) == 2 else (final[0], None)
     weights.forward(_rows(x), h0, c0, reverse, y, h_n, c_n, saved)
@@ -110,7 +108,7 @@ class Tape:
                 d0[...] = 0 if dn is None else dn
             dW, dR, db_ih, db_hh = (np.zeros(shape, dtype) for shape in shapes)
             return dW, dR, db_ih, db_hh
-        dW, dR, db_ih, db_hh = (np.empty(shape, dtype) for shape in shapes)
+        dW, dR, db_ih, db_hh = (empty(shape, dtype) for shape in shapes)
         h0, c0 = self.state if len(self.state) == 2 else (self.state[0], None)
         dh_n, dc_n = d_final if len(d_final) == 2 else (d_final[0], None)
         dh0, dc0 = d_state if len(d_state) == 2 else (d_state[0], None)

@@ -245,8 +245,8 @@ class _Layer(Generic[StateT]):
 
     def _empty(self, T: int, B: int, width: int, batch_first: bool) -> Array:
         if batch_first:
-            return np.empty((B, T, width), self.dtype).swapaxes(0, 1)
-        return np.empty((T, B, width), self.dtype)
+            return kernel.empty((B, T, width), self.dtype).swapaxes(0, 1)
+        return kernel.empty((T, B, width), self.dtype)
 
     def _user_sequence(self, a: Array, unbatched: bool) -> Array:
         if unbatched:

@@ -1,0 +1,182 @@
+"""The kernels agree with the reference in float64, on every ISA and any number of threads."""
+
+from __future__ import annotations
+
+import hypothesis
+import numpy as np
+import pytest
+from helpers import Sizes, arguments, assert_close, cotangents, double, op
+from hypothesis import strategies as st
+
+import fusedrnn as fr
+from fusedrnn import _cpu, reference
+from fusedrnn.cells import CELLS, Cell
+
+# Around lanes (2 to 16), panels (to 32) and tiles (to 8 rows); primes; single things.
+SHAPES = [
+    Sizes(1, 1, 1, 1),
+    Sizes(5, 3, 4, 7),
+    Sizes(7, 1, 9, 33),
+    Sizes(6, 20, 7, 50),
+    Sizes(40, 13, 3, 16),
+    Sizes(3, 70, 17, 31),
+    Sizes(2, 9, 33, 64),
+    Sizes(600, 1, 2, 5),  # several stretches of steps
+    Sizes(3, 300, 3, 8),
+]
+
+
+def check_against_reference(
+    cell: Cell, sizes: Sizes, dtype: np.dtype, reverse: bool, bias: bool = True, seed: int = 0
+) -> None:
+    values = arguments(cell, sizes, dtype, seed, bias)
+    expected, expected_pullback = op(cell, "_vjp", reference)(**double(values), reverse=reverse)
+    results, pullback = op(cell, "_vjp")(**values, reverse=reverse)
+    inference = op(cell)(**values, reverse=reverse)
+    weights = cotangents(results, seed)
+    gradients = pullback(*weights)
+    expected_gradients = expected_pullback(*(w.astype(np.float64) for w in weights))
+    for name, a, b, e in zip(("y", "h_n", "c_n"), results, inference, expected, strict=False):
+        assert_close(a, e, dtype, name)
+        np.testing.assert_array_equal(a, b, f"{name}: training and inference differ")
+    for name, a, e in zip(gradients._fields, gradients, expected_gradients, strict=True):
+        assert_close(a, e, dtype, f"d{name}")
+
+
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_agrees_with_reference(
+    cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, reverse: bool
+) -> None:
+    check_against_reference(cell, sizes, dtype, reverse)
+
+
+@pytest.mark.parametrize("sizes", [Sizes(9, 6, 40, 128), Sizes(6, 64, 30, 96)], ids=str)
+def test_agrees_with_reference_on_many_threads(
+    cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, threads: int
+) -> None:
+    check_against_reference(cell, sizes, dtype, False)
+
+
+@hypothesis.given(
+    sizes=st.builds(Sizes, st.integers(1, 12), st.integers(1, 40), st.integers(1, 40), st.integers(1, 70)),
+    name=st.sampled_from(list(CELLS)),
+    isa=st.sampled_from([n for n, supported in _cpu.isas().items() if supported]),
+    dtype=st.sampled_from(["float32", "float64"]),
+    reverse=st.booleans(),
+    bias=st.booleans(),
+    count=st.integers(1, 4),
+)
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+def test_agrees_with_reference_on_any_shape(
+    sizes: Sizes, name: str, isa: str, dtype: str, reverse: bool, bias: bool, count: int
+) -> None:
+    fr.set_isa(isa)
+    fr.set_num_threads(count)
+    try:
+        check_against_reference(CELLS[name], sizes, np.dtype(dtype), reverse, bias, seed=3)
+    finally:
+        fr.set_isa(None)
+        fr.set_num_threads(0)
+
+
+@pytest.mark.parametrize("sizes", [Sizes(4, 5, 7, 19), Sizes(3, 40, 5, 33)], ids=str)
+def test_integers_are_exact(sizes: Sizes, dtype: np.dtype, isa: str, threads: int) -> None:
+    """A linear recurrence on small integers: every index and tail, without tolerance."""
+    rng = np.random.default_rng(7)
+    T, B, I, H = sizes
+    shapes = [(T, B, I), (H, I), (H, H), (H,), (H,), (B, H)]
+    values = [rng.integers(-1, 2, shape).astype(dtype) for shape in shapes]
+    results, pullback = fr.rnn_vjp(*values, nonlinearity="identity")
+    expected, expected_pullback = reference.rnn_vjp(*values, nonlinearity="identity")
+    weights = [rng.integers(-1, 2, r.shape).astype(dtype) for r in results]
+    for a, e in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(a, e)
+    for a, e in zip(pullback(*weights), expected_pullback(*weights), strict=True):
+        np.testing.assert_array_equal(a, e)
+
+
+@pytest.mark.parametrize("sizes", [Sizes(0, 3, 4, 5), Sizes(3, 0, 4, 5), Sizes(0, 0, 1, 1)], ids=str)
+def test_empty_sequences_and_batches(cell: Cell, sizes: Sizes, dtype: np.dtype) -> None:
+    check_against_reference(cell, sizes, dtype, False)
+
+
+def test_missing_gradients_are_zeros(cell: Cell, isa: str) -> None:
+    values = arguments(cell, Sizes(5, 4, 3, 18))
+    results, pullback = op(cell, "_vjp")(**values)
+    weights = cotangents(results)
+    for given in range(len(weights)):
+        partial = [w if i == given else None for i, w in enumerate(weights)]
+        zeros = [w if i == given else np.zeros_like(w) for i, w in enumerate(weights)]
+        for a, b in zip(pullback(*partial), pullback(*zeros), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_pullback_twice_gives_the_same(cell: Cell) -> None:
+    results, pullback = op(cell, "_vjp")(**arguments(cell, Sizes(5, 4, 3, 18)))
+    weights = cotangents(results)
+    for a, b in zip(pullback(*weights), pullback(*weights), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def variants(a: np.ndarray) -> dict[str, np.ndarray]:
+    """The same values at other strides."""
+    wide = np.repeat(a, 2, axis=-1)
+    readonly = a.copy()
+    readonly.flags.writeable = False
+    unaligned = np.frombuffer(b"\0" + a.tobytes(), np.uint8)[1:].view(a.dtype).reshape(a.shape)
+    return {
+        "sliced": wide[..., ::2],
+        "inner": np.concatenate([a, a], axis=-1)[..., : a.shape[-1]],
+        "fortran": np.asfortranarray(a),
+        "backwards": a[::-1].copy()[::-1],
+        "read-only": readonly,
+        "unaligned": unaligned,
+    }
+
+
+@pytest.mark.parametrize("kind", list(variants(np.zeros((1, 1)))))
+def test_any_strides(cell: Cell, kind: str) -> None:
+    values = arguments(cell, Sizes(5, 4, 3, 18), np.float32)
+    strided = {k: variants(v)[kind] for k, v in values.items()}
+    before = {k: v.copy() for k, v in strided.items()}
+    plain, plain_pullback = op(cell, "_vjp")(**values)
+    results, pullback = op(cell, "_vjp")(**strided)
+    weights = cotangents(plain)
+    gradients = pullback(*(variants(w)[kind] for w in weights))
+    for a, b in zip(results, plain, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(gradients, plain_pullback(*weights), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for name, value in strided.items():
+        np.testing.assert_array_equal(value, before[name], f"{name} was changed")
+
+
+def test_out_is_written_and_returned(cell: Cell) -> None:
+    values = arguments(cell, Sizes(5, 4, 3, 18))
+    room = np.full((5, 4, 25), 9.0)
+    y, *_ = op(cell)(**values, out=room[..., 3:21])
+    assert np.shares_memory(y, room)
+    np.testing.assert_array_equal(room[..., 3:21], op(cell)(**values)[0])
+    np.testing.assert_array_equal(room[..., [0, 1, 2, 21, 22, 23, 24]], 9.0)
+
+
+def test_nan_and_inf_stay_in_their_row(cell: Cell, isa: str) -> None:
+    values = arguments(cell, Sizes(4, 9, 3, 18))
+    clean = op(cell)(**values)[0]
+    values["x"][1, 4, 0] = np.nan
+    values["x"][1, 7, 0] = np.inf
+    y = op(cell)(**values)[0]
+    others = [b for b in range(9) if b not in (4, 7)]
+    np.testing.assert_array_equal(y[:, others], clean[:, others])
+    np.testing.assert_array_equal(y[0], clean[0])
+    assert np.isnan(y[1:, 4]).all()
+
+
+@pytest.mark.parametrize(("name", "per_unit"), [("lstm", 5), ("gru", 4), ("rnn_tanh", 0)])
+def test_memory_saved_for_backward(name: str, per_unit: int, dtype: np.dtype) -> None:
+    """5·H values a step and row for LSTM, 4·H for GRU; H = 64 is whole vectors anywhere."""
+    H = 64
+    rows = len(CELLS[name].gates) * H
+    weights = _cpu.Weights(name, np.zeros((rows, 3), dtype), np.zeros((rows, H), dtype), None, None)
+    assert weights.saved_size == per_unit * H

@@ -1,0 +1,69 @@
+"""σ and tanh: at most 4 ULP off everywhere, limits and NaN right."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fusedrnn import _cpu
+
+
+def exact(name: str, x: np.ndarray) -> np.ndarray:
+    """In extended precision, σ without cancellation on either side."""
+    x = x.astype(np.longdouble)
+    if name == "tanh":
+        return np.tanh(x)
+    e = np.exp(-np.abs(x))
+    return np.where(x < 0, e, 1) / (1 + e)
+
+
+def samples(dtype: np.dtype) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**63, 400_000, np.uint64).view(np.float64)
+    if dtype == np.float32:
+        bits = rng.integers(0, 2**32, 800_000, np.uint32).view(np.float32)
+    dense = [rng.uniform(-r, r, 300_000) for r in (1e-3, 1, 10, 100, 800)]
+    edges = [0.0, -0.0, np.log(2) / 2, np.log(2), 88.72, -87.3365, -88, 709.78, -708.3964, -745]
+    x = np.concatenate([bits[np.isfinite(bits)], *dense, edges, np.negative(edges)])
+    return x.astype(dtype)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_within_four_ulp(name: str, dtype: np.dtype, isa: str) -> None:
+    x = samples(dtype)
+    y = _cpu.elementwise(name, x)
+    expected = exact(name, x)
+    tiny = np.finfo(dtype).tiny
+    normal = np.abs(expected) >= tiny
+    ulp = np.spacing(np.abs(expected[normal]).astype(dtype)).astype(np.longdouble)
+    error = np.abs(y[normal] - expected[normal]) / ulp
+    worst = np.argmax(error)
+    assert error[worst] <= 4, f"{error[worst]:.2f} ULP at {x[normal][worst]!r}"
+    assert (np.abs(y[~normal]) <= tiny).all()  # denormal results may be 0
+    limit = 1
+    assert (np.abs(y) <= limit).all()
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_limits(name: str, dtype: np.dtype, isa: str) -> None:
+    x = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan], dtype)
+    y = _cpu.elementwise(name, x)
+    low, middle = (-1, 0) if name == "tanh" else (0, 0.5)
+    np.testing.assert_array_equal(y, np.array([middle, middle, 1, low, np.nan, np.nan], dtype))
+    if name == "tanh":
+        assert np.signbit(y[1])
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_nearly_monotone(name: str, dtype: np.dtype, isa: str) -> None:
+    """Neighbouring arguments never go back by more than the error allows."""
+    x = np.sort(samples(dtype))
+    y = _cpu.elementwise(name, x)
+    step = np.diff(y)
+    assert (step >= -4 * np.spacing(np.abs(y[:-1]))).all()
+
+
+def test_every_length(dtype: np.dtype, isa: str) -> None:
+    for n in range(40):
+        x = np.linspace(-3, 3, n).astype(dtype)
+        np.testing.assert_allclose(_cpu.elementwise("tanh", x), np.tanh(x), rtol=1e-6)

@@ -1,0 +1,103 @@
+"""Layers agree with torch.nn in float64: an oracle that shares nothing with the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import assert_close
+
+import fusedrnn as fr
+
+torch = pytest.importorskip("torch", reason="torch is the oracle of these tests")
+
+KINDS = {
+    "LSTM": {},
+    "GRU": {},
+    "RNN-tanh": {"nonlinearity": "tanh"},
+    "RNN-relu": {"nonlinearity": "relu"},
+}
+
+
+def pair(kind: str, dtype, input_size: int, hidden_size: int, **options):
+    """A torch module in float64 and our layer with its parameters as rounded to dtype."""
+    torch.manual_seed(3)
+    name = kind.partition("-")[0]
+    options |= KINDS[kind]
+    module = getattr(torch.nn, name)(input_size, hidden_size, dtype=torch.float64, **options)
+    layer = getattr(fr, name)(input_size, hidden_size, dtype=dtype, **options)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.from_numpy(p.numpy().astype(dtype)))
+    layer.load_state_dict({k: v.numpy() for k, v in module.state_dict().items()})
+    return module, layer
+
+
+def flat(state) -> list:
+    return list(state) if isinstance(state, tuple) else [state]
+
+
+def compare(module, layer, dtype, x: np.ndarray, states: list[np.ndarray]) -> None:
+    """Outputs and the gradient of every input and parameter."""
+    x_t = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    states_t = [torch.tensor(s, dtype=torch.float64, requires_grad=True) for s in states]
+    one = len(states) == 1
+    y_t, final_t = module(x_t, states_t[0] if one else tuple(states_t))
+    (y, final), pullback = layer.vjp(x, states[0] if one else tuple(states))
+    assert_close(y, y_t.detach().numpy(), dtype, "y")
+    for a, e in zip(flat(final), flat(final_t), strict=True):
+        assert_close(a, e.detach().numpy(), dtype, "state")
+    inference, _ = layer(x, states[0] if one else tuple(states))
+    np.testing.assert_array_equal(inference, y)
+
+    rng = np.random.default_rng(9)
+    dy = rng.normal(size=y.shape).astype(dtype)
+    d_final = [rng.normal(size=s.shape).astype(dtype) for s in flat(final)]
+    torch.autograd.backward(
+        [y_t, *flat(final_t)], [torch.from_numpy(d.astype(np.float64)) for d in (dy, *d_final)]
+    )
+    grads = pullback(dy, d_final[0] if one else tuple(d_final))
+    assert_close(grads.x, x_t.grad.numpy(), dtype, "dx")
+    for a, e in zip(flat(grads.state), states_t, strict=True):
+        assert_close(a, e.grad.numpy(), dtype, "d state")
+    expected = dict(module.named_parameters())
+    assert list(grads.parameters) == list(expected)
+    for name, gradient in grads.parameters.items():
+        assert_close(gradient, expected[name].grad.numpy(), dtype, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "both-ways"])
+def test_agrees_with_torch(
+    kind: str, num_layers: int, bidirectional: bool, dtype, isa: str, threads: int
+) -> None:
+    module, layer = pair(
+        kind, dtype, 11, 37, num_layers=num_layers, bidirectional=bidirectional
+    )
+    rng = np.random.default_rng(1)
+    shape = (num_layers * (1 + bidirectional), 5, 37)
+    states = [rng.normal(size=shape).astype(dtype) for _ in range(1 + (kind == "LSTM"))]
+    compare(module, layer, dtype, rng.normal(size=(9, 5, 11)).astype(dtype), states)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("batched", [True, False], ids=["batch-first", "unbatched"])
+def test_forms_of_input(kind: str, bias: bool, batched: bool, dtype) -> None:
+    module, layer = pair(
+        kind, dtype, 6, 20, num_layers=2, bias=bias, batch_first=True, bidirectional=True
+    )
+    rng = np.random.default_rng(2)
+    batch = (3,) if batched else ()
+    states = [rng.normal(size=(4, *batch, 20)).astype(dtype) for _ in range(1 + (kind == "LSTM"))]
+    compare(module, layer, dtype, rng.normal(size=(*batch, 8, 6)).astype(dtype), states)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_parameters(kind: str) -> None:
+    """Names, order, shapes and the bound of the initialisation are torch's."""
+    module, layer = pair(kind, np.float32, 6, 20, num_layers=2, bidirectional=True)
+    ours = {k: v.shape for k, v in layer.state_dict().items()}
+    assert list(ours.items()) == [(k, tuple(v.shape)) for k, v in module.state_dict().items()]
+    fresh = fr.LSTM(6, 400, rng=0).state_dict()["weight_hh_l0"]
+    assert 0.99 * 400**-0.5 < np.abs(fresh).max() <= 400**-0.5
