@@ -84,7 +84,9 @@ def test_layers_equal_ops(dtype: np.dtype) -> None:
     for l in range(2):
         sides = []
         for d, suffix in enumerate((f"l{l}", f"l{l}_reverse")):
-            args = [p[f"{n}_{suffix}"] for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+            args = [
+                p[f"{n}_{suffix}"] for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            ]
             side, h, c = fr.lstm(below, *args, reverse=d == 1)
             np.testing.assert_array_equal(h, h_n[2 * l + d])
             np.testing.assert_array_equal(c, c_n[2 * l + d])

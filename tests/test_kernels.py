@@ -59,7 +59,9 @@ def test_agrees_with_reference_on_many_threads(
 
 
 @hypothesis.given(
-    sizes=st.builds(Sizes, st.integers(1, 12), st.integers(1, 40), st.integers(1, 40), st.integers(1, 70)),
+    sizes=st.builds(
+        Sizes, st.integers(1, 12), st.integers(1, 40), st.integers(1, 40), st.integers(1, 70)
+    ),
     name=st.sampled_from(list(CELLS)),
     isa=st.sampled_from([n for n, supported in _cpu.isas().items() if supported]),
     dtype=st.sampled_from(["float32", "float64"]),
@@ -96,7 +98,9 @@ def test_integers_are_exact(sizes: Sizes, dtype: np.dtype, isa: str, threads: in
         np.testing.assert_array_equal(a, e)
 
 
-@pytest.mark.parametrize("sizes", [Sizes(0, 3, 4, 5), Sizes(3, 0, 4, 5), Sizes(0, 0, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [Sizes(0, 3, 4, 5), Sizes(3, 0, 4, 5), Sizes(0, 0, 1, 1)], ids=str
+)
 def test_empty_sequences_and_batches(cell: Cell, sizes: Sizes, dtype: np.dtype) -> None:
     check_against_reference(cell, sizes, dtype, False)
 
@@ -178,5 +182,7 @@ def test_memory_saved_for_backward(name: str, per_unit: int, dtype: np.dtype) ->
     """5·H values a step and row for LSTM, 4·H for GRU; H = 64 is whole vectors anywhere."""
     H = 64
     rows = len(CELLS[name].gates) * H
-    weights = _cpu.Weights(name, np.zeros((rows, 3), dtype), np.zeros((rows, H), dtype), None, None)
+    weights = _cpu.Weights(
+        name, np.zeros((rows, 3), dtype), np.zeros((rows, H), dtype), None, None
+    )
     assert weights.saved_size == per_unit * H

@@ -45,7 +45,9 @@ def test_absent_biases_and_states_are_zeros(cell: Cell) -> None:
 
 def test_unbatched_equals_a_batch_of_one(cell: Cell) -> None:
     values = arguments(cell, SIZES._replace(B=1))
-    flat = {k: v[:, 0] if k == "x" else v[0] if k in ("h0", "c0") else v for k, v in values.items()}
+    flat = {
+        k: v[:, 0] if k == "x" else v[0] if k in ("h0", "c0") else v for k, v in values.items()
+    }
     batched, pull_batched = op(cell, "_vjp", reference)(**values)
     single, pull_single = op(cell, "_vjp", reference)(**flat)
     for a, b in zip(single, batched, strict=True):

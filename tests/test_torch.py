@@ -89,7 +89,9 @@ def test_forms_of_input(kind: str, bias: bool, batched: bool, dtype) -> None:
     )
     rng = np.random.default_rng(2)
     batch = (3,) if batched else ()
-    states = [rng.normal(size=(4, *batch, 20)).astype(dtype) for _ in range(1 + (kind == "LSTM"))]
+    states = [
+        rng.normal(size=(4, *batch, 20)).astype(dtype) for _ in range(1 + (kind == "LSTM"))
+    ]
     compare(module, layer, dtype, rng.normal(size=(*batch, 8, 6)).astype(dtype), states)
 
 

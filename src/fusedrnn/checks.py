@@ -14,19 +14,21 @@ DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
 def array(name: str, value: Any, dtype: np.dtype[Any] | None = None) -> Array:
     """Return `value` as an array of float32 or float64, or of `dtype` where that is given."""
-    if type(value) is not np.ndarray:
-        if value is None:
-            raise TypeError(f"{name} must be an array, got None")
+    if type(value) is np.ndarray:
+        found: Array = value
+    elif value is None:
+        raise TypeError(f"{name} must be an array, got None")
+    else:
         try:
-            value = np.asarray(value)
+            found = np.asarray(value)
         except ValueError as error:  # ragged lists
             raise TypeError(f"{name} must be an array: {error}") from None
     if dtype is not None:
-        if value.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype} like x, got {value.dtype}")
-    elif value.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32 or float64, got {value.dtype}")
-    return value  # type: ignore[no-any-return]
+        if found.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype} like x, got {found.dtype}")
+    elif found.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32 or float64, got {found.dtype}")
+    return found
 
 
 def shape(name: str, value: Array, expected: tuple[int, ...], meaning: str) -> None:

@@ -124,8 +124,10 @@ class _Layer(Generic[StateT]):
     def _checked(self, name: str, value: Any) -> Array:
         array = checks.array(name, value)
         expected = self._parameters[name].shape
-        checks.shape(name, array, expected, "(rows, columns)" if len(expected) == 2 else "(rows,)")
-        copy = array.astype(self.dtype, order="C")
+        checks.shape(
+            name, array, expected, "(rows, columns)" if len(expected) == 2 else "(rows,)"
+        )
+        copy: Array = array.astype(self.dtype, order="C")
         copy.flags.writeable = False
         return copy
 
@@ -145,18 +147,24 @@ class _Layer(Generic[StateT]):
             object.__setattr__(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": {}}
+        return {**self.__dict__, "_cell": self._cell.name, "_packed": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for value in state["_parameters"].values():
             value.flags.writeable = False
-        self.__dict__.update(state)
+        self.__dict__.update(state, _cell=CELLS[state["_cell"]])
 
     def __repr__(self) -> str:
         extra = [f"{self.input_size}, {self.hidden_size}"]
-        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "bidirectional": False}
+        defaults = {
+            "num_layers": 1,
+            "nonlinearity": "tanh",
+            "bias": True,
+            "batch_first": False,
+            "bidirectional": False,
+        }
         for name, default in defaults.items():
-            if getattr(self, name) != default:
+            if getattr(self, name, default) != default:
                 extra.append(f"{name}={getattr(self, name)}")
         if self.dtype != np.float32:
             extra.append(f"dtype={self.dtype}")
@@ -197,11 +205,11 @@ class _Layer(Generic[StateT]):
 
     def _state(self, name: str, value: Any, shape: tuple[int, ...]) -> Array:
         """Check a state or its gradient; shape is (layers·directions, B, H) or without B."""
-        value = checks.array(name, value, self.dtype)
+        state = checks.array(name, value, self.dtype)
         axes = "(layers*directions, B, H)" if len(shape) == 3 else "(layers*directions, H)"
-        checks.shape(name, value, shape, axes)
-        value = np.ascontiguousarray(value)
-        return value if len(shape) == 3 else value[:, None]
+        checks.shape(name, state, shape, axes)
+        state = np.ascontiguousarray(state)
+        return state if len(shape) == 3 else state[:, None]
 
     def _state_shape(self, x: Array, unbatched: bool) -> tuple[int, ...]:
         count = self.num_layers * (1 + self.bidirectional)
@@ -235,7 +243,9 @@ class _Layer(Generic[StateT]):
             weights = self._weights(suffix)
             own_start = tuple(s[at] for s in start)
             own_final = tuple(s[at] for s in final)
-            saved = kernel.forward(weights, below, own_start, direction == 1, mine, own_final, save)
+            saved = kernel.forward(
+                weights, below, own_start, direction == 1, mine, own_final, save
+            )
             if save:
                 back = self._weights(suffix, like=weights)
                 tapes.append(
@@ -267,7 +277,8 @@ class _Layer(Generic[StateT]):
         if not isinstance(value, (tuple, list)) or len(value) != count:
             what = f"{len(value)} items" if hasattr(value, "__len__") else "no pair"
             raise TypeError(
-                f"{name} must be a pair of arrays or None, got {type(value).__name__} with {what}"
+                f"{name} must be a pair of arrays or None, "
+                f"got {type(value).__name__} with {what}"
             )
         return tuple(value)
 

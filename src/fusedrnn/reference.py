@@ -50,7 +50,8 @@ class LSTMGrads(NamedTuple):
 def sigmoid(a: Array) -> Array:
     """σ(a) = 1 / (1 + exp(-a)), through tanh so that nothing overflows."""
     half = a.dtype.type(0.5)
-    return half + half * np.tanh(half * a)
+    value: Array = half + half * np.tanh(half * a)
+    return value
 
 
 def _gates(a: Array, count: int) -> list[Array]:
@@ -219,7 +220,9 @@ def lstm(
     >>> y.shape, c_n.shape
     ((5, 2, 4), (2, 4))
     """
-    y, h_n, c_n = lstm_vjp(x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse=reverse)[0]
+    y, h_n, c_n = lstm_vjp(x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse=reverse)[
+        0
+    ]
     return y, h_n, c_n
 
 

@@ -1,0 +1,265 @@
+"""Each wrong argument is refused before computing, by name, with what came."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import Sizes, arguments, op
+
+import fusedrnn as fr
+from fusedrnn.cells import CELLS, Cell
+
+SIZES = Sizes(T=3, B=2, I=4, H=5)
+
+
+def refused(error: type[Exception], message: str) -> Any:
+    return pytest.raises(error, match=re.escape(message))
+
+
+WRONG = [
+    ("x", lambda a: None, TypeError, "x must be an array, got None"),
+    ("x", lambda a: a.astype(int), TypeError, "x must be float32 or float64, got int64"),
+    ("x", lambda a: a.astype(">f8"), TypeError, "x must be float32 or float64, got >f8"),
+    (
+        "x",
+        lambda a: a.astype(complex),
+        TypeError,
+        "x must be float32 or float64, got complex128",
+    ),
+    ("x", lambda a: [[1.0], [2.0, 3.0]], TypeError, "x must be an array"),
+    ("x", lambda a: a[0, 0], ValueError, "x must have shape (T, B, I) or (T, I), got (4,)"),
+    (
+        "x",
+        lambda a: a[None],
+        ValueError,
+        "x must have shape (T, B, I) or (T, I), got (1, 3, 2, 4)",
+    ),
+    (
+        "x",
+        lambda a: a[..., :0],
+        ValueError,
+        "x must have at least one feature, got shape (3, 2, 0)",
+    ),
+    ("weight_ih", lambda a: None, TypeError, "weight_ih must be an array, got None"),
+    (
+        "weight_ih",
+        lambda a: a.astype("f4"),
+        TypeError,
+        "weight_ih must be float64 like x, got float32",
+    ),
+    ("weight_ih", lambda a: a[:, :3], ValueError, "with I = 4, got (20, 3)"),
+    ("weight_ih", lambda a: a[:-1], ValueError, "weight_ih must have shape (4*H, I)"),
+    ("weight_ih", lambda a: a[0], ValueError, "weight_ih must have shape (4*H, I)"),
+    ("weight_ih", lambda a: a[:0], ValueError, "weight_ih must have at least 4 rows"),
+    (
+        "weight_hh",
+        lambda a: a.T,
+        ValueError,
+        "weight_hh must have shape (4*H, H) = (20, 5), got (5, 20)",
+    ),
+    (
+        "weight_hh",
+        lambda a: a.astype("f4"),
+        TypeError,
+        "weight_hh must be float64 like x, got float32",
+    ),
+    (
+        "bias_ih",
+        lambda a: a[:, None],
+        ValueError,
+        "bias_ih must have shape (4*H,) = (20,), got (20, 1)",
+    ),
+    (
+        "bias_hh",
+        lambda a: a[:5],
+        ValueError,
+        "bias_hh must have shape (4*H,) = (20,), got (5,)",
+    ),
+    ("bias_hh", lambda a: a > 0, TypeError, "bias_hh must be float64 like x, got bool"),
+    ("h0", lambda a: a[:1], ValueError, "h0 must have shape (B, H) = (2, 5), got (1, 5)"),
+    ("h0", lambda a: a[None], ValueError, "h0 must have shape (B, H) = (2, 5), got (1, 2, 5)"),
+    ("c0", lambda a: a[:, :4], ValueError, "c0 must have shape (B, H) = (2, 5), got (2, 4)"),
+    ("c0", lambda a: "zeros", TypeError, "c0 must be float64 like x, got <U5"),
+    ("reverse", lambda a: 1, TypeError, "reverse must be a bool, got int"),
+    ("out", lambda a: [0.0], TypeError, "out must be an array, got list"),
+    (
+        "out",
+        lambda a: np.empty((3, 2, 4)),
+        ValueError,
+        "out must have shape (T, B, H) = (3, 2, 5)",
+    ),
+    (
+        "out",
+        lambda a: np.empty((3, 2, 5), "f4"),
+        TypeError,
+        "out must be float64 like x, got float32",
+    ),
+    (
+        "out",
+        lambda a: np.empty((3, 2, 10))[..., ::2],
+        ValueError,
+        "contiguous along its last axis",
+    ),
+    ("out", lambda a: np.broadcast_to(0.0, (3, 2, 5)), ValueError, "out must be writeable"),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "error", "message"), WRONG)
+def test_wrong_argument_of_lstm(name: str, spoil: Any, error: type, message: str) -> None:
+    values = arguments(CELLS["lstm"], SIZES)
+    values[name] = spoil(values.get(name))
+    with refused(error, message):
+        fr.lstm(**values)
+    if name != "out":
+        with refused(error, message):
+            fr.lstm_vjp(**values)
+
+
+def test_the_first_wrong_argument_is_named(cell: Cell) -> None:
+    values = {k: v.astype("f4") if k != "x" else v for k, v in arguments(cell, SIZES).items()}
+    with refused(TypeError, "weight_ih must be float64 like x, got float32"):
+        op(cell)(**values)
+
+
+def test_out_may_not_overlap_an_input() -> None:
+    values = arguments(CELLS["gru"], Sizes(3, 2, 5, 5))
+    with refused(ValueError, "out must not share memory with another argument"):
+        fr.gru(**values, out=values["x"])
+
+
+def test_nothing_is_written_when_refused() -> None:
+    out = np.full((3, 2, 5), 7.0)
+    values = arguments(CELLS["lstm"], SIZES) | {"reverse": None}
+    with pytest.raises(TypeError):
+        fr.lstm(**values, out=out)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("value", ["sigmoid", None, 3])
+def test_unknown_nonlinearity(value: Any) -> None:
+    values = arguments(CELLS["rnn_tanh"], SIZES)
+    expected = f'nonlinearity must be one of "tanh", "relu", "identity", got {value!r}'
+    with refused(ValueError, expected):
+        fr.rnn(**values, nonlinearity=value)
+    with refused(ValueError, expected):
+        fr.RNN(3, 4, nonlinearity=value)
+
+
+def test_wrong_gradients() -> None:
+    _, pullback = fr.lstm_vjp(**arguments(CELLS["lstm"], SIZES))
+    with refused(ValueError, "dy must have shape (T, B, H) = (3, 2, 5), got (3, 5)"):
+        pullback(np.zeros((3, 5)))
+    with refused(TypeError, "dh_n must be float64 like x, got float32"):
+        pullback(None, np.zeros((2, 5), np.float32))
+    with refused(ValueError, "dc_n must have shape (B, H) = (2, 5), got (5,)"):
+        pullback(dc_n=np.zeros(5))
+
+
+def test_y_of_a_vjp_is_read_only() -> None:
+    (y, *_), _ = fr.lstm_vjp(**arguments(CELLS["lstm"], SIZES))
+    with pytest.raises(ValueError, match="read-only"):
+        y += 1
+    (y, _), _ = fr.GRU(4, 5, batch_first=True).vjp(np.zeros((2, 3, 4), np.float32))
+    with pytest.raises(ValueError, match="read-only"):
+        y += 1
+
+
+@pytest.mark.parametrize(
+    ("arguments_", "error", "message"),
+    [
+        ((0, 4), ValueError, "input_size must be from 1 to 2**31, got 0"),
+        ((3, -1), ValueError, "hidden_size must be from 1 to 2**31, got -1"),
+        ((3, 4.0), TypeError, "hidden_size must be an integer, got float"),
+        ((3, float("nan")), TypeError, "hidden_size must be an integer, got float"),
+        ((float("inf"), 4), TypeError, "input_size must be an integer, got float"),
+        ((True, 4), TypeError, "input_size must be an integer, got bool"),
+        ((3, 4, 0), ValueError, "num_layers must be from 1 to 2**31, got 0"),
+        ((3, 4, 1, 1), TypeError, "bias must be a bool, got int"),
+        ((3, 4, 1, True, None), TypeError, "batch_first must be a bool, got NoneType"),
+    ],
+)
+def test_wrong_size_of_a_layer(arguments_: tuple, error: type, message: str) -> None:
+    with refused(error, message):
+        fr.LSTM(*arguments_)
+
+
+def test_wrong_dtype_of_a_layer() -> None:
+    with refused(TypeError, "dtype must be float32 or float64, got float16"):
+        fr.GRU(3, 4, dtype=np.float16)
+
+
+def test_wrong_call_of_a_layer() -> None:
+    layer = fr.LSTM(4, 5, num_layers=2, bidirectional=True)
+    x = np.zeros((3, 2, 4), np.float32)
+    state = np.zeros((4, 2, 5), np.float32)
+    with refused(ValueError, "with I = input_size = 4, got (3, 2, 5)"):
+        layer(np.zeros((3, 2, 5), np.float32))
+    with refused(TypeError, "x must be float32 like the layer, got float64"):
+        layer(x.astype(np.float64))
+    with refused(TypeError, "state must be a pair of arrays or None, got ndarray with 4 items"):
+        layer(x, state)
+    with refused(
+        ValueError, "c0 must have shape (layers*directions, B, H) = (4, 2, 5), got (2, 2, 5)"
+    ):
+        layer(x, (state, state[:2]))
+    with refused(
+        ValueError, "h0 must have shape (layers*directions, H) = (4, 5), got (4, 2, 5)"
+    ):
+        layer(x[:, 0], (state, state))
+    _, pullback = layer.vjp(x)
+    with refused(
+        ValueError, "dy must have shape (T, B, directions*H) = (3, 2, 10), got (3, 2, 5)"
+    ):
+        pullback(np.zeros((3, 2, 5), np.float32))
+    with refused(
+        TypeError, "d_state must be a pair of arrays or None, got ndarray with 4 items"
+    ):
+        pullback(None, state)
+
+
+def test_wrong_state_dict_changes_nothing() -> None:
+    layer = fr.GRU(3, 4, rng=0)
+    before = {k: v.copy() for k, v in layer.state_dict().items()}
+    good = {k: v + 1 for k, v in before.items()}
+    with refused(KeyError, "missing ['bias_hh_l0'], unknown ['bias']"):
+        layer.load_state_dict(
+            {("bias" if k == "bias_hh_l0" else k): v for k, v in good.items()}
+        )
+    with refused(ValueError, "bias_hh_l0 must have shape (rows,) = (12,), got (11,)"):
+        layer.load_state_dict(good | {"bias_hh_l0": np.zeros(11)})
+    with refused(TypeError, "weight_ih_l0 must be float32 or float64, got int64"):
+        layer.weight_ih_l0 = np.zeros((12, 3), int)
+    with pytest.raises(AttributeError, match="hidden_size is fixed"):
+        layer.hidden_size = 8
+    with pytest.raises(AttributeError, match="has no attribute 'weight_hr_l0'"):
+        _ = layer.weight_hr_l0
+    for name, value in layer.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+@pytest.mark.parametrize(
+    ("n", "error", "message"),
+    [
+        (-1, ValueError, "n must be from 0 to 4096, got -1"),
+        (1.5, TypeError, "n must be an integer, got float"),
+        ("2", TypeError, "n must be an integer, got str"),
+        (10**9, ValueError, "n must be from 0 to 4096, got 1000000000"),
+    ],
+)
+def test_wrong_number_of_threads(n: Any, error: type, message: str) -> None:
+    with refused(error, message):
+        fr.set_num_threads(n)
+
+
+def test_unknown_isa() -> None:
+    before = fr.get_isa()
+    with refused(ValueError, "name must be one of "):
+        fr.set_isa("sse9")
+    with refused(TypeError, "name must be a string or None, got int"):
+        fr.set_isa(2)
+    assert fr.get_isa() == before
+    with refused(ValueError, 'mode must be "print" or "dict", got \'json\''):
+        fr.show_config("json")

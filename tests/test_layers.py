@@ -1,0 +1,162 @@
+"""Layers as objects: parameters, packed weights, pickling, threads, processes."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import copy
+import multiprocessing
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+
+import fusedrnn as fr
+
+LAYERS = {
+    "LSTM": lambda **k: fr.LSTM(3, 20, rng=1, **k),
+    "GRU": lambda **k: fr.GRU(3, 20, rng=1, **k),
+    "RNN": lambda **k: fr.RNN(3, 20, nonlinearity="relu", rng=1, **k),
+}
+X = np.random.default_rng(0).normal(size=(6, 4, 3)).astype(np.float32)
+
+
+@pytest.fixture(params=list(LAYERS))
+def layer(request):
+    return LAYERS[request.param](num_layers=2, bidirectional=True)
+
+
+def test_assigning_a_parameter_repacks(layer) -> None:
+    before, _ = layer(X)
+    layer.weight_hh_l1 = layer.weight_hh_l1 * 2
+    changed, _ = layer(X)
+    assert (changed != before).any()
+    layer.weight_hh_l1 = layer.weight_hh_l1 / 2
+    np.testing.assert_array_equal(layer(X)[0], before)
+
+
+def test_parameters_cannot_change_unnoticed(layer) -> None:
+    """A write in place would leave the packed weights behind, so it is refused."""
+    with pytest.raises(ValueError, match="read-only"):
+        layer.weight_hh_l0[0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        layer.state_dict()["bias_ih_l0"] += 1
+    mine = np.ones_like(layer.bias_ih_l0)
+    layer.bias_ih_l0 = mine
+    before, _ = layer(X)
+    mine[:] = 5
+    np.testing.assert_array_equal(layer(X)[0], before)
+
+
+def test_pullback_keeps_the_weights_it_ran_with(layer) -> None:
+    (y, _), pullback = layer.vjp(X)
+    before = pullback(y)
+    layer.weight_ih_l0 = layer.weight_ih_l0 * 3
+    after = pullback(y)
+    np.testing.assert_array_equal(after.x, before.x)
+
+
+def test_state_dict_round_trip(layer) -> None:
+    fresh = LAYERS[type(layer).__name__](num_layers=2, bidirectional=True)
+    fresh.load_state_dict({k: v * 0 for k, v in fresh.state_dict().items()})
+    fresh.load_state_dict(layer.state_dict())
+    np.testing.assert_array_equal(fresh(X)[0], layer(X)[0])
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda l: pickle.loads(pickle.dumps(l))])
+def test_pickle_and_deepcopy(layer, duplicate) -> None:
+    y, _ = layer(X)
+    twin = duplicate(layer)
+    assert repr(twin) == repr(layer)
+    np.testing.assert_array_equal(twin(X)[0], y)
+    twin.weight_hh_l0 = twin.weight_hh_l0 * 2
+    np.testing.assert_array_equal(layer(X)[0], y)
+    with pytest.raises(ValueError, match="read-only"):
+        twin.weight_hh_l0[0] = 1
+
+
+def test_repr() -> None:
+    assert repr(fr.LSTM(3, 4)) == "LSTM(3, 4)"
+    layer = fr.GRU(3, 4, 2, bidirectional=True, dtype=np.float64)
+    assert repr(layer) == "GRU(3, 4, num_layers=2, bidirectional=True, dtype=float64)"
+    assert repr(fr.RNN(3, 4, nonlinearity="relu")) == "RNN(3, 4, nonlinearity=relu)"
+
+
+def test_same_seed_same_parameters() -> None:
+    a, b, c = fr.LSTM(3, 4, rng=5), fr.LSTM(3, 4, rng=5), fr.LSTM(3, 4, rng=6)
+    np.testing.assert_array_equal(a.weight_hh_l0, b.weight_hh_l0)
+    assert (a.weight_hh_l0 != c.weight_hh_l0).any()
+
+
+def test_batch_first_states_keep_their_shape() -> None:
+    layer = fr.LSTM(3, 4, num_layers=2, batch_first=True)
+    y, (h_n, c_n) = layer(X.swapaxes(0, 1))
+    assert y.shape == (4, 6, 4)
+    assert h_n.shape == c_n.shape == (2, 4, 4)
+    assert y.flags.c_contiguous
+
+
+def test_four_threads_at_once() -> None:
+    """Calls from several threads, each with its own team, share layers and weights."""
+    layer = fr.LSTM(24, 96, num_layers=2, rng=0)
+    x = np.random.default_rng(1).normal(size=(4, 30, 5, 24)).astype(np.float32)
+    expected = [layer.vjp(part) for part in x]
+    gradients = [pullback(y) for (y, _), pullback in expected]
+    layer.load_state_dict(layer.state_dict())  # nothing packed: all pack at once
+
+    def work(i: int) -> bool:
+        for _ in range(15):
+            (y, _), pullback = layer.vjp(x[i])
+            same = np.array_equal(y, expected[i][0][0])
+            grads = pullback(y)
+            same &= np.array_equal(grads.x, gradients[i].x)
+            same &= all(
+                np.array_equal(a, gradients[i].parameters[n])
+                for n, a in grads.parameters.items()
+            )
+            if not same:
+                return False
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+
+
+def _in_child(layer, x, queue) -> None:
+    queue.put((layer(x)[0], fr.show_config("dict")["one thread because forked"]))
+
+
+@pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(), reason="no fork here"
+)
+def test_a_forked_child_works() -> None:
+    """fork takes the pool's threads away; a call in the child must not wait for them."""
+    layer = fr.LSTM(64, 256, rng=0)
+    x = np.random.default_rng(1).normal(size=(20, 8, 64)).astype(np.float32)
+    fr.set_num_threads(2)
+    y, _ = layer(x)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads, on 3.12
+        child = context.Process(target=_in_child, args=(layer, x, queue))
+        child.start()
+    try:
+        in_child, forked = queue.get(timeout=60)
+        child.join(60)
+    finally:
+        child.kill()
+        fr.set_num_threads(0)
+    np.testing.assert_array_equal(in_child, y)
+    assert forked
+    assert child.exitcode == 0
+
+
+def test_state_can_be_carried_on() -> None:
+    layer = fr.GRU(3, 20, num_layers=2, rng=1)
+    whole, final = layer(X)
+    state = None
+    for t in range(len(X)):
+        y, state = layer(X[t : t + 1], state)
+        np.testing.assert_array_equal(y[0], whole[t])
+    np.testing.assert_array_equal(state, final)

