@@ -44,7 +44,8 @@ struct Backward : Sizes {
   const S* x;
   index x_t, x_b;
   const S *h0, *c0;
-  const S* weights;  // packed for backward
+  const S* weights;  // packed for backward; null to read the two below as they are
+  const S *weight_ih, *weight_hh;
   const S* y;
   index y_t, y_b;
   const S* saved;

@@ -59,18 +59,25 @@ S* write(MaybeArray& a, const char* name, std::initializer_list<index> shape) {
 index stride(const Array& a, int axis) { return a.strides(axis) / a.itemsize(); }
 
 // A layer's parameters in one direction, packed for the forward or the backward kernels of
-// one ISA. Never changes, so threads share it.
+// one ISA, or for the backward only borrowed: packing for a few rows costs more than it
+// gains. Never changes, so threads share it.
 class Weights {
  public:
   Weights(const std::string& cell, const Array& weight_ih, const Array& weight_hh,
           const MaybeArray& bias_ih, const MaybeArray& bias_hh, bool backward,
-          const std::optional<std::string>& isa)
+          const std::optional<std::string>& isa, bool borrow)
       : isa_(isa ? find_isa(*isa) : active_isa()),
         cell_(find_cell(isa_, cell)),
         backward_(backward),
         I_(weight_ih.ndim() == 2 ? weight_ih.shape(1) : 0),
         H_(weight_hh.ndim() == 2 ? weight_hh.shape(1) : 0),
-        single_(py::isinstance<py::array_t<float>>(weight_ih)) {
+        single_(py::isinstance<py::array_t<float>>(weight_ih)),
+        weight_ih_(weight_ih),
+        weight_hh_(weight_hh) {
+    if (borrow && !backward) refuse("borrow");
+    if (!(weight_ih.flags() & py::array::c_style)) refuse("weight_ih");
+    if (!(weight_hh.flags() & py::array::c_style)) refuse("weight_hh");
+    if (borrow) return;
     if (single_) {
       pack<float>(weight_ih, weight_hh, bias_ih, bias_hh);
     } else {
@@ -124,6 +131,8 @@ class Weights {
       p.h0 = read<S>(h0, "h0", {p.B, p.H});
       p.c0 = read<S>(c0, "c0", {p.B, p.H});
       p.weights = packed;
+      p.weight_ih = read<S>(weight_ih_, "weight_ih", {GH, p.I});
+      p.weight_hh = read<S>(weight_hh_, "weight_hh", {GH, p.H});
       p.y = read<S>(y, "y", {p.T, p.B, p.H});
       p.y_t = stride(y, 0);
       p.y_b = stride(y, 1);
@@ -174,8 +183,6 @@ class Weights {
                           read<S>(weight_hh, "weight_hh", {GH, H_}),
                           read<S>(bias_ih, "bias_ih", {GH}),
                           read<S>(bias_hh, "bias_hh", {GH})};
-    if (!(weight_ih.flags() & py::array::c_style)) refuse("weight_ih");
-    if (!(weight_hh.flags() & py::array::c_style)) refuse("weight_hh");
     const auto& kernels = cell_.kernels<S>();
     const auto size = static_cast<std::size_t>(kernels.packed_size(I_, H_, backward_));
     const py::gil_scoped_release release;
@@ -208,6 +215,7 @@ class Weights {
   const bool backward_;
   const index I_, H_;
   const bool single_;  // float32
+  const Array weight_ih_, weight_hh_;
   Memory packed_;
 };
 
@@ -247,10 +255,10 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<Weights>(m, "Weights")
       .def(py::init<const std::string&, const Array&, const Array&, const MaybeArray&,
-                    const MaybeArray&, bool, const std::optional<std::string>&>(),
+                    const MaybeArray&, bool, const std::optional<std::string>&, bool>(),
            py::arg("cell"), py::arg("weight_ih"), py::arg("weight_hh"),
            py::arg("bias_ih"), py::arg("bias_hh"), py::arg("backward") = false,
-           py::arg("isa") = py::none())
+           py::arg("isa") = py::none(), py::arg("borrow") = false)
       .def_property_readonly("cell", &Weights::cell)
       .def_property_readonly("isa", &Weights::isa)
       .def_property_readonly("saved_size", &Weights::saved_size)
@@ -273,7 +281,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_isa", &set_isa);
   m.def("get_num_threads", &get_num_threads);
   m.def("set_num_threads", &set_num_threads);
-  m.def("forked_after_parallel", &forked_after_parallel);
   m.def("allocate", &allocate);
   m.def("elementwise", &elementwise);
   m.attr("compiler") = FUSEDRNN_COMPILER;

@@ -141,10 +141,29 @@ class BackwardPass {
     if (s == p_.T - 1) return;
     Rows<S, rows> next;
     for (int r = 0; r < rows; ++r) next.p[r] = da(s + 1) + (row + r) * width_;
-    multiply_accumulate<L::back_width>(dh, next,
-                                       p_.weights + layout_.back_recurrent_panels() +
-                                           panel * layout_.back_panel_size(),
-                                       layout_.back_depth());
+    const S* panels = p_.weights ? p_.weights + layout_.back_recurrent_panels() : nullptr;
+    multiply_transposed<&L::Cell::recurrent_gate>(dh, next, panels, p_.weight_hh, p_.H, panel);
+  }
+
+  // acc += da · weight for the columns of a panel, from packed panels or, where there are
+  // none, from weight (gates·H, N) itself; the terms come in the same order.
+  template <auto blocks, int rows, int columns>
+  void multiply_transposed(V (&acc)[rows][columns], const Rows<S, rows>& da,
+                           const S* panels, const S* weight, index N, index panel) const {
+    if (panels) {
+      const index depth = layout_.back_depth();
+      const S* const first = panels + panel * layout_.back_panel_size();
+      multiply_accumulate<L::back_width>(acc, da, Panels<V, L::back_width>{first, depth},
+                                         depth);
+      return;
+    }
+    for (int slot = 0; slot < gates; ++slot) {
+      Rows<S, rows> of_slot;
+      for (int r = 0; r < rows; ++r) of_slot.p[r] = da.p[r] + slot * layout_.P;
+      const S* const block = weight + (*blocks)[slot] * p_.H * N;
+      multiply_accumulate<L::back_width>(
+          acc, of_slot, Columns<V, L::back_width>{block, N, panel * L::back_columns}, p_.H);
+    }
   }
 
   void step(const Blocks<L>& own, index s) const {
@@ -225,9 +244,8 @@ class BackwardPass {
             to[r] = p_.dx + p_.time(s) * p_.dx_t + b * p_.dx_b;
           }
           V dx[rows][together * L::back_width] = {};
-          multiply_accumulate<L::back_width>(
-              dx, a, p_.weights + panel * layout_.back_panel_size(),
-              layout_.back_depth());
+          multiply_transposed<&L::Cell::input_gate>(dx, a, p_.weights, p_.weight_ih, p_.I,
+                                                    panel);
           for (int n = 0; n < together * L::back_width; ++n) {
             const index column = panel * L::back_columns + n * lanes;
             if (column >= p_.I) break;
@@ -312,24 +330,22 @@ class BackwardPass {
     const index slots_begin = first_slot * layout_.P;
     const index slots_end = slots_begin + gates * layout_.P;
     if (block.end <= slots_begin || block.begin >= slots_end) return;
+    S* rows[grad_tiles_at_once][grad_tile];  // null for padding and other slots
+    for (int r = 0; r < grad_tiles_at_once * grad_tile; ++r) {
+      const index column = block.begin + r, at = column - slots_begin;
+      const bool real = column < block.end && at >= 0 && column < slots_end;
+      const index unit = real ? at % layout_.P : p_.H;
+      rows[r / grad_tile][r % grad_tile] =
+          unit < p_.H ? dweight + ((*blocks)[at / layout_.P] * p_.H + unit) * N : nullptr;
+    }
     for (index n = 0; n < N; n += L::back_columns) {
       const S* const panel = right + n * depth;
-      for (index column = block.begin; column < block.end; column += grad_tile) {
-        S* to[grad_tile];
-        bool any = false;
-        for (int r = 0; r < grad_tile; ++r) {
-          const index at = column + r - slots_begin, unit = at % layout_.P;
-          const bool real = column + r < block.end && at >= 0 &&
-                            at < gates * layout_.P && unit < p_.H;
-          to[r] = real ? dweight + ((*blocks)[at / layout_.P] * p_.H + unit) * N : nullptr;
-          any |= real;
-        }
-        if (!any) continue;
-        const PackedRows<S, grad_tile> tile{left + (column - block.begin) * depth};
+      for (index tile = 0; tile * grad_tile < block.end - block.begin; ++tile) {
+        const PackedRows<S, grad_tile> columns{left + tile * grad_tile * depth};
         if (N - n > lanes) {
-          add_tile<L::back_width>(tile, panel, depth, to, n, N, first);
+          add_tile<L::back_width>(columns, panel, depth, rows[tile], n, N, first);
         } else {
-          add_tile<1>(tile, panel, depth, to, n, N, first);
+          add_tile<1>(columns, panel, depth, rows[tile], n, N, first);
         }
       }
     }
@@ -339,7 +355,7 @@ class BackwardPass {
   static void add_tile(const PackedRows<S, grad_tile>& left, const S* right, index depth,
                        S* const (&to)[grad_tile], index n, index N, bool first) {
     V sum[grad_tile][width] = {};
-    multiply_accumulate<width>(sum, left, right, depth);
+    multiply_accumulate<width>(sum, left, Panels<V, width>{right, depth}, depth);
     for (int r = 0; r < grad_tile; ++r) {
       if (!to[r]) continue;
       for (int w = 0; w < width; ++w) {

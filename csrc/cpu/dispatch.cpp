@@ -8,10 +8,6 @@
 
 #include "memory.h"
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
-#endif
-
 #if defined(__x86_64__) || defined(_M_X64)
 #define FUSEDRNN_X86 1
 #include <immintrin.h>
@@ -55,8 +51,6 @@ const Isa* best_isa() {
 
 std::atomic<const Isa*> chosen_isa{nullptr};
 std::atomic<int> chosen_threads{0};
-std::atomic<bool> used_parallel{false};
-std::atomic<bool> lost_pool{false};
 
 }  // namespace
 
@@ -83,11 +77,8 @@ void set_num_threads(int n) { chosen_threads.store(n); }
 
 int get_num_threads() {
   const int chosen = chosen_threads.load(std::memory_order_relaxed);
-  if (forked_after_parallel()) return 1;
   return chosen > 0 ? chosen : omp_get_max_threads();
 }
-
-bool forked_after_parallel() { return lost_pool.load(std::memory_order_relaxed); }
 
 namespace {
 
@@ -145,22 +136,10 @@ int threads_for(const Sizes& p, int gates, double passes) {
 
 template <class F>
 void with_team(int threads, const F& f) {
-  if (threads == 1) {
+  run_on_team(threads, [&](const Team& team) {
     const FlushDenormals mode;
-    f(Team{0, 1, nullptr});
-    return;
-  }
-#if defined(__unix__) || defined(__APPLE__)
-  if (!used_parallel.exchange(true)) {
-    pthread_atfork(nullptr, nullptr, [] { lost_pool.store(true); });
-  }
-#endif
-  Barrier barrier;
-#pragma omp parallel num_threads(threads)
-  {
-    const FlushDenormals mode;
-    f(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
-  }
+    f(team);
+  });
 }
 
 }  // namespace

@@ -26,8 +26,6 @@ void set_isa(const std::string& name);
 // n = 0 follows OpenMP (OMP_NUM_THREADS, omp_set_num_threads).
 void set_num_threads(int n);
 int get_num_threads();
-// A process forked after a parallel call has lost the threads of its pool: one thread.
-bool forked_after_parallel();
 
 template <class S>
 void pack(const Kernels<S>& kernels, const Parameters<S>& parameters, bool backward, S* to);

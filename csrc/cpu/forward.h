@@ -36,6 +36,7 @@ class ForwardPass {
   using L = Layout<CellOf, S>;
   using V = typename L::V;
   using Cell = typename L::Cell;
+  using FromPanels = Panels<V, L::width>;
   static constexpr int lanes = V::lanes;
   static constexpr int gates = L::gates, slots = L::slots;
 
@@ -141,8 +142,8 @@ class ForwardPass {
             const V bias = V::load(bias_ + (L::first_input + slot) * layout_.P + unit);
             for (int r = 0; r < rows; ++r) a[r][column] = bias;
           });
-          multiply_accumulate<L::width>(a, x, panels + panel * layout_.panel_size(p_.I),
-                                        p_.I);
+          multiply_accumulate<L::width>(
+              a, x, FromPanels{panels + panel * layout_.panel_size(p_.I), p_.I}, p_.I);
           each_column<together>(panel, [&](int column, int slot, index unit) {
             for (int r = 0; r < rows; ++r) a[r][column].store(to[r] + slot * layout_.P + unit);
           });
@@ -175,8 +176,8 @@ class ForwardPass {
               a[r][column] = V::load((joined ? at[r] : bias_) + slot * layout_.P + unit);
             }
           });
-          multiply_accumulate<L::width>(a, h, panels + panel * layout_.panel_size(p_.H),
-                                        p_.H);
+          multiply_accumulate<L::width>(
+              a, h, FromPanels{panels + panel * layout_.panel_size(p_.H), p_.H}, p_.H);
           each_unit_vector<together>(panel, [&](int first_column, index unit) {
             const index left = units_left(unit);
             for (int r = 0; r < rows; ++r) {

@@ -25,15 +25,36 @@ struct PackedRows {
   S operator()(int r, index k) const { return p[k * rows + r]; }
 };
 
-// acc[r][p·W + w] += Σ_k a(r, k) · panel p, column vector w, at k
+// Packed panels on the right: column vector w of panel p at k. K is their depth.
+template <class V, int W>
+struct Panels {
+  const typename V::scalar* first;
+  index K;
+  V operator()(int p, int w, index k) const {
+    return V::load(first + ((p * K + k) * W + w) * V::lanes);
+  }
+};
+
+// A matrix as it is on the right, N columns, seen as panels from column `first` on.
+template <class V, int W>
+struct Columns {
+  const typename V::scalar* matrix;
+  index N, first;
+  V operator()(int p, int w, index k) const {
+    const index column = first + (p * W + w) * V::lanes;
+    return column < N ? load_upto<V>(matrix + k * N + column, N - column)
+                      : V::broadcast(0);
+  }
+};
+
+// acc[r][p·W + w] += Σ_k a(r, k) · right(p, w, k)
 //
 // gcc keeps a 2-D array in registers only if every loop over it is unrolled, hence the
 // local copy: the caller's loops need not be.
-template <int W, class V, int rows, int columns, class A>
-inline void multiply_accumulate(V (&acc)[rows][columns], const A& a,
-                                const typename V::scalar* panel, index K) {
+template <int W, class V, int rows, int columns, class A, class B>
+inline void multiply_accumulate(V (&acc)[rows][columns], const A& a, const B& right,
+                                index K) {
   constexpr int panels = columns / W;
-  const index panel_size = K * W * V::lanes;
   V sum[rows][columns];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
@@ -48,10 +69,10 @@ inline void multiply_accumulate(V (&acc)[rows][columns], const A& a,
     for (int p = 0; p < panels; ++p) {
 #pragma GCC unroll 16
       for (int w = 0; w < W; ++w) {
-        const V right = V::load(panel + p * panel_size + (k * W + w) * V::lanes);
+        const V column = right(p, w, k);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
-          sum[r][p * W + w] = fma(left[r], right, sum[r][p * W + w]);
+          sum[r][p * W + w] = fma(left[r], column, sum[r][p * W + w]);
         }
       }
     }

@@ -13,7 +13,8 @@ namespace fusedrnn {
 namespace {
 
 constexpr std::size_t line = 64, huge_page = std::size_t{1} << 21;
-constexpr std::size_t large = 2 * huge_page;  // from here on huge pages, kept when freed
+constexpr std::size_t on_huge_pages = 2 * huge_page;      // from this size on
+constexpr std::size_t least_kept = std::size_t{1} << 18;  // smaller blocks malloc keeps
 constexpr std::size_t most_kept = std::size_t{256} << 20;
 
 struct Block {
@@ -22,7 +23,7 @@ struct Block {
 };
 
 void* allocate(std::size_t bytes) {
-  if (bytes < large) return ::operator new(bytes, std::align_val_t{line});
+  if (bytes < on_huge_pages) return ::operator new(bytes, std::align_val_t{line});
   void* const start = ::operator new(bytes, std::align_val_t{huge_page});
 #if defined(__linux__)
   madvise(start, bytes, MADV_HUGEPAGE);
@@ -31,15 +32,18 @@ void* allocate(std::size_t bytes) {
 }
 
 void release(const Block& block) {
-  ::operator delete(block.start,
-                    std::align_val_t{block.bytes < large ? line : huge_page});
+  const auto alignment = block.bytes < on_huge_pages ? line : huge_page;
+  ::operator delete(block.start, std::align_val_t{alignment});
 }
 
+// Where the lock is not free at once it does without: a child forked from a thread that
+// waited for it would wait for ever.
 class Kept {
  public:
   // A block of exactly this size, or null.
   void* take(std::size_t bytes) {
-    const std::scoped_lock lock(mutex_);
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return nullptr;
     for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) {
       if (block->bytes != bytes) continue;
       void* const start = block->start;
@@ -51,7 +55,8 @@ class Kept {
   }
 
   void put(const Block& block) {
-    const std::scoped_lock lock(mutex_);
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return release(block);
     blocks_.push_back(block);
     total_ += block.bytes;
     while (total_ > most_kept) {  // the oldest goes first
@@ -76,13 +81,13 @@ Kept& kept() {
 }  // namespace
 
 Memory::Memory(std::size_t bytes) : bytes_(bytes) {
-  if (bytes >= large) start_ = kept().take(bytes);
+  if (bytes >= least_kept) start_ = kept().take(bytes);
   if (!start_) start_ = allocate(bytes);
 }
 
 Memory::~Memory() {
   if (!start_) return;
-  if (bytes_ >= large) {
+  if (bytes_ >= least_kept) {
     kept().put({start_, bytes_});
   } else {
     release({start_, bytes_});

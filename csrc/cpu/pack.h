@@ -88,15 +88,16 @@ void pack_gate_panels(const L& layout, const S* weight, index K, const int* bloc
       const S* rows = weight + (blocks[slot] * layout.H + unit) * K;
       S* column = panels + panel * layout.panel_size(K) + vector * lanes;
       for (index k = 0; k < K; k += lanes) {
-        // Through a small square, so that memory is read and written along its lines.
-        S square[lanes][lanes];
+        V square[lanes];
         const index left = K - k;
+#pragma GCC unroll 16
         for (int u = 0; u < lanes; ++u) {
           const bool real = unit + u < layout.H;
-          (real ? load_upto<V>(rows + u * K + k, left) : V::broadcast(0)).store(square[u]);
+          square[u] = real ? load_upto<V>(rows + u * K + k, left) : V::broadcast(0);
         }
+        transpose(square);
         for (int i = 0; i < lanes && i < left; ++i) {
-          for (int u = 0; u < lanes; ++u) column[u] = square[u][i];
+          square[i].store(column);
           column += L::width * lanes;
         }
       }

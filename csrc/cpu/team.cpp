@@ -1,6 +1,20 @@
 #include "team.h"
 
+#include <algorithm>
+#include <memory>
 #include <thread>
+#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#else
+#include <process.h>
+#define getpid _getpid
+#endif
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #if defined(__x86_64__) || defined(__i386__) || defined(_M_X64)
 #include <immintrin.h>
@@ -18,23 +32,142 @@ void pause() {
 #endif
 }
 
+constexpr int spins_before_yield = 1000;  // some 15 µs
+constexpr int yields_before_sleep = 200;  // with the spins between, some 0.3 ms
+
+// Waits until done() without sleeping; calls slow() once when it takes long.
+template <class F, class G>
+void spin_until(const F& done, const G& slow) {
+  for (int spin = 0; !done(); ++spin) {
+    if (spin < spins_before_yield) {
+      pause();
+    } else {
+      if (spin == spins_before_yield) slow();
+      std::this_thread::yield();
+    }
+  }
+}
+
+// A thread that waits for jobs: awake for a moment after each, then asleep.
+class Worker {
+ public:
+  Worker() : thread_([this] { serve(); }) {}
+  ~Worker() {
+    post(stop);
+    thread_.join();
+  }
+
+  void start(const Job& job, const Team& team) {
+    job_ = job;
+    team_ = team;
+    post(busy);
+  }
+  void await() const {
+    spin_until([this] { return is_idle(); }, [] {});
+  }
+
+ private:
+  enum State : int { idle, busy, stop };
+
+  void post(State state) {
+    state_.store(state, std::memory_order_release);
+    state_.notify_one();
+  }
+
+  void serve() {
+    for (;;) {
+      for (int yields = 0; yields < yields_before_sleep && is_idle(); ++yields) {
+        for (int spin = 0; spin < spins_before_yield / 10 && is_idle(); ++spin) pause();
+        std::this_thread::yield();
+      }
+      state_.wait(idle, std::memory_order_acquire);
+      if (state_.load(std::memory_order_acquire) == stop) return;
+      team_.barrier->keep_apart(team_.rank, team_.count);
+      job_.work(job_.argument, team_);
+      state_.store(idle, std::memory_order_release);
+    }
+  }
+  bool is_idle() const { return state_.load(std::memory_order_acquire) == idle; }
+
+  alignas(64) std::atomic<int> state_{idle};
+  Job job_{};
+  Team team_{};
+  std::thread thread_;  // last: it reads the others
+};
+
+// The workers of one calling thread. A forked child has none of them, only their records,
+// which it forgets.
+class Pool {
+ public:
+  ~Pool() { forget_if_forked(); }
+
+  void run(int threads, const Job& job) {
+    forget_if_forked();
+    while (static_cast<int>(workers_.size()) < threads - 1) {
+      workers_.push_back(std::make_unique<Worker>());
+    }
+    Barrier barrier;
+    barrier.keep_apart(0, threads);
+    for (int rank = 1; rank < threads; ++rank) {
+      workers_[rank - 1]->start(job, {rank, threads, &barrier});
+    }
+    job.work(job.argument, {0, threads, &barrier});
+    for (int rank = 1; rank < threads; ++rank) workers_[rank - 1]->await();
+  }
+
+ private:
+  void forget_if_forked() {
+    if (process_ == getpid()) return;
+    for (auto& worker : workers_) static_cast<void>(worker.release());
+    workers_.clear();
+    process_ = getpid();
+  }
+
+  int process_ = getpid();
+  std::vector<std::unique_ptr<Worker>> workers_;
+};
+
 }  // namespace
 
-void Barrier::wait(int count) {
-  constexpr int spins_before_yield = 4000;  // some 50 µs
+void Barrier::wait(int rank, int count) {
   const int phase = phase_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
     arrived_.store(0, std::memory_order_relaxed);
     phase_.store(phase + 1, std::memory_order_release);
     return;
   }
-  for (int spin = 0; phase_.load(std::memory_order_acquire) == phase; ++spin) {
-    if (spin < spins_before_yield) {
-      pause();
-    } else {
-      std::this_thread::yield();
-    }
+  spin_until([&] { return phase_.load(std::memory_order_acquire) != phase; },
+             [&] { keep_apart(rank, count); });
+}
+
+void Barrier::keep_apart([[maybe_unused]] int rank, [[maybe_unused]] int count) {
+#if defined(__linux__)
+  const int here = sched_getcpu();
+  if (here < 0 || rank >= most_seen) return;
+  cpu_[rank].store(here + 1, std::memory_order_relaxed);
+  const int seen = std::min(count, most_seen);
+  bool shared = false;
+  cpu_set_t allowed;
+  for (int other = 0; other < seen; ++other) {
+    shared |= other != rank && cpu_[other].load(std::memory_order_relaxed) == here + 1;
   }
+  if (!shared || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  cpu_set_t free = allowed;
+  for (int other = 0; other < seen; ++other) {
+    const int cpu = cpu_[other].load(std::memory_order_relaxed) - 1;
+    if (cpu >= 0) CPU_CLR(cpu, &free);
+  }
+  if (CPU_COUNT(&free) == 0) return;
+  if (sched_setaffinity(0, sizeof free, &free) != 0) return;
+  sched_setaffinity(0, sizeof allowed, &allowed);  // moved; not bound
+  cpu_[rank].store(sched_getcpu() + 1, std::memory_order_relaxed);
+#endif
+}
+
+void run_on_team(int threads, Job job) {
+  if (threads == 1) return job.work(job.argument, {0, 1, nullptr});
+  thread_local Pool pool;
+  pool.run(threads, job);
 }
 
 }  // namespace fusedrnn

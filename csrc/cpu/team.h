@@ -1,4 +1,9 @@
 // The threads of one call and the barrier they meet at once per step.
+//
+// The pool is ours, not OpenMP's, whose waiting cannot be bounded from inside a library:
+// libgomp spins for 10 ms without yielding, so that two of its threads on one core, or
+// beside another process, took 8 ms over a call of 0.1 ms. And its pool does not survive
+// fork. OpenMP is asked only how many threads the user wants (dispatch.cpp).
 #pragma once
 
 #include <atomic>
@@ -7,15 +12,23 @@
 
 namespace fusedrnn {
 
-// Spins, because a step lasts microseconds, and yields once the wait is long, because a
-// thread that is waited for may have lost its core to another process.
+// Spins, because a step lasts microseconds, and soon yields, because a thread that is waited
+// for may have lost its core.
+//
+// It also keeps the threads apart: Linux may wake a worker on its caller's core and, as both
+// are always ready to run, leave them there, one step every 30 µs, while the next core is
+// idle. Each says where it runs, and one that finds another on its core moves.
 class Barrier {
  public:
-  void wait(int count);
+  void wait(int rank, int count);
+  // To be called by each thread before its work.
+  void keep_apart(int rank, int count);
 
  private:
+  static constexpr int most_seen = 64;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> phase_{0};
+  alignas(64) std::atomic<int> cpu_[most_seen] = {};  // a thread's CPU + 1
 };
 
 struct Range {
@@ -27,7 +40,7 @@ struct Team {
   Barrier* barrier;
 
   void meet() const {
-    if (count > 1) barrier->wait(count);
+    if (count > 1) barrier->wait(rank, count);
   }
   // This thread's part of n things, in whole multiples of `grain`.
   Range share(index n, index grain = 1) const {
@@ -37,5 +50,24 @@ struct Team {
     return {begin < n ? begin : n, end < n ? end : n};
   }
 };
+
+// What the threads of a team run: work(argument, team).
+struct Job {
+  void (*work)(const void* argument, const Team& team);
+  const void* argument;
+};
+
+// Runs the job on `threads` threads, the calling one and workers of its own, which it keeps
+// for later calls. Returns when all are done.
+void run_on_team(int threads, Job job);
+
+// f(team) on each thread.
+template <class F>
+void run_on_team(int threads, const F& f) {
+  run_on_team(threads, Job{[](const void* argument, const Team& team) {
+                             (*static_cast<const F*>(argument))(team);
+                           },
+                           &f});
+}
 
 }  // namespace fusedrnn

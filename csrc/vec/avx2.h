@@ -50,6 +50,15 @@ struct Vec<float> {
   friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {
     return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
   }
+  friend Vec zip_low(Vec a, Vec b) { return zip<0x20>(a, b); }
+  friend Vec zip_high(Vec a, Vec b) { return zip<0x31>(a, b); }
+
+ private:
+  template <int halves>
+  static Vec zip(Vec a, Vec b) {
+    return {_mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v),
+                                   _mm256_unpackhi_ps(a.v, b.v), halves)};
+  }
 };
 
 template <>
@@ -91,6 +100,15 @@ struct Vec<double> {
   }
   friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {
     return {_mm256_blendv_pd(y.v, x.v, _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ))};
+  }
+  friend Vec zip_low(Vec a, Vec b) { return zip<0x20>(a, b); }
+  friend Vec zip_high(Vec a, Vec b) { return zip<0x31>(a, b); }
+
+ private:
+  template <int halves>
+  static Vec zip(Vec a, Vec b) {
+    return {_mm256_permute2f128_pd(_mm256_unpacklo_pd(a.v, b.v),
+                                   _mm256_unpackhi_pd(a.v, b.v), halves)};
   }
 };
 

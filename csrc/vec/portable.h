@@ -83,6 +83,15 @@ struct Vec {
   friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {
     return each([&](int l) { return a.lane[l] < b.lane[l] ? x.lane[l] : y.lane[l]; });
   }
+  friend Vec zip_low(Vec a, Vec b) {
+    return each([&](int l) { return l % 2 ? b.lane[l / 2] : a.lane[l / 2]; });
+  }
+  friend Vec zip_high(Vec a, Vec b) {
+    return each([&](int l) {
+      const int from = (lanes + l) / 2;
+      return l % 2 ? b.lane[from] : a.lane[from];
+    });
+  }
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ARCH

@@ -14,6 +14,7 @@
 //   round(x)                      to the nearest integer, ties to even
 //   exp2i(n)                      2^n for integral n from the smallest normal exponent to 0
 //   if_less(a, b, x, y)           a < b ? x : y
+//   zip_low(a, b), zip_high(a, b) a0 b0 a1 b1 … of the lower, of the upper halves
 //
 // The namespace is named after the ISA so that two translation units compiled with
 // different flags never share a function: the linker would keep one of them for every
@@ -49,6 +50,24 @@ inline void store_upto(V x, typename V::scalar* p, index n) {
     x.store(p);
   } else {
     x.store_n(p, n);
+  }
+}
+
+// Transposes a square of lanes × lanes: zipping row i with row i + lanes/2 moves one bit of
+// the row's number into the lane's, so log2(lanes) rounds exchange the two.
+template <class V>
+inline void transpose(V (&rows)[V::lanes]) {
+  constexpr int half = V::lanes / 2;
+#pragma GCC unroll 4
+  for (int round = 1; round < V::lanes; round *= 2) {
+    V zipped[V::lanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      zipped[2 * i] = zip_low(rows[i], rows[i + half]);
+      zipped[2 * i + 1] = zip_high(rows[i], rows[i + half]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < V::lanes; ++i) rows[i] = zipped[i];
   }
 }
 

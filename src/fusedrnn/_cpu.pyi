@@ -8,7 +8,10 @@ Array = npt.NDArray[Any]
 compiler: str
 
 class Weights:
-    """A layer's parameters in one direction, packed for one ISA; never changes."""
+    """A layer's parameters in one direction, packed for one ISA; never changes.
+
+    `borrow` keeps the arrays of a backward instead, for a few rows.
+    """
 
     def __init__(
         self,
@@ -19,6 +22,7 @@ class Weights:
         bias_hh: Array | None,
         backward: bool = False,
         isa: str | None = None,
+        borrow: bool = False,
     ) -> None: ...
     @property
     def cell(self) -> str: ...
@@ -69,7 +73,6 @@ def get_isa() -> str: ...
 def set_isa(name: str, /) -> None: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: int, /) -> None: ...
-def forked_after_parallel() -> bool: ...
 def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], /) -> Array:
     """Return an uninitialised array; large ones reuse memory that was freed."""
 

@@ -104,7 +104,6 @@ def show_config(mode: str = "print") -> dict[str, Any] | None:
         "isas available": [name for name, here in supported.items() if here],
         "isas compiled": list(supported),
         "threads": get_num_threads(),
-        "one thread because forked": _cpu.forked_after_parallel(),
     }
     if mode == "dict":
         return config

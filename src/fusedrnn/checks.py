@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -14,15 +14,12 @@ DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
 def array(name: str, value: Any, dtype: np.dtype[Any] | None = None) -> Array:
     """Return `value` as an array of float32 or float64, or of `dtype` where that is given."""
-    if type(value) is np.ndarray:
-        found: Array = value
-    elif value is None:
+    if value is None:
         raise TypeError(f"{name} must be an array, got None")
-    else:
-        try:
-            found = np.asarray(value)
-        except ValueError as error:  # ragged lists
-            raise TypeError(f"{name} must be an array: {error}") from None
+    try:
+        found = cast(Array, np.asarray(value))
+    except ValueError as error:  # ragged lists
+        raise TypeError(f"{name} must be an array: {error}") from None
     if dtype is not None:
         if found.dtype != dtype:
             raise TypeError(f"{name} must be {dtype} like x, got {found.dtype}")

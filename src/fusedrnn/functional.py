@@ -117,9 +117,11 @@ def _vjp(call: _Call) -> tuple[tuple[Array, ...], Callable[..., tuple[Any, ...]]
     saved = kernel.forward(
         weights, call.x, call.state, call.reverse, call.y, call.final, save=True
     )
+    T, B, _ = call.x.shape
+    few = T * B <= kernel.FEW_ROWS
     tape = kernel.Tape(
         call.cell,
-        kernel.pack(call.cell, *call.parameters, like=weights),
+        kernel.pack(call.cell, *call.parameters, forward=weights, borrow=few),
         call.x,
         call.state,
         call.reverse,
@@ -233,8 +235,8 @@ def lstm_vjp(
 ) -> tuple[tuple[Array, Array, Array], Callable[..., LSTMGrads]]:
     """Run `lstm` and return a function that computes its gradients.
 
-    The arguments are those of `lstm`. 5·H values a step and row are kept beside x and y; x
-    is kept by reference and y is read-only, because the pullback reads both.
+    The arguments are those of `lstm`. 5·H values a step and row are kept beside x and y; the
+    arguments are kept by reference and y is read-only, because the pullback reads them.
 
     Returns
     -------
@@ -332,8 +334,8 @@ def gru_vjp(
 ) -> tuple[tuple[Array, Array], Callable[..., Grads]]:
     """Run `gru` and return a function that computes its gradients.
 
-    The arguments are those of `gru`. 4·H values a step and row are kept beside x and y; x is
-    kept by reference and y is read-only, because the pullback reads both.
+    The arguments are those of `gru`. 4·H values a step and row are kept beside x and y; the
+    arguments are kept by reference and y is read-only, because the pullback reads them.
 
     Returns
     -------
@@ -429,8 +431,8 @@ def rnn_vjp(
 ) -> tuple[tuple[Array, Array], Callable[..., Grads]]:
     """Run `rnn` and return a function that computes its gradients.
 
-    The arguments are those of `rnn`. Nothing is kept beside x and y; x is kept by reference
-    and y is read-only, because the pullback reads both.
+    The arguments are those of `rnn`. Nothing is kept beside x and y; the arguments are kept
+    by reference and y is read-only, because the pullback reads them.
 
     Returns
     -------

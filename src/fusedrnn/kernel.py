@@ -17,40 +17,50 @@ from .cells import Cell
 from .reference import Array
 
 
+# Up to this many rows a backward reads the weights as they are: packing costs more.
+FEW_ROWS = 4
+
+
 def pack(
     cell: Cell,
     weight_ih: Array,
     weight_hh: Array,
     bias_ih: Array | None,
     bias_hh: Array | None,
-    like: Weights | None = None,
+    forward: Weights | None = None,
+    borrow: bool = False,
 ) -> Weights:
-    """Pack parameters for the forward kernels or, given those weights, for the backward."""
+    """Pack parameters for a forward or, given the weights of that, for its backward.
+
+    `borrow` keeps the arrays for the backward instead of packing them.
+    """
     return Weights(
         cell.name,
         np.ascontiguousarray(weight_ih),
         np.ascontiguousarray(weight_hh),
         None if bias_ih is None else np.ascontiguousarray(bias_ih),
         None if bias_hh is None else np.ascontiguousarray(bias_hh),
-        like is not None,
-        None if like is None else like.isa,
+        forward is not None,
+        None if forward is None else forward.isa,
+        borrow,
     )
 
 
 def _rows(a: Array) -> Array:
     """Return `a`, copied unless its rows lie contiguous and aligned in memory."""
-    itemsize = a.itemsize
-    if a.flags.c_contiguous and a.flags.aligned:
+    if not a.flags.aligned:
+        return np.ascontiguousarray(a)
+    if a.flags.c_contiguous:
         return a
-    whole = all(s % itemsize == 0 for s in a.strides)
-    if a.flags.aligned and whole and (a.strides[-1] == itemsize or a.shape[-1] == 1):
+    whole = all(s % a.itemsize == 0 for s in a.strides)
+    if whole and (a.strides[-1] == a.itemsize or a.shape[-1] == 1):
         return a
     return np.ascontiguousarray(a)
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Return an uninitialised array, its memory reused where fresh pages would be costly."""
-    large = math.prod(shape) * dtype.itemsize >= 1 << 22
+    large = math.prod(shape) * dtype.itemsize >= 1 << 18
     return allocate(shape, dtype) if large else np.empty(shape, dtype)
 
 

@@ -119,7 +119,7 @@ class _Layer(Generic[StateT]):
         self._parameters.update(
             {name: self._checked(name, value) for name, value in state_dict.items()}
         )
-        self._packed.clear()
+        self._forget_packed()
 
     def _checked(self, name: str, value: Any) -> Array:
         array = checks.array(name, value)
@@ -140,7 +140,7 @@ class _Layer(Generic[StateT]):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._parameters:
             self._parameters[name] = self._checked(name, value)
-            self._packed.clear()
+            self._forget_packed()
         elif name in self.__dict__ and self._parameters:
             raise AttributeError(f"{name} is fixed when the layer is made")
         else:
@@ -179,14 +179,27 @@ class _Layer(Generic[StateT]):
             get(f"bias_hh_{suffix}"),
         )
 
-    def _weights(self, suffix: str, like: Weights | None = None) -> Weights:
-        """Return the packed weights, packing them on first use or if the ISA changed."""
-        key = (suffix, like is not None)
-        packed = self._packed.get(key)
-        if packed is None or (like is not None and packed.isa != like.isa):
-            packed = kernel.pack(self._cell, *self._of(suffix), like=like)
-            self._packed[key] = packed
+    def _forward_weights(self, suffix: str) -> Weights:
+        """Return the packed weights, packing them on first use."""
+        return self._pack_once(suffix, None)
+
+    def _backward_weights(self, suffix: str, forward: Weights, rows: int) -> Weights:
+        if rows <= kernel.FEW_ROWS:
+            return kernel.pack(self._cell, *self._of(suffix), forward=forward, borrow=True)
+        return self._pack_once(suffix, forward)
+
+    def _pack_once(self, suffix: str, forward: Weights | None) -> Weights:
+        cache = self._packed  # before the parameters are read: see _forget_packed
+        key = (suffix, forward is not None)
+        packed = cache.get(key)
+        if packed is None or (forward is not None and packed.isa != forward.isa):
+            packed = kernel.pack(self._cell, *self._of(suffix), forward=forward)
+            cache[key] = packed
         return packed
+
+    def _forget_packed(self) -> None:
+        """Start a new cache: a thread that is packing old parameters fills the old one."""
+        object.__setattr__(self, "_packed", {})
 
     # Calls
 
@@ -240,14 +253,14 @@ class _Layer(Generic[StateT]):
                 y = self._empty(T, B, D * H, self.batch_first and last and not unbatched)
             mine = y[..., direction * H : (direction + 1) * H] if D > 1 else y
             at = layer * D + direction
-            weights = self._weights(suffix)
+            weights = self._forward_weights(suffix)
             own_start = tuple(s[at] for s in start)
             own_final = tuple(s[at] for s in final)
             saved = kernel.forward(
                 weights, below, own_start, direction == 1, mine, own_final, save
             )
             if save:
-                back = self._weights(suffix, like=weights)
+                back = self._backward_weights(suffix, weights, T * B)
                 tapes.append(
                     kernel.Tape(self._cell, back, below, own_start, direction == 1, mine, saved)
                 )

@@ -1,0 +1,191 @@
+"""The named cases, and each contender as a function without arguments.
+
+A case is a cell, a shape and a mode. Inference runs a layer whose weights stay packed, as in
+service; training runs forward and backward with weights that were just changed, so packing
+is part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import fusedrnn as fr
+
+SHAPES = {  # T, B, I, H
+    "one-step": (1, 1, 512, 512),
+    "stream-small": (100, 1, 64, 128),
+    "stream": (100, 1, 256, 256),
+    "stream-large": (50, 1, 1024, 1024),
+    "few-rows": (100, 8, 128, 256),
+    "speech": (100, 32, 128, 256),
+    "large": (50, 64, 512, 512),
+    "larger": (25, 128, 1024, 1024),
+    "narrow": (24, 256, 8, 32),
+    "weather": (96, 64, 7, 64),
+    "long": (200, 16, 40, 128),
+}
+CELLS = ("LSTM", "GRU")
+MODES = ("inference", "training")
+
+
+@dataclass(frozen=True)
+class Case:
+    cell: str
+    shape: str
+    mode: str
+    threads: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return SHAPES[self.shape]
+
+    @property
+    def flops(self) -> int:
+        """2·G·H·(I+H)·B·T forward, three times that in training."""
+        T, B, I, H = self.sizes
+        gates = 4 if self.cell == "LSTM" else 3
+        return 2 * gates * H * (I + H) * B * T * (3 if self.mode == "training" else 1)
+
+    def __str__(self) -> str:
+        return f"{self.cell}-{self.shape}-{self.mode}-{self.threads}"
+
+
+CASES = [
+    Case(cell, shape, mode, threads)
+    for threads in (1, 2)
+    for cell in CELLS
+    for mode in MODES
+    for shape in SHAPES
+]
+
+Run = Callable[[], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    layer: Any
+    x: np.ndarray
+    dy: np.ndarray
+
+    @classmethod
+    def of(cls, case: Case) -> Inputs:
+        T, B, I, H = case.sizes
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(T, B, I)).astype(np.float32)
+        dy = rng.normal(size=(T, B, H)).astype(np.float32)
+        return cls(getattr(fr, case.cell)(I, H, rng=rng), x, dy)
+
+
+def ours(case: Case, inputs: Inputs) -> Run:
+    fr.set_num_threads(case.threads)
+    if case.mode == "inference":
+        return lambda: {"y": inputs.layer(inputs.x)[0]}
+    parameters = list(inputs.layer.state_dict().values())
+    vjp = getattr(fr, f"{case.cell.lower()}_vjp")
+
+    def train() -> dict[str, np.ndarray]:
+        (y, *_), pullback = vjp(inputs.x, *parameters)
+        grads = pullback(inputs.dy)
+        return {"y": y, "dx": grads.x, "dR": grads.weight_hh}
+
+    return train
+
+
+def reference(case: Case, inputs: Inputs) -> Run:
+    parameters = list(inputs.layer.state_dict().values())
+    vjp = getattr(fr.reference, f"{case.cell.lower()}_vjp")
+
+    def run() -> dict[str, np.ndarray]:
+        (y, *_), pullback = vjp(inputs.x, *parameters)
+        if case.mode == "inference":
+            return {"y": y}
+        grads = pullback(inputs.dy)
+        return {"y": y, "dx": grads.x, "dR": grads.weight_hh}
+
+    return run
+
+
+def torch(case: Case, inputs: Inputs) -> Run:
+    import torch
+
+    torch.set_num_threads(case.threads)
+    _, _, I, H = case.sizes
+    module = getattr(torch.nn, case.cell)(I, H)
+    state = inputs.layer.state_dict()
+    module.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in state.items()})
+    x = torch.from_numpy(inputs.x.copy())
+    dy = torch.from_numpy(inputs.dy.copy())
+    if case.mode == "inference":
+
+        def infer() -> dict[str, np.ndarray]:
+            with torch.inference_mode():
+                return {"y": module(x)[0].numpy()}
+
+        return infer
+    x.requires_grad_()
+
+    def train() -> dict[str, np.ndarray]:
+        module.zero_grad()
+        x.grad = None
+        y = module(x)[0]
+        y.backward(dy)
+        return {
+            "y": y.detach().numpy(),
+            "dx": x.grad.numpy(),
+            "dR": module.weight_hh_l0.grad.numpy(),
+        }
+
+    return train
+
+
+def onnxruntime(case: Case, inputs: Inputs) -> Run | None:
+    """Inference only. The gates are i o f c and z r h there."""
+    if case.mode == "training":
+        return None
+    import onnx
+    import onnxruntime as ort
+
+    T, B, I, H = case.sizes
+    order = (0, 3, 1, 2) if case.cell == "LSTM" else (1, 0, 2)
+
+    def gates(name: str) -> np.ndarray:
+        blocks = np.split(inputs.layer.state_dict()[f"{name}_l0"], len(order))
+        return np.concatenate([blocks[i] for i in order])
+
+    constants = {
+        "W": gates("weight_ih")[None],
+        "R": gates("weight_hh")[None],
+        "B": np.concatenate([gates("bias_ih"), gates("bias_hh")])[None],
+    }
+    options = {"hidden_size": H} | ({"linear_before_reset": 1} if case.cell == "GRU" else {})
+    node = onnx.helper.make_node(case.cell, ["X", "W", "R", "B"], ["Y"], **options)
+    real = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [node],
+        "layer",
+        [onnx.helper.make_tensor_value_info("X", real, [T, B, I])],
+        [onnx.helper.make_tensor_value_info("Y", real, [T, 1, B, H])],
+        [onnx.numpy_helper.from_array(v, k) for k, v in constants.items()],
+    )
+    opset = onnx.helper.make_opsetid("", 14)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    session = ort.SessionOptions()
+    session.intra_op_num_threads = case.threads
+    session.inter_op_num_threads = 1
+    run = ort.InferenceSession(
+        model.SerializeToString(), session, providers=["CPUExecutionProvider"]
+    ).run
+    return lambda: {"y": run(["Y"], {"X": inputs.x})[0][:, 0]}
+
+
+# Ours first; the reference is a yardstick, not a peer.
+CONTENDERS: dict[str, Callable[[Case, Inputs], Run | None]] = {
+    "ours": ours,
+    "torch": torch,
+    "onnxruntime": onnxruntime,
+    "reference": reference,
+}
