@@ -1,7 +1,7 @@
 // One layer in one direction, as plain sizes and pointers.
 //
-// Strides count elements and the last axis is always contiguous. "Step s" is the s-th step
-// in the direction of travel: time s forward, time T-1-s in reverse.
+// Strides count elements and the last axis is always contiguous. "Step s" is the s-th
+// step in the direction of travel: time s forward, time T-1-s in reverse.
 //
 //   x        (T, B, I)  input, strides x_t, x_b
 //   y        (T, B, H)  every h, strides y_t, y_b

@@ -58,9 +58,9 @@ S* write(MaybeArray& a, const char* name, std::initializer_list<index> shape) {
 
 index stride(const Array& a, int axis) { return a.strides(axis) / a.itemsize(); }
 
-// A layer's parameters in one direction, packed for the forward or the backward kernels of
-// one ISA, or for the backward only borrowed: packing for a few rows costs more than it
-// gains. Never changes, so threads share it.
+// A layer's parameters in one direction, packed for the forward or the backward kernels
+// of one ISA, or for the backward only borrowed: packing for a few rows costs more than
+// it gains. Never changes, so threads share it.
 class Weights {
  public:
   Weights(const std::string& cell, const Array& weight_ih, const Array& weight_hh,

@@ -1,7 +1,7 @@
-// A layer backward, in stretches of steps from the last to the first. Within a stretch each
-// step is a fused matmul Rᵀ·da + cell, mirrored from forward.h and shared out in the same
-// way; then the stretch's da, still in cache, is multiplied into dW, dR, the biases and dx.
-// So da never exists for the whole sequence.
+// A layer backward, in stretches of steps from the last to the first. Within a stretch
+// each step is a fused matmul Rᵀ·da + cell, mirrored from forward.h and shared out in the
+// same way; then the stretch's da, still in cache, is multiplied into dW, dR, the biases
+// and dx. So da never exists for the whole sequence.
 //
 // da lives in a ring of rows [slots][P], one step longer than a stretch because a step
 // reads the da of the step after it.
@@ -70,8 +70,7 @@ class BackwardPass {
         c0_(direct_ + p.B * layout_.P),
         dbias_(c0_ + p.B * layout_.P),
         right_(dbias_ + slots * layout_.P),
-        left_(right_ +
-              depth_of(p, layout_) * (right_width(p.I) + right_width(p.H))) {}
+        left_(right_ + depth_of(p, layout_) * (right_width(p.I) + right_width(p.H))) {}
 
   void run(const Team& team) const {
     const index panels = layout_.back_panels(p_.H);
@@ -142,7 +141,8 @@ class BackwardPass {
     Rows<S, rows> next;
     for (int r = 0; r < rows; ++r) next.p[r] = da(s + 1) + (row + r) * width_;
     const S* panels = p_.weights ? p_.weights + layout_.back_recurrent_panels() : nullptr;
-    multiply_transposed<&L::Cell::recurrent_gate>(dh, next, panels, p_.weight_hh, p_.H, panel);
+    multiply_transposed<&L::Cell::recurrent_gate>(dh, next, panels, p_.weight_hh, p_.H,
+                                                  panel);
   }
 
   // acc += da · weight for the columns of a panel, from packed panels or, where there are
@@ -162,7 +162,8 @@ class BackwardPass {
       for (int r = 0; r < rows; ++r) of_slot.p[r] = da.p[r] + slot * layout_.P;
       const S* const block = weight + (*blocks)[slot] * p_.H * N;
       multiply_accumulate<L::back_width>(
-          acc, of_slot, Columns<V, L::back_width>{block, N, panel * L::back_columns}, p_.H);
+          acc, of_slot, Columns<V, L::back_width>{block, N, panel * L::back_columns},
+          p_.H);
     }
   }
 
@@ -223,7 +224,8 @@ class BackwardPass {
               const index to = (row + r) * p_.H + unit;
               store_upto(dh[r][n], p_.dh0 + to, left);
               if constexpr (Cell::has_c) {
-                store_upto(V::load(dc_ + (row + r) * layout_.P + unit), p_.dc0 + to, left);
+                store_upto(V::load(dc_ + (row + r) * layout_.P + unit), p_.dc0 + to,
+                           left);
               }
             }
           }
@@ -256,8 +258,8 @@ class BackwardPass {
         });
   }
 
-  // dW += daᵀ x, dR += daᵀ h', db += Σ da over the stretch; columns of da shared out. Sums
-  // run over the rows of a depth block in order and then over the blocks.
+  // dW += daᵀ x, dR += daᵀ h', db += Σ da over the stretch; columns of da shared out.
+  // Sums run over the rows of a depth block in order and then over the blocks.
   void add_weight_gradients(const Team& team, index begin, index end) const {
     const Range own = team.share(width_, grad_tile);
     const index rows = (end - begin) * p_.B;
@@ -281,7 +283,8 @@ class BackwardPass {
       S* const left = left_ + team.rank * left_size;
       constexpr index at_once = grad_tiles_at_once * grad_tile;
       for (index column = own.begin; column < own.end; column += at_once) {
-        const Range block{column, column + at_once < own.end ? column + at_once : own.end};
+        const Range block{column,
+                          column + at_once < own.end ? column + at_once : own.end};
         pack_left(da_row, depth, block, left);
         add_products<&L::Cell::input_gate>(left, depth, block, L::first_input, x_panels,
                                            p_.I, p_.dweight_ih, first);

@@ -150,25 +150,24 @@ void pack(const Kernels<S>& kernels, const Parameters<S>& parameters, bool backw
   constexpr index values_per_thread = 1 << 18;
   const index values = kernels.packed_size(parameters.I, parameters.H, backward);
   const index most = values / values_per_thread, limit = get_num_threads();
-  with_team(most >= limit ? static_cast<int>(limit) : most > 1 ? static_cast<int>(most) : 1,
+  with_team(most >= limit ? static_cast<int>(limit)
+            : most > 1    ? static_cast<int>(most)
+                          : 1,
             [&](const Team& team) { kernels.pack(parameters, backward, to, team); });
 }
 
 template <class S>
 void run(const Kernels<S>& kernels, int gates, const Forward<S>& problem) {
   S* const scratch = workspace<S>(kernels.forward_workspace(problem));
-  with_team(threads_for(problem, gates, 1), [&](const Team& team) {
-    kernels.forward(problem, scratch, team);
-  });
+  with_team(threads_for(problem, gates, 1),
+            [&](const Team& team) { kernels.forward(problem, scratch, team); });
 }
 
 template <class S>
 void run(const Kernels<S>& kernels, int gates, const Backward<S>& problem) {
   const int threads = threads_for(problem, gates, 2);
   S* const scratch = workspace<S>(kernels.backward_workspace(problem, threads));
-  with_team(threads, [&](const Team& team) {
-    kernels.backward(problem, scratch, team);
-  });
+  with_team(threads, [&](const Team& team) { kernels.backward(problem, scratch, team); });
 }
 
 template void pack(const Kernels<float>&, const Parameters<float>&, bool, float*);

@@ -17,7 +17,8 @@ struct CompiledIsa {
 // Best first.
 const std::vector<CompiledIsa>& compiled_isas();
 
-// The ISA that weights are packed for from now on: the best supported one, or the one set.
+// The ISA that weights are packed for from now on: the best supported one, or the one
+// set.
 const Isa& active_isa();
 // Throws std::invalid_argument for a name not compiled or not supported; the empty name
 // stands for the best.
@@ -28,7 +29,8 @@ void set_num_threads(int n);
 int get_num_threads();
 
 template <class S>
-void pack(const Kernels<S>& kernels, const Parameters<S>& parameters, bool backward, S* to);
+void pack(const Kernels<S>& kernels, const Parameters<S>& parameters, bool backward,
+          S* to);
 template <class S>
 void run(const Kernels<S>& kernels, int gates, const Forward<S>& problem);
 template <class S>

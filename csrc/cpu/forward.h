@@ -1,7 +1,7 @@
-// A layer forward: W·x for a stretch of steps as one matmul, then those steps, each a fused
-// matmul R·h' + cell. A thread owns a block of rows × hidden units throughout, so W·x and
-// the cell state stay in its own caches; where it owns units it meets the others once per
-// step, where it owns whole rows it meets nobody.
+// A layer forward: W·x for a stretch of steps as one matmul, then those steps, each a
+// fused matmul R·h' + cell. A thread owns a block of rows × hidden units throughout, so
+// W·x and the cell state stay in its own caches; where it owns units it meets the others
+// once per step, where it owns whole rows it meets nobody.
 //
 // Pre-activations live in a ring of row records [slots | c][P]. In training the ring is
 // `saved` itself and holds every step.
@@ -50,8 +50,8 @@ class ForwardPass {
   const S* const bias_;
 
  public:
-  // Steps per stretch: their records fit the second-level cache, but there are rows enough
-  // for W·x to run at the speed of a matmul.
+  // Steps per stretch: their records fit the second-level cache, but there are rows
+  // enough for W·x to run at the speed of a matmul.
   static index stretch(const Forward<S>& p, const L& layout) {
     constexpr index cache = 256 * 1024, enough_rows = 96;
     const index cached_rows = cache / (layout.record() * index{sizeof(S)});
@@ -145,7 +145,8 @@ class ForwardPass {
           multiply_accumulate<L::width>(
               a, x, FromPanels{panels + panel * layout_.panel_size(p_.I), p_.I}, p_.I);
           each_column<together>(panel, [&](int column, int slot, index unit) {
-            for (int r = 0; r < rows; ++r) a[r][column].store(to[r] + slot * layout_.P + unit);
+            for (int r = 0; r < rows; ++r)
+              a[r][column].store(to[r] + slot * layout_.P + unit);
           });
         });
   }
@@ -183,9 +184,8 @@ class ForwardPass {
             for (int r = 0; r < rows; ++r) {
               V v[slots];
               for (int slot = 0; slot < slots; ++slot) {
-                v[slot] = slot < gates
-                              ? a[r][first_column + slot * L::unit_vectors]
-                              : V::load(at[r] + slot * layout_.P + unit);
+                v[slot] = slot < gates ? a[r][first_column + slot * L::unit_vectors]
+                                       : V::load(at[r] + slot * layout_.P + unit);
               }
               State<V> prev{};
               if constexpr (Cell::has_direct) prev.h = load_upto<V>(h.p[r] + unit, left);

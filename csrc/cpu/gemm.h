@@ -1,10 +1,10 @@
 // The one multiply: a register tile of a few rows times panels of packed columns.
 //
 // A panel holds W vectors' worth of columns for all k, as [k][W][lanes]; `panels` of them
-// stand one after the other. Rows are read through a functor, element (r, k), so that rows
-// of x, y or da are used where they lie. Every sum runs over k in order in one accumulator,
-// whatever the tile, so a result does not depend on the row's neighbours, on the split
-// among threads, or on how a sequence is cut.
+// stand one after the other. Rows are read through a functor, element (r, k), so that
+// rows of x, y or da are used where they lie. Every sum runs over k in order in one
+// accumulator, whatever the tile, so a result does not depend on the row's neighbours, on
+// the split among threads, or on how a sequence is cut.
 #pragma once
 
 #include "../vec/math.h"
@@ -92,8 +92,8 @@ constexpr int tallest_tile(int columns) {
   return room / columns < 8 ? room / columns : 8;
 }
 
-// Panels taken at once so that at least eight sums run side by side: the latency of an FMA
-// times their rate on the machines we know.
+// Panels taken at once so that at least eight sums run side by side: the latency of an
+// FMA times their rate on the machines we know.
 constexpr int panels_at_once(int rows, int W) {
   return rows * W >= 8 ? 1 : (8 + rows * W - 1) / (rows * W);
 }
@@ -114,7 +114,8 @@ inline void for_tiles(index begin, index end, const F& f) {
   for (index tile = 0; tile < tiles; ++tile) {
     const index first = begin + n * tile / tiles;
     const index last = begin + n * (tile + 1) / tiles;
-    with_count<most>(last - first, [&]<int rows>() { f.template operator()<rows>(first); });
+    with_count<most>(last - first,
+                     [&]<int rows>() { f.template operator()<rows>(first); });
   }
 }
 

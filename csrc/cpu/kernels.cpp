@@ -1,10 +1,10 @@
 // Compiled once per ISA with that ISA's flags and FUSEDRNN_ARCH set to its name. To add a
 // cell, write csrc/cells/<cell>.h and add one line to `cells` below.
+#include "kernels.h"
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
 #include "backward.h"
-#include "kernels.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
@@ -58,8 +58,10 @@ void for_each_vector(const S* x, S* y, index n, F f) {
 }
 
 constexpr CellEntry cells[] = {
-    cell<Lstm>("lstm"),         cell<Gru>("gru"),
-    cell<RnnTanh>("rnn_tanh"),  cell<RnnRelu>("rnn_relu"),
+    cell<Lstm>("lstm"),
+    cell<Gru>("gru"),
+    cell<RnnTanh>("rnn_tanh"),
+    cell<RnnRelu>("rnn_relu"),
     cell<RnnIdentity>("rnn_identity"),
 };
 

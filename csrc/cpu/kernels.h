@@ -1,4 +1,5 @@
-// The table that each ISA's translation unit exports: one entry per cell and element type.
+// The table that each ISA's translation unit exports: one entry per cell and element
+// type.
 #pragma once
 
 #include <span>

@@ -1,9 +1,9 @@
 // Memory on cache lines and, where it is large, on huge pages: a kernel that walks down a
 // panel of weights would otherwise miss the TLB.
 //
-// Blocks that are not small are kept when freed, up to a bound, and lent out again. A training step asks
-// for the same sizes every time, and the kernel's clearing of fresh pages took 11% of the
-// time of a step at H = 1024.
+// Blocks that are not small are kept when freed, up to a bound, and lent out again. A
+// training step asks for the same sizes every time, and the kernel's clearing of fresh
+// pages took 11% of the time of a step at H = 1024.
 #pragma once
 
 #include <cstddef>

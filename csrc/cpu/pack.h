@@ -1,5 +1,5 @@
-// Weights in the order in which the kernels read them: panels (gemm.h) with the columns of
-// all gates of a few hidden units together, so that a tile ends with whole units.
+// Weights in the order in which the kernels read them: panels (gemm.h) with the columns
+// of all gates of a few hidden units together, so that a tile ends with whole units.
 //
 //   forward   bias (slots, P): b_ih + b_hh where they meet in one sum, else each alone
 //             W panels over K = I, R panels over K = H:
@@ -51,8 +51,7 @@ struct Layout {
 
   index I, H, P;
 
-  Layout(index inputs, index units)
-      : I(inputs), H(units), P(round_up(units, V::lanes)) {}
+  Layout(index inputs, index units) : I(inputs), H(units), P(round_up(units, V::lanes)) {}
 
   // Values per row and step: the slots and c.
   index record() const { return (slots + Cell::has_c) * P; }
@@ -106,8 +105,8 @@ void pack_gate_panels(const L& layout, const S* weight, index K, const int* bloc
 }
 
 template <class L, class S>
-void pack_transposed_panels(const L& layout, const S* weight, index N,
-                            const int* blocks, S* panels, const Team& team) {
+void pack_transposed_panels(const L& layout, const S* weight, index N, const int* blocks,
+                            S* panels, const Team& team) {
   using V = typename L::V;
   const Range own = team.share(layout.back_panels(N));
   for (index panel = own.begin; panel < own.end; ++panel) {

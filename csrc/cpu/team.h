@@ -12,12 +12,12 @@
 
 namespace fusedrnn {
 
-// Spins, because a step lasts microseconds, and soon yields, because a thread that is waited
-// for may have lost its core.
+// Spins, because a step lasts microseconds, and soon yields, because a thread that is
+// waited for may have lost its core.
 //
-// It also keeps the threads apart: Linux may wake a worker on its caller's core and, as both
-// are always ready to run, leave them there, one step every 30 µs, while the next core is
-// idle. Each says where it runs, and one that finds another on its core moves.
+// It also keeps the threads apart: Linux may wake a worker on its caller's core and, as
+// both are always ready to run, leave them there, one step every 30 µs, while the next
+// core is idle. Each says where it runs, and one that finds another on its core moves.
 class Barrier {
  public:
   void wait(int rank, int count);
@@ -57,8 +57,8 @@ struct Job {
   const void* argument;
 };
 
-// Runs the job on `threads` threads, the calling one and workers of its own, which it keeps
-// for later calls. Returns when all are done.
+// Runs the job on `threads` threads, the calling one and workers of its own, which it
+// keeps for later calls. Returns when all are done.
 void run_on_team(int threads, Job job);
 
 // f(team) on each thread.

@@ -23,9 +23,7 @@ struct Vec<float> {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
   }
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
-  static Vec load_n(const float* p, index n) {
-    return {_mm256_maskload_ps(p, first(n))};
-  }
+  static Vec load_n(const float* p, index n) { return {_mm256_maskload_ps(p, first(n))}; }
   static Vec broadcast(float s) { return {_mm256_set1_ps(s)}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store_n(float* p, index n) const { _mm256_maskstore_ps(p, first(n), v); }

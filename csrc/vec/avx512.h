@@ -38,16 +38,14 @@ struct Vec<float> {
     return {_mm512_or_ps(x.v, _mm512_and_ps(_mm512_set1_ps(-0.0f), s.v))};
   }
   friend Vec round(Vec x) {
-    return {
-        _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+    return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
   }
   friend Vec exp2i(Vec n) {
     const __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
   }
   friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {
-    return {
-        _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
   }
   friend Vec zip_low(Vec a, Vec b) { return zip<0>(a, b); }
   friend Vec zip_high(Vec a, Vec b) { return zip<8>(a, b); }
@@ -55,10 +53,10 @@ struct Vec<float> {
  private:
   template <int first>
   static Vec zip(Vec a, Vec b) {
-    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6,
-                                          22, 7, 23);
-    return {_mm512_permutex2var_ps(
-        a.v, _mm512_add_epi32(low, _mm512_set1_epi32(first)), b.v)};
+    const __m512i low =
+        _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return {_mm512_permutex2var_ps(a.v, _mm512_add_epi32(low, _mm512_set1_epi32(first)),
+                                   b.v)};
   }
 };
 
@@ -90,17 +88,14 @@ struct Vec<double> {
     return {_mm512_or_pd(x.v, _mm512_and_pd(_mm512_set1_pd(-0.0), s.v))};
   }
   friend Vec round(Vec x) {
-    return {
-        _mm512_roundscale_pd(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+    return {_mm512_roundscale_pd(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
   }
   friend Vec exp2i(Vec n) {
-    const __m512i e =
-        _mm512_add_epi64(_mm512_cvtpd_epi64(n.v), _mm512_set1_epi64(1023));
+    const __m512i e = _mm512_add_epi64(_mm512_cvtpd_epi64(n.v), _mm512_set1_epi64(1023));
     return {_mm512_castsi512_pd(_mm512_slli_epi64(e, 52))};
   }
   friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {
-    return {
-        _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+    return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
   }
   friend Vec zip_low(Vec a, Vec b) { return zip<0>(a, b); }
   friend Vec zip_high(Vec a, Vec b) { return zip<4>(a, b); }
@@ -109,8 +104,8 @@ struct Vec<double> {
   template <int first>
   static Vec zip(Vec a, Vec b) {
     const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
-    return {_mm512_permutex2var_pd(
-        a.v, _mm512_add_epi64(low, _mm512_set1_epi64(first)), b.v)};
+    return {_mm512_permutex2var_pd(a.v, _mm512_add_epi64(low, _mm512_set1_epi64(first)),
+                                   b.v)};
   }
 };
 

@@ -56,9 +56,8 @@ struct Vec {
     return each([&](int l) { return a.lane[l] > b.lane[l] ? a.lane[l] : b.lane[l]; });
   }
   friend Vec abs(Vec x) {
-    return each([&](int l) {
-      return std::bit_cast<S>(std::bit_cast<bits>(x.lane[l]) & ~sign);
-    });
+    return each(
+        [&](int l) { return std::bit_cast<S>(std::bit_cast<bits>(x.lane[l]) & ~sign); });
   }
   friend Vec with_sign(Vec x, Vec s) {
     return each([&](int l) {

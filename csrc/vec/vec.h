@@ -12,9 +12,9 @@
 //   max(a, b)                     b where either is NaN, so max(bound, x) keeps a NaN x
 //   abs(x), with_sign(x, s)       |x|; x >= 0 with the sign of s
 //   round(x)                      to the nearest integer, ties to even
-//   exp2i(n)                      2^n for integral n from the smallest normal exponent to 0
-//   if_less(a, b, x, y)           a < b ? x : y
-//   zip_low(a, b), zip_high(a, b) a0 b0 a1 b1 … of the lower, of the upper halves
+//   exp2i(n)                      2^n for integral n from the smallest normal exponent to
+//   0 if_less(a, b, x, y)           a < b ? x : y zip_low(a, b), zip_high(a, b) a0 b0 a1
+//   b1 … of the lower, of the upper halves
 //
 // The namespace is named after the ISA so that two translation units compiled with
 // different flags never share a function: the linker would keep one of them for every
@@ -53,8 +53,8 @@ inline void store_upto(V x, typename V::scalar* p, index n) {
   }
 }
 
-// Transposes a square of lanes × lanes: zipping row i with row i + lanes/2 moves one bit of
-// the row's number into the lane's, so log2(lanes) rounds exchange the two.
+// Transposes a square of lanes × lanes: zipping row i with row i + lanes/2 moves one bit
+// of the row's number into the lane's, so log2(lanes) rounds exchange the two.
 template <class V>
 inline void transpose(V (&rows)[V::lanes]) {
   constexpr int half = V::lanes / 2;

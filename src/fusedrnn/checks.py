@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ def array(name: str, value: Any, dtype: np.dtype[Any] | None = None) -> Array:
     if value is None:
         raise TypeError(f"{name} must be an array, got None")
     try:
-        found = cast(Array, np.asarray(value))
+        found: Array = np.asarray(value)
     except ValueError as error:  # ragged lists
         raise TypeError(f"{name} must be an array: {error}") from None
     if dtype is not None:
@@ -36,17 +36,17 @@ def shape(name: str, value: Array, expected: tuple[int, ...], meaning: str) -> N
 
 def sequence(x: Any, axes: str, input_size: int | None = None) -> Array:
     """Return the input as an array of rank 3 (`axes`) or 2, with `input_size` features."""
-    x = array("x", x)
-    if x.ndim not in (2, 3):
-        raise ValueError(f"x must have shape {axes} or (T, I), got {x.shape}")
-    if input_size is not None and x.shape[-1] != input_size:
+    found = array("x", x)
+    if found.ndim not in (2, 3):
+        raise ValueError(f"x must have shape {axes} or (T, I), got {found.shape}")
+    if input_size is not None and found.shape[-1] != input_size:
         raise ValueError(
             f"x must have shape {axes} or (T, I) with I = input_size = {input_size}, "
-            f"got {x.shape}"
+            f"got {found.shape}"
         )
-    if x.shape[-1] == 0:
-        raise ValueError(f"x must have at least one feature, got shape {x.shape}")
-    return x
+    if found.shape[-1] == 0:
+        raise ValueError(f"x must have at least one feature, got shape {found.shape}")
+    return found
 
 
 def positive(name: str, value: Any) -> int:

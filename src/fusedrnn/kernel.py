@@ -16,7 +16,6 @@ from ._cpu import Weights, allocate
 from .cells import Cell
 from .reference import Array
 
-
 # Up to this many rows a backward reads the weights as they are: packing costs more.
 FEW_ROWS = 4
 
