@@ -86,7 +86,7 @@ def _check(
         else:
             value = checks.array(f"{letter}0", value, dtype)
             checks.shape(f"{letter}0", value, (*batch, H), meaning)
-            state.append(np.ascontiguousarray(value))
+            state.append(kernel.contiguous(value))
     reverse = checks.flag("reverse", reverse)
     shape_y = (*x.shape[:-1], H)
     if out is None:

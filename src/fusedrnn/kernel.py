@@ -16,6 +16,19 @@ from ._cpu import Weights, allocate
 from .cells import Cell
 from .reference import Array
 
+def contiguous(a: Array) -> Array:
+    """Return `a`, copied unless it is C-contiguous and aligned."""
+    return np.ascontiguousarray(a) if a.flags.aligned else a.copy()
+
+
+def _rows(a: Array) -> Array:
+    """Return `a`, copied unless its rows are contiguous and aligned."""
+    whole = all(s % a.itemsize == 0 for s in a.strides)
+    if a.flags.aligned and whole and (a.strides[-1] == a.itemsize or a.shape[-1] == 1):
+        return a
+    return contiguous(a)
+
+
 # Up to this many rows a backward reads the weights as they are: packing costs more.
 FEW_ROWS = 4
 
@@ -35,26 +48,14 @@ def pack(
     """
     return Weights(
         cell.name,
-        np.ascontiguousarray(weight_ih),
-        np.ascontiguousarray(weight_hh),
-        None if bias_ih is None else np.ascontiguousarray(bias_ih),
-        None if bias_hh is None else np.ascontiguousarray(bias_hh),
+        contiguous(weight_ih),
+        contiguous(weight_hh),
+        None if bias_ih is None else contiguous(bias_ih),
+        None if bias_hh is None else contiguous(bias_hh),
         forward is not None,
         None if forward is None else forward.isa,
         borrow,
     )
-
-
-def _rows(a: Array) -> Array:
-    """Return `a`, copied unless its rows lie contiguous and aligned in memory."""
-    if not a.flags.aligned:
-        return np.ascontiguousarray(a)
-    if a.flags.c_contiguous:
-        return a
-    whole = all(s % a.itemsize == 0 for s in a.strides)
-    if whole and (a.strides[-1] == a.itemsize or a.shape[-1] == 1):
-        return a
-    return np.ascontiguousarray(a)
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -129,8 +130,8 @@ class Tape:
             self.y,
             self.saved,
             None if dy is None else _rows(dy),
-            None if dh_n is None else np.ascontiguousarray(dh_n),
-            None if dc_n is None else np.ascontiguousarray(dc_n),
+            None if dh_n is None else contiguous(dh_n),
+            None if dc_n is None else contiguous(dc_n),
             dx,
             dW,
             dR,

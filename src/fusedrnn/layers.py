@@ -221,7 +221,7 @@ class _Layer(Generic[StateT]):
         state = checks.array(name, value, self.dtype)
         axes = "(layers*directions, B, H)" if len(shape) == 3 else "(layers*directions, H)"
         checks.shape(name, state, shape, axes)
-        state = np.ascontiguousarray(state)
+        state = kernel.contiguous(state)
         return state if len(shape) == 3 else state[:, None]
 
     def _state_shape(self, x: Array, unbatched: bool) -> tuple[int, ...]:
