@@ -7,6 +7,7 @@ import pytest
 from helpers import Sizes, arguments, cotangents, op
 
 import fusedrnn as fr
+from fusedrnn import kernel
 from fusedrnn.cells import Cell
 
 SHAPES = [Sizes(12, 1, 96, 160), Sizes(9, 13, 33, 100), Sizes(6, 70, 20, 48)]
@@ -93,3 +94,16 @@ def test_layers_equal_ops(dtype: np.dtype) -> None:
             sides.append(side)
         below = np.concatenate(sides, -1)
     np.testing.assert_array_equal(below, y)
+
+
+def test_borrowed_weights_equal_packed_ones(
+    cell: Cell, dtype: np.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backward over few rows reads the weights as they are: the same sums, in order."""
+    values = arguments(cell, Sizes(2, 2, 19, 37), dtype)
+    gradients = []
+    for few_rows in (0, 4):
+        monkeypatch.setattr(kernel, "FEW_ROWS", few_rows)
+        results, pullback = op(cell, "_vjp")(**values)
+        gradients.append(pullback(*cotangents(results)))
+    assert_identical(*gradients)

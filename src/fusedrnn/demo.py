@@ -48,7 +48,7 @@ class Weather:
     Attributes
     ----------
     start: the first hour (UTC).
-    temperature: (hours,) °F, gaps interpolated.
+    temperature: (hours,) °F, the last observation in gaps.
     observed: (hours,) whether the temperature was really observed.
     features: (hours, F), unscaled.
     """
@@ -92,9 +92,8 @@ def _on_grid(rows: dict[datetime, list[float]], start: datetime, count: int) -> 
         table[int((hour - start) / timedelta(hours=1))] = values
     temp, dewp, humid, wind_dir, wind_speed, pressure = table.T
     wind_speed = np.where(wind_speed > 200, np.nan, wind_speed)  # one reading of 1048 mph
-    angle = np.deg2rad(wind_dir)
-    hours = np.arange(count)
-    day = 2 * np.pi * (hours + start.hour) / 24
+    angle = np.deg2rad(np.where(wind_speed == 0, 0, wind_dir))  # a calm has no direction
+    day = 2 * np.pi * (np.arange(count) + start.hour) / 24
     series = [
         temp,
         dewp,
@@ -103,9 +102,17 @@ def _on_grid(rows: dict[datetime, list[float]], start: datetime, count: int) -> 
         wind_speed * np.cos(angle),
         wind_speed * np.sin(angle),
     ]
-    filled = [np.interp(hours, hours[~np.isnan(s)], s[~np.isnan(s)]) for s in series]
+    filled = [_fill_gaps(s) for s in series]
     features = np.stack([*filled, np.cos(day), np.sin(day)], axis=1)
     return Weather(start, filled[0], ~np.isnan(temp), features)
+
+
+def _fill_gaps(series: Array) -> Array:
+    """Carry the last observation on: a forecast may not look past a gap."""
+    known = ~np.isnan(series)
+    last = np.maximum.accumulate(np.where(known, np.arange(len(series)), np.argmax(known)))
+    filled: Array = series[last]
+    return filled
 
 
 @dataclass(frozen=True)
@@ -337,17 +344,20 @@ def run(airport: str, epochs: int, hidden_size: int, seed: int, output: Path) ->
     train_hours = held_out - 24 * VALIDATION_DAYS
     prepared = {name: prepare(w, train_hours) for name, w in weather.items()}
     samples, scale = prepared[airport]
+    temperature, observed = weather[airport].temperature, weather[airport].observed
+    pairs = observed[HORIZON:] & observed[:-HORIZON]
+    day_to_day = np.abs(temperature[HORIZON:] - temperature[:-HORIZON])[pairs].mean()
     count = backends.get_num_threads()
     threads = f"{count} thread" + "s" * (count > 1)
     console.print(
         f"Hourly weather at {', '.join(AIRPORTS)}: {hours} hours from "
         f"{weather[airport].start:%d %B %Y}, the last {HELD_OUT_DAYS} days held out.\n"
         f"fusedrnn on {backends.get_isa()}, {threads}. "
-        f"Forecasting the next {HORIZON} hours at {airport}.",
+        f"Forecasting the next {HORIZON} hours at {airport}, where the same "
+        f"hour of two days differs by {day_to_day:.2f} °F over the year.",
         highlight=False,
     )
     start = np.arange(held_out, hours - HORIZON)
-    temperature = weather[airport].temperature
     truth, yesterday = _ahead(temperature)[start], _ahead(temperature)[start - HORIZON]
     known = samples.known[start]
     now = np.repeat(temperature[start, None], HORIZON, axis=1)

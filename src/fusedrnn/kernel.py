@@ -16,6 +16,7 @@ from ._cpu import Weights, allocate
 from .cells import Cell
 from .reference import Array
 
+
 def contiguous(a: Array) -> Array:
     """Return `a`, copied unless it is C-contiguous and aligned."""
     return np.ascontiguousarray(a) if a.flags.aligned else a.copy()
