@@ -177,6 +177,21 @@ def test_nan_and_inf_stay_in_their_row(cell: Cell, isa: str) -> None:
     assert np.isnan(y[1:, 4]).all()
 
 
+@pytest.mark.parametrize("name", ["x", "h0"])
+def test_inf_does_not_reach_gradients_through_padding(cell: Cell, isa: str, name: str) -> None:
+    """Where the reference's gradients are finite, so are ours."""
+    values = arguments(cell, Sizes(6, 2, 3, 5))
+    values[name][..., 0, 1] = -np.inf
+    with np.errstate(all="ignore"):
+        results, pullback = op(cell, "_vjp")(**values)
+        expected, expected_pullback = op(cell, "_vjp", reference)(**values)
+        weights = cotangents(results)
+        gradients, expected_gradients = pullback(*weights), expected_pullback(*weights)
+    np.testing.assert_array_equal(np.isfinite(results[0]), np.isfinite(expected[0]))
+    for field, a, e in zip(gradients._fields, gradients, expected_gradients, strict=True):
+        assert (np.isfinite(a) >= np.isfinite(e)).all(), field
+
+
 @pytest.mark.parametrize(("name", "per_unit"), [("lstm", 5), ("gru", 4), ("rnn_tanh", 0)])
 def test_memory_saved_for_backward(name: str, per_unit: int, dtype: np.dtype) -> None:
     """5·H values a step and row for LSTM, 4·H for GRU; H = 64 is whole vectors anywhere."""

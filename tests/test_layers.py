@@ -56,6 +56,15 @@ def test_pullback_keeps_the_weights_it_ran_with(layer) -> None:
     np.testing.assert_array_equal(after.x, before.x)
 
 
+def test_pullback_keeps_the_state_it_started_from() -> None:
+    layer = fr.GRU(3, 20, rng=1)
+    h0 = np.random.default_rng(2).normal(size=(1, 4, 20)).astype(np.float32)
+    (y, _), pullback = layer.vjp(X, h0)
+    before = pullback(y).parameters["weight_hh_l0"]
+    h0[:] = 0
+    np.testing.assert_array_equal(pullback(y).parameters["weight_hh_l0"], before)
+
+
 def test_state_dict_round_trip(layer) -> None:
     fresh = LAYERS[type(layer).__name__](num_layers=2, bidirectional=True)
     fresh.load_state_dict({k: v * 0 for k, v in fresh.state_dict().items()})
@@ -63,8 +72,10 @@ def test_state_dict_round_trip(layer) -> None:
     np.testing.assert_array_equal(fresh(X)[0], layer(X)[0])
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda l: pickle.loads(pickle.dumps(l))])
-def test_pickle_and_deepcopy(layer, duplicate) -> None:
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda l: pickle.loads(pickle.dumps(l))]
+)
+def test_pickle_and_copy(layer, duplicate) -> None:
     y, _ = layer(X)
     twin = duplicate(layer)
     assert repr(twin) == repr(layer)

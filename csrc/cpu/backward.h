@@ -108,6 +108,16 @@ class BackwardPass {
     const auto read = [](const S* from, index left) {
       return from ? load_upto<V>(from, left) : V::broadcast(0);
     };
+    // Padding of da stays zero: a product runs over it, and there 0 · inf would be NaN.
+    if (units(own).end == p_.H && p_.H % lanes != 0) {
+      for (index r = 0; r < ring_ * p_.B; ++r) {
+        const index b = r % p_.B;
+        if (b < own.rows.begin || b >= own.rows.end) continue;
+        for (int slot = 0; slot < slots; ++slot) {
+          V::broadcast(0).store(da_ + r * width_ + (slot + 1) * layout_.P - lanes);
+        }
+      }
+    }
     for (index b = own.rows.begin; b < own.rows.end; ++b) {
       for (index j = units(own).begin; j < units(own).end; j += lanes) {
         const index from = b * p_.H + j, to = b * layout_.P + j, left = p_.H - j;
@@ -202,7 +212,7 @@ class BackwardPass {
               }
               const State<V> d = Cell::backward(v, prev, now, dh[r][n], dc);
               for (int slot = 0; slot < slots; ++slot) {
-                v[slot].store(da(s) + b * width_ + slot * layout_.P + unit);
+                store_upto(v[slot], da(s) + b * width_ + slot * layout_.P + unit, left);
               }
               if constexpr (Cell::has_direct) d.h.store(direct_ + at);
               if constexpr (Cell::has_c) d.c.store(dc_ + at);

@@ -40,6 +40,8 @@ void release(const Block& block) {
 // waited for it would wait for ever.
 class Kept {
  public:
+  Kept() { blocks_.reserve(most_kept / least_kept + 1); }
+
   // A block of exactly this size, or null.
   void* take(std::size_t bytes) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
@@ -56,7 +58,7 @@ class Kept {
 
   void put(const Block& block) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock) return release(block);
+    if (!lock || block.bytes > most_kept) return release(block);
     blocks_.push_back(block);
     total_ += block.bytes;
     while (total_ > most_kept) {  // the oldest goes first

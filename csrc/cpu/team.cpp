@@ -6,10 +6,7 @@
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
-#include <unistd.h>
-#else
-#include <process.h>
-#define getpid _getpid
+#include <pthread.h>
 #endif
 
 #if defined(__linux__)
@@ -69,8 +66,10 @@ class Worker {
  private:
   enum State : int { idle, busy, stop };
 
+  // In one order with the waiter's entry: a weaker store could pass notify_one's look for
+  // waiters and leave one asleep.
   void post(State state) {
-    state_.store(state, std::memory_order_release);
+    state_.store(state, std::memory_order_seq_cst);
     state_.notify_one();
   }
 
@@ -95,6 +94,16 @@ class Worker {
   std::thread thread_;  // last: it reads the others
 };
 
+// How often this process has been forked off another.
+int forks() {
+  static std::atomic<int> count{0};
+#if defined(__unix__) || defined(__APPLE__)
+  static const int watched = pthread_atfork(nullptr, nullptr, [] { ++count; });
+  static_cast<void>(watched);
+#endif
+  return count.load(std::memory_order_relaxed);
+}
+
 // The workers of one calling thread. A forked child has none of them, only their records,
 // which it forgets.
 class Pool {
@@ -117,13 +126,13 @@ class Pool {
 
  private:
   void forget_if_forked() {
-    if (process_ == getpid()) return;
+    if (forks_ == forks()) return;
     for (auto& worker : workers_) static_cast<void>(worker.release());
     workers_.clear();
-    process_ = getpid();
+    forks_ = forks();
   }
 
-  int process_ = getpid();
+  int forks_ = forks();
   std::vector<std::unique_ptr<Worker>> workers_;
 };
 
@@ -151,7 +160,8 @@ void Barrier::keep_apart([[maybe_unused]] int rank, [[maybe_unused]] int count) 
   for (int other = 0; other < seen; ++other) {
     shared |= other != rank && cpu_[other].load(std::memory_order_relaxed) == here + 1;
   }
-  if (!shared || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  // The calling thread is its owner's: only workers move.
+  if (!shared || rank == 0 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
   cpu_set_t free = allowed;
   for (int other = 0; other < seen; ++other) {
     const int cpu = cpu_[other].load(std::memory_order_relaxed) - 1;

@@ -84,4 +84,10 @@ def output(out: Any, expected: tuple[int, ...], meaning: str, x: Array) -> Array
         raise ValueError(
             f"out must be contiguous along its last axis, got strides {out.strides}"
         )
+    # From the innermost axis out, a step must pass everything further in.
+    extent = itemsize
+    for stride, length in sorted(zip(map(abs, out.strides), out.shape, strict=True)):
+        if length > 1 and stride < extent:
+            raise ValueError(f"out must not overlap itself, got strides {out.strides}")
+        extent = max(extent, stride * length)
     return out

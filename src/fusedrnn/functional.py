@@ -95,7 +95,7 @@ def _check(
         y = checks.output(out, shape_y, "(T, H)" if unbatched else "(T, B, H)", x)
         used = (x, weight_ih, weight_hh, *biases, *state)
         if any(a is not None and np.may_share_memory(y, a) for a in used):
-            raise ValueError("out must not share memory with another argument")
+            raise ValueError("out must not lie within the memory of another argument")
 
     final = tuple(np.empty((*batch, H), dtype) for _ in state)
     if unbatched:

@@ -20,6 +20,20 @@ from .reference import Array, Nonlinearity
 StateT = TypeVar("StateT")
 
 
+# Attributes that the parameters' shapes or the calls depend on, and prefixes of parameters.
+_FIXED = (
+    "input_size",
+    "hidden_size",
+    "num_layers",
+    "nonlinearity",
+    "bias",
+    "batch_first",
+    "bidirectional",
+    "dtype",
+)
+_PARAMETERS = ("weight_ih_l", "weight_hh_l", "bias_ih_l", "bias_hh_l")
+
+
 class LayerGrads(NamedTuple, Generic[StateT]):
     """What a layer's pullback returns.
 
@@ -54,10 +68,9 @@ class _Layer(Generic[StateT]):
         dtype: npt.DTypeLike,
         rng: np.random.Generator | int | None,
     ) -> None:
-        set_ = object.__setattr__  # before there are parameters to look among
-        set_(self, "_cell", cell)
-        set_(self, "_parameters", {})
-        set_(self, "_packed", {})
+        self._cell = cell
+        self._parameters = {}
+        self._packed = {}
         self.input_size = checks.positive("input_size", input_size)
         self.hidden_size = checks.positive("hidden_size", hidden_size)
         self.num_layers = checks.positive("num_layers", num_layers)
@@ -138,16 +151,22 @@ class _Layer(Generic[StateT]):
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._parameters:
-            self._parameters[name] = self._checked(name, value)
+        parameters = self.__dict__.get("_parameters", {})
+        if name in parameters:
+            parameters[name] = self._checked(name, value)
             self._forget_packed()
-        elif name in self.__dict__ and self._parameters:
-            raise AttributeError(f"{name} is fixed when the layer is made")
+        elif parameters and (name in _FIXED or name.startswith(_PARAMETERS)):
+            what = (
+                "is fixed when the layer is made" if name in _FIXED else "is no parameter of it"
+            )
+            raise AttributeError(f"{name} {what}: {self!r}")
         else:
             object.__setattr__(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cell": self._cell.name, "_packed": {}}
+        parameters = dict(self._parameters)
+        cell = self._cell.name
+        return {**self.__dict__, "_cell": cell, "_parameters": parameters, "_packed": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for value in state["_parameters"].values():
@@ -199,7 +218,7 @@ class _Layer(Generic[StateT]):
 
     def _forget_packed(self) -> None:
         """Start a new cache: a thread that is packing old parameters fills the old one."""
-        object.__setattr__(self, "_packed", {})
+        self._packed = {}
 
     # Calls
 
@@ -216,12 +235,14 @@ class _Layer(Generic[StateT]):
             return a[:, None]
         return a.swapaxes(0, 1) if self.batch_first else a
 
-    def _state(self, name: str, value: Any, shape: tuple[int, ...]) -> Array:
+    def _state(
+        self, name: str, value: Any, shape: tuple[int, ...], copy: bool = False
+    ) -> Array:
         """Check a state or its gradient; shape is (layers·directions, B, H) or without B."""
         state = checks.array(name, value, self.dtype)
         axes = "(layers*directions, B, H)" if len(shape) == 3 else "(layers*directions, H)"
         checks.shape(name, state, shape, axes)
-        state = kernel.contiguous(state)
+        state = state.copy() if copy else kernel.contiguous(state)
         return state if len(shape) == 3 else state[:, None]
 
     def _state_shape(self, x: Array, unbatched: bool) -> tuple[int, ...]:
@@ -240,7 +261,7 @@ class _Layer(Generic[StateT]):
         start = tuple(
             np.zeros((self.num_layers * D, B, H), self.dtype)
             if value is None
-            else self._state(f"{letter}0", value, shape)
+            else self._state(f"{letter}0", value, shape, copy=save)
             for letter, value in zip(letters, states, strict=True)
         )
         final = tuple(np.empty((self.num_layers * D, B, H), self.dtype) for _ in letters)
@@ -412,7 +433,7 @@ class LSTM(_Layer[tuple[Array, Array]]):
 
     Its parameters are attributes with torch's names (weight_ih_l0, weight_hh_l0, bias_ih_l0,
     bias_hh_l0, …_reverse), read-only arrays; assign a new array to change one. Calls are
-    safe from several threads at once, and a layer can be pickled.
+    safe from several threads at once, though not beside an assignment. A layer can be pickled.
 
     Raises
     ------
@@ -520,7 +541,7 @@ class RNN(_Layer[Array]):
         rng: np.random.Generator | int | None = None,
     ) -> None:
         cell = rnn_cell(nonlinearity)
-        object.__setattr__(self, "nonlinearity", nonlinearity)
+        self.nonlinearity = nonlinearity
         super().__init__(
             cell,
             input_size,

@@ -138,7 +138,10 @@ LSTM = Cell("ifgo", ("h", "c"), _lstm_forward, _lstm_backward)
 GRU = Cell("rzn", ("h",), _gru_forward, _gru_backward)
 RNN: dict[str, Cell] = {
     "tanh": _rnn_cell(np.tanh, lambda h: 1 - h**2),
-    "relu": _rnn_cell(lambda a: a * (a.real > 0), lambda h: (h.real > 0).astype(h.dtype)),
+    "relu": _rnn_cell(
+        lambda a: np.where(a.real <= 0, a.dtype.type(0), a),
+        lambda h: (h.real > 0).astype(h.dtype),
+    ),
     "identity": _rnn_cell(lambda a: a, np.ones_like),
 }
 
