@@ -32,7 +32,8 @@ struct Forward : Sizes {
   const S* x;
   index x_t, x_b;
   const S *h0, *c0;
-  const S* weights;  // packed for forward (csrc/cpu/pack.h)
+  const S* weights;  // packed for forward (csrc/cpu/pack.h), or of that the bias alone
+  const S *weight_ih, *weight_hh;  // read as they are where not null
   S* y;
   index y_t, y_b;
   S *h_n, *c_n;
@@ -44,8 +45,8 @@ struct Backward : Sizes {
   const S* x;
   index x_t, x_b;
   const S *h0, *c0;
-  const S* weights;  // packed for backward; null to read the two below as they are
-  const S *weight_ih, *weight_hh;
+  const S* weights;                // packed for backward, or null
+  const S *weight_ih, *weight_hh;  // read as they are where weights is null
   const S* y;
   index y_t, y_b;
   const S* saved;

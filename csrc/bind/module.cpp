@@ -59,7 +59,7 @@ S* write(MaybeArray& a, const char* name, std::initializer_list<index> shape) {
 index stride(const Array& a, int axis) { return a.strides(axis) / a.itemsize(); }
 
 // A layer's parameters in one direction, packed for the forward or the backward kernels
-// of one ISA, or for the backward only borrowed: packing for a few rows costs more than
+// of one ISA, or only borrowed: packing for a few rows costs more than
 // it gains. Never changes, so threads share it.
 class Weights {
  public:
@@ -72,12 +72,11 @@ class Weights {
         I_(weight_ih.ndim() == 2 ? weight_ih.shape(1) : 0),
         H_(weight_hh.ndim() == 2 ? weight_hh.shape(1) : 0),
         single_(py::isinstance<py::array_t<float>>(weight_ih)),
+        borrow_(borrow),
         weight_ih_(weight_ih),
         weight_hh_(weight_hh) {
-    if (borrow && !backward) refuse("borrow");
     if (!(weight_ih.flags() & py::array::c_style)) refuse("weight_ih");
     if (!(weight_hh.flags() & py::array::c_style)) refuse("weight_hh");
-    if (borrow) return;
     if (single_) {
       pack<float>(weight_ih, weight_hh, bias_ih, bias_hh);
     } else {
@@ -102,6 +101,10 @@ class Weights {
       p.h0 = read<S>(h0, "h0", {p.B, p.H});
       p.c0 = read<S>(c0, "c0", {p.B, p.H});
       p.weights = packed;
+      if (borrow_) {
+        p.weight_ih = read<S>(weight_ih_, "weight_ih", {cell_.gates * p.H, p.I});
+        p.weight_hh = read<S>(weight_hh_, "weight_hh", {cell_.gates * p.H, p.H});
+      }
       p.y = write<S>(y, "y", {p.T, p.B, p.H});
       p.y_t = stride(y, 0);
       p.y_b = stride(y, 1);
@@ -184,10 +187,12 @@ class Weights {
                           read<S>(bias_ih, "bias_ih", {GH}),
                           read<S>(bias_hh, "bias_hh", {GH})};
     const auto& kernels = cell_.kernels<S>();
-    const auto size = static_cast<std::size_t>(kernels.packed_size(I_, H_, backward_));
+    const auto size =
+        static_cast<std::size_t>(kernels.packed_size(I_, H_, backward_, borrow_));
+    if (size == 0) return;
     const py::gil_scoped_release release;
     packed_ = Memory(size * sizeof(S));
-    fusedrnn::pack(kernels, p, backward_, packed_.as<S>());
+    fusedrnn::pack(kernels, p, backward_, borrow_, packed_.as<S>());
   }
 
   template <class F>
@@ -215,6 +220,7 @@ class Weights {
   const bool backward_;
   const index I_, H_;
   const bool single_;  // float32
+  const bool borrow_;
   const Array weight_ih_, weight_hh_;
   Memory packed_;
 };

@@ -146,14 +146,15 @@ void with_team(int threads, const F& f) {
 
 template <class S>
 void pack(const Kernels<S>& kernels, const Parameters<S>& parameters, bool backward,
-          S* to) {
+          bool borrow, S* to) {
   constexpr index values_per_thread = 1 << 18;
-  const index values = kernels.packed_size(parameters.I, parameters.H, backward);
+  const index values = kernels.packed_size(parameters.I, parameters.H, backward, borrow);
   const index most = values / values_per_thread, limit = get_num_threads();
-  with_team(most >= limit ? static_cast<int>(limit)
-            : most > 1    ? static_cast<int>(most)
-                          : 1,
-            [&](const Team& team) { kernels.pack(parameters, backward, to, team); });
+  with_team(
+      most >= limit ? static_cast<int>(limit)
+      : most > 1    ? static_cast<int>(most)
+                    : 1,
+      [&](const Team& team) { kernels.pack(parameters, backward, borrow, to, team); });
 }
 
 template <class S>
@@ -170,8 +171,9 @@ void run(const Kernels<S>& kernels, int gates, const Backward<S>& problem) {
   with_team(threads, [&](const Team& team) { kernels.backward(problem, scratch, team); });
 }
 
-template void pack(const Kernels<float>&, const Parameters<float>&, bool, float*);
-template void pack(const Kernels<double>&, const Parameters<double>&, bool, double*);
+template void pack(const Kernels<float>&, const Parameters<float>&, bool, bool, float*);
+template void pack(const Kernels<double>&, const Parameters<double>&, bool, bool,
+                   double*);
 template void run(const Kernels<float>&, int, const Forward<float>&);
 template void run(const Kernels<double>&, int, const Forward<double>&);
 template void run(const Kernels<float>&, int, const Backward<float>&);

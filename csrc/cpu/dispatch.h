@@ -30,7 +30,7 @@ int get_num_threads();
 
 template <class S>
 void pack(const Kernels<S>& kernels, const Parameters<S>& parameters, bool backward,
-          S* to);
+          bool borrow, S* to);
 template <class S>
 void run(const Kernels<S>& kernels, int gates, const Forward<S>& problem);
 template <class S>

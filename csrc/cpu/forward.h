@@ -36,7 +36,6 @@ class ForwardPass {
   using L = Layout<CellOf, S>;
   using V = typename L::V;
   using Cell = typename L::Cell;
-  using FromPanels = Panels<V, L::width>;
   static constexpr int lanes = V::lanes;
   static constexpr int gates = L::gates, slots = L::slots;
 
@@ -142,8 +141,8 @@ class ForwardPass {
             const V bias = V::load(bias_ + (L::first_input + slot) * layout_.P + unit);
             for (int r = 0; r < rows; ++r) a[r][column] = bias;
           });
-          multiply_accumulate<L::width>(
-              a, x, FromPanels{panels + panel * layout_.panel_size(p_.I), p_.I}, p_.I);
+          multiply<&L::Cell::input_gate, together>(a, x, panels, p_.weight_ih, p_.I,
+                                                   panel);
           each_column<together>(panel, [&](int column, int slot, index unit) {
             for (int r = 0; r < rows; ++r)
               a[r][column].store(to[r] + slot * layout_.P + unit);
@@ -177,8 +176,8 @@ class ForwardPass {
               a[r][column] = V::load((joined ? at[r] : bias_) + slot * layout_.P + unit);
             }
           });
-          multiply_accumulate<L::width>(
-              a, h, FromPanels{panels + panel * layout_.panel_size(p_.H), p_.H}, p_.H);
+          multiply<&L::Cell::recurrent_gate, together>(a, h, panels, p_.weight_hh, p_.H,
+                                                       panel);
           each_unit_vector<together>(panel, [&](int first_column, index unit) {
             const index left = units_left(unit);
             for (int r = 0; r < rows; ++r) {
@@ -203,6 +202,23 @@ class ForwardPass {
             }
           });
         });
+  }
+
+  // a += left · weightᵀ for the columns of `together` panels: from packed panels, or from
+  // weight (gates·H, K) itself where that is given.
+  template <auto blocks, int together, int rows, int columns>
+  void multiply(V (&a)[rows][columns], const Rows<S, rows>& left, const S* panels,
+                const S* weight, index K, index panel) const {
+    if (!weight) {
+      const S* const first = panels + panel * layout_.panel_size(K);
+      multiply_accumulate<L::width>(a, left, Panels<V, L::width>{first, K}, K);
+      return;
+    }
+    each_column<together>(panel, [&](int column, int slot, index unit) {
+      const S* const unit_rows = weight + ((*blocks)[slot] * p_.H + unit) * K;
+      multiply_by_rows(&a[0][column], columns, rows, left.p, unit_rows, units_left(unit),
+                       K);
+    });
   }
 
   // f(column, gate slot, first unit) for each column vector of `together` panels.

@@ -21,12 +21,14 @@ template <template <class> class CellOf, class S>
 constexpr Kernels<S> kernels_of() {
   using L = Layout<CellOf, S>;
   return {
-      [](index I, index H, bool backward) {
+      [](index I, index H, bool backward, bool borrow) {
         const L layout(I, H);
+        if (borrow) return backward ? 0 : layout.bias_size();
         return backward ? layout.backward_size() : layout.forward_size();
       },
-      [](const Parameters<S>& p, bool backward, S* to, const Team& team) {
-        backward ? pack_backward<L>(p, to, team) : pack_forward<L>(p, to, team);
+      [](const Parameters<S>& p, bool backward, bool borrow, S* to, const Team& team) {
+        if (!backward) return pack_forward<L>(p, borrow, to, team);
+        if (!borrow) pack_backward<L>(p, to, team);
       },
       [](index I, index H) { return L(I, H).saved(); },
       [](const Forward<S>& p) { return ForwardPass<CellOf, S>::workspace(p); },

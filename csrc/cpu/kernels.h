@@ -12,8 +12,9 @@ namespace fusedrnn {
 // Workspaces and packed weights are counted in elements and aligned by the caller.
 template <class S>
 struct Kernels {
-  index (*packed_size)(index I, index H, bool backward);
-  void (*pack)(const Parameters<S>&, bool backward, S* to, const Team&);
+  // `borrow`: only what the kernels need beside the parameters as they are.
+  index (*packed_size)(index I, index H, bool backward, bool borrow);
+  void (*pack)(const Parameters<S>&, bool backward, bool borrow, S* to, const Team&);
   index (*saved_size)(index I, index H);  // per step and row
   index (*forward_workspace)(const Forward<S>&);
   void (*forward)(const Forward<S>&, S* workspace, const Team&);

@@ -125,8 +125,7 @@ void pack_transposed_panels(const L& layout, const S* weight, index N, const int
 }
 
 template <class L, class S>
-void pack_forward(const Parameters<S>& p, S* to, const Team& team) {
-  const L layout(p.I, p.H);
+void pack_bias(const L& layout, const Parameters<S>& p, S* to, const Team& team) {
   for (int slot = 0; slot < L::slots && team.rank == 0; ++slot) {
     const int input = L::blocks.input[slot], recurrent = L::blocks.recurrent[slot];
     for (index unit = 0; unit < layout.P; ++unit) {
@@ -138,6 +137,13 @@ void pack_forward(const Parameters<S>& p, S* to, const Team& team) {
       to[slot * layout.P + unit] = bias;
     }
   }
+}
+
+template <class L, class S>
+void pack_forward(const Parameters<S>& p, bool borrow, S* to, const Team& team) {
+  const L layout(p.I, p.H);
+  pack_bias(layout, p, to, team);
+  if (borrow) return;
   pack_gate_panels(layout, p.weight_ih, p.I, L::Cell::input_gate,
                    to + layout.input_panels(), team);
   pack_gate_panels(layout, p.weight_hh, p.H, L::Cell::recurrent_gate,

@@ -23,7 +23,7 @@ struct ExpConstants;
 
 template <>
 struct ExpConstants<float> {
-  static constexpr float lowest = -87.33654f;  // -126 ln 2: 2^n stays normal
+  static constexpr float lowest = -88.029692f;  // -127 ln 2, where 2^n becomes 0
   static constexpr float log2e = 1.44269504f;
   static constexpr float ln2_high = 0.693359375f;
   static constexpr float ln2_low = -2.12194440e-4f;
@@ -33,7 +33,7 @@ struct ExpConstants<float> {
 
 template <>
 struct ExpConstants<double> {
-  static constexpr double lowest = -708.39641853226408;  // -1022 ln 2
+  static constexpr double lowest = -709.08956571282405;  // -1023 ln 2
   static constexpr double log2e = 1.4426950408889634;
   static constexpr double ln2_high = 6.93147180369123816490e-01;
   static constexpr double ln2_low = 1.90821492927058770002e-10;
@@ -44,7 +44,7 @@ struct ExpConstants<double> {
       2.5052047443318706172e-8, 2.0921606765809923742e-9, 1.6093416367950338353e-10};
 };
 
-// exp(x) = scale·(1 + p) for x <= 0; below the smallest normal result it stays there.
+// exp(x) = scale·(1 + p) for x <= 0; 0 from where the result is no normal number.
 template <class V>
 struct Exp {
   V scale, p;
@@ -66,13 +66,9 @@ struct Exp {
 
 template <class V>
 inline V sigmoid(V x) {
-  using C = ExpConstants<typename V::scalar>;
   const V zero = V::broadcast(0), one = V::broadcast(1);
-  const V magnitude = abs(x);
-  const V negative = zero - magnitude;
-  const Exp<V> exp(negative);
-  V e = exp.scale * (one + exp.p);
-  e = if_less(negative, V::broadcast(C::lowest), zero, e);
+  const Exp<V> exp(zero - abs(x));
+  const V e = exp.scale * (one + exp.p);
   return if_less(x, zero, e, one) / (one + e);
 }
 

@@ -10,7 +10,7 @@ compiler: str
 class Weights:
     """A layer's parameters in one direction, packed for one ISA; never changes.
 
-    `borrow` keeps the arrays of a backward instead, for a few rows.
+    `borrow` keeps the arrays instead, for a few rows.
     """
 
     def __init__(

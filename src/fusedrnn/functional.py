@@ -33,8 +33,11 @@ class _Call:
     y: Array
     final: tuple[Array, ...]
 
-    def pack(self) -> Weights:
-        return kernel.pack(self.cell, *self.parameters)
+    def pack(self, forward: Weights | None = None) -> Weights:
+        """Make the weights ready for this call, or for its backward."""
+        T, B, _ = self.x.shape
+        few = T * B <= kernel.FEW_ROWS
+        return kernel.pack(self.cell, *self.parameters, forward=forward, borrow=few)
 
     def results(self) -> tuple[Array, ...]:
         return tuple(self.user_view(a) for a in (self.y, *self.final))
@@ -117,11 +120,9 @@ def _vjp(call: _Call) -> tuple[tuple[Array, ...], Callable[..., tuple[Any, ...]]
     saved = kernel.forward(
         weights, call.x, call.state, call.reverse, call.y, call.final, save=True
     )
-    T, B, _ = call.x.shape
-    few = T * B <= kernel.FEW_ROWS
     tape = kernel.Tape(
         call.cell,
-        kernel.pack(call.cell, *call.parameters, forward=weights, borrow=few),
+        call.pack(forward=weights),
         call.x,
         call.state,
         call.reverse,

@@ -30,7 +30,7 @@ def _rows(a: Array) -> Array:
     return contiguous(a)
 
 
-# Up to this many rows a backward reads the weights as they are: packing costs more.
+# Up to this many rows the kernels read the weights as they are: packing costs more.
 FEW_ROWS = 4
 
 
@@ -45,7 +45,7 @@ def pack(
 ) -> Weights:
     """Pack parameters for a forward or, given the weights of that, for its backward.
 
-    `borrow` keeps the arrays for the backward instead of packing them.
+    `borrow` keeps the weights as they are, for few rows.
     """
     return Weights(
         cell.name,
