@@ -20,6 +20,10 @@ namespace fusedrnn {
 
 using index = std::ptrdiff_t;
 
+struct Range {
+  index begin, end;
+};
+
 struct Sizes {
   index T, B, I, H;
   bool reverse;

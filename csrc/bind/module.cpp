@@ -252,6 +252,19 @@ Array elementwise(const std::string& name, const Array& x) {
   throw py::value_error("_cpu: no function " + name);
 }
 
+// Floating-point operations that `rounds` of a probe did, on the active ISA.
+double probe_multiply_add(index rounds, bool single) {
+  const py::gil_scoped_release release;
+  const Probes& probes = active_isa().probes;
+  return (single ? probes.multiply_add_f32 : probes.multiply_add_f64)(rounds);
+}
+
+float probe_read(const Array& a, index rounds) {
+  const float* const p = read<float>(a, "a", {a.size()});
+  const py::gil_scoped_release release;
+  return active_isa().probes.read(p, a.size(), rounds);
+}
+
 }  // namespace
 }  // namespace fusedrnn
 
@@ -289,5 +302,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_num_threads", &set_num_threads);
   m.def("allocate", &allocate);
   m.def("elementwise", &elementwise);
+  m.def("probe_multiply_add", &probe_multiply_add);
+  m.def("probe_read", &probe_read);
   m.attr("compiler") = FUSEDRNN_COMPILER;
 }

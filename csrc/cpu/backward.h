@@ -103,6 +103,26 @@ class BackwardPass {
     return {own.panels.begin * L::back_columns, end < p_.H ? end : p_.H};
   }
 
+  // f.operator()<width, rows, columns>(row, first column) for tiles of rows × columns (in
+  // vectors, `width` to a panel) over panels of N columns.
+  template <class F>
+  void for_columns(Range rows, Range panels, index N, const F& f) const {
+    const index rest = N % L::back_columns;
+    const bool narrow = rest > 0 && rest <= lanes && panels.end == layout_.back_panels(N);
+    const Range full{panels.begin, narrow ? panels.end - 1 : panels.end};
+    for_blocks<L::back_width, L::back_tile>(
+        rows, full, layout_.back_panel_bytes(),
+        [&]<int height, int together>(index row, index panel) {
+          constexpr int columns = together * L::back_width;
+          f.template operator()<L::back_width, height, columns>(row,
+                                                                panel * L::back_columns);
+        });
+    if (!narrow || panels.begin == panels.end) return;
+    for_tiles<L::back_tile>(rows.begin, rows.end, [&]<int height>(index row) {
+      f.template operator()<1, height, 1>(row, N - rest);
+    });
+  }
+
   // dc and c0 into padded rows, the gradients of h_n where the last step looks for dh.
   void start(const Blocks<L>& own) const {
     const auto read = [](const S* from, index left) {
@@ -130,51 +150,66 @@ class BackwardPass {
     }
   }
 
-  // dh[rows][columns] = dy + what reaches h past the matmul + Rᵀ da of the step after.
+  // dh[rows][columns] = Rᵀ da of the step after + dy + what reaches h past the matmul.
   // At s = -1 that is the gradient of h0.
-  template <int rows, int columns>
-  void sum_dh(V (&dh)[rows][columns], index s, index row, index panel) const {
+  template <int width, int rows, int columns>
+  void sum_dh(V (&dh)[rows][columns], index s, index row, index column) const {
+    if (s < p_.T - 1) {
+      Rows<S, rows> next;
+      for (int r = 0; r < rows; ++r) next.p[r] = da(s + 1) + (row + r) * width_;
+      multiply_transposed<width, &L::Cell::recurrent_gate>(
+          dh, next, p_.weights ? p_.weights + layout_.back_recurrent_panels() : nullptr,
+          p_.weight_hh, p_.H, column);
+    }
     const bool direct = Cell::has_direct || s == p_.T - 1;
     for (int n = 0; n < columns; ++n) {
-      const index unit = panel * L::back_columns + n * lanes, left = p_.H - unit;
+      const index unit = column + n * lanes, left = p_.H - unit;
       if (unit >= layout_.P) break;
       for (int r = 0; r < rows; ++r) {
         const index b = row + r;
         if (p_.dy && s >= 0) {
-          dh[r][n] =
-              load_upto<V>(p_.dy + p_.time(s) * p_.dy_t + b * p_.dy_b + unit, left);
+          const S* const dy = p_.dy + p_.time(s) * p_.dy_t + b * p_.dy_b;
+          dh[r][n] = dh[r][n] + load_upto<V>(dy + unit, left);
         }
         if (direct) dh[r][n] = dh[r][n] + V::load(direct_ + b * layout_.P + unit);
       }
     }
-    if (s == p_.T - 1) return;
-    Rows<S, rows> next;
-    for (int r = 0; r < rows; ++r) next.p[r] = da(s + 1) + (row + r) * width_;
-    const S* panels = p_.weights ? p_.weights + layout_.back_recurrent_panels() : nullptr;
-    multiply_transposed<&L::Cell::recurrent_gate>(dh, next, panels, p_.weight_hh, p_.H,
-                                                  panel);
   }
 
-  // acc += da · weight for the columns of a panel, from packed panels or, where there are
+  // acc += da · weight for some columns, from packed panels or, where there are
   // none, from weight (gates·H, N) itself; the terms come in the same order.
-  template <auto blocks, int rows, int columns>
+  template <int width, auto blocks, int rows, int columns>
   void multiply_transposed(V (&acc)[rows][columns], const Rows<S, rows>& da,
-                           const S* panels, const S* weight, index N, index panel) const {
+                           const S* panels, const S* weight, index N,
+                           index column) const {
     if (panels) {
       const index depth = layout_.back_depth();
-      const S* const first = panels + panel * layout_.back_panel_size();
-      multiply_accumulate<L::back_width>(acc, da, Panels<V, L::back_width>{first, depth},
-                                         depth);
-      return;
+      const Panels<V, width> right{panels + column * depth, depth};
+      return multiply_accumulate<width>(acc, da, right, depth);
     }
     for (int slot = 0; slot < gates; ++slot) {
       Rows<S, rows> of_slot;
       for (int r = 0; r < rows; ++r) of_slot.p[r] = da.p[r] + slot * layout_.P;
       const S* const block = weight + (*blocks)[slot] * p_.H * N;
-      multiply_accumulate<L::back_width>(
-          acc, of_slot, Columns<V, L::back_width>{block, N, panel * L::back_columns},
-          p_.H);
+      multiply_accumulate<width>(acc, of_slot, Columns<V, width>{block, N, column}, p_.H);
     }
+  }
+
+  // Prefetches what the cell will read of row b: while the matmul runs it comes from
+  // afar, in pieces too short for the machine to foresee.
+  void ask_for(index s, index b, index column, int columns) const {
+    const auto ask = [&](const S* p) {
+      for (int n = 0; n < columns; ++n) __builtin_prefetch(p + column + n * lanes);
+    };
+    if constexpr (Cell::saves) {
+      const S* const record = saved(s) + b * record_;
+      for (int slot = 0; slot < slots + Cell::has_c; ++slot)
+        ask(record + slot * layout_.P);
+    }
+    if (Cell::has_c && s > 0) ask(saved(s - 1) + b * record_ + slots * layout_.P);
+    if (Cell::has_direct) ask(h_before(s, b));
+    if (!Cell::saves) ask(y(s) + b * p_.y_b);
+    if (p_.dy) ask(p_.dy + p_.time(s) * p_.dy_t + b * p_.dy_b);
   }
 
   void step(const Blocks<L>& own, index s) const {
@@ -182,13 +217,14 @@ class BackwardPass {
     const S* c_prev = c0_;
     if (Cell::has_c && s > 0) c_prev = saved(s - 1) + slots * layout_.P;
     const index c_prev_b = s > 0 ? record_ : layout_.P;
-    for_blocks<L::back_width, L::back_tile>(
-        own.rows.begin, own.rows.end, own.panels.begin, own.panels.end,
-        [&]<int rows, int together>(index row, index panel) {
-          V dh[rows][together * L::back_width] = {};
-          sum_dh(dh, s, row, panel);
-          for (int n = 0; n < together * L::back_width; ++n) {
-            const index unit = panel * L::back_columns + n * lanes, left = p_.H - unit;
+    for_columns(
+        own.rows, own.panels, p_.H,
+        [&]<int width, int rows, int columns>(index row, index column) {
+          V dh[rows][columns] = {};
+          for (int r = 0; r < rows; ++r) ask_for(s, row + r, column, columns);
+          sum_dh<width>(dh, s, row, column);
+          for (int n = 0; n < columns; ++n) {
+            const index unit = column + n * lanes, left = p_.H - unit;
             if (unit >= layout_.P) break;
             for (int r = 0; r < rows; ++r) {
               const index b = row + r, at = b * layout_.P + unit;
@@ -222,50 +258,52 @@ class BackwardPass {
   }
 
   void finish(const Blocks<L>& own) const {
-    for_blocks<L::back_width, L::back_tile>(
-        own.rows.begin, own.rows.end, own.panels.begin, own.panels.end,
-        [&]<int rows, int together>(index row, index panel) {
-          V dh[rows][together * L::back_width] = {};
-          sum_dh(dh, -1, row, panel);
-          for (int n = 0; n < together * L::back_width; ++n) {
-            const index unit = panel * L::back_columns + n * lanes, left = p_.H - unit;
-            if (left <= 0) break;
-            for (int r = 0; r < rows; ++r) {
-              const index to = (row + r) * p_.H + unit;
-              store_upto(dh[r][n], p_.dh0 + to, left);
-              if constexpr (Cell::has_c) {
-                store_upto(V::load(dc_ + (row + r) * layout_.P + unit), p_.dc0 + to,
-                           left);
-              }
-            }
-          }
-        });
+    for_columns(own.rows, own.panels, p_.H,
+                [&]<int width, int rows, int columns>(index row, index column) {
+                  V dh[rows][columns] = {};
+                  sum_dh<width>(dh, -1, row, column);
+                  for (int n = 0; n < columns; ++n) {
+                    const index unit = column + n * lanes, left = p_.H - unit;
+                    if (left <= 0) break;
+                    for (int r = 0; r < rows; ++r) {
+                      const index to = (row + r) * p_.H + unit;
+                      store_upto(dh[r][n], p_.dh0 + to, left);
+                      if constexpr (Cell::has_c) {
+                        store_upto(V::load(dc_ + (row + r) * layout_.P + unit),
+                                   p_.dc0 + to, left);
+                      }
+                    }
+                  }
+                });
   }
 
   // dx = Wᵀ da, rows of the stretch shared out.
   void write_dx(const Team& team, index begin, index end) const {
     const Range own = team.share((end - begin) * p_.B, L::back_tile);
-    for_blocks<L::back_width, L::back_tile>(
-        own.begin, own.end, 0, layout_.back_panels(p_.I),
-        [&]<int rows, int together>(index row, index panel) {
-          Rows<S, rows> a;
-          S* to[rows];
-          for (int r = 0; r < rows; ++r) {
-            const index s = begin + (row + r) / p_.B, b = (row + r) % p_.B;
-            a.p[r] = da(s) + b * width_ + L::first_input * layout_.P;
-            to[r] = p_.dx + p_.time(s) * p_.dx_t + b * p_.dx_b;
-          }
-          V dx[rows][together * L::back_width] = {};
-          multiply_transposed<&L::Cell::input_gate>(dx, a, p_.weights, p_.weight_ih, p_.I,
-                                                    panel);
-          for (int n = 0; n < together * L::back_width; ++n) {
-            const index column = panel * L::back_columns + n * lanes;
-            if (column >= p_.I) break;
-            for (int r = 0; r < rows; ++r) {
-              store_upto(dx[r][n], to[r] + column, p_.I - column);
-            }
-          }
-        });
+    for_columns(own, {0, layout_.back_panels(p_.I)}, p_.I,
+                [&]<int width, int rows, int columns>(index row, index column) {
+                  Rows<S, rows> a;
+                  S* to[rows];
+                  index s = begin + row / p_.B, b = row % p_.B;
+                  for (int r = 0; r < rows; ++r) {
+                    a.p[r] = da(s) + b * width_ + L::first_input * layout_.P;
+                    to[r] = p_.dx + p_.time(s) * p_.dx_t + b * p_.dx_b;
+                    if (++b == p_.B) {
+                      b = 0;
+                      ++s;
+                    }
+                  }
+                  V dx[rows][columns] = {};
+                  multiply_transposed<width, &L::Cell::input_gate>(
+                      dx, a, p_.weights, p_.weight_ih, p_.I, column);
+                  for (int n = 0; n < columns; ++n) {
+                    const index at = column + n * lanes;
+                    if (at >= p_.I) break;
+                    for (int r = 0; r < rows; ++r) {
+                      store_upto(dx[r][n], to[r] + at, p_.I - at);
+                    }
+                  }
+                });
   }
 
   // dW += daᵀ x, dR += daᵀ h', db += Σ da over the stretch; columns of da shared out.
@@ -276,11 +314,15 @@ class BackwardPass {
     for (index done = 0; done < rows; done += grad_depth) {
       const index depth = rows - done < grad_depth ? rows - done : grad_depth;
       const S *da_row[grad_depth], *x_row[grad_depth], *h_row[grad_depth];
+      index s = begin + done / p_.B, b = done % p_.B;
       for (index k = 0; k < depth; ++k) {
-        const index s = begin + (done + k) / p_.B, b = (done + k) % p_.B;
         da_row[k] = da(s) + b * width_;
         x_row[k] = p_.x + p_.time(s) * p_.x_t + b * p_.x_b;
         h_row[k] = h_before(s, b);
+        if (++b == p_.B) {
+          b = 0;
+          ++s;
+        }
       }
       S* const x_panels = right_;
       S* const h_panels = right_ + depth * right_width(p_.I);
@@ -327,7 +369,7 @@ class BackwardPass {
       const index left = block.end - column;
       for (index k = 0; k < depth; ++k, to += grad_tile) {
         if (left >= grad_tile) {
-          for (int r = 0; r < grad_tile; ++r) to[r] = from[k][column + r];
+          __builtin_memcpy(to, from[k] + column, grad_tile * sizeof(S));
         } else {
           for (int r = 0; r < grad_tile; ++r) to[r] = r < left ? from[k][column + r] : 0;
         }
@@ -354,6 +396,9 @@ class BackwardPass {
     for (index n = 0; n < N; n += L::back_columns) {
       const S* const panel = right + n * depth;
       for (index tile = 0; tile * grad_tile < block.end - block.begin; ++tile) {
+        bool any = false;
+        for (const S* row : rows[tile]) any |= row != nullptr;
+        if (!any) continue;
         const PackedRows<S, grad_tile> columns{left + tile * grad_tile * depth};
         if (N - n > lanes) {
           add_tile<L::back_width>(columns, panel, depth, rows[tile], n, N, first);
@@ -381,14 +426,23 @@ class BackwardPass {
 
   void add_bias_gradients(const S* const* da_row, index depth, Range own,
                           bool first) const {
-    for (index column = own.begin; column < own.end; column += lanes) {
-      const index left = own.end - column;
-      V sum = V::broadcast(0);
-      for (index k = 0; k < depth; ++k) {
-        sum = sum + load_upto<V>(da_row[k] + column, left);
-      }
-      S* const at = dbias_ + column;
-      store_upto(first ? sum : load_upto<V>(at, left) + sum, at, left);
+    // Eight sums side by side hide the latency of an addition.
+    constexpr int at_once = 8;
+    for (index column = own.begin; column < own.end; column += at_once * lanes) {
+      with_count<at_once>((own.end - column + lanes - 1) / lanes, [&]<int vectors>() {
+        V sum[vectors] = {};
+        for (index k = 0; k < depth; ++k) {
+          for (int v = 0; v < vectors; ++v) {
+            const index at = column + v * lanes;
+            sum[v] = sum[v] + load_upto<V>(da_row[k] + at, own.end - at);
+          }
+        }
+        for (int v = 0; v < vectors; ++v) {
+          const index at = column + v * lanes, left = own.end - at;
+          S* const to = dbias_ + at;
+          store_upto(first ? sum[v] : load_upto<V>(to, left) + sum[v], to, left);
+        }
+      });
     }
   }
 

@@ -1,7 +1,8 @@
-// A layer forward: W·x for a stretch of steps as one matmul, then those steps, each a
-// fused matmul R·h' + cell. A thread owns a block of rows × hidden units throughout, so
-// W·x and the cell state stay in its own caches; where it owns units it meets the others
-// once per step, where it owns whole rows it meets nobody.
+// A layer forward: each step a fused matmul W·x + R·h' + cell or, where W is large for
+// the rows of a step, W·x for a stretch of steps as one matmul before them. A thread owns
+// a block of rows × hidden units throughout, so W·x and the cell state stay in its own
+// caches; where it owns units it meets the others once per step, where it owns whole rows
+// it meets nobody.
 //
 // Pre-activations live in a ring of row records [slots | c][P]. In training the ring is
 // `saved` itself and holds every step.
@@ -31,6 +32,15 @@ struct Blocks {
   }
 };
 
+template <bool first, class A, class B>
+auto& either(A& a, B& b) {
+  if constexpr (first) {
+    return a;
+  } else {
+    return b;
+  }
+}
+
 template <template <class> class CellOf, class S>
 class ForwardPass {
   using L = Layout<CellOf, S>;
@@ -38,10 +48,14 @@ class ForwardPass {
   using Cell = typename L::Cell;
   static constexpr int lanes = V::lanes;
   static constexpr int gates = L::gates, slots = L::slots;
+  static constexpr int few_rows =
+      4;  // the most for which reading the panels takes longest
 
   const Forward<S>& p_;
   const L layout_;
   const bool save_;
+  const index stretch_;
+  const bool fused_;    // W·x within the step
   const index record_;  // values per row in the ring
   const index ring_;    // steps in the ring
   S* const records_;
@@ -49,10 +63,12 @@ class ForwardPass {
   const S* const bias_;
 
  public:
-  // Steps per stretch: their records fit the second-level cache, but there are rows
-  // enough for W·x to run at the speed of a matmul.
+  // Steps per stretch: one, with W·x fused into the step, if its panels are read anew for
+  // rows enough to pay for it; else as many as have their records in the second-level
+  // cache, but so many rows that W·x runs at the speed of a matmul.
   static index stretch(const Forward<S>& p, const L& layout) {
-    constexpr index cache = 256 * 1024, enough_rows = 96;
+    constexpr index cache = 256 * 1024, enough_rows = 96, bytes_per_row = 16 * 1024;
+    if (layout.panels() * layout.panel_bytes(p.I) <= bytes_per_row * p.B) return 1;
     const index cached_rows = cache / (layout.record() * index{sizeof(S)});
     const index rows = cached_rows > enough_rows ? cached_rows : enough_rows;
     const index steps = rows / p.B > 1 ? rows / p.B : 1;
@@ -69,8 +85,10 @@ class ForwardPass {
       : p_(p),
         layout_(p.I, p.H),
         save_(records_are_saved(p)),
+        stretch_(stretch(p, layout_)),
+        fused_(stretch_ == 1),
         record_(layout_.record()),
-        ring_(save_ ? p.T : stretch(p, layout_)),
+        ring_(save_ ? p.T : stretch_),
         records_(save_ ? p.saved : workspace + p.B * layout_.P),
         c0_(workspace),
         bias_(p.weights) {}
@@ -78,10 +96,9 @@ class ForwardPass {
   void run(const Team& team) const {
     const Blocks<L> own(layout_, p_.B, layout_.panels(), team);
     if constexpr (Cell::has_c) read_c0(own);
-    const index steps = stretch(p_, layout_);
-    for (index begin = 0; begin < p_.T; begin += steps) {
-      const index end = begin + steps < p_.T ? begin + steps : p_.T;
-      multiply_inputs(own, begin, end);
+    for (index begin = 0; begin < p_.T; begin += stretch_) {
+      const index end = begin + stretch_ < p_.T ? begin + stretch_ : p_.T;
+      if (!fused_) multiply_inputs(own, begin, end);
       for (index s = begin; s < end; ++s) {
         step(own, s);
         if (!own.alone) team.meet();
@@ -121,9 +138,8 @@ class ForwardPass {
   // a = bias + W x for own rows and units of steps [begin, end), into the records.
   void multiply_inputs(const Blocks<L>& own, index begin, index end) const {
     const index height = own.rows.end - own.rows.begin;
-    const S* panels = p_.weights + layout_.input_panels();
     for_blocks<L::width, L::tile>(
-        0, (end - begin) * height, own.panels.begin, own.panels.end,
+        {0, (end - begin) * height}, own.panels, layout_.panel_bytes(p_.I),
         [&]<int rows, int together>(index row, index panel) {
           Rows<S, rows> x;
           S* to[rows];
@@ -136,13 +152,8 @@ class ForwardPass {
               ++s;
             }
           }
-          V a[rows][together * L::width] = {};
-          each_column<together>(panel, [&](int column, int slot, index unit) {
-            const V bias = V::load(bias_ + (L::first_input + slot) * layout_.P + unit);
-            for (int r = 0; r < rows; ++r) a[r][column] = bias;
-          });
-          multiply<&L::Cell::input_gate, together>(a, x, panels, p_.weight_ih, p_.I,
-                                                   panel);
+          V a[rows][together * L::width];
+          multiply_input<together>(a, x, panel);
           each_column<together>(panel, [&](int column, int slot, index unit) {
             for (int r = 0; r < rows; ++r)
               a[r][column].store(to[r] + slot * layout_.P + unit);
@@ -150,41 +161,72 @@ class ForwardPass {
         });
   }
 
+  // a = bias + W x for the input's slots of `together` panels.
+  template <int together, int rows, int columns>
+  void multiply_input(V (&a)[rows][columns], const Rows<S, rows>& x, index panel) const {
+    each_column<together>(panel, [&](int column, int slot, index unit) {
+      const V bias = V::load(bias_ + (L::first_input + slot) * layout_.P + unit);
+      for (int r = 0; r < rows; ++r) a[r][column] = bias;
+    });
+    multiply<&L::Cell::input_gate, together>(a, x, p_.weights + layout_.input_panels(),
+                                             p_.weight_ih, p_.I, panel);
+  }
+
   void step(const Blocks<L>& own, index s) const {
-    const index t = p_.time(s);
+    const S* const x = p_.x + p_.time(s) * p_.x_t;
     const S* h_prev = s == 0 ? p_.h0 : p_.y + p_.time(s - 1) * p_.y_t;
     const index h_prev_b = s == 0 ? p_.H : p_.y_b;
     S* const record = records(s);
     const S* c_prev = s == 0 ? c0_ : records(s - 1) + slots * layout_.P;
     const index c_prev_b = s == 0 ? layout_.P : record_;
-    S* const y = p_.y + t * p_.y_t;
-    const S* panels = p_.weights + layout_.recurrent_panels();
+    S* const y = p_.y + p_.time(s) * p_.y_t;
 
     for_blocks<L::width, L::tile>(
-        own.rows.begin, own.rows.end, own.panels.begin, own.panels.end,
+        own.rows, own.panels, layout_.panel_bytes(p_.H),
         [&]<int rows, int together>(index row, index panel) {
-          Rows<S, rows> h;
           S* at[rows];
-          for (int r = 0; r < rows; ++r) {
-            h.p[r] = h_prev + (row + r) * h_prev_b;
-            at[r] = record + (row + r) * record_;
+          for (int r = 0; r < rows; ++r) at[r] = record + (row + r) * record_;
+
+          // The input's part of each slot that has one; the matmul goes on in those that
+          // join both.
+          V input[rows][together * L::width] = {};
+          if (fused_) {
+            Rows<S, rows> x_rows;
+            for (int r = 0; r < rows; ++r) x_rows.p[r] = x + (row + r) * p_.x_b;
+            multiply_input<together>(input, x_rows, panel);
+          } else {
+            each_column<together>(panel, [&](int column, int slot, index unit) {
+              for (int r = 0; r < rows; ++r) {
+                input[r][column] =
+                    V::load(at[r] + (L::first_input + slot) * layout_.P + unit);
+              }
+            });
           }
-          V a[rows][together * L::width] = {};
-          each_column<together>(panel, [&](int column, int slot, index unit) {
-            const bool joined = slot >= L::first_input;
-            for (int r = 0; r < rows; ++r) {
-              a[r][column] = V::load((joined ? at[r] : bias_) + slot * layout_.P + unit);
-            }
-          });
-          multiply<&L::Cell::recurrent_gate, together>(a, h, panels, p_.weight_hh, p_.H,
-                                                       panel);
+          V separate[rows][L::first_input == 0 ? 1 : together * L::width] = {};
+          auto& a = either<L::first_input == 0>(input, separate);
+          if constexpr (L::first_input > 0) {
+            each_column<together>(panel, [&](int column, int slot, index unit) {
+              const V bias = V::load(bias_ + slot * layout_.P + unit);
+              const int joined = column - L::first_input * L::unit_vectors;
+              for (int r = 0; r < rows; ++r) {
+                a[r][column] = slot < L::first_input ? bias : input[r][joined];
+              }
+            });
+          }
+          Rows<S, rows> h;
+          for (int r = 0; r < rows; ++r) h.p[r] = h_prev + (row + r) * h_prev_b;
+          multiply<&L::Cell::recurrent_gate, together>(
+              a, h, p_.weights + layout_.recurrent_panels(), p_.weight_hh, p_.H, panel);
+
           each_unit_vector<together>(panel, [&](int first_column, index unit) {
             const index left = units_left(unit);
             for (int r = 0; r < rows; ++r) {
               V v[slots];
               for (int slot = 0; slot < slots; ++slot) {
-                v[slot] = slot < gates ? a[r][first_column + slot * L::unit_vectors]
-                                       : V::load(at[r] + slot * layout_.P + unit);
+                const bool recurrent = slot < gates;
+                const int part = recurrent ? slot : slot - L::first_input;
+                const int column = first_column + part * L::unit_vectors;
+                v[slot] = recurrent ? a[r][column] : input[r][column];
               }
               State<V> prev{};
               if constexpr (Cell::has_direct) prev.h = load_upto<V>(h.p[r] + unit, left);
@@ -211,6 +253,12 @@ class ForwardPass {
                 const S* weight, index K, index panel) const {
     if (!weight) {
       const S* const first = panels + panel * layout_.panel_size(K);
+      using Far = FarPanels<V, L::width>;
+      if constexpr (rows <= few_rows && together == 1) {
+        if (layout_.panels() * layout_.panel_bytes(K) > Far::own_cache) {
+          return multiply_accumulate<L::width>(a, left, Far{{first, K}}, K);
+        }
+      }
       multiply_accumulate<L::width>(a, left, Panels<V, L::width>{first, K}, K);
       return;
     }

@@ -5,6 +5,7 @@
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
 #include "backward.h"
+#include "probe.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
@@ -84,6 +85,9 @@ constexpr MathEntry math[] = {
 }  // namespace
 
 extern const Isa isa;
-constinit const Isa isa{FUSEDRNN_STRINGIFY(FUSEDRNN_ARCH), cells, math};
+constinit const Isa isa{FUSEDRNN_STRINGIFY(FUSEDRNN_ARCH),
+                        cells,
+                        math,
+                        {multiply_add<float>, multiply_add<double>, read_all<float>}};
 
 }  // namespace fusedrnn::FUSEDRNN_ARCH

@@ -47,10 +47,18 @@ struct MathEntry {
   void (*f64)(const double* x, double* y, index n);
 };
 
+// What a core can do at most (probe.h), for the benchmark's floor.
+struct Probes {
+  double (*multiply_add_f32)(index rounds);
+  double (*multiply_add_f64)(index rounds);
+  float (*read)(const float* p, index n, index rounds);
+};
+
 struct Isa {
   std::string_view name;
   std::span<const CellEntry> cells;
   std::span<const MathEntry> math;
+  Probes probes;
 };
 
 }  // namespace fusedrnn

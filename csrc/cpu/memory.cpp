@@ -13,8 +13,8 @@ namespace fusedrnn {
 namespace {
 
 constexpr std::size_t line = 64, huge_page = std::size_t{1} << 21;
-constexpr std::size_t on_huge_pages = 2 * huge_page;      // from this size on
-constexpr std::size_t least_kept = std::size_t{1} << 18;  // smaller blocks malloc keeps
+constexpr std::size_t on_huge_pages = huge_page / 2;      // from this size on
+constexpr std::size_t least_kept = std::size_t{1} << 17;  // smaller blocks malloc keeps
 constexpr std::size_t most_kept = std::size_t{256} << 20;
 
 struct Block {
@@ -24,9 +24,10 @@ struct Block {
 
 void* allocate(std::size_t bytes) {
   if (bytes < on_huge_pages) return ::operator new(bytes, std::align_val_t{line});
-  void* const start = ::operator new(bytes, std::align_val_t{huge_page});
+  const std::size_t whole = (bytes + huge_page - 1) / huge_page * huge_page;
+  void* const start = ::operator new(whole, std::align_val_t{huge_page});
 #if defined(__linux__)
-  madvise(start, bytes, MADV_HUGEPAGE);
+  madvise(start, whole, MADV_HUGEPAGE);
 #endif
   return start;
 }

@@ -5,7 +5,7 @@
 //             W panels over K = I, R panels over K = H:
 //               [panel][k][gate slot][vector of units][lanes]
 //   backward  Wᵀ panels over N = I, Rᵀ panels over N = H:
-//               [panel][slot·P + unit][2 vectors of columns][lanes]
+//               [panel][slot·P + unit][2 vectors of columns, the last 1 if enough][lanes]
 //
 // Padding is zero.
 #pragma once
@@ -59,18 +59,20 @@ struct Layout {
 
   index panels() const { return (H + panel_units - 1) / panel_units; }
   index panel_size(index K) const { return K * width * V::lanes; }
+  index panel_bytes(index K) const { return panel_size(K) * index{sizeof(S)}; }
   index back_panels(index N) const { return (N + back_columns - 1) / back_columns; }
   index back_depth() const { return gates * P; }
-  index back_panel_size() const { return back_depth() * back_columns; }
+  index back_panel_bytes() const {
+    return back_depth() * back_columns * index{sizeof(S)};
+  }
+  index back_size(index N) const { return back_depth() * round_up(N, V::lanes); }
 
   index bias_size() const { return slots * P; }
   index input_panels() const { return bias_size(); }
   index recurrent_panels() const { return input_panels() + panels() * panel_size(I); }
   index forward_size() const { return recurrent_panels() + panels() * panel_size(H); }
-  index back_recurrent_panels() const { return back_panels(I) * back_panel_size(); }
-  index backward_size() const {
-    return back_recurrent_panels() + back_panels(H) * back_panel_size();
-  }
+  index back_recurrent_panels() const { return back_size(I); }
+  index backward_size() const { return back_recurrent_panels() + back_size(H); }
 };
 
 // A thread packs its share of the panels.
@@ -110,12 +112,14 @@ void pack_transposed_panels(const L& layout, const S* weight, index N, const int
   using V = typename L::V;
   const Range own = team.share(layout.back_panels(N));
   for (index panel = own.begin; panel < own.end; ++panel) {
-    S* to = panels + panel * layout.back_panel_size();
+    const index first = panel * L::back_columns;
+    const int width = N - first > V::lanes ? L::back_width : 1;
+    S* to = panels + first * layout.back_depth();
     for (int slot = 0; slot < L::gates; ++slot) {
       for (index unit = 0; unit < layout.P; ++unit) {
         const S* row = weight + (blocks[slot] * layout.H + unit) * N;
-        for (int vector = 0; vector < L::back_width; ++vector, to += V::lanes) {
-          const index n = panel * L::back_columns + vector * V::lanes;
+        for (int vector = 0; vector < width; ++vector, to += V::lanes) {
+          const index n = first + vector * V::lanes;
           const bool real = unit < layout.H && n < N;
           (real ? load_upto<V>(row + n, N - n) : V::broadcast(0)).store(to);
         }

@@ -17,7 +17,8 @@ namespace fusedrnn {
 //
 // It also keeps the threads apart: Linux may wake a worker on its caller's core and, as
 // both are always ready to run, leave them there, one step every 30 µs, while the next
-// core is idle. Each says where it runs, and one that finds another on its core moves.
+// core is idle. Each says where it runs, and a worker that finds another on its core
+// moves.
 class Barrier {
  public:
   void wait(int rank, int count);
@@ -29,10 +30,6 @@ class Barrier {
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> phase_{0};
   alignas(64) std::atomic<int> cpu_[most_seen] = {};  // a thread's CPU + 1
-};
-
-struct Range {
-  index begin, end;
 };
 
 struct Team {

@@ -77,3 +77,8 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], /) -> Array:
     """Return an uninitialised array; large ones reuse memory that was freed."""
 
 def elementwise(name: str, x: Array, /) -> Array: ...
+def probe_multiply_add(rounds: int, single: bool, /) -> float:
+    """Multiply and add as fast as a core can; return the floating-point operations done."""
+
+def probe_read(a: Array, rounds: int, /) -> float:
+    """Read a float32 array `rounds` times as fast as a core can; return the sum."""

@@ -61,7 +61,7 @@ def pack(
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Return an uninitialised array, its memory reused where fresh pages would be costly."""
-    large = math.prod(shape) * dtype.itemsize >= 1 << 18
+    large = math.prod(shape) * dtype.itemsize >= 1 << 17
     return allocate(shape, dtype) if large else np.empty(shape, dtype)
 
 
