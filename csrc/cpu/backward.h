@@ -176,8 +176,8 @@ class BackwardPass {
     }
   }
 
-  // acc += da · weight for some columns, from packed panels or, where there are
-  // none, from weight (gates·H, N) itself; the terms come in the same order.
+  // acc, zero before, = da · weight for some columns, from packed panels or, where there
+  // are none, from weight (gates·H, N) itself; the terms come in the same order.
   template <int width, auto blocks, int rows, int columns>
   void multiply_transposed(V (&acc)[rows][columns], const Rows<S, rows>& da,
                            const S* panels, const S* weight, index N,
@@ -185,13 +185,16 @@ class BackwardPass {
     if (panels) {
       const index depth = layout_.back_depth();
       const Panels<V, width> right{panels + column * depth, depth};
-      return multiply_accumulate<width>(acc, da, right, depth);
+      return multiply<columns / width>(
+          acc, Zero{}, Product<Rows<S, rows>, Panels<V, width>>{da, right, depth});
     }
     for (int slot = 0; slot < gates; ++slot) {
       Rows<S, rows> of_slot;
       for (int r = 0; r < rows; ++r) of_slot.p[r] = da.p[r] + slot * layout_.P;
       const S* const block = weight + (*blocks)[slot] * p_.H * N;
-      multiply_accumulate<width>(acc, of_slot, Columns<V, width>{block, N, column}, p_.H);
+      multiply<columns / width>(
+          acc, Sums<V, rows, columns>{acc},
+          Product<Rows<S, rows>, Columns<V, width>>{of_slot, {block, N, column}, p_.H});
     }
   }
 
@@ -412,8 +415,10 @@ class BackwardPass {
   template <int width>
   static void add_tile(const PackedRows<S, grad_tile>& left, const S* right, index depth,
                        S* const (&to)[grad_tile], index n, index N, bool first) {
-    V sum[grad_tile][width] = {};
-    multiply_accumulate<width>(sum, left, Panels<V, width>{right, depth}, depth);
+    V sum[grad_tile][width];
+    multiply<1>(
+        sum, Zero{},
+        Product<PackedRows<S, grad_tile>, Panels<V, width>>{left, {right, depth}, depth});
     for (int r = 0; r < grad_tile; ++r) {
       if (!to[r]) continue;
       for (int w = 0; w < width; ++w) {

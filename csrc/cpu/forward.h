@@ -32,15 +32,6 @@ struct Blocks {
   }
 };
 
-template <bool first, class A, class B>
-auto& either(A& a, B& b) {
-  if constexpr (first) {
-    return a;
-  } else {
-    return b;
-  }
-}
-
 template <template <class> class CellOf, class S>
 class ForwardPass {
   using L = Layout<CellOf, S>;
@@ -56,6 +47,7 @@ class ForwardPass {
   const bool save_;
   const index stretch_;
   const bool fused_;    // W·x within the step
+  const bool far_;      // R lies beyond the second-level cache
   const index record_;  // values per row in the ring
   const index ring_;    // steps in the ring
   S* const records_;
@@ -87,6 +79,8 @@ class ForwardPass {
         save_(records_are_saved(p)),
         stretch_(stretch(p, layout_)),
         fused_(stretch_ == 1),
+        far_(layout_.panels() * layout_.panel_bytes(p.H) >
+             FarPanels<V, L::width>::own_cache),
         record_(layout_.record()),
         ring_(save_ ? p.T : stretch_),
         records_(save_ ? p.saved : workspace + p.B * layout_.P),
@@ -146,30 +140,23 @@ class ForwardPass {
           index s = begin + row / height, b = own.rows.begin + row % height;
           for (int r = 0; r < rows; ++r) {
             x.p[r] = p_.x + p_.time(s) * p_.x_t + b * p_.x_b;
-            to[r] = records(s) + b * record_ + L::first_input * layout_.P;
+            to[r] = records(s) + b * record_;
             if (++b == own.rows.end) {
               b = own.rows.begin;
               ++s;
             }
           }
-          V a[rows][together * L::width];
-          multiply_input<together>(a, x, panel);
-          each_column<together>(panel, [&](int column, int slot, index unit) {
-            for (int r = 0; r < rows; ++r)
-              a[r][column].store(to[r] + slot * layout_.P + unit);
+          V a[rows][together * L::sums];
+          sum<together, true, false>(a, bias(panel), panel, x, {});
+          each_unit_vector<together>(panel, [&](int column, index unit) {
+            for (int slot = L::first_input; slot < slots; ++slot) {
+              const int at = column + slot * L::unit_vectors;
+              for (int r = 0; r < rows; ++r) {
+                a[r][at].store(to[r] + slot * layout_.P + unit);
+              }
+            }
           });
         });
-  }
-
-  // a = bias + W x for the input's slots of `together` panels.
-  template <int together, int rows, int columns>
-  void multiply_input(V (&a)[rows][columns], const Rows<S, rows>& x, index panel) const {
-    each_column<together>(panel, [&](int column, int slot, index unit) {
-      const V bias = V::load(bias_ + (L::first_input + slot) * layout_.P + unit);
-      for (int r = 0; r < rows; ++r) a[r][column] = bias;
-    });
-    multiply<&L::Cell::input_gate, together>(a, x, p_.weights + layout_.input_panels(),
-                                             p_.weight_ih, p_.I, panel);
   }
 
   void step(const Blocks<L>& own, index s) const {
@@ -187,46 +174,23 @@ class ForwardPass {
           S* at[rows];
           for (int r = 0; r < rows; ++r) at[r] = record + (row + r) * record_;
 
-          // The input's part of each slot that has one; the matmul goes on in those that
-          // join both.
-          V input[rows][together * L::width] = {};
+          Rows<S, rows> x_rows, h;
+          for (int r = 0; r < rows; ++r) {
+            x_rows.p[r] = x + (row + r) * p_.x_b;
+            h.p[r] = h_prev + (row + r) * h_prev_b;
+          }
+          V a[rows][together * L::sums];
           if (fused_) {
-            Rows<S, rows> x_rows;
-            for (int r = 0; r < rows; ++r) x_rows.p[r] = x + (row + r) * p_.x_b;
-            multiply_input<together>(input, x_rows, panel);
+            sum<together, true, true>(a, bias(panel), panel, x_rows, h);
           } else {
-            each_column<together>(panel, [&](int column, int slot, index unit) {
-              for (int r = 0; r < rows; ++r) {
-                input[r][column] =
-                    V::load(at[r] + (L::first_input + slot) * layout_.P + unit);
-              }
-            });
+            sum<together, false, true>(a, Recorded<rows>{bias(panel), at}, panel, {}, h);
           }
-          V separate[rows][L::first_input == 0 ? 1 : together * L::width] = {};
-          auto& a = either<L::first_input == 0>(input, separate);
-          if constexpr (L::first_input > 0) {
-            each_column<together>(panel, [&](int column, int slot, index unit) {
-              const V bias = V::load(bias_ + slot * layout_.P + unit);
-              const int joined = column - L::first_input * L::unit_vectors;
-              for (int r = 0; r < rows; ++r) {
-                a[r][column] = slot < L::first_input ? bias : input[r][joined];
-              }
-            });
-          }
-          Rows<S, rows> h;
-          for (int r = 0; r < rows; ++r) h.p[r] = h_prev + (row + r) * h_prev_b;
-          multiply<&L::Cell::recurrent_gate, together>(
-              a, h, p_.weights + layout_.recurrent_panels(), p_.weight_hh, p_.H, panel);
-
           each_unit_vector<together>(panel, [&](int first_column, index unit) {
             const index left = units_left(unit);
             for (int r = 0; r < rows; ++r) {
               V v[slots];
               for (int slot = 0; slot < slots; ++slot) {
-                const bool recurrent = slot < gates;
-                const int part = recurrent ? slot : slot - L::first_input;
-                const int column = first_column + part * L::unit_vectors;
-                v[slot] = recurrent ? a[r][column] : input[r][column];
+                v[slot] = a[r][first_column + slot * L::unit_vectors];
               }
               State<V> prev{};
               if constexpr (Cell::has_direct) prev.h = load_upto<V>(h.p[r] + unit, left);
@@ -246,47 +210,92 @@ class ForwardPass {
         });
   }
 
-  // a += left · weightᵀ for the columns of `together` panels: from packed panels, or from
-  // weight (gates·H, K) itself where that is given.
-  template <auto blocks, int together, int rows, int columns>
-  void multiply(V (&a)[rows][columns], const Rows<S, rows>& left, const S* panels,
-                const S* weight, index K, index panel) const {
-    if (!weight) {
-      const S* const first = panels + panel * layout_.panel_size(K);
-      using Far = FarPanels<V, L::width>;
-      if constexpr (rows <= few_rows && together == 1) {
-        if (layout_.panels() * layout_.panel_bytes(K) > Far::own_cache) {
-          return multiply_accumulate<L::width>(a, left, Far{{first, K}}, K);
-        }
+  // Where the sums of a tile start: at the bias, or at what a record holds of W x + bias.
+  struct Bias {
+    const S* bias;
+    index P, first_unit;
+
+    static int slot(int c) { return c % L::sums / L::unit_vectors; }
+    index unit(int c) const {
+      return first_unit + c / L::sums * L::panel_units + c % L::unit_vectors * lanes;
+    }
+    template <class>
+    V start(int, int c) const {
+      const bool real = L::unit_vectors == 1 || unit(c) < P;
+      return real ? V::load(bias + slot(c) * P + unit(c)) : V::broadcast(0);
+    }
+  };
+  template <int rows>
+  struct Recorded : Bias {
+    S* const (&record)[rows];
+
+    template <class>
+    V start(int r, int c) const {
+      const bool real = L::unit_vectors == 1 || this->unit(c) < this->P;
+      if (!real || this->slot(c) < L::first_input) return Bias::template start<V>(r, c);
+      return V::load(record[r] + this->slot(c) * this->P + this->unit(c));
+    }
+  };
+  Bias bias(index panel) const { return {bias_, layout_.P, panel * L::panel_units}; }
+
+  // a = start + W x + R h for `together` panels, with_x and with_h telling which of them.
+  template <int together, bool with_x, bool with_h, int rows, int columns, class Start>
+  void sum(V (&a)[rows][columns], const Start& start, index panel, const Rows<S, rows>& x,
+           const Rows<S, rows>& h) const {
+    if (p_.weight_ih) {
+      multiply<together>(a, start);
+      if (with_x) {
+        add_unpacked<together, &L::Cell::input_gate>(a, L::input_offset, x, p_.weight_ih,
+                                                     p_.I, panel);
       }
-      multiply_accumulate<L::width>(a, left, Panels<V, L::width>{first, K}, K);
+      if (with_h) {
+        add_unpacked<together, &L::Cell::recurrent_gate>(a, 0, h, p_.weight_hh, p_.H,
+                                                         panel);
+      }
       return;
     }
-    each_column<together>(panel, [&](int column, int slot, index unit) {
-      const S* const unit_rows = weight + ((*blocks)[slot] * p_.H + unit) * K;
-      multiply_by_rows(&a[0][column], columns, rows, left.p, unit_rows, units_left(unit),
-                       K);
-    });
+    const auto with = [&]<class Right>() {
+      const S* const W = p_.weights + layout_.input_panels();
+      const S* const R = p_.weights + layout_.recurrent_panels();
+      const Product<Rows<S, rows>, Right, L::input_offset> Wx{
+          x, {W + panel * layout_.panel_size(p_.I), p_.I}, p_.I};
+      const Product<Rows<S, rows>, Right> Rh{
+          h, {R + panel * layout_.panel_size(p_.H), p_.H}, p_.H};
+      if constexpr (with_x && with_h) {
+        multiply<together>(a, start, Wx, Rh);
+      } else if constexpr (with_x) {
+        multiply<together>(a, start, Wx);
+      } else {
+        multiply<together>(a, start, Rh);
+      }
+    };
+    if constexpr (rows <= few_rows && together == 1) {
+      if (far_) return with.template operator()<FarPanels<V, L::width>>();
+    }
+    with.template operator()<Panels<V, L::width>>();
   }
 
-  // f(column, gate slot, first unit) for each column vector of `together` panels.
-  template <int together, class F>
-  void each_column(index panel, const F& f) const {
-    each_unit_vector<together>(panel, [&](int first_column, index unit) {
-      for (int slot = 0; slot < gates; ++slot) {
-        f(first_column + slot * L::unit_vectors, slot, unit);
+  // a += left · weightᵀ for weight (gates·H, K) as it is, gate 0 in column `offset`.
+  template <int together, auto blocks, int rows, int columns>
+  void add_unpacked(V (&a)[rows][columns], int offset, const Rows<S, rows>& left,
+                    const S* weight, index K, index panel) const {
+    each_unit_vector<together>(panel, [&](int column, index unit) {
+      for (int gate = 0; gate < gates; ++gate) {
+        const S* const unit_rows = weight + ((*blocks)[gate] * p_.H + unit) * K;
+        multiply_by_rows(&a[0][column + offset + gate * L::unit_vectors], columns, rows,
+                         left.p, unit_rows, units_left(unit), K);
       }
     });
   }
 
-  // f(column of its first gate, first unit) for each vector of units; a panel of several
+  // f(column of its first slot, first unit) for each vector of units; a panel of several
   // may end past the last.
   template <int together, class F>
   void each_unit_vector(index panel, const F& f) const {
     for (int n = 0; n < together * L::unit_vectors; ++n) {
       const int panel_of = n / L::unit_vectors, vector = n % L::unit_vectors;
       const index unit = (panel + panel_of) * L::panel_units + vector * lanes;
-      if (L::unit_vectors == 1 || unit < layout_.P) f(panel_of * L::width + vector, unit);
+      if (L::unit_vectors == 1 || unit < layout_.P) f(panel_of * L::sums + vector, unit);
     }
   }
 };

@@ -29,6 +29,7 @@ struct PackedRows {
 // Packed panels on the right: column vector w of panel p at k. K is their depth.
 template <class V, int W>
 struct Panels {
+  static constexpr int width = W;
   const typename V::scalar* first;
   index K;
   V operator()(int p, int w, index k) const {
@@ -53,6 +54,7 @@ struct FarPanels : Panels<V, W> {
 // A matrix as it is on the right, N columns, seen as panels from column `first` on.
 template <class V, int W>
 struct Columns {
+  static constexpr int width = W;
   const typename V::scalar* matrix;
   index N, first;
   V operator()(int p, int w, index k) const {
@@ -62,49 +64,88 @@ struct Columns {
   }
 };
 
-// acc[r][p·W + w] += Σ_k a(r, k) · right(p, w, k)
+// Σ_k left(r, k) · right(p, w, k), to be added from column `offset` of each panel's sums
+// on.
+template <class A, class B, int offset_ = 0>
+struct Product {
+  static constexpr int offset = offset_;
+  A left;
+  B right;
+  index K;
+};
+
+// Where sums start: at zero, or where others ended.
+struct Zero {
+  template <class V>
+  static V start(int, int) {
+    return V::broadcast(0);
+  }
+};
+template <class V, int rows, int columns>
+struct Sums {
+  V (&sum)[rows][columns];
+  template <class>
+  V start(int r, int c) const {
+    return sum[r][c];
+  }
+};
+
+// to[r][c] = start(r, c) + the products, one after the other, for `panels` panels of
+// columns side by side.
 //
 // gcc keeps a 2-D array in registers only if every loop over it is unrolled, hence the
 // local copy: the caller's loops need not be. And it is a call, because inlined beside a
-// cell's constants it spills accumulators in the loop (AVX2, 4 gates: 67 instead of 111
-// GFLOP/s).
-template <int W, class V, int rows, int columns, class A, class B>
-[[gnu::noinline]] void multiply_accumulate(V (&acc)[rows][columns], const A& a,
-                                           const B& right, index K) {
+// cell's constants it spills sums in the loop (AVX2, 4 gates: 67 instead of 111 GFLOP/s).
+template <int panels, class V, int rows, int columns, class Start, class... Products>
+[[gnu::noinline]] void multiply(V (&to)[rows][columns], const Start& start,
+                                const Products&... products) {
   V sum[rows][columns];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 16
-    for (int c = 0; c < columns; ++c) sum[r][c] = acc[r][c];
+    for (int c = 0; c < columns; ++c) sum[r][c] = start.template start<V>(r, c);
   }
-  // The shorter side stays in registers for a k, the longer comes one vector at a time.
-  for (index k = 0; k < K; ++k) {
-    if constexpr (rows <= columns) {
-      V left[rows];
+  [[maybe_unused]] const auto add =
+      [&sum]<class A, class B, int offset>(const Product<A, B, offset>& of) {
+        constexpr int width = B::width, per_panel = columns / panels;
+        // The shorter side stays in registers for a k, the longer comes one vector at a
+        // time.
+        for (index k = 0; k < of.K; ++k) {
+          if constexpr (rows <= panels * width) {
+            V left[rows];
 #pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) left[r] = V::broadcast(a(r, k));
+            for (int r = 0; r < rows; ++r) left[r] = V::broadcast(of.left(r, k));
 #pragma GCC unroll 16
-      for (int c = 0; c < columns; ++c) {
-        const V column = right(c / W, c % W, k);
+            for (int c = 0; c < panels * width; ++c) {
+              const V column = of.right(c / width, c % width, k);
+              const int at = c / width * per_panel + offset + c % width;
 #pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r) sum[r][c] = fma(left[r], column, sum[r][c]);
-      }
-    } else {
-      V column[columns];
+              for (int r = 0; r < rows; ++r)
+                sum[r][at] = fma(left[r], column, sum[r][at]);
+            }
+          } else {
+            V column[panels * width];
 #pragma GCC unroll 16
-      for (int c = 0; c < columns; ++c) column[c] = right(c / W, c % W, k);
+            for (int c = 0; c < panels * width; ++c) {
+              column[c] = of.right(c / width, c % width, k);
+            }
 #pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) {
-        const V left = V::broadcast(a(r, k));
+            for (int r = 0; r < rows; ++r) {
+              const V left = V::broadcast(of.left(r, k));
 #pragma GCC unroll 16
-        for (int c = 0; c < columns; ++c) sum[r][c] = fma(left, column[c], sum[r][c]);
-      }
-    }
-  }
+              for (int c = 0; c < panels * width; ++c) {
+                const int at = c / width * per_panel + offset + c % width;
+                sum[r][at] = fma(left, column[c], sum[r][at]);
+              }
+            }
+          }
+        }
+      };
+  (add(products), ...);
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 16
-    for (int c = 0; c < columns; ++c) acc[r][c] = sum[r][c];
+    for (int c = 0; c < columns; ++c) to[r][c] = sum[r][c];
   }
 }
 

@@ -30,7 +30,9 @@ struct Layout {
   static constexpr int unit_vectors = gates == 1 ? 2 : 1;
   static constexpr int panel_units = unit_vectors * V::lanes;
   static constexpr int width = gates * unit_vectors;  // vectors per forward panel
-  static constexpr int tile = tallest_tile<V>(width);
+  static constexpr int sums = slots * unit_vectors;   // and sums beside it
+  static constexpr int input_offset = first_input * unit_vectors;
+  static constexpr int tile = tallest_tile<V>(sums);
 
   static constexpr int back_width = 2;  // vectors per backward panel
   static constexpr int back_columns = back_width * V::lanes;

@@ -52,6 +52,9 @@ struct Vec {
   }
   // Rounded twice: std::fma is a slow library call on machines without the instruction.
   friend Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  friend Vec min(Vec a, Vec b) {
+    return each([&](int l) { return a.lane[l] < b.lane[l] ? a.lane[l] : b.lane[l]; });
+  }
   friend Vec max(Vec a, Vec b) {
     return each([&](int l) { return a.lane[l] > b.lane[l] ? a.lane[l] : b.lane[l]; });
   }
@@ -65,18 +68,11 @@ struct Vec {
                               (std::bit_cast<bits>(s.lane[l]) & sign));
     });
   }
-  // Adding 1.5·2^mantissa pushes the fraction out of a value small enough.
-  friend Vec round(Vec x) {
-    const S shift = sizeof(S) == 4 ? S(12582912.0) : S(6755399441055744.0);
-    return each([&](int l) { return (x.lane[l] + shift) - shift; });
-  }
-  friend Vec exp2i(Vec n) {
-    constexpr int bias = sizeof(S) == 4 ? 127 : 1023;
+  friend Vec exp2_of_shifted(Vec t) {
     constexpr int mantissa = sizeof(S) == 4 ? 23 : 52;
     return each([&](int l) {
-      // A NaN has no integer value; any finite scale leaves the NaN of its partner.
-      const int e = n.lane[l] <= 0 ? static_cast<int>(n.lane[l]) : 0;
-      return std::bit_cast<S>(static_cast<bits>(e + bias) << mantissa);
+      return std::bit_cast<S>(
+          static_cast<bits>(std::bit_cast<bits>(t.lane[l]) << mantissa));
     });
   }
   friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {

@@ -9,12 +9,12 @@
 //   broadcast(s)                  s in every lane
 //   + - * /, fma(a, b, c)         elementwise; fma is a·b + c, rounded once where the
 //                                 machine can
-//   max(a, b)                     b where either is NaN, so max(bound, x) keeps a NaN x
+//   min(a, b), max(a, b)          b where either is NaN, so max(bound, x) keeps a NaN x
 //   abs(x), with_sign(x, s)       |x|; x >= 0 with the sign of s
-//   round(x)                      to the nearest integer, ties to even
-//   exp2i(n)                      2^n for integral n from the smallest normal exponent to
-//   0 if_less(a, b, x, y)           a < b ? x : y zip_low(a, b), zip_high(a, b) a0 b0 a1
-//   b1 … of the lower, of the upper halves
+//   exp2_of_shifted(t)            2^n for t = n + shift (math.h): the exponent's bits are
+//                                 the lowest of t
+//   if_less(a, b, x, y)           a < b ? x : y
+//   zip_low(a, b), zip_high(a, b) a0 b0 a1 b1 … of the lower, of the upper halves
 //
 // The namespace is named after the ISA so that two translation units compiled with
 // different flags never share a function: the linker would keep one of them for every

@@ -77,6 +77,7 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], /) -> Array:
     """Return an uninitialised array; large ones reuse memory that was freed."""
 
 def elementwise(name: str, x: Array, /) -> Array: ...
+
 def probe_multiply_add(rounds: int, single: bool, /) -> float:
     """Multiply and add as fast as a core can; return the floating-point operations done."""
 
