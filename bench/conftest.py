@@ -8,9 +8,10 @@ import platform
 import subprocess
 from collections.abc import Iterator
 
+import floor
 import numpy as np
 import pytest
-from cases import CASES, Case
+from cases import CASES, CONTENDERS, Case
 
 import fusedrnn as fr
 
@@ -53,12 +54,13 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def table(results: dict[Case, dict]) -> Iterator[str]:
-    peers = ("torch", "onnxruntime", "numpy")
+    peers = [name for name in CONTENDERS if name not in ("ours", "reference")]
     versions = [f"fusedrnn {fr.__version__}"]
-    versions += [f"{name} {importlib.metadata.version(name)}" for name in peers]
+    versions += [f"{name} {importlib.metadata.version(name)}" for name in (*peers, "numpy")]
     config = fr.show_config("dict")
     yield f"{cpu_name()} · {config['isa']} · {config['compiler']} · commit {commit()}"
     yield f"{' · '.join(versions)} · float32"
+    yield floor.rates(max(case.threads for case in results))
     groups: dict[tuple[int, str, str], list[Case]] = {}
     for case in results:
         groups.setdefault((case.threads, case.cell, case.mode), []).append(case)
@@ -67,30 +69,37 @@ def table(results: dict[Case, dict]) -> Iterator[str]:
         yield ""
         yield f"### {cell} {mode}, {threads} thread{s}"
         yield ""
-        columns = ("T, B, I, H", "ms", "GFLOP/s", "× torch", "× onnxruntime", "× best peer")
-        yield f"| {' | '.join((*columns, '× reference'))} |"
-        yield "|---" * 7 + "|"
+        shown = [n for n in peers if any(n in results[c]["ratios"] for c in cases)]
+        columns = ["T, B, I, H", "ms", "GFLOP/s", "of floor", *(f"× {n}" for n in shown)]
+        columns += ["× best peer", "× reference"]
+        yield f"| {' | '.join(columns)} |"
+        yield "|---" * len(columns) + "|"
         for case in cases:
             info = results[case]
-            seconds, ratios = info["seconds"], info["ratios"]
-            best = min(r[0] for r in ratios.values())
-            yield (
-                f"| {', '.join(map(str, case.sizes))} | {seconds['ours'] * 1e3:.3f} "
-                f"| {case.flops / seconds['ours'] / 1e9:.0f} | {ratio(ratios.get('torch'))} "
-                f"| {ratio(ratios.get('onnxruntime'))} | {best:.2f} "
-                f"| {seconds['reference'] / seconds['ours']:.0f} |"
-            )
-        means = []
-        for peer in ("torch", "onnxruntime"):
-            medians = [
-                results[c]["ratios"][peer][0] for c in cases if peer in results[c]["ratios"]
+            ours, ratios = info["seconds"]["ours"], info["ratios"]
+            cells = [
+                ", ".join(map(str, case.sizes)),
+                f"{ours * 1e3:.4f}",
+                f"{case.flops / ours / 1e9:.0f}",
+                f"{floor.seconds(case) / ours:.2f}",
+                *(ratio(ratios.get(name)) for name in shown),
+                f"{best(info):.2f}",
+                f"{info['seconds']['reference'] / ours:.0f}",
             ]
-            if medians:
-                means.append(
-                    f"× {peer} {geometric_mean(medians):.2f} (least {min(medians):.2f})"
-                )
+            yield f"| {' | '.join(cells)} |"
+        medians = {name: [results[c]["ratios"][name][0] for c in cases] for name in shown}
+        medians["best peer"] = [best(results[c]) for c in cases]
+        means = (
+            f"× {name} {geometric_mean(values):.2f} (least {min(values):.2f})"
+            for name, values in medians.items()
+        )
         yield ""
         yield f"Geometric mean: {', '.join(means)}"
+
+
+def best(info: dict) -> float:
+    """Return the ratio to the fastest peer."""
+    return min(quartiles[0] for quartiles in info["ratios"].values())
 
 
 def pytest_terminal_summary(

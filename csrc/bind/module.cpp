@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <memory>
 #include <optional>
@@ -57,6 +59,20 @@ S* write(MaybeArray& a, const char* name, std::initializer_list<index> shape) {
 }
 
 index stride(const Array& a, int axis) { return a.strides(axis) / a.itemsize(); }
+
+// From so many bytes on it pays to keep an array's memory when it is freed.
+constexpr index large_array = 1 << 17;
+
+// An uninitialised array in memory of ours.
+Array allocate(const std::vector<index>& shape, const py::dtype& dtype) {
+  std::size_t bytes = static_cast<std::size_t>(dtype.itemsize());
+  for (const index n : shape) bytes *= static_cast<std::size_t>(n);
+  auto memory = std::make_unique<Memory>(bytes);
+  void* const start = memory->as<void>();
+  const py::capsule owner(memory.release(),
+                          [](void* p) { delete static_cast<Memory*>(p); });
+  return Array(dtype, shape, start, owner);
+}
 
 // A layer's parameters in one direction, packed for the forward or the backward kernels
 // of one ISA, or only borrowed: packing for a few rows costs more than
@@ -118,6 +134,14 @@ class Weights {
     });
   }
 
+  // A layer's whole call, for speed where one step takes a microsecond: x (T, B, I), the
+  // state (1, B, H) each or None for zeros. Returns (y, state) or, where an argument
+  // needs preparing or is wrong, None: the caller then takes the long way, which words
+  // errors.
+  py::object call(const py::object& x, const py::object& state) const {
+    return single_ ? call_as<float>(x, state) : call_as<double>(x, state);
+  }
+
   void backward(const Array& x, const Array& h0, const MaybeArray& c0, bool reverse,
                 const Array& y, const MaybeArray& saved, const MaybeArray& dy,
                 const MaybeArray& dh_n, const MaybeArray& dc_n, Array dx,
@@ -162,6 +186,72 @@ class Weights {
   }
 
  private:
+  // The values of an array that the kernels can read as it is, else null.
+  template <class S>
+  static const S* ready(const py::handle& object, std::initializer_list<index> shape) {
+    if (!py::isinstance<py::array_t<S>>(object)) return nullptr;
+    const auto a = py::reinterpret_borrow<Array>(object);
+    if (a.ndim() != static_cast<index>(shape.size())) return nullptr;
+    index axis = 0;
+    for (const index n : shape) {
+      if (a.shape(axis++) != n) return nullptr;
+    }
+    constexpr int needed =
+        int{py::array::c_style} | int{py::detail::npy_api::NPY_ARRAY_ALIGNED_};
+    return (a.flags() & needed) == needed ? static_cast<const S*>(a.data()) : nullptr;
+  }
+
+  template <class S>
+  py::object call_as(const py::object& x, const py::object& state) const {
+    if (backward_ || !py::isinstance<Array>(x)) return py::none();
+    const auto rows = py::reinterpret_borrow<Array>(x);
+    if (rows.ndim() != 3 || rows.shape(0) < 1 || rows.shape(1) < 1) return py::none();
+    Forward<S> p{};
+    sizes(p, rows, false);
+    const bool pair = cell_.has_c;
+    p.x = ready<S>(x, {p.T, p.B, p.I});
+    p.x_t = p.B * p.I;
+    p.x_b = p.I;
+    std::optional<py::array_t<S>> zeros;
+    if (state.is_none()) {
+      zeros.emplace(p.B * p.H);
+      std::fill_n(zeros->mutable_data(), p.B * p.H, S(0));
+      p.h0 = zeros->data();
+      p.c0 = pair ? p.h0 : nullptr;
+    } else if (!pair) {
+      p.h0 = ready<S>(state, {1, p.B, p.H});
+    } else if (PyTuple_CheckExact(state.ptr()) && PyTuple_GET_SIZE(state.ptr()) == 2) {
+      p.h0 = ready<S>(PyTuple_GET_ITEM(state.ptr(), 0), {1, p.B, p.H});
+      p.c0 = ready<S>(PyTuple_GET_ITEM(state.ptr(), 1), {1, p.B, p.H});
+    }
+    if (!p.x || !p.h0 || (pair && !p.c0)) return py::none();
+
+    const py::dtype dtype = rows.dtype();
+    const auto empty = [&](index T) {
+      const bool large = T * p.B * p.H * index{sizeof(S)} >= large_array;
+      return large ? allocate({T, p.B, p.H}, dtype)
+                   : Array(dtype, std::array<index, 3>{T, p.B, p.H});
+    };
+    Array y = empty(p.T), h_n = empty(1), c_n = pair ? empty(1) : Array();
+    p.weights = packed_.as<const S>();
+    if (borrow_) {
+      p.weight_ih = static_cast<const S*>(weight_ih_.data());
+      p.weight_hh = static_cast<const S*>(weight_hh_.data());
+    }
+    p.y = static_cast<S*>(y.mutable_data());
+    p.y_t = p.B * p.H;
+    p.y_b = p.H;
+    p.h_n = static_cast<S*>(h_n.mutable_data());
+    if (pair) p.c_n = static_cast<S*>(c_n.mutable_data());
+    {
+      const py::gil_scoped_release release;
+      run(cell_.kernels<S>(), cell_.gates, p);
+    }
+    py::object last = std::move(h_n);
+    if (pair) last = py::make_tuple(std::move(last), std::move(c_n));
+    return py::make_tuple(std::move(y), std::move(last));
+  }
+
   static const Isa& find_isa(const std::string& name) {
     for (const auto& [isa, supported] : compiled_isas()) {
       if (isa->name == name && supported) return *isa;
@@ -225,17 +315,6 @@ class Weights {
   Memory packed_;
 };
 
-// An uninitialised array in memory of ours.
-Array allocate(const std::vector<index>& shape, const py::dtype& dtype) {
-  std::size_t bytes = static_cast<std::size_t>(dtype.itemsize());
-  for (const index n : shape) bytes *= static_cast<std::size_t>(n);
-  auto memory = std::make_unique<Memory>(bytes);
-  void* const start = memory->as<void>();
-  const py::capsule owner(memory.release(),
-                          [](void* p) { delete static_cast<Memory*>(p); });
-  return Array(dtype, shape, start, owner);
-}
-
 // A cell's elementwise function on the active ISA; for tests of its accuracy.
 Array elementwise(const std::string& name, const Array& x) {
   for (const MathEntry& function : active_isa().math) {
@@ -257,6 +336,14 @@ double probe_multiply_add(index rounds, bool single) {
   const py::gil_scoped_release release;
   const Probes& probes = active_isa().probes;
   return (single ? probes.multiply_add_f32 : probes.multiply_add_f64)(rounds);
+}
+
+// Lets that many threads meet `rounds` times.
+void probe_meetings(index rounds, int threads) {
+  const py::gil_scoped_release release;
+  run_on_team(threads, [&](const Team& team) {
+    for (index round = 0; round < rounds; ++round) team.meet();
+  });
 }
 
 float probe_read(const Array& a, index rounds) {
@@ -281,6 +368,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("cell", &Weights::cell)
       .def_property_readonly("isa", &Weights::isa)
       .def_property_readonly("saved_size", &Weights::saved_size)
+      .def("call", &Weights::call)
       .def("forward", &Weights::forward)
       .def("backward", &Weights::backward);
 
@@ -301,8 +389,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("get_num_threads", &get_num_threads);
   m.def("set_num_threads", &set_num_threads);
   m.def("allocate", &allocate);
+  m.attr("LARGE_ARRAY") = large_array;
   m.def("elementwise", &elementwise);
   m.def("probe_multiply_add", &probe_multiply_add);
   m.def("probe_read", &probe_read);
+  m.def("probe_meetings", &probe_meetings);
   m.attr("compiler") = FUSEDRNN_COMPILER;
 }

@@ -32,6 +32,9 @@ class Weights:
     def saved_size(self) -> int:
         """Values saved for backward per step and row, beside x and y."""
 
+    def call(self, x: object, state: object, /) -> tuple[Array, Any] | None:
+        """Run a layer whole, or None where its arguments need checking or preparing."""
+
     def forward(
         self,
         x: Array,
@@ -65,6 +68,8 @@ class Weights:
         /,
     ) -> None: ...
 
+LARGE_ARRAY: int
+
 def isas() -> dict[str, bool]:
     """Compiled ISAs, best first, and whether this CPU has them."""
 
@@ -77,9 +82,11 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], /) -> Array:
     """Return an uninitialised array; large ones reuse memory that was freed."""
 
 def elementwise(name: str, x: Array, /) -> Array: ...
-
 def probe_multiply_add(rounds: int, single: bool, /) -> float:
     """Multiply and add as fast as a core can; return the floating-point operations done."""
 
 def probe_read(a: Array, rounds: int, /) -> float:
     """Read a float32 array `rounds` times as fast as a core can; return the sum."""
+
+def probe_meetings(rounds: int, threads: int, /) -> None:
+    """Let threads meet that often at the barrier of a step."""

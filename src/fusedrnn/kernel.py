@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ._cpu import Weights, allocate
+from ._cpu import LARGE_ARRAY, Weights, allocate
 from .cells import Cell
 from .reference import Array
 
@@ -61,7 +61,7 @@ def pack(
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Return an uninitialised array, its memory reused where fresh pages would be costly."""
-    large = math.prod(shape) * dtype.itemsize >= 1 << 17
+    large = math.prod(shape) * dtype.itemsize >= LARGE_ARRAY
     return allocate(shape, dtype) if large else np.empty(shape, dtype)
 
 

@@ -55,6 +55,7 @@ class _Layer(Generic[StateT]):
     _cell: Cell
     _parameters: dict[str, Array]
     _packed: dict[tuple[str, bool], Weights]
+    _is_simple: bool  # the kernels take a call as it comes
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class _Layer(Generic[StateT]):
         self.dtype = np.dtype(dtype)
         if self.dtype not in checks.DTYPES:
             raise TypeError(f"dtype must be float32 or float64, got {self.dtype}")
+        self._is_simple = num_layers == 1 and not (batch_first or bidirectional)
         generator = np.random.default_rng(rng)
         bound = self.hidden_size**-0.5
         for name, shape in self._shapes().items():
@@ -334,6 +336,10 @@ class _Layer(Generic[StateT]):
         ------
         TypeError: a wrong type or dtype. ValueError: a wrong shape. Both before computing.
         """
+        if self._is_simple:
+            results = self._forward_weights("l0").call(x, state)
+            if results is not None:
+                return results
         y, final, _, unbatched = self._run(x, self._split_state("state", state), save=False)
         return self._user_sequence(y, unbatched), self._user_state(final, unbatched)
 
