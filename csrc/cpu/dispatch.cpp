@@ -22,6 +22,10 @@ extern const Isa isa;
 namespace avx2 {
 extern const Isa isa;
 }
+#elif defined(__aarch64__)
+namespace neon {
+extern const Isa isa;
+}
 #endif
 namespace portable {
 extern const Isa isa;
@@ -34,6 +38,8 @@ const std::vector<CompiledIsa>& compiled_isas() {
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")},
       {&avx2::isa, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#elif defined(__aarch64__)
+      {&neon::isa, true},
 #endif
       {&portable::isa, true},
   };

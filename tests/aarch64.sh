@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Cross-compiles the kernels for aarch64 and runs their tests under user-mode emulation.
+# Needs, on Debian: apt install g++-aarch64-linux-gnu qemu-user
+set -euo pipefail
+cd "$(dirname "$0")/.."
+for tool in aarch64-linux-gnu-g++ qemu-aarch64; do
+  command -v "$tool" >/dev/null || { echo "$tool is missing: see the head of $0" >&2; exit 3; }
+done
+build=$(mktemp -d)
+trap 'rm -rf "$build"' EXIT
+compile() { aarch64-linux-gnu-g++ -std=c++20 -O2 -Wall -Wextra -Wshadow -Werror "$@"; }
+for isa in neon portable; do
+  compile -ffp-contract=off -DFUSEDRNN_ARCH=$isa -c csrc/cpu/kernels.cpp -o "$build/$isa.o" &
+done
+for source in csrc/cpu/{dispatch,memory,team}.cpp tests/kernels_test.cpp; do
+  compile -fopenmp -c "$source" -o "$build/$(basename "$source").o"
+done
+wait %1
+wait %2
+compile -fopenmp "$build"/*.o -o "$build/kernels_test"
+qemu-aarch64 -L /usr/aarch64-linux-gnu "$build/kernels_test"

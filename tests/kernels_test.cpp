@@ -1,0 +1,237 @@
+// The kernels without Python, for machines that only an emulator runs (tests/aarch64.sh):
+// every ISA of this build against the portable one in float64, which
+// tests/test_kernels.py holds against the reference; sigmoid and tanh against libm in
+// long double; results the same bits for any number of threads and any cut of the
+// sequence.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../csrc/cpu/dispatch.h"
+
+using namespace fusedrnn;
+
+namespace {
+
+int failures = 0;
+int checks = 0;
+
+void check(bool good, const std::string& what) {
+  ++checks;
+  if (good) return;
+  ++failures;
+  std::printf("FAILED %s\n", what.c_str());
+}
+
+using Values = std::vector<double>;
+
+// One layer's arrays, by name, as doubles that are exact in float.
+struct Arrays {
+  index T, B, I, H;
+  int gates;
+  bool reverse;
+  Values x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, dy, dh_n, dc_n;
+
+  Arrays(std::mt19937& random, int G, index t, index b, index i, index h, bool backwards)
+      : T(t), B(b), I(i), H(h), gates(G), reverse(backwards) {
+    const auto fill = [&](Values& to, index size, double scale) {
+      std::normal_distribution<float> normal;
+      to.resize(size);
+      for (double& value : to) value = static_cast<float>(normal(random) * scale);
+    };
+    const double narrow = 1 / std::sqrt(static_cast<double>(H));
+    fill(x, T * B * I, 1);
+    fill(weight_ih, G * H * I, 1 / std::sqrt(static_cast<double>(I)));
+    fill(weight_hh, G * H * H, narrow);
+    fill(bias_ih, G * H, narrow);
+    fill(bias_hh, G * H, narrow);
+    for (Values* state : {&h0, &c0, &dh_n, &dc_n}) fill(*state, B * H, 1);
+    fill(dy, T * B * H, 1);
+  }
+};
+
+// What a training step leaves: y, h_n, c_n, then the gradients.
+constexpr const char* names[] = {"y",          "h_n",        "c_n",      "dx",
+                                 "dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh",
+                                 "dh0",        "dc0"};
+using Results = std::vector<Values>;
+
+template <class S>
+std::vector<S> as(const Values& from) {
+  return {from.begin(), from.end()};
+}
+template <class S>
+Values widened(const std::vector<S>& from) {
+  return {from.begin(), from.end()};
+}
+
+// Forward in `chunks` pieces, and if there is one, backward.
+template <class S>
+Results train(const CellEntry& cell, const Arrays& a, bool borrow, index chunks) {
+  const Kernels<S>& kernels = cell.kernels<S>();
+  const index GH = a.gates * a.H, BH = a.B * a.H;
+  const auto x = as<S>(a.x), w_ih = as<S>(a.weight_ih), w_hh = as<S>(a.weight_hh);
+  const auto b_ih = as<S>(a.bias_ih), b_hh = as<S>(a.bias_hh), dy = as<S>(a.dy);
+  const auto dh_n = as<S>(a.dh_n), dc_n = as<S>(a.dc_n), h0 = as<S>(a.h0),
+             c0 = as<S>(a.c0);
+  const Parameters<S> parameters{a.I,         a.H,         w_ih.data(),
+                                 w_hh.data(), b_ih.data(), b_hh.data()};
+  const auto packed = [&](bool backward) {
+    std::vector<S> to(kernels.packed_size(a.I, a.H, backward, borrow));
+    pack(kernels, parameters, backward, borrow, to.data());
+    return to;
+  };
+  const std::vector<S> forward_weights = packed(false), backward_weights = packed(true);
+  std::vector<S> y(a.T * BH), h_n(h0), c_n(c0);
+  std::vector<S> saved(a.T * a.B * kernels.saved_size(a.I, a.H));
+  for (index chunk = 0; chunk < chunks; ++chunk) {
+    const index begin = a.T * chunk / chunks, end = a.T * (chunk + 1) / chunks;
+    if (begin == end) continue;
+    const std::vector<S> h(h_n), c(c_n);
+    const index first = a.reverse ? a.T - end : begin;
+    Forward<S> p{};
+    p.T = end - begin, p.B = a.B, p.I = a.I, p.H = a.H, p.reverse = a.reverse;
+    p.x = x.data() + first * a.B * a.I, p.x_t = a.B * a.I, p.x_b = a.I;
+    p.h0 = h.data(), p.c0 = cell.has_c ? c.data() : nullptr;
+    p.weights = forward_weights.data();
+    if (borrow) p.weight_ih = w_ih.data(), p.weight_hh = w_hh.data();
+    p.y = y.data() + first * BH, p.y_t = BH, p.y_b = a.H;
+    p.h_n = h_n.data(), p.c_n = cell.has_c ? c_n.data() : nullptr;
+    p.saved = chunks == 1 && !saved.empty() ? saved.data() : nullptr;
+    run(kernels, cell.gates, p);
+  }
+  Results results{widened(y), widened(h_n), cell.has_c ? widened(c_n) : Values{}};
+  if (chunks > 1) return results;
+
+  std::vector<S> dx(a.T * a.B * a.I), dw_ih(GH * a.I), dw_hh(GH * a.H), db_ih(GH),
+      db_hh(GH), dh0(BH), dc0(BH);
+  Backward<S> p{};
+  p.T = a.T, p.B = a.B, p.I = a.I, p.H = a.H, p.reverse = a.reverse;
+  p.x = x.data(), p.x_t = a.B * a.I, p.x_b = a.I;
+  p.h0 = h0.data(), p.c0 = cell.has_c ? c0.data() : nullptr;
+  p.weights = borrow ? nullptr : backward_weights.data();
+  p.weight_ih = w_ih.data(), p.weight_hh = w_hh.data();
+  p.y = y.data(), p.y_t = BH, p.y_b = a.H, p.saved = saved.data();
+  p.dy = dy.data(), p.dy_t = BH, p.dy_b = a.H, p.dh_n = dh_n.data();
+  p.dc_n = cell.has_c ? dc_n.data() : nullptr;
+  p.dx = dx.data(), p.dx_t = a.B * a.I, p.dx_b = a.I;
+  p.dweight_ih = dw_ih.data(), p.dweight_hh = dw_hh.data();
+  p.dbias_ih = db_ih.data(), p.dbias_hh = db_hh.data();
+  p.dh0 = dh0.data(), p.dc0 = cell.has_c ? dc0.data() : nullptr;
+  run(kernels, cell.gates, p);
+  for (const auto* gradient : {&dx, &dw_ih, &dw_hh, &db_ih, &db_hh, &dh0}) {
+    results.push_back(widened(*gradient));
+  }
+  results.push_back(cell.has_c ? widened(dc0) : Values{});
+  return results;
+}
+
+void compare(const Results& got, const Results& expected, double tolerance,
+             const std::string& what) {
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    double scale = 1, worst = 0;
+    for (const double value : expected[i]) scale = std::fmax(scale, std::fabs(value));
+    bool finite = true;
+    for (std::size_t k = 0; k < got[i].size(); ++k) {
+      finite &= std::isfinite(got[i][k]);
+      worst = std::fmax(worst, std::fabs(got[i][k] - expected[i][k]));
+    }
+    check(finite && worst <= tolerance * scale,
+          what + " " + names[i] + " off by " + std::to_string(worst / scale));
+  }
+}
+
+const CellEntry& portable(std::string_view name) {
+  for (const CellEntry& cell : compiled_isas().back().isa->cells) {
+    if (cell.name == name) return cell;
+  }
+  std::abort();
+}
+
+template <class S>
+void test_cell(const CellEntry& cell, const Arrays& a, double tolerance,
+               const std::string& what) {
+  set_num_threads(1);
+  const Results expected = train<double>(portable(cell.name), a, false, 1);
+  const Results got = train<S>(cell, a, false, 1);
+  compare(got, expected, cell.name == "rnn_identity" ? 8 * tolerance : tolerance, what);
+  check(train<S>(cell, a, true, 1) == got, what + " differs with unpacked weights");
+  set_num_threads(3);
+  check(train<S>(cell, a, false, 1) == got, what + " differs with 3 threads");
+  Results whole(got.begin(), got.begin() + 3);
+  check(train<S>(cell, a, false, 2) == whole, what + " differs in two pieces");
+}
+
+template <class S>
+void test_math(const MathEntry& function, const std::string& what) {
+  std::vector<S> x{0, -S(0.0), INFINITY, -INFINITY, NAN};
+  for (double v = -100; v < 100; v += 0.0137) x.push_back(static_cast<S>(v));
+  for (double v = 1e-30; v < 1; v *= 1.7) x.push_back(static_cast<S>(v));
+  std::vector<S> y(x.size());
+  if constexpr (sizeof(S) == 4) {
+    function.f32(x.data(), y.data(), static_cast<index>(x.size()));
+  } else {
+    function.f64(x.data(), y.data(), static_cast<index>(x.size()));
+  }
+  long double worst = 0;
+  for (std::size_t k = 0; k < x.size(); ++k) {
+    const long double v = x[k];
+    const long double exact = function.name == "tanh" ? std::tanh(v)
+                              : v < 0                 ? std::exp(v) / (1 + std::exp(v))
+                                                      : 1 / (1 + std::exp(-v));
+    if (v != v) {
+      check(y[k] != y[k], what + " loses a NaN");
+    } else if (std::isinf(v) || v == 0) {
+      const long double limit = function.name == "tanh" ? (v == 0  ? 0
+                                                           : v > 0 ? 1
+                                                                   : -1)
+                                : v == 0                ? 0.5L
+                                                        : v > 0;
+      check(y[k] == limit, what + " wrong at a limit");
+    } else if (std::fabs(exact) >= std::numeric_limits<S>::min()) {
+      const S near = static_cast<S>(std::fabs(exact));
+      const long double ulp = std::nextafter(near, S(INFINITY)) - near;
+      worst = std::fmax(worst, std::fabs(y[k] - exact) / ulp);
+    }
+  }
+  check(worst <= 4,
+        what + " off by " + std::to_string(static_cast<double>(worst)) + " ULP");
+}
+
+}  // namespace
+
+int main() {
+  constexpr index shapes[][4] = {{1, 1, 1, 1},   {5, 3, 4, 7},    {7, 1, 9, 33},
+                                 {6, 20, 7, 50}, {40, 13, 3, 16}, {3, 70, 20, 17},
+                                 {130, 2, 5, 20}};
+  for (const auto& [isa, supported] : compiled_isas()) {
+    const std::string name(isa->name);
+    std::printf("%s: %s\n", name.c_str(), supported ? "run" : "this CPU lacks it");
+    if (!supported) continue;
+    for (const MathEntry& function : isa->math) {
+      test_math<float>(function, name + " float " + std::string(function.name));
+      test_math<double>(function, name + " double " + std::string(function.name));
+    }
+    std::mt19937 random(1);
+    for (const CellEntry& cell : isa->cells) {
+      for (const auto& [T, B, I, H] : shapes) {
+        // A linear recurrence grows with T; it is tested on few steps.
+        const index steps = cell.name == "rnn_identity" && T > 7 ? 7 : T;
+        for (const bool reverse : {false, true}) {
+          const Arrays a(random, cell.gates, steps, B, I, H, reverse);
+          const std::string what = name + " " + std::string(cell.name) + " " +
+                                   std::to_string(steps) + "," + std::to_string(B) + "," +
+                                   std::to_string(I) + "," + std::to_string(H);
+          test_cell<float>(cell, a, 1e-4, what + " float");
+          test_cell<double>(cell, a, 1e-11, what + " double");
+        }
+      }
+    }
+  }
+  std::printf("%d checks, %d failed\n", checks, failures);
+  return failures != 0;
+}
