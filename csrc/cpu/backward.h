@@ -22,7 +22,7 @@ class BackwardPass {
   // The weight gradients' tile: rows are columns of da, packed; sums run over depth rows.
   static constexpr int grad_tile = L::back_tile;
   static constexpr index grad_tiles_at_once = 32;
-  static constexpr index grad_depth = 512;
+  static constexpr index grad_depth = 256;
 
   const Backward<S>& p_;
   const L layout_;
@@ -37,7 +37,7 @@ class BackwardPass {
 
  public:
   static index stretch(const Backward<S>& p, const L& layout) {
-    constexpr index cache = 512 * 1024, enough_rows = 512;
+    constexpr index cache = 512 * 1024, enough_rows = 256;
     const index cached_rows = cache / (slots * layout.P * index{sizeof(S)});
     const index rows = cached_rows > enough_rows ? cached_rows : enough_rows;
     const index steps = rows / p.B > 1 ? rows / p.B : 1;
@@ -160,6 +160,8 @@ class BackwardPass {
       multiply_transposed<width, &L::Cell::recurrent_gate>(
           dh, next, p_.weights ? p_.weights + layout_.back_recurrent_panels() : nullptr,
           p_.weight_hh, p_.H, column);
+    } else {
+      multiply<1>(dh, Zero{});
     }
     const bool direct = Cell::has_direct || s == p_.T - 1;
     for (int n = 0; n < columns; ++n) {
@@ -176,7 +178,7 @@ class BackwardPass {
     }
   }
 
-  // acc, zero before, = da · weight for some columns, from packed panels or, where there
+  // acc = da · weight for some columns, from packed panels or, where there
   // are none, from weight (gates·H, N) itself; the terms come in the same order.
   template <int width, auto blocks, int rows, int columns>
   void multiply_transposed(V (&acc)[rows][columns], const Rows<S, rows>& da,
@@ -188,6 +190,7 @@ class BackwardPass {
       return multiply<columns / width>(
           acc, Zero{}, Product<Rows<S, rows>, Panels<V, width>>{da, right, depth});
     }
+    multiply<1>(acc, Zero{});
     for (int slot = 0; slot < gates; ++slot) {
       Rows<S, rows> of_slot;
       for (int r = 0; r < rows; ++r) of_slot.p[r] = da.p[r] + slot * layout_.P;
@@ -220,10 +223,11 @@ class BackwardPass {
     const S* c_prev = c0_;
     if (Cell::has_c && s > 0) c_prev = saved(s - 1) + slots * layout_.P;
     const index c_prev_b = s > 0 ? record_ : layout_.P;
+    S* const da_s = da(s);
     for_columns(
         own.rows, own.panels, p_.H,
         [&]<int width, int rows, int columns>(index row, index column) {
-          V dh[rows][columns] = {};
+          V dh[rows][columns];
           for (int r = 0; r < rows; ++r) ask_for(s, row + r, column, columns);
           sum_dh<width>(dh, s, row, column);
           for (int n = 0; n < columns; ++n) {
@@ -251,7 +255,7 @@ class BackwardPass {
               }
               const State<V> d = Cell::backward(v, prev, now, dh[r][n], dc);
               for (int slot = 0; slot < slots; ++slot) {
-                store_upto(v[slot], da(s) + b * width_ + slot * layout_.P + unit, left);
+                store_upto(v[slot], da_s + b * width_ + slot * layout_.P + unit, left);
               }
               if constexpr (Cell::has_direct) d.h.store(direct_ + at);
               if constexpr (Cell::has_c) d.c.store(dc_ + at);
@@ -263,7 +267,7 @@ class BackwardPass {
   void finish(const Blocks<L>& own) const {
     for_columns(own.rows, own.panels, p_.H,
                 [&]<int width, int rows, int columns>(index row, index column) {
-                  V dh[rows][columns] = {};
+                  V dh[rows][columns];
                   sum_dh<width>(dh, -1, row, column);
                   for (int n = 0; n < columns; ++n) {
                     const index unit = column + n * lanes, left = p_.H - unit;
@@ -296,7 +300,7 @@ class BackwardPass {
                       ++s;
                     }
                   }
-                  V dx[rows][columns] = {};
+                  V dx[rows][columns];
                   multiply_transposed<width, &L::Cell::input_gate>(
                       dx, a, p_.weights, p_.weight_ih, p_.I, column);
                   for (int n = 0; n < columns; ++n) {

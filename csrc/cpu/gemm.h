@@ -211,12 +211,21 @@ inline void for_tiles(index begin, index end, const F& f) {
   }
 }
 
-// f.operator()<rows, panels>(row, panel) for each tile of rows × panels. Panels are the
-// outer loop: one stays in the nearest cache while all rows pass over it.
+// f.operator()<rows, panels>(row, panel) for each tile of rows × panels. Where all panels
+// stay in the second-level cache, rows are the outer loop, so that what belongs to a row
+// is read and written in order; else panels, so that each comes from afar once.
 template <int W, int most, class F>
 inline void for_blocks(Range rows, Range panels, index panel_bytes, const F& f) {
-  constexpr index near_cache = 32 * 1024;
-  const bool near = (panels.end - panels.begin) * panel_bytes <= near_cache;
+  constexpr index near_cache = 32 * 1024, own_cache = 512 * 1024;
+  const index bytes = (panels.end - panels.begin) * panel_bytes;
+  const bool near = bytes <= near_cache;
+  if (rows.end - rows.begin > most && bytes <= own_cache) {
+    return for_tiles<most>(rows.begin, rows.end, [&]<int height>(index row) {
+      for (index panel = panels.begin; panel < panels.end; ++panel) {
+        f.template operator()<height, 1>(row, panel);
+      }
+    });
+  }
   for (index panel = panels.begin; panel < panels.end;) {
     const index left = panels.end - panel;
     index taken = 1;

@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <algorithm>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -24,10 +25,12 @@ struct Block {
 
 void* allocate(std::size_t bytes) {
   if (bytes < on_huge_pages) return ::operator new(bytes, std::align_val_t{line});
-  const std::size_t whole = (bytes + huge_page - 1) / huge_page * huge_page;
+  // The last page is a huge one if at least half of it is used.
+  const std::size_t pages = (bytes + huge_page / 2) / huge_page;
+  const std::size_t whole = std::max(bytes, pages * huge_page);
   void* const start = ::operator new(whole, std::align_val_t{huge_page});
 #if defined(__linux__)
-  madvise(start, whole, MADV_HUGEPAGE);
+  madvise(start, pages * huge_page, MADV_HUGEPAGE);
 #endif
   return start;
 }
