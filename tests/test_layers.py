@@ -162,6 +162,30 @@ def test_a_forked_child_works() -> None:
     assert child.exitcode == 0
 
 
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_a_plain_call_equals_the_checked_one(name: str, dtype: np.dtype, threads: int) -> None:
+    """A layer alone hands x and state straight to the kernels if they need no preparing;
+    whatever else a user passes takes the way of all other layers.
+    """
+    layer = LAYERS[name](dtype=dtype)
+    x = X.astype(dtype)
+    start, *more = (np.full((1, 4, 20), s, dtype) for s in (0.3, -0.4))
+    state = (start, *more) if name == "LSTM" else start
+    spread = np.zeros((6, 8, 6), dtype)[:, ::2, ::2]
+    spread[:] = x
+    lists = [s.tolist() for s in state] if name == "LSTM" else state.tolist()
+    lists = [np.array(s, dtype) for s in lists] if name == "LSTM" else np.array(lists, dtype)
+    for given in (None, state):
+        direct = layer(x, given)
+        others = [layer.vjp(x, given)[0], layer(spread, given), layer(np.asfortranarray(x), given)]
+        if given is not None:
+            others.append(layer(x, lists))
+        for other in others:
+            np.testing.assert_array_equal(other[0], direct[0])
+            for a, b in zip(np.stack(other[1]), np.stack(direct[1]), strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
 def test_state_can_be_carried_on() -> None:
     layer = fr.GRU(3, 20, num_layers=2, rng=1)
     whole, final = layer(X)

@@ -86,6 +86,44 @@ def test_environment_chooses_the_threads() -> None:
     assert run_python(code, OMP_NUM_THREADS="3").stdout.strip() == "3"
 
 
+def test_threadpoolctl_limits_the_threads() -> None:
+    code = """
+import fusedrnn, threadpoolctl
+with threadpoolctl.threadpool_limits(3):
+    print(fusedrnn.get_num_threads())
+    with threadpoolctl.threadpool_limits(1):
+        print(fusedrnn.get_num_threads())
+print(fusedrnn.get_num_threads())
+"""
+    done = run_python(code, OMP_NUM_THREADS="2")
+    assert done.stdout.split() == ["3", "1", "2"], done.stderr
+
+
+@pytest.mark.parametrize("order", ["fusedrnn, torch", "torch, fusedrnn"])
+def test_importing_torch_before_or_after_changes_nothing(order: str) -> None:
+    """Neither results, the number of threads, nor the floating-point mode; and torch, which
+    brings an OpenMP of its own, works beside us.
+    """
+    code = """
+import hashlib, {order}, numpy as np
+if "torch" in dir():
+    m = torch.nn.LSTM(64, 256)
+    m(torch.ones(20, 8, 64))[0].sum().backward()
+x = np.random.default_rng(1).normal(size=(20, 8, 64)).astype(np.float32)
+layer = fusedrnn.LSTM(64, 256, rng=0)
+(y, _), pullback = layer.vjp(x)
+grads = pullback(y)
+if "torch" in dir():
+    m(torch.ones(20, 8, 64))[0].sum().backward()
+print(hashlib.sha256(y.tobytes() + grads.x.tobytes()).hexdigest())
+print(fusedrnn.get_num_threads(), np.finfo(np.float64).tiny / 2 > 0)
+"""
+    alone = run_python(code.format(order="fusedrnn"), OMP_NUM_THREADS="2")
+    both = run_python(code.format(order=order), OMP_NUM_THREADS="2")
+    assert alone.stdout.split()[1:] == ["2", "True"], alone.stderr
+    assert both.stdout == alone.stdout, both.stderr
+
+
 def test_importing_loads_only_numpy() -> None:
     code = (
         "import sys, numpy; before = set(sys.modules); import fusedrnn;"

@@ -19,7 +19,7 @@
 //   has_direct             h' reaches h past the matmul, so backward returns dh_direct
 //
 //   forward(a, prev)                             -> h, c;  a becomes what is saved
-//   backward(s, prev, now, dh, dc, d)            -> dh_direct, dc';  s becomes da
+//   backward(s, prev, now, dh, dc)               -> dh_direct, dc';  s becomes da
 #pragma once
 
 namespace fusedrnn {

@@ -348,8 +348,8 @@ class _Layer(Generic[StateT]):
     ) -> tuple[tuple[Array, StateT], Callable[..., LayerGrads[StateT]]]:
         """Run the layer and return a function that computes its gradients.
 
-        x is kept by reference and y is read-only, because the pullback reads both. Assigning
-        new parameters in between does not disturb it.
+        x is kept by reference and y is read-only, because the pullback reads both; state is
+        copied. Assigning new parameters in between does not disturb it.
 
         Returns
         -------
