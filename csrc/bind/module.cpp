@@ -321,11 +321,11 @@ Array elementwise(const std::string& name, const Array& x) {
     if (function.name != name) continue;
     if (py::isinstance<py::array_t<float>>(x)) {
       py::array_t<float> y(x.size());
-      function.f32(read<float>(x, "x", {x.size()}), y.mutable_data(), x.size());
+      run(function.f32, read<float>(x, "x", {x.size()}), y.mutable_data(), x.size());
       return y;
     }
     py::array_t<double> y(x.size());
-    function.f64(read<double>(x, "x", {x.size()}), y.mutable_data(), x.size());
+    run(function.f64, read<double>(x, "x", {x.size()}), y.mutable_data(), x.size());
     return y;
   }
   throw py::value_error("_cpu: no function " + name);

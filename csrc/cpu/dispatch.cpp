@@ -177,6 +177,12 @@ void run(const Kernels<S>& kernels, int gates, const Backward<S>& problem) {
   with_team(threads, [&](const Team& team) { kernels.backward(problem, scratch, team); });
 }
 
+template <class S>
+void run(void (*function)(const S* x, S* y, index n), const S* x, S* y, index n) {
+  const FlushDenormals mode;
+  function(x, y, n);
+}
+
 template void pack(const Kernels<float>&, const Parameters<float>&, bool, bool, float*);
 template void pack(const Kernels<double>&, const Parameters<double>&, bool, bool,
                    double*);
@@ -184,5 +190,7 @@ template void run(const Kernels<float>&, int, const Forward<float>&);
 template void run(const Kernels<double>&, int, const Forward<double>&);
 template void run(const Kernels<float>&, int, const Backward<float>&);
 template void run(const Kernels<double>&, int, const Backward<double>&);
+template void run(void (*)(const float*, float*, index), const float*, float*, index);
+template void run(void (*)(const double*, double*, index), const double*, double*, index);
 
 }  // namespace fusedrnn

@@ -35,5 +35,8 @@ template <class S>
 void run(const Kernels<S>& kernels, int gates, const Forward<S>& problem);
 template <class S>
 void run(const Kernels<S>& kernels, int gates, const Backward<S>& problem);
+// A MathEntry's function, in the floating-point mode of a call.
+template <class S>
+void run(void (*function)(const S* x, S* y, index n), const S* x, S* y, index n);
 
 }  // namespace fusedrnn
