@@ -341,7 +341,7 @@ double probe_multiply_add(index rounds, bool single) {
 // Lets that many threads meet `rounds` times.
 void probe_meetings(index rounds, int threads) {
   const py::gil_scoped_release release;
-  run_on_team(threads, [&](const Team& team) {
+  run_on_team(threads, false, [&](const Team& team) {
     for (index round = 0; round < rounds; ++round) team.meet();
   });
 }

@@ -79,7 +79,7 @@ class BackwardPass {
     for (index end = p_.T; end > 0; end -= stretch_) {
       const index begin = end > stretch_ ? end - stretch_ : 0;
       for (index s = end - 1; s >= begin; --s) {
-        step(own, s);
+        step(own, s, (team.step + s) % 2 != 0);
         if (!own.alone) team.meet();
       }
       if (own.alone) team.meet();
@@ -106,12 +106,12 @@ class BackwardPass {
   // f.operator()<width, rows, columns>(row, first column) for tiles of rows × columns (in
   // vectors, `width` to a panel) over panels of N columns.
   template <class F>
-  void for_columns(Range rows, Range panels, index N, const F& f) const {
+  void for_columns(Range rows, Range panels, index N, bool backwards, const F& f) const {
     const index rest = N % L::back_columns;
     const bool narrow = rest > 0 && rest <= lanes && panels.end == layout_.back_panels(N);
     const Range full{panels.begin, narrow ? panels.end - 1 : panels.end};
     for_blocks<L::back_width, L::back_tile>(
-        rows, full, layout_.back_panel_bytes(),
+        rows, full, layout_.back_panel_bytes(), backwards,
         [&]<int height, int together>(index row, index panel) {
           constexpr int columns = together * L::back_width;
           f.template operator()<L::back_width, height, columns>(row,
@@ -218,14 +218,14 @@ class BackwardPass {
     if (p_.dy) ask(p_.dy + p_.time(s) * p_.dy_t + b * p_.dy_b);
   }
 
-  void step(const Blocks<L>& own, index s) const {
+  void step(const Blocks<L>& own, index s, bool backwards) const {
     const S* const record = Cell::saves ? saved(s) : nullptr;
     const S* c_prev = c0_;
     if (Cell::has_c && s > 0) c_prev = saved(s - 1) + slots * layout_.P;
     const index c_prev_b = s > 0 ? record_ : layout_.P;
     S* const da_s = da(s);
     for_columns(
-        own.rows, own.panels, p_.H,
+        own.rows, own.panels, p_.H, backwards,
         [&]<int width, int rows, int columns>(index row, index column) {
           V dh[rows][columns];
           for (int r = 0; r < rows; ++r) ask_for(s, row + r, column, columns);
@@ -265,7 +265,7 @@ class BackwardPass {
   }
 
   void finish(const Blocks<L>& own) const {
-    for_columns(own.rows, own.panels, p_.H,
+    for_columns(own.rows, own.panels, p_.H, false,
                 [&]<int width, int rows, int columns>(index row, index column) {
                   V dh[rows][columns];
                   sum_dh<width>(dh, -1, row, column);
@@ -287,7 +287,7 @@ class BackwardPass {
   // dx = Wᵀ da, rows of the stretch shared out.
   void write_dx(const Team& team, index begin, index end) const {
     const Range own = team.share((end - begin) * p_.B, L::back_tile);
-    for_columns(own, {0, layout_.back_panels(p_.I)}, p_.I,
+    for_columns(own, {0, layout_.back_panels(p_.I)}, p_.I, false,
                 [&]<int width, int rows, int columns>(index row, index column) {
                   Rows<S, rows> a;
                   S* to[rows];

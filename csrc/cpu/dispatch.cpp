@@ -128,8 +128,16 @@ S* workspace(index elements) {
 // this much in each step (floating-point operations per thread).
 constexpr double work_per_thread = 4e5;
 constexpr double step_work_per_thread = 3e4;
+// Less than this is done in 0.1 to 0.2 ms by one thread; a sleeping one is there after
+// some 50 µs.
+constexpr double brief_work = 2e7;
 
-int threads_for(const Sizes& p, int gates, double passes) {
+struct Workforce {
+  int threads;
+  bool brief;
+};
+
+Workforce workforce(const Sizes& p, int gates, double passes) {
   const double per_row = 2.0 * gates * static_cast<double>(p.H);
   const double step = per_row * static_cast<double>(p.H * p.B);
   const double input = per_row * static_cast<double>(p.I * p.B);
@@ -137,15 +145,22 @@ int threads_for(const Sizes& p, int gates, double passes) {
   const double most = std::min(all / work_per_thread,
                                (step + (p.T == 1 ? input : 0)) / step_work_per_thread);
   const int limit = get_num_threads();
-  return most >= limit ? limit : most > 1 ? static_cast<int>(most) : 1;
+  return {most >= limit ? limit
+          : most > 1    ? static_cast<int>(most)
+                        : 1,
+          all < brief_work};
 }
 
 template <class F>
-void with_team(int threads, const F& f) {
-  run_on_team(threads, [&](const Team& team) {
+void with_team(const Workforce& force, index steps, const F& f) {
+  thread_local index step = 0;
+  const index first_step = step;
+  run_on_team(force.threads, force.brief, [&](Team team) {
     const FlushDenormals mode;
+    team.step = first_step;
     f(team);
   });
+  step += steps;
 }
 
 }  // namespace
@@ -155,26 +170,26 @@ void pack(const Kernels<S>& kernels, const Parameters<S>& parameters, bool backw
           bool borrow, S* to) {
   constexpr index values_per_thread = 1 << 18;
   const index values = kernels.packed_size(parameters.I, parameters.H, backward, borrow);
-  const index most = values / values_per_thread, limit = get_num_threads();
-  with_team(
-      most >= limit ? static_cast<int>(limit)
-      : most > 1    ? static_cast<int>(most)
-                    : 1,
-      [&](const Team& team) { kernels.pack(parameters, backward, borrow, to, team); });
+  const index most = std::max<index>(values / values_per_thread, 1);
+  const int threads = static_cast<int>(std::min<index>(most, get_num_threads()));
+  with_team({threads, false}, 0, [&](const Team& team) {
+    kernels.pack(parameters, backward, borrow, to, team);
+  });
 }
 
 template <class S>
 void run(const Kernels<S>& kernels, int gates, const Forward<S>& problem) {
   S* const scratch = workspace<S>(kernels.forward_workspace(problem));
-  with_team(threads_for(problem, gates, 1),
+  with_team(workforce(problem, gates, 1), problem.T,
             [&](const Team& team) { kernels.forward(problem, scratch, team); });
 }
 
 template <class S>
 void run(const Kernels<S>& kernels, int gates, const Backward<S>& problem) {
-  const int threads = threads_for(problem, gates, 2);
-  S* const scratch = workspace<S>(kernels.backward_workspace(problem, threads));
-  with_team(threads, [&](const Team& team) { kernels.backward(problem, scratch, team); });
+  const Workforce force = workforce(problem, gates, 2);
+  S* const scratch = workspace<S>(kernels.backward_workspace(problem, force.threads));
+  with_team(force, problem.T,
+            [&](const Team& team) { kernels.backward(problem, scratch, team); });
 }
 
 template <class S>

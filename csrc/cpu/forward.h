@@ -94,7 +94,7 @@ class ForwardPass {
       const index end = begin + stretch_ < p_.T ? begin + stretch_ : p_.T;
       if (!fused_) multiply_inputs(own, begin, end);
       for (index s = begin; s < end; ++s) {
-        step(own, s);
+        step(own, s, (team.step + s) % 2 != 0);
         if (!own.alone) team.meet();
       }
     }
@@ -133,7 +133,7 @@ class ForwardPass {
   void multiply_inputs(const Blocks<L>& own, index begin, index end) const {
     const index height = own.rows.end - own.rows.begin;
     for_blocks<L::width, L::tile>(
-        {0, (end - begin) * height}, own.panels, layout_.panel_bytes(p_.I),
+        {0, (end - begin) * height}, own.panels, layout_.panel_bytes(p_.I), false,
         [&]<int rows, int together>(index row, index panel) {
           Rows<S, rows> x;
           S* to[rows];
@@ -159,7 +159,7 @@ class ForwardPass {
         });
   }
 
-  void step(const Blocks<L>& own, index s) const {
+  void step(const Blocks<L>& own, index s, bool backwards) const {
     const S* const x = p_.x + p_.time(s) * p_.x_t;
     const S* h_prev = s == 0 ? p_.h0 : p_.y + p_.time(s - 1) * p_.y_t;
     const index h_prev_b = s == 0 ? p_.H : p_.y_b;
@@ -169,7 +169,7 @@ class ForwardPass {
     S* const y = p_.y + p_.time(s) * p_.y_t;
 
     for_blocks<L::width, L::tile>(
-        own.rows, own.panels, layout_.panel_bytes(p_.H),
+        own.rows, own.panels, layout_.panel_bytes(p_.H), backwards,
         [&]<int rows, int together>(index row, index panel) {
           S* at[rows];
           for (int r = 0; r < rows; ++r) at[r] = record + (row + r) * record_;

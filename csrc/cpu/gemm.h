@@ -214,20 +214,30 @@ inline void for_tiles(index begin, index end, const F& f) {
 // f.operator()<rows, panels>(row, panel) for each tile of rows × panels. Where all panels
 // stay in the second-level cache, rows are the outer loop, so that what belongs to a row
 // is read and written in order; else panels, so that each comes from afar once.
+//
+// Panels are taken to and fro: of more than a cache holds, what the last pass left there
+// is met first (Zen 5, R of 1 MB in 1 MB: 0.83 instead of 0.92 ms). So a caller that
+// comes again and again alternates `backwards`.
 template <int W, int most, class F>
-inline void for_blocks(Range rows, Range panels, index panel_bytes, const F& f) {
+inline void for_blocks(Range rows, Range panels, index panel_bytes, bool backwards,
+                       const F& f) {
   constexpr index near_cache = 32 * 1024, own_cache = 512 * 1024;
-  const index bytes = (panels.end - panels.begin) * panel_bytes;
+  const index count = panels.end - panels.begin, bytes = count * panel_bytes;
   const bool near = bytes <= near_cache;
+  // The first of `taken` panels after `done`.
+  const auto next = [&](index done, index taken) {
+    return backwards ? panels.end - done - taken : panels.begin + done;
+  };
   if (rows.end - rows.begin > most && bytes <= own_cache) {
     return for_tiles<most>(rows.begin, rows.end, [&]<int height>(index row) {
-      for (index panel = panels.begin; panel < panels.end; ++panel) {
-        f.template operator()<height, 1>(row, panel);
+      for (index done = 0; done < count; ++done) {
+        f.template operator()<height, 1>(row, next(done, 1));
       }
+      backwards = !backwards;
     });
   }
-  for (index panel = panels.begin; panel < panels.end;) {
-    const index left = panels.end - panel;
+  for (index done = 0; done < count;) {
+    const index left = count - done;
     index taken = 1;
     for_tiles<most>(rows.begin, rows.end, [&]<int height>(index row) {
       constexpr int many = panels_at_once(height, W, true);
@@ -236,15 +246,15 @@ inline void for_blocks(Range rows, Range panels, index panel_bytes, const F& f) 
       const bool single = rows.end - rows.begin == height;
       if (single && near && left >= many) {
         taken = many;
-        f.template operator()<height, many>(row, panel);
+        f.template operator()<height, many>(row, next(done, many));
       } else if (single && left >= some) {
         taken = some;
-        f.template operator()<height, some>(row, panel);
+        f.template operator()<height, some>(row, next(done, some));
       } else {
-        f.template operator()<height, 1>(row, panel);
+        f.template operator()<height, 1>(row, next(done, 1));
       }
     });
-    panel += taken;
+    done += taken;
   }
 }
 

@@ -32,7 +32,8 @@ double multiply_add(index rounds) {
   return 2.0 * sums * V::lanes * static_cast<double>(rounds);
 }
 
-// Reads n elements from p `rounds` times in order; returns the sum.
+// Reads n elements from p `rounds` times, to and fro in blocks of 64 KB as the panels are
+// (gemm.h); returns the sum.
 template <class S>
 S read_all(const S* p, index n, index rounds) {
   using V = Vec<S>;
@@ -40,10 +41,16 @@ S read_all(const S* p, index n, index rounds) {
   V sum[at_once];
 #pragma GCC unroll 8
   for (int i = 0; i < at_once; ++i) sum[i] = V::broadcast(0);
+  constexpr index block = 64 * 1024 / sizeof(S);
+  const index blocks = (n + block - 1) / block;
   for (index round = 0; round < rounds; ++round) {
-    for (index k = 0; k + at_once * V::lanes <= n; k += at_once * V::lanes) {
+    for (index done = 0; done < blocks; ++done) {
+      const index first = (round % 2 == 0 ? done : blocks - 1 - done) * block;
+      const index end = first + block < n ? first + block : n;
+      for (index k = first; k + at_once * V::lanes <= end; k += at_once * V::lanes) {
 #pragma GCC unroll 8
-      for (int i = 0; i < at_once; ++i) sum[i] = sum[i] + V::load(p + k + i * V::lanes);
+        for (int i = 0; i < at_once; ++i) sum[i] = sum[i] + V::load(p + k + i * V::lanes);
+      }
     }
   }
   S out[V::lanes], total = 0;

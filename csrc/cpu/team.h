@@ -35,6 +35,7 @@ class Barrier {
 struct Team {
   int rank, count;
   Barrier* barrier;
+  index step = 0;  // a count of steps that goes on from call to call
 
   void meet() const {
     if (count > 1) barrier->wait(rank, count);
@@ -55,16 +56,18 @@ struct Job {
 };
 
 // Runs the job on `threads` threads, the calling one and workers of its own, which it
-// keeps for later calls. Returns when all are done.
-void run_on_team(int threads, Job job);
+// keeps for later calls, and returns when all are done. Waking workers takes as long as a
+// brief job, which runs on fewer threads instead unless another came just before it.
+void run_on_team(int threads, bool brief, Job job);
 
 // f(team) on each thread.
 template <class F>
-void run_on_team(int threads, const F& f) {
-  run_on_team(threads, Job{[](const void* argument, const Team& team) {
-                             (*static_cast<const F*>(argument))(team);
-                           },
-                           &f});
+void run_on_team(int threads, bool brief, const F& f) {
+  run_on_team(threads, brief,
+              Job{[](const void* argument, const Team& team) {
+                    (*static_cast<const F*>(argument))(team);
+                  },
+                  &f});
 }
 
 }  // namespace fusedrnn
