@@ -245,12 +245,12 @@ class ForwardPass {
     if (p_.weight_ih) {
       multiply<together>(a, start);
       if (with_x) {
-        add_unpacked<together, &L::Cell::input_gate>(a, L::input_offset, x, p_.weight_ih,
-                                                     p_.I, panel);
+        add_unpacked<together, L::input_offset>(a, x, p_.weight_ih, p_.I,
+                                                L::Cell::input_gate, panel);
       }
       if (with_h) {
-        add_unpacked<together, &L::Cell::recurrent_gate>(a, 0, h, p_.weight_hh, p_.H,
-                                                         panel);
+        add_unpacked<together, 0>(a, h, p_.weight_hh, p_.H, L::Cell::recurrent_gate,
+                                  panel);
       }
       return;
     }
@@ -275,17 +275,24 @@ class ForwardPass {
     with.template operator()<Panels<V, L::width>>();
   }
 
-  // a += left · weightᵀ for weight (gates·H, K) as it is, gate 0 in column `offset`.
-  template <int together, auto blocks, int rows, int columns>
-  void add_unpacked(V (&a)[rows][columns], int offset, const Rows<S, rows>& left,
-                    const S* weight, index K, index panel) const {
-    each_unit_vector<together>(panel, [&](int column, index unit) {
-      for (int gate = 0; gate < gates; ++gate) {
-        const S* const unit_rows = weight + ((*blocks)[gate] * p_.H + unit) * K;
-        multiply_by_rows(&a[0][column + offset + gate * L::unit_vectors], columns, rows,
-                         left.p, unit_rows, units_left(unit), K);
+  // a += left · weightᵀ for weight (gates·H, K) as it is, from column `offset` of each
+  // panel on: parts of the panels are packed on the way, in the same order.
+  template <int together, int offset, int rows, int columns>
+  void add_unpacked(V (&a)[rows][columns], Rows<S, rows> left, const S* weight, index K,
+                    const int* blocks, index panel) const {
+    constexpr index depth = lanes * (together < 4 ? 4 / together : 1);
+    S packed[together * depth * L::width * lanes];
+    for (index k = 0; k < K; k += depth) {
+      const index part = K - k < depth ? K - k : depth;
+      for (int p = 0; p < together; ++p) {
+        pack_gate_panel(layout_, weight, K, blocks, panel + p, {k, k + part},
+                        packed + p * layout_.panel_size(part));
       }
-    });
+      multiply<together>(a, Sums<V, rows, columns>{a},
+                         Product<Rows<S, rows>, Panels<V, L::width>, offset>{
+                             left, {packed, part}, part});
+      for (int r = 0; r < rows; ++r) left.p[r] += depth;
+    }
   }
 
   // f(column of its first slot, first unit) for each vector of units; a panel of several

@@ -58,7 +58,9 @@ struct Columns {
   const typename V::scalar* matrix;
   index N, first;
   V operator()(int p, int w, index k) const {
+    constexpr index ahead = 8;
     const index column = first + (p * W + w) * V::lanes;
+    __builtin_prefetch(matrix + (k + ahead) * N + column);
     return column < N ? load_upto<V>(matrix + k * N + column, N - column)
                       : V::broadcast(0);
   }
@@ -146,30 +148,6 @@ template <int panels, class V, int rows, int columns, class Start, class... Prod
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 16
     for (int c = 0; c < columns; ++c) to[r][c] = sum[r][c];
-  }
-}
-
-// acc[r·stride] += Σ_k a[r][k] · m(unit, k) with a lane for each unit, from a matrix of
-// unit rows as it is: squares of it are transposed on the way. The sums are those of a
-// packed panel; without packing, but for few rows.
-template <class V, class S>
-[[gnu::noinline]] void multiply_by_rows(V* acc, index stride, int rows, const S* const* a,
-                                        const S* matrix, index units, index K) {
-  for (index k = 0; k < K; k += V::lanes) {
-    const index left = K - k < V::lanes ? K - k : V::lanes;
-    V square[V::lanes];
-#pragma GCC unroll 16
-    for (int u = 0; u < V::lanes; ++u) {
-      square[u] = u < units ? load_upto<V>(matrix + u * K + k, left) : V::broadcast(0);
-    }
-    transpose(square);
-    for (int r = 0; r < rows; ++r) {
-      V sum = acc[r * stride];
-      for (index i = 0; i < left; ++i) {
-        sum = fma(V::broadcast(a[r][k + i]), square[i], sum);
-      }
-      acc[r * stride] = sum;
-    }
   }
 }
 

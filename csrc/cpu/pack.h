@@ -77,34 +77,46 @@ struct Layout {
   index backward_size() const { return back_recurrent_panels() + back_size(H); }
 };
 
+// One panel's part for k in [begin, end), from the blocks of weight (gates·H, K) that
+// blocks[] names. Squares of lanes × lanes are transposed.
+template <class L, class S>
+void pack_gate_panel(const L& layout, const S* weight, index K, const int* blocks,
+                     index panel, Range part, S* to) {
+  using V = typename L::V;
+  constexpr int lanes = V::lanes;
+  for (int vector = 0; vector < L::width; ++vector) {
+    const int slot = vector / L::unit_vectors;
+    const index unit = panel * L::panel_units + vector % L::unit_vectors * lanes;
+    const S* const rows = weight + (blocks[slot] * layout.H + unit) * K;
+    S* column = to + vector * lanes;
+    for (index k = part.begin; k < part.end; k += lanes) {
+      V square[lanes];
+      const index left = part.end - k;
+#pragma GCC unroll 16
+      for (int u = 0; u < lanes; ++u) {
+        const bool real = unit + u < layout.H;
+        square[u] = real ? load_upto<V>(rows + u * K + k, left) : V::broadcast(0);
+      }
+      transpose(square);
+      if (left >= lanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) square[i].store(column + i * L::width * lanes);
+        column += lanes * L::width * lanes;
+      } else {
+        for (int i = 0; i < left; ++i) square[i].store(column + i * L::width * lanes);
+      }
+    }
+  }
+}
+
 // A thread packs its share of the panels.
 template <class L, class S>
 void pack_gate_panels(const L& layout, const S* weight, index K, const int* blocks,
                       S* panels, const Team& team) {
-  using V = typename L::V;
-  constexpr int lanes = V::lanes;
   const Range own = team.share(layout.panels());
   for (index panel = own.begin; panel < own.end; ++panel) {
-    for (int vector = 0; vector < L::width; ++vector) {
-      const int slot = vector / L::unit_vectors;
-      const index unit = panel * L::panel_units + vector % L::unit_vectors * lanes;
-      const S* rows = weight + (blocks[slot] * layout.H + unit) * K;
-      S* column = panels + panel * layout.panel_size(K) + vector * lanes;
-      for (index k = 0; k < K; k += lanes) {
-        V square[lanes];
-        const index left = K - k;
-#pragma GCC unroll 16
-        for (int u = 0; u < lanes; ++u) {
-          const bool real = unit + u < layout.H;
-          square[u] = real ? load_upto<V>(rows + u * K + k, left) : V::broadcast(0);
-        }
-        transpose(square);
-        for (int i = 0; i < lanes && i < left; ++i) {
-          square[i].store(column);
-          column += L::width * lanes;
-        }
-      }
-    }
+    pack_gate_panel(layout, weight, K, blocks, panel, {0, K},
+                    panels + panel * layout.panel_size(K));
   }
 }
 

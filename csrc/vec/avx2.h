@@ -45,15 +45,12 @@ struct Vec<float> {
   friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {
     return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
   }
-  friend Vec zip_low(Vec a, Vec b) { return zip<0x20>(a, b); }
-  friend Vec zip_high(Vec a, Vec b) { return zip<0x31>(a, b); }
-
- private:
-  template <int halves>
-  static Vec zip(Vec a, Vec b) {
-    return {_mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v),
-                                   _mm256_unpackhi_ps(a.v, b.v), halves)};
+  friend Vec zip_low(Vec a, Vec b) { return {_mm256_unpacklo_ps(a.v, b.v)}; }
+  friend Vec zip_high(Vec a, Vec b) { return {_mm256_unpackhi_ps(a.v, b.v)}; }
+  friend Vec even_blocks(Vec a, Vec b) {
+    return {_mm256_permute2f128_ps(a.v, b.v, 0x20)};
   }
+  friend Vec odd_blocks(Vec a, Vec b) { return {_mm256_permute2f128_ps(a.v, b.v, 0x31)}; }
 };
 
 template <>
@@ -92,15 +89,12 @@ struct Vec<double> {
   friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {
     return {_mm256_blendv_pd(y.v, x.v, _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ))};
   }
-  friend Vec zip_low(Vec a, Vec b) { return zip<0x20>(a, b); }
-  friend Vec zip_high(Vec a, Vec b) { return zip<0x31>(a, b); }
-
- private:
-  template <int halves>
-  static Vec zip(Vec a, Vec b) {
-    return {_mm256_permute2f128_pd(_mm256_unpacklo_pd(a.v, b.v),
-                                   _mm256_unpackhi_pd(a.v, b.v), halves)};
+  friend Vec zip_low(Vec a, Vec b) { return {_mm256_unpacklo_pd(a.v, b.v)}; }
+  friend Vec zip_high(Vec a, Vec b) { return {_mm256_unpackhi_pd(a.v, b.v)}; }
+  friend Vec even_blocks(Vec a, Vec b) {
+    return {_mm256_permute2f128_pd(a.v, b.v, 0x20)};
   }
+  friend Vec odd_blocks(Vec a, Vec b) { return {_mm256_permute2f128_pd(a.v, b.v, 0x31)}; }
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ARCH

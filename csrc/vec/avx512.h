@@ -44,17 +44,10 @@ struct Vec<float> {
   friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
   }
-  friend Vec zip_low(Vec a, Vec b) { return zip<0>(a, b); }
-  friend Vec zip_high(Vec a, Vec b) { return zip<8>(a, b); }
-
- private:
-  template <int first>
-  static Vec zip(Vec a, Vec b) {
-    const __m512i low =
-        _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    return {_mm512_permutex2var_ps(a.v, _mm512_add_epi32(low, _mm512_set1_epi32(first)),
-                                   b.v)};
-  }
+  friend Vec zip_low(Vec a, Vec b) { return {_mm512_unpacklo_ps(a.v, b.v)}; }
+  friend Vec zip_high(Vec a, Vec b) { return {_mm512_unpackhi_ps(a.v, b.v)}; }
+  friend Vec even_blocks(Vec a, Vec b) { return {_mm512_shuffle_f32x4(a.v, b.v, 0x88)}; }
+  friend Vec odd_blocks(Vec a, Vec b) { return {_mm512_shuffle_f32x4(a.v, b.v, 0xdd)}; }
 };
 
 template <>
@@ -91,16 +84,10 @@ struct Vec<double> {
   friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {
     return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
   }
-  friend Vec zip_low(Vec a, Vec b) { return zip<0>(a, b); }
-  friend Vec zip_high(Vec a, Vec b) { return zip<4>(a, b); }
-
- private:
-  template <int first>
-  static Vec zip(Vec a, Vec b) {
-    const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
-    return {_mm512_permutex2var_pd(a.v, _mm512_add_epi64(low, _mm512_set1_epi64(first)),
-                                   b.v)};
-  }
+  friend Vec zip_low(Vec a, Vec b) { return {_mm512_unpacklo_pd(a.v, b.v)}; }
+  friend Vec zip_high(Vec a, Vec b) { return {_mm512_unpackhi_pd(a.v, b.v)}; }
+  friend Vec even_blocks(Vec a, Vec b) { return {_mm512_shuffle_f64x2(a.v, b.v, 0x88)}; }
+  friend Vec odd_blocks(Vec a, Vec b) { return {_mm512_shuffle_f64x2(a.v, b.v, 0xdd)}; }
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ARCH

@@ -14,7 +14,10 @@
 //   exp2_of_shifted(t)            2^n for t = n + shift (math.h): the exponent's bits are
 //                                 the lowest of t
 //   if_less(a, b, x, y)           a < b ? x : y
-//   zip_low(a, b), zip_high(a, b) a0 b0 a1 b1 … of the lower, of the upper halves
+//   zip_low(a, b), zip_high(a, b) in each block of 16 bytes a0 b0 a1 b1 … of the lower,
+//   of
+//                                 the upper halves of those of a and b
+//   even_blocks(a, b), odd_…      those blocks of a, then those of b; of wider vectors
 //
 // The namespace is named after the ISA so that two translation units compiled with
 // different flags never share a function: the linker would keep one of them for every
@@ -53,21 +56,44 @@ inline void store_upto(V x, typename V::scalar* p, index n) {
   }
 }
 
-// Transposes a square of lanes × lanes: zipping row i with row i + lanes/2 moves one bit
-// of the row's number into the lane's, so log2(lanes) rounds exchange the two.
+// Transposes a square of lanes × lanes. Zipping row i with row i + half moves one bit of
+// the row's number into the lane's, so log2(block) rounds transpose squares within
+// blocks; taking even and odd blocks of rows i and i + 1 moves one bit of the block's
+// number into the row's.
 template <class V>
 inline void transpose(V (&rows)[V::lanes]) {
-  constexpr int half = V::lanes / 2;
-#pragma GCC unroll 4
-  for (int round = 1; round < V::lanes; round *= 2) {
-    V zipped[V::lanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) {
-      zipped[2 * i] = zip_low(rows[i], rows[i + half]);
-      zipped[2 * i + 1] = zip_high(rows[i], rows[i + half]);
-    }
+  constexpr int block = 16 / sizeof(typename V::scalar), blocks = V::lanes / block;
+  constexpr int half = block / 2;
 #pragma GCC unroll 16
-    for (int i = 0; i < V::lanes; ++i) rows[i] = zipped[i];
+  for (int first = 0; first < V::lanes; first += block) {
+#pragma GCC unroll 4
+    for (int round = 1; round < block; round *= 2) {
+      V zipped[block];
+#pragma GCC unroll 4
+      for (int i = 0; i < half; ++i) {
+        zipped[2 * i] = zip_low(rows[first + i], rows[first + i + half]);
+        zipped[2 * i + 1] = zip_high(rows[first + i], rows[first + i + half]);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < block; ++i) rows[first + i] = zipped[i];
+    }
+  }
+  if constexpr (blocks > 1) {
+#pragma GCC unroll 4
+    for (int at = 0; at < block; ++at) {
+#pragma GCC unroll 4
+      for (int round = 1; round < blocks; round *= 2) {
+        V sorted[blocks];
+#pragma GCC unroll 4
+        for (int i = 0; i < blocks / 2; ++i) {
+          const V a = rows[at + 2 * i * block], b = rows[at + (2 * i + 1) * block];
+          sorted[i] = even_blocks(a, b);
+          sorted[i + blocks / 2] = odd_blocks(a, b);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < blocks; ++i) rows[at + i * block] = sorted[i];
+      }
+    }
   }
 }
 
