@@ -23,6 +23,7 @@ class BackwardPass {
   static constexpr int grad_tile = L::back_tile;
   static constexpr index grad_tiles_at_once = 32;
   static constexpr index grad_depth = 256;
+  static constexpr int few_rows = 4;
 
   const Backward<S>& p_;
   const L layout_;
@@ -331,6 +332,14 @@ class BackwardPass {
           ++s;
         }
       }
+      const bool first = end == p_.T && done == 0;
+      if (depth <= few_rows) {
+        with_count<few_rows>(depth, [&]<int count>() {
+          add_outer_products<count>(da_row, x_row, h_row, own, first);
+        });
+        add_bias_gradients(da_row, depth, own, first);
+        continue;
+      }
       S* const x_panels = right_;
       S* const h_panels = right_ + depth * right_width(p_.I);
       if (done > 0) team.meet();  // the panels are still being read
@@ -338,7 +347,6 @@ class BackwardPass {
       pack_right(team, h_row, depth, p_.H, h_panels);
       team.meet();
 
-      const bool first = end == p_.T && done == 0;
       S* const left = left_ + team.rank * left_size;
       constexpr index at_once = grad_tiles_at_once * grad_tile;
       for (index column = own.begin; column < own.end; column += at_once) {
@@ -353,6 +361,32 @@ class BackwardPass {
       add_bias_gradients(da_row, depth, own, first);
     }
     if (begin == 0) write_bias_gradients(own);
+  }
+
+  // The same from few rows, for which packing takes longer than the sums.
+  template <int depth>
+  void add_outer_products(const S* const* da_row, const S* const* x_row,
+                          const S* const* h_row, Range own, bool first) const {
+    const auto add = [&](index column, int block, const S* const* right, index N,
+                         S* dweight) {
+      if (block < 0) return;
+      S* const to = dweight + (block * p_.H + column % layout_.P) * N;
+      V factor[depth];
+      for (int k = 0; k < depth; ++k) factor[k] = V::broadcast(da_row[k][column]);
+      for (index n = 0; n < N; n += lanes) {
+        V sum = V::broadcast(0);
+        for (int k = 0; k < depth; ++k) {
+          sum = fma(factor[k], load_upto<V>(right[k] + n, N - n), sum);
+        }
+        store_upto(first ? sum : load_upto<V>(to + n, N - n) + sum, to + n, N - n);
+      }
+    };
+    for (index column = own.begin; column < own.end; ++column) {
+      if (column % layout_.P >= p_.H) continue;
+      const index slot = column / layout_.P;
+      add(column, L::blocks.input[slot], x_row, p_.I, p_.dweight_ih);
+      add(column, L::blocks.recurrent[slot], h_row, p_.H, p_.dweight_hh);
+    }
   }
 
   // Panels of two vectors, the last of one if that is enough: [panel][k][width][lanes].
