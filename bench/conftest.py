@@ -81,7 +81,7 @@ def table(results: dict[Case, dict]) -> Iterator[str]:
                 ", ".join(map(str, case.sizes)),
                 f"{ours * 1e3:.4f}",
                 f"{case.flops / ours / 1e9:.0f}",
-                f"{floor.seconds(case) / ours:.2f}",
+                f"{info['floor'] / ours:.2f}",
                 *(ratio(ratios.get(name)) for name in shown),
                 f"{best(info):.2f}",
                 f"{info['seconds']['reference'] / ours:.0f}",

@@ -11,49 +11,44 @@ Threads that own rows of the batch read all of R and never meet; threads that ow
 their share and meet once per step: the smaller of the two. Cells (σ, tanh), x, y and what
 training saves count as free, so nothing reaches the floor of a narrow layer.
 
-The rates are measured when first asked for, each the best of several short runs.
+The rates are measured when asked for, beside the case, because a machine's clock changes with
+time and neighbours; each is the median of several short runs.
 """
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 
 import numpy as np
 from cases import Case
 
-import fusedrnn as fr
 from fusedrnn import _cpu
 
 
 def _rate(run: Callable[[int], float]) -> float:
-    """The best of 25 runs of about 2 ms in units a second; run(rounds) returns the units."""
+    """The median of 15 runs of about 2 ms in units a second; run(rounds) returns the units."""
     rounds, seconds = 1, 0.0
     while seconds < 0.002:
         rounds *= 2
         begin = time.perf_counter()
         run(rounds)
         seconds = time.perf_counter() - begin
-    best = 0.0
-    for _ in range(25):
+    measured = []
+    for _ in range(15):
         begin = time.perf_counter()
         units = run(rounds)
-        best = max(best, units / (time.perf_counter() - begin))
-    return best
+        measured.append(units / (time.perf_counter() - begin))
+    return float(np.median(measured))
 
 
-@functools.cache
-def peak(isa: str, single: bool = True) -> float:
-    """FLOP/s of one core's FMA units."""
-    del isa  # the active one; part of the key
+def peak(single: bool = True) -> float:
+    """FLOP/s of one core's FMA units on the active ISA."""
     return _rate(lambda rounds: _cpu.probe_multiply_add(1000 * rounds, single))
 
 
-@functools.cache
-def read_rate(isa: str, size: int) -> float:
+def read_rate(size: int) -> float:
     """Bytes/s at which one core reads `size` bytes again and again."""
-    del isa
     a = _cpu.allocate((max(size // 4, 128) // 128 * 128,), np.dtype(np.float32))
     a[:] = 0
 
@@ -64,7 +59,6 @@ def read_rate(isa: str, size: int) -> float:
     return _rate(run)
 
 
-@functools.cache
 def meeting(threads: int) -> float:
     """Seconds in which that many threads meet once."""
 
@@ -78,26 +72,23 @@ def meeting(threads: int) -> float:
 def seconds(case: Case) -> float:
     """The floor of a case, float32, on the active ISA."""
     T, B, I, H = case.sizes
-    isa, n = fr.show_config("dict")["isa"], case.threads
+    n = case.threads
     training = case.mode == "training"
-    flops = peak(isa) * n
+    flops = peak() * n
     W, R = 4 * case.gates * H * I, 4 * case.gates * H * H
 
     matmuls = 3 * W * B * T / 2 + R * B * T / 2 if training else W * B * T / 2
     step = R * B / 2 / flops
     near = R if T > 1 else W + R  # what is read again and again
-    by_units = max(step, R / n / read_rate(isa, near // n)) + meeting(n)
-    by_rows = max(step, R / read_rate(isa, near)) if 1 < n <= B else np.inf
-    outside = max(matmuls / flops, W / n / read_rate(isa, (W + R) // n))
+    by_units = max(step, R / n / read_rate(near // n)) + meeting(n)
+    by_rows = max(step, R / read_rate(near)) if 1 < n <= B else np.inf
+    outside = max(matmuls / flops, W / n / read_rate((W + R) // n))
     return float(outside + T * (2 if training else 1) * min(by_rows, by_units))
 
 
 def rates(threads: int) -> str:
     """What was measured, in one line."""
-    isa = fr.show_config("dict")["isa"]
     levels = {"L1": 16 << 10, "L2": 256 << 10, "L3": 8 << 20, "memory": 256 << 20}
-    reads = ", ".join(
-        f"{name} {read_rate(isa, size) / 1e9:.0f}" for name, size in levels.items()
-    )
+    reads = ", ".join(f"{name} {read_rate(size) / 1e9:.0f}" for name, size in levels.items())
     meet = f"; {threads} threads meet in {meeting(threads) * 1e9:.0f} ns" if threads > 1 else ""
-    return f"FMA peak {peak(isa) / 1e9:.0f} GFLOP/s a core; reads {reads} GB/s{meet}"
+    return f"FMA peak {peak() / 1e9:.0f} GFLOP/s a core; reads {reads} GB/s{meet}"

@@ -193,8 +193,8 @@ else:
     import fusedrnn as fr
     fr.set_num_threads(1)
     def step(T, B, I, H, x, dy):
-        layer = getattr(fr, cell)(I, H)
-        layer.vjp(x)[1](dy)
+        parameters = getattr(fr, cell)(I, H).state_dict().values()
+        getattr(fr, cell.lower() + "_vjp")(x, *parameters)[1](dy)
 step(2, 2, 2, 2, x[:2, :2, :2].copy(), dy[:2, :2, :2].copy())  # what loading a library takes
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before = status("VmRSS")

@@ -177,7 +177,11 @@ def test_a_plain_call_equals_the_checked_one(name: str, dtype: np.dtype, threads
     lists = [np.array(s, dtype) for s in lists] if name == "LSTM" else np.array(lists, dtype)
     for given in (None, state):
         direct = layer(x, given)
-        others = [layer.vjp(x, given)[0], layer(spread, given), layer(np.asfortranarray(x), given)]
+        others = [
+            layer.vjp(x, given)[0],
+            layer(spread, given),
+            layer(np.asfortranarray(x), given),
+        ]
         if given is not None:
             others.append(layer(x, lists))
         for other in others:

@@ -25,8 +25,8 @@ struct Block {
 
 void* allocate(std::size_t bytes) {
   if (bytes < on_huge_pages) return ::operator new(bytes, std::align_val_t{line});
-  // The last page is a huge one if at least half of it is used.
-  const std::size_t pages = (bytes + huge_page / 2) / huge_page;
+  // The last page is a huge one if at least three quarters of it are used.
+  const std::size_t pages = (bytes + huge_page / 4) / huge_page;
   const std::size_t whole = std::max(bytes, pages * huge_page);
   void* const start = ::operator new(whole, std::align_val_t{huge_page});
 #if defined(__linux__)
