@@ -173,9 +173,9 @@ void test_math(const MathEntry& function, const std::string& what) {
   for (double v = 1e-30; v < 1; v *= 1.7) x.push_back(static_cast<S>(v));
   std::vector<S> y(x.size());
   if constexpr (sizeof(S) == 4) {
-    function.f32(x.data(), y.data(), static_cast<index>(x.size()));
+    run(function.f32, x.data(), y.data(), static_cast<index>(x.size()));
   } else {
-    function.f64(x.data(), y.data(), static_cast<index>(x.size()));
+    run(function.f64, x.data(), y.data(), static_cast<index>(x.size()));
   }
   long double worst = 0;
   for (std::size_t k = 0; k < x.size(); ++k) {
