@@ -26,13 +26,13 @@ REST_SECONDS = 0.06
 REFERENCE_ROUNDS = 3
 
 
-def calls_for(run: Run, seconds: float) -> int:
-    """How many calls take that long once warm."""
-    once = seconds_of(run, 1)
-    if once < seconds:
-        once = seconds_of(run, max(1, int(seconds / once)))
-        once = seconds_of(run, max(1, int(seconds / once)))
-    return max(1, round(seconds / once))
+def calls_for(run: Run, rest: float) -> int:
+    """How many calls make a batch, undisturbed by whatever ran before."""
+    once = np.inf
+    for _ in range(4):
+        time.sleep(rest)
+        once = min(once, seconds_of(run, int(np.clip(BATCH_SECONDS / once, 1, 10_000))))
+    return max(1, round(BATCH_SECONDS / once))
 
 
 def seconds_of(run: Run, calls: int) -> float:
@@ -64,8 +64,8 @@ def test_speed(case: Case, benchmark) -> None:
     slow = runs.pop("reference")
     times: dict[str, list[float]] = {name: [] for name in runs}
     times["reference"] = [seconds_of(slow, 1) for _ in range(REFERENCE_ROUNDS)]
-    calls = {name: calls_for(run, BATCH_SECONDS) for name, run in runs.items()}
     rest = REST_SECONDS if case.threads > 1 else 0.0
+    calls = {name: calls_for(run, rest) for name, run in runs.items()}
     one_round = sum(rest + 2 * calls[n] * seconds_of(runs[n], 1) for n in runs)
     rounds = int(np.clip(ROUNDS_SECONDS / one_round, 7, 100))
 

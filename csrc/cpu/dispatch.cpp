@@ -126,7 +126,7 @@ S* workspace(index elements) {
 
 // A thread is worth waking for this much work in all, and worth meeting once per step for
 // this much in each step (floating-point operations per thread).
-constexpr double work_per_thread = 4e5;
+constexpr double work_per_thread = 2.5e5;
 constexpr double step_work_per_thread = 3e4;
 // Less than this is done in 0.1 to 0.2 ms by one thread; a sleeping one is there after
 // some 50 µs.
