@@ -111,7 +111,7 @@ class BackwardPass {
     const index rest = N % L::back_columns;
     const bool narrow = rest > 0 && rest <= lanes && panels.end == layout_.back_panels(N);
     const Range full{panels.begin, narrow ? panels.end - 1 : panels.end};
-    for_blocks<L::back_width, L::back_tile>(
+    for_blocks<V, L::back_width, L::back_tile>(
         rows, full, p_.weights ? layout_.back_panel_bytes() : 0, backwards,
         [&]<int height, int together>(index row, index panel) {
           constexpr int columns = together * L::back_width;

@@ -132,7 +132,7 @@ class ForwardPass {
   // a = bias + W x for own rows and units of steps [begin, end), into the records.
   void multiply_inputs(const Blocks<L>& own, index begin, index end) const {
     const index height = own.rows.end - own.rows.begin;
-    for_blocks<L::width, L::tile>(
+    for_blocks<V, L::width, L::tile>(
         {0, (end - begin) * height}, own.panels, layout_.panel_bytes(p_.I), false,
         [&]<int rows, int together>(index row, index panel) {
           Rows<S, rows> x;
@@ -168,7 +168,7 @@ class ForwardPass {
     const index c_prev_b = s == 0 ? layout_.P : record_;
     S* const y = p_.y + p_.time(s) * p_.y_t;
 
-    for_blocks<L::width, L::tile>(
+    for_blocks<V, L::width, L::tile>(
         own.rows, own.panels, layout_.panel_bytes(p_.H), backwards,
         [&]<int rows, int together>(index row, index panel) {
           S* at[rows];

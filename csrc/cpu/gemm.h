@@ -160,12 +160,13 @@ constexpr int tallest_tile(int columns) {
 }
 
 // Panels taken at once so that enough sums run side by side to hide the latency of an
-// FMA: eight where the panels lie in the first-level cache. From further away four keep
-// up with the reads, and one stream of panels is read faster than two (Zen 5, R of 256
-// KB: 190 instead of 135 GB/s).
+// FMA: eight where the panels lie in the first-level cache. From further away four of 64
+// bytes keep up with the reads, and one stream of panels is read faster than two (Zen 5,
+// AVX-512, LSTM, R of 256 KB: 190 instead of 135 GB/s).
+template <class V>
 constexpr int panels_at_once(int rows, int W, bool near) {
-  const int sums = near ? 8 : 3;
-  return rows * W >= sums ? 1 : (sums + rows * W - 1) / (rows * W);
+  const int enough = !near && sizeof(V) == 64 ? 4 : 8, sums = rows * W;
+  return (enough + sums - 1) / sums;
 }
 
 // Calls f.operator()<n>() for a run-time n in 1..most.
@@ -196,7 +197,7 @@ inline void for_tiles(index begin, index end, const F& f) {
 // Panels are taken to and fro: of more than a cache holds, what the last pass left there
 // is met first (Zen 5, R of 1 MB in 1 MB: 0.83 instead of 0.92 ms). So a caller that
 // comes again and again alternates `backwards`.
-template <int W, int most, class F>
+template <class V, int W, int most, class F>
 inline void for_blocks(Range rows, Range panels, index panel_bytes, bool backwards,
                        const F& f) {
   constexpr index near_cache = 32 * 1024, own_cache = 512 * 1024;
@@ -218,8 +219,8 @@ inline void for_blocks(Range rows, Range panels, index panel_bytes, bool backwar
     const index left = count - done;
     index taken = 1;
     for_tiles<most>(rows.begin, rows.end, [&]<int height>(index row) {
-      constexpr int many = panels_at_once(height, W, true);
-      constexpr int some = panels_at_once(height, W, false);
+      constexpr int many = panels_at_once<V>(height, W, true);
+      constexpr int some = panels_at_once<V>(height, W, false);
       // Only a single tile takes several panels: all its rows are in it.
       const bool single = rows.end - rows.begin == height;
       if (single && near && left >= many) {
