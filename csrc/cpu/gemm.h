@@ -160,12 +160,12 @@ constexpr int tallest_tile(int columns) {
 }
 
 // Panels taken at once so that enough sums run side by side to hide the latency of an
-// FMA: eight where the panels lie in the first-level cache. From further away four of 64
-// bytes keep up with the reads, and one stream of panels is read faster than two (Zen 5,
-// AVX-512, LSTM, R of 256 KB: 190 instead of 135 GB/s).
+// FMA, which takes eight of them. From beyond the first-level cache four of 64 bytes keep
+// up with the reads, and one stream of panels is read faster than two (Zen 5, AVX-512,
+// LSTM, R of 256 KB: 190 instead of 135 GB/s).
 template <class V>
 constexpr int panels_at_once(int rows, int W, bool near) {
-  const int enough = !near && sizeof(V) == 64 ? 4 : 8, sums = rows * W;
+  const int sums = rows * W, enough = !near && sizeof(V) == 64 ? 4 : 8;
   return (enough + sums - 1) / sums;
 }
 
@@ -200,7 +200,7 @@ inline void for_tiles(index begin, index end, const F& f) {
 template <class V, int W, int most, class F>
 inline void for_blocks(Range rows, Range panels, index panel_bytes, bool backwards,
                        const F& f) {
-  constexpr index near_cache = 32 * 1024, own_cache = 512 * 1024;
+  constexpr index near_cache = 64 * 1024, own_cache = 512 * 1024;
   const index count = panels.end - panels.begin, bytes = count * panel_bytes;
   const bool near = bytes <= near_cache;
   // The first of `taken` panels after `done`.
@@ -219,19 +219,17 @@ inline void for_blocks(Range rows, Range panels, index panel_bytes, bool backwar
     const index left = count - done;
     index taken = 1;
     for_tiles<most>(rows.begin, rows.end, [&]<int height>(index row) {
-      constexpr int many = panels_at_once<V>(height, W, true);
-      constexpr int some = panels_at_once<V>(height, W, false);
-      // Only a single tile takes several panels: all its rows are in it.
-      const bool single = rows.end - rows.begin == height;
-      if (single && near && left >= many) {
-        taken = many;
-        f.template operator()<height, many>(row, next(done, many));
-      } else if (single && left >= some) {
-        taken = some;
-        f.template operator()<height, some>(row, next(done, some));
-      } else {
-        f.template operator()<height, 1>(row, next(done, 1));
+      // Only a single tile takes several panels: all its rows are in it. They are
+      // shared out evenly, so that none is left alone.
+      constexpr int most_near = panels_at_once<V>(height, W, true);
+      const index most_now = near ? most_near : panels_at_once<V>(height, W, false);
+      if (rows.end - rows.begin == height) {
+        const index groups = (left + most_now - 1) / most_now;
+        taken = (left + groups - 1) / groups;
       }
+      with_count<most_near>(taken, [&]<int together>() {
+        f.template operator()<height, together>(row, next(done, together));
+      });
     });
     done += taken;
   }

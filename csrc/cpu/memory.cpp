@@ -15,7 +15,7 @@ namespace {
 
 constexpr std::size_t line = 64, huge_page = std::size_t{1} << 21;
 constexpr std::size_t on_huge_pages = huge_page / 2;      // from this size on
-constexpr std::size_t least_kept = std::size_t{1} << 17;  // smaller blocks malloc keeps
+constexpr std::size_t least_kept = std::size_t{1} << 16;  // smaller blocks malloc keeps
 constexpr std::size_t most_kept = std::size_t{256} << 20;
 
 struct Block {
