@@ -453,6 +453,11 @@ class BackwardPass {
   template <int width>
   static void add_tile(const PackedRows<S, grad_tile>& left, const S* right, index depth,
                        S* const (&to)[grad_tile], index n, index N, bool first) {
+    if (!first) {
+      for (S* const row : to) {
+        for (int w = 0; w < width && row; ++w) __builtin_prefetch(row + n + w * lanes, 1);
+      }
+    }
     V sum[grad_tile][width];
     multiply<1>(
         sum, Zero{},

@@ -179,6 +179,7 @@ class ForwardPass {
             x_rows.p[r] = x + (row + r) * p_.x_b;
             h.p[r] = h_prev + (row + r) * h_prev_b;
           }
+          ask_for<together>(at, y + row * p_.y_b, panel);
           V a[rows][together * L::sums];
           if (fused_) {
             sum<together, true, true>(a, bias(panel), panel, x_rows, h);
@@ -208,6 +209,21 @@ class ForwardPass {
             }
           });
         });
+  }
+
+  // Prefetches what the cell will write to memory that no step before touched: while the
+  // matmul runs, its lines come from afar.
+  template <int together, int rows>
+  void ask_for(S* const (&record)[rows], S* y, index panel) const {
+    each_unit_vector<together>(panel, [&](int, index unit) {
+      for (int r = 0; r < rows; ++r) {
+        __builtin_prefetch(y + r * p_.y_b + unit, 1);
+        if (!save_) continue;
+        for (int slot = 0; slot < slots + Cell::has_c; ++slot) {
+          __builtin_prefetch(record[r] + slot * layout_.P + unit, 1);
+        }
+      }
+    });
   }
 
   // Where the sums of a tile start: at the bias, or at what a record holds of W x + bias.

@@ -67,11 +67,12 @@ struct Columns {
 };
 
 // Σ_k left(r, k) · right(p, w, k), to be added from column `offset` of each panel's sums
-// on.
+// on. `left` is not copied: gcc copies pointers just stored in pieces wider than those
+// stores, which has to wait until every store before is in the cache.
 template <class A, class B, int offset_ = 0>
 struct Product {
   static constexpr int offset = offset_;
-  A left;
+  const A& left;
   B right;
   index K;
 };
@@ -119,7 +120,9 @@ template <int panels, class V, int rows, int columns, class Start, class... Prod
             for (int r = 0; r < rows; ++r) left[r] = V::broadcast(of.left(r, k));
 #pragma GCC unroll 16
             for (int c = 0; c < panels * width; ++c) {
-              const V column = of.right(c / width, c % width, k);
+              // gcc would read it again for each of two or three rows.
+              const V column = rows == 1 ? of.right(c / width, c % width, k)
+                                         : in_register(of.right(c / width, c % width, k));
               const int at = c / width * per_panel + offset + c % width;
 #pragma GCC unroll 16
               for (int r = 0; r < rows; ++r)

@@ -30,10 +30,19 @@ struct Vec<float> {
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
-  friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+  // 14 bits of 1/b, doubled by what they leave of a: 3 FMAs, where a division keeps the
+  // unit for 16 cycles (Sapphire Rapids: a cell of 16 LSTM units in 80 instead of 130).
+  friend Vec quotient(Vec a, Vec b) {
+    const Vec inverse{_mm512_rcp14_ps(b.v)}, first = a * inverse;
+    return fma({_mm512_fnmadd_ps(b.v, first.v, a.v)}, inverse, first);
+  }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
   friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+  friend Vec in_register(Vec x) {
+    asm("" : "+v"(x.v));
+    return x;
+  }
   friend Vec abs(Vec x) { return {_mm512_abs_ps(x.v)}; }
   friend Vec with_sign(Vec x, Vec s) {
     return {_mm512_or_ps(x.v, _mm512_and_ps(_mm512_set1_ps(-0.0f), s.v))};
@@ -70,10 +79,19 @@ struct Vec<double> {
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_pd(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_pd(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_pd(a.v, b.v)}; }
-  friend Vec operator/(Vec a, Vec b) { return {_mm512_div_pd(a.v, b.v)}; }
+  friend Vec quotient(Vec a, Vec b) {
+    const Vec rough{_mm512_rcp14_pd(b.v)};
+    const Vec left{_mm512_fnmadd_pd(b.v, rough.v, _mm512_set1_pd(1))};
+    const Vec inverse = fma(left, rough, rough), first = a * inverse;
+    return fma({_mm512_fnmadd_pd(b.v, first.v, a.v)}, inverse, first);
+  }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   friend Vec min(Vec a, Vec b) { return {_mm512_min_pd(a.v, b.v)}; }
   friend Vec max(Vec a, Vec b) { return {_mm512_max_pd(a.v, b.v)}; }
+  friend Vec in_register(Vec x) {
+    asm("" : "+v"(x.v));
+    return x;
+  }
   friend Vec abs(Vec x) { return {_mm512_abs_pd(x.v)}; }
   friend Vec with_sign(Vec x, Vec s) {
     return {_mm512_or_pd(x.v, _mm512_and_pd(_mm512_set1_pd(-0.0), s.v))};

@@ -107,7 +107,7 @@ inline V sigmoid(V x) {
   const V one = V::broadcast(1);
   const V bounded = min(V::broadcast(-C::lowest), max(V::broadcast(-C::highest), x));
   const Exp<V, -1, true> exp(bounded);
-  return one / fma(exp.scale, exp.p, one - exp.scale);
+  return quotient(one, fma(exp.scale, exp.p, one - exp.scale));
 }
 
 template <class V>
@@ -117,7 +117,7 @@ inline V tanh(V x) {
   const Exp<V, 2, false> exp(min(V::broadcast(C::flat), abs(x)));
   const V above = fma(exp.scale, exp.p, exp.scale - one);
   const V below = fma(exp.scale, exp.p, exp.scale + one);
-  return with_sign(above / below, x);
+  return with_sign(quotient(above, below), x);
 }
 
 }  // namespace fusedrnn::FUSEDRNN_ARCH

@@ -33,10 +33,14 @@ struct Vec<float> {
   friend Vec operator+(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
-  friend Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
+  friend Vec quotient(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
   friend Vec min(Vec a, Vec b) { return {vminq_f32(a.v, b.v)}; }
   friend Vec max(Vec a, Vec b) { return {vmaxq_f32(a.v, b.v)}; }
+  friend Vec in_register(Vec x) {
+    asm("" : "+w"(x.v));
+    return x;
+  }
   friend Vec abs(Vec x) { return {vabsq_f32(x.v)}; }
   friend Vec with_sign(Vec x, Vec s) {
     return {vbslq_f32(vdupq_n_u32(0x80000000u), s.v, x.v)};
@@ -72,10 +76,14 @@ struct Vec<double> {
   friend Vec operator+(Vec a, Vec b) { return {vaddq_f64(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {vsubq_f64(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {vmulq_f64(a.v, b.v)}; }
-  friend Vec operator/(Vec a, Vec b) { return {vdivq_f64(a.v, b.v)}; }
+  friend Vec quotient(Vec a, Vec b) { return {vdivq_f64(a.v, b.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
   friend Vec min(Vec a, Vec b) { return {vminq_f64(a.v, b.v)}; }
   friend Vec max(Vec a, Vec b) { return {vmaxq_f64(a.v, b.v)}; }
+  friend Vec in_register(Vec x) {
+    asm("" : "+w"(x.v));
+    return x;
+  }
   friend Vec abs(Vec x) { return {vabsq_f64(x.v)}; }
   friend Vec with_sign(Vec x, Vec s) {
     return {vbslq_f64(vdupq_n_u64(0x8000000000000000u), s.v, x.v)};

@@ -47,7 +47,7 @@ struct Vec {
   friend Vec operator*(Vec a, Vec b) {
     return each([&](int l) { return a.lane[l] * b.lane[l]; });
   }
-  friend Vec operator/(Vec a, Vec b) {
+  friend Vec quotient(Vec a, Vec b) {
     return each([&](int l) { return a.lane[l] / b.lane[l]; });
   }
   // Rounded twice: std::fma is a slow library call on machines without the instruction.
@@ -58,6 +58,7 @@ struct Vec {
   friend Vec max(Vec a, Vec b) {
     return each([&](int l) { return a.lane[l] > b.lane[l] ? a.lane[l] : b.lane[l]; });
   }
+  friend Vec in_register(Vec x) { return x; }
   friend Vec abs(Vec x) {
     return each(
         [&](int l) { return std::bit_cast<S>(std::bit_cast<bits>(x.lane[l]) & ~sign); });

@@ -7,8 +7,10 @@
 //   load(p), store(p)             `lanes` consecutive elements, any alignment
 //   load_n(p, n), store_n(p, n)   the first n < lanes of them; loads fill with zero
 //   broadcast(s)                  s in every lane
-//   + - * /, fma(a, b, c)         elementwise; fma is a·b + c, rounded once where the
+//   + - *, fma(a, b, c)           elementwise; fma is a·b + c, rounded once where the
 //                                 machine can
+//   quotient(a, b)                a / b within 0.7 ULP where it is a normal number
+//   in_register(x)                x, which the compiler may not read from memory again
 //   min(a, b), max(a, b)          b where either is NaN, so max(bound, x) keeps a NaN x
 //   abs(x), with_sign(x, s)       |x|; x >= 0 with the sign of s
 //   exp2_of_shifted(t)            2^n for t = n + shift (math.h): the exponent's bits are
