@@ -113,14 +113,14 @@ class BackwardPass {
     const Range full{panels.begin, narrow ? panels.end - 1 : panels.end};
     for_blocks<V, L::back_width, L::back_tile>(
         rows, full, p_.weights ? layout_.back_panel_bytes() : 0, backwards,
-        [&]<int height, int together>(index row, index panel) {
+        [&]<int height, int together>(index row, index panel, const Ahead& ahead) {
           constexpr int columns = together * L::back_width;
-          f.template operator()<L::back_width, height, columns>(row,
-                                                                panel * L::back_columns);
+          f.template operator()<L::back_width, height, columns>(
+              row, panel * L::back_columns, ahead);
         });
     if (!narrow || panels.begin == panels.end) return;
     for_tiles<L::back_tile>(rows.begin, rows.end, [&]<int height>(index row) {
-      f.template operator()<1, height, 1>(row, N - rest);
+      f.template operator()<1, height, 1>(row, N - rest, Ahead{});
     });
   }
 
@@ -154,13 +154,14 @@ class BackwardPass {
   // dh[rows][columns] = Rᵀ da of the step after + dy + what reaches h past the matmul.
   // At s = -1 that is the gradient of h0.
   template <int width, int rows, int columns>
-  void sum_dh(V (&dh)[rows][columns], index s, index row, index column) const {
+  void sum_dh(V (&dh)[rows][columns], index s, index row, index column,
+              const Ahead& ahead) const {
     if (s < p_.T - 1) {
       Rows<S, rows> next;
       for (int r = 0; r < rows; ++r) next.p[r] = da(s + 1) + (row + r) * width_;
       multiply_transposed<width, &L::Cell::recurrent_gate>(
           dh, next, p_.weights ? p_.weights + layout_.back_recurrent_panels() : nullptr,
-          p_.weight_hh, p_.H, column);
+          p_.weight_hh, p_.H, column, ahead);
     } else {
       multiply<1>(dh, Zero{});
     }
@@ -183,13 +184,15 @@ class BackwardPass {
   // are none, from weight (gates·H, N) itself; the terms come in the same order.
   template <int width, auto blocks, int rows, int columns>
   void multiply_transposed(V (&acc)[rows][columns], const Rows<S, rows>& da,
-                           const S* panels, const S* weight, index N,
-                           index column) const {
+                           const S* panels, const S* weight, index N, index column,
+                           const Ahead& ahead) const {
     if (panels) {
+      constexpr int together = columns / width;
       const index depth = layout_.back_depth();
-      const Panels<V, width> right{panels + column * depth, depth};
-      return multiply<columns / width>(
-          acc, Zero{}, Product<Rows<S, rows>, Panels<V, width>>{da, right, depth});
+      return with_panels<V, width, together>(ahead, [&]<class Right>() {
+        const Right right(panels, column / (width * lanes), depth, ahead);
+        multiply<together>(acc, Zero{}, Product<Rows<S, rows>, Right>{da, right, depth});
+      });
     }
     multiply<1>(acc, Zero{});
     for (int slot = 0; slot < gates; ++slot) {
@@ -227,10 +230,11 @@ class BackwardPass {
     S* const da_s = da(s);
     for_columns(
         own.rows, own.panels, p_.H, backwards,
-        [&]<int width, int rows, int columns>(index row, index column) {
+        [&]<int width, int rows, int columns>(index row, index column,
+                                              const Ahead& ahead) {
           V dh[rows][columns];
           for (int r = 0; r < rows; ++r) ask_for(s, row + r, column, columns);
-          sum_dh<width>(dh, s, row, column);
+          sum_dh<width>(dh, s, row, column, ahead);
           for (int n = 0; n < columns; ++n) {
             const index unit = column + n * lanes, left = p_.H - unit;
             if (unit >= layout_.P) break;
@@ -267,9 +271,10 @@ class BackwardPass {
 
   void finish(const Blocks<L>& own) const {
     for_columns(own.rows, own.panels, p_.H, false,
-                [&]<int width, int rows, int columns>(index row, index column) {
+                [&]<int width, int rows, int columns>(index row, index column,
+                                                      const Ahead& ahead) {
                   V dh[rows][columns];
-                  sum_dh<width>(dh, -1, row, column);
+                  sum_dh<width>(dh, -1, row, column, ahead);
                   for (int n = 0; n < columns; ++n) {
                     const index unit = column + n * lanes, left = p_.H - unit;
                     if (left <= 0) break;
@@ -289,7 +294,8 @@ class BackwardPass {
   void write_dx(const Team& team, index begin, index end) const {
     const Range own = team.share((end - begin) * p_.B, L::back_tile);
     for_columns(own, {0, layout_.back_panels(p_.I)}, p_.I, false,
-                [&]<int width, int rows, int columns>(index row, index column) {
+                [&]<int width, int rows, int columns>(index row, index column,
+                                                      const Ahead& ahead) {
                   Rows<S, rows> a;
                   S* to[rows];
                   index s = begin + row / p_.B, b = row % p_.B;
@@ -303,7 +309,7 @@ class BackwardPass {
                   }
                   V dx[rows][columns];
                   multiply_transposed<width, &L::Cell::input_gate>(
-                      dx, a, p_.weights, p_.weight_ih, p_.I, column);
+                      dx, a, p_.weights, p_.weight_ih, p_.I, column, ahead);
                   for (int n = 0; n < columns; ++n) {
                     const index at = column + n * lanes;
                     if (at >= p_.I) break;
@@ -459,9 +465,9 @@ class BackwardPass {
       }
     }
     V sum[grad_tile][width];
-    multiply<1>(
-        sum, Zero{},
-        Product<PackedRows<S, grad_tile>, Panels<V, width>>{left, {right, depth}, depth});
+    multiply<1>(sum, Zero{},
+                Product<PackedRows<S, grad_tile>, Panels<V, width>>{
+                    left, {right, 0, depth}, depth});
     for (int r = 0; r < grad_tile; ++r) {
       if (!to[r]) continue;
       for (int w = 0; w < width; ++w) {

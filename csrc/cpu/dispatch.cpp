@@ -6,11 +6,15 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "machine.h"
 #include "memory.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define FUSEDRNN_X86 1
 #include <immintrin.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
 #endif
 
 namespace fusedrnn {
@@ -30,6 +34,14 @@ extern const Isa isa;
 namespace portable {
 extern const Isa isa;
 }
+
+const index second_level_cache = [] {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  const index told = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (told > 0) return told;
+#endif
+  return index{1} << 20;
+}();
 
 const std::vector<CompiledIsa>& compiled_isas() {
   static const std::vector<CompiledIsa> isas = {

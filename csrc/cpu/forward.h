@@ -39,15 +39,12 @@ class ForwardPass {
   using Cell = typename L::Cell;
   static constexpr int lanes = V::lanes;
   static constexpr int gates = L::gates, slots = L::slots;
-  static constexpr int few_rows =
-      4;  // the most for which reading the panels takes longest
 
   const Forward<S>& p_;
   const L layout_;
   const bool save_;
   const index stretch_;
   const bool fused_;    // W·x within the step
-  const bool far_;      // R lies beyond the second-level cache
   const index record_;  // values per row in the ring
   const index ring_;    // steps in the ring
   S* const records_;
@@ -79,8 +76,6 @@ class ForwardPass {
         save_(records_are_saved(p)),
         stretch_(stretch(p, layout_)),
         fused_(stretch_ == 1),
-        far_(layout_.panels() * layout_.panel_bytes(p.H) >
-             FarPanels<V, L::width>::own_cache),
         record_(layout_.record()),
         ring_(save_ ? p.T : stretch_),
         records_(save_ ? p.saved : workspace + p.B * layout_.P),
@@ -134,7 +129,7 @@ class ForwardPass {
     const index height = own.rows.end - own.rows.begin;
     for_blocks<V, L::width, L::tile>(
         {0, (end - begin) * height}, own.panels, layout_.panel_bytes(p_.I), false,
-        [&]<int rows, int together>(index row, index panel) {
+        [&]<int rows, int together>(index row, index panel, const Ahead& ahead) {
           Rows<S, rows> x;
           S* to[rows];
           index s = begin + row / height, b = own.rows.begin + row % height;
@@ -147,7 +142,7 @@ class ForwardPass {
             }
           }
           V a[rows][together * L::sums];
-          sum<together, true, false>(a, bias(panel), panel, x, {});
+          sum<together, true, false>(a, bias(panel), panel, ahead, x, {});
           each_unit_vector<together>(panel, [&](int column, index unit) {
             for (int slot = L::first_input; slot < slots; ++slot) {
               const int at = column + slot * L::unit_vectors;
@@ -169,8 +164,8 @@ class ForwardPass {
     S* const y = p_.y + p_.time(s) * p_.y_t;
 
     for_blocks<V, L::width, L::tile>(
-        own.rows, own.panels, layout_.panel_bytes(p_.H), backwards,
-        [&]<int rows, int together>(index row, index panel) {
+        own.rows, own.panels, layout_.panel_bytes(fused_ ? p_.I + p_.H : p_.H), backwards,
+        [&]<int rows, int together>(index row, index panel, const Ahead& ahead) {
           S* at[rows];
           for (int r = 0; r < rows; ++r) at[r] = record + (row + r) * record_;
 
@@ -182,9 +177,10 @@ class ForwardPass {
           ask_for<together>(at, y + row * p_.y_b, panel);
           V a[rows][together * L::sums];
           if (fused_) {
-            sum<together, true, true>(a, bias(panel), panel, x_rows, h);
+            sum<together, true, true>(a, bias(panel), panel, ahead, x_rows, h);
           } else {
-            sum<together, false, true>(a, Recorded<rows>{bias(panel), at}, panel, {}, h);
+            sum<together, false, true>(a, Recorded<rows>{bias(panel), at}, panel, ahead,
+                                       {}, h);
           }
           each_unit_vector<together>(panel, [&](int first_column, index unit) {
             const index left = units_left(unit);
@@ -256,8 +252,8 @@ class ForwardPass {
 
   // a = start + W x + R h for `together` panels, with_x and with_h telling which of them.
   template <int together, bool with_x, bool with_h, int rows, int columns, class Start>
-  void sum(V (&a)[rows][columns], const Start& start, index panel, const Rows<S, rows>& x,
-           const Rows<S, rows>& h) const {
+  void sum(V (&a)[rows][columns], const Start& start, index panel, const Ahead& ahead,
+           const Rows<S, rows>& x, const Rows<S, rows>& h) const {
     if (p_.weight_ih) {
       multiply<together>(a, start);
       if (with_x) {
@@ -270,13 +266,11 @@ class ForwardPass {
       }
       return;
     }
-    const auto with = [&]<class Right>() {
-      const S* const W = p_.weights + layout_.input_panels();
-      const S* const R = p_.weights + layout_.recurrent_panels();
-      const Product<Rows<S, rows>, Right, L::input_offset> Wx{
-          x, {W + panel * layout_.panel_size(p_.I), p_.I}, p_.I};
-      const Product<Rows<S, rows>, Right> Rh{
-          h, {R + panel * layout_.panel_size(p_.H), p_.H}, p_.H};
+    with_panels<V, L::width, together>(ahead, [&]<class Right>() {
+      const Right W(p_.weights + layout_.input_panels(), panel, p_.I, ahead);
+      const Right R(p_.weights + layout_.recurrent_panels(), panel, p_.H, ahead);
+      const Product<Rows<S, rows>, Right, L::input_offset> Wx{x, W, p_.I};
+      const Product<Rows<S, rows>, Right> Rh{h, R, p_.H};
       if constexpr (with_x && with_h) {
         multiply<together>(a, start, Wx, Rh);
       } else if constexpr (with_x) {
@@ -284,11 +278,7 @@ class ForwardPass {
       } else {
         multiply<together>(a, start, Rh);
       }
-    };
-    if constexpr (rows <= few_rows && together == 1) {
-      if (far_) return with.template operator()<FarPanels<V, L::width>>();
-    }
-    with.template operator()<Panels<V, L::width>>();
+    });
   }
 
   // a += left · weightᵀ for weight (gates·H, K) as it is, from column `offset` of each
@@ -306,7 +296,7 @@ class ForwardPass {
       }
       multiply<together>(a, Sums<V, rows, columns>{a},
                          Product<Rows<S, rows>, Panels<V, L::width>, offset>{
-                             left, {packed, part}, part});
+                             left, {packed, 0, part}, part});
       for (int r = 0; r < rows; ++r) left.p[r] += depth;
     }
   }

@@ -7,8 +7,8 @@
 // the split among threads, or on how a sequence is cut.
 #pragma once
 
-#include "../problem.h"
 #include "../vec/math.h"
+#include "machine.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
@@ -26,30 +26,64 @@ struct PackedRows {
   S operator()(int r, index k) const { return p[k * rows + r]; }
 };
 
+// What a tile asks memory for while it runs.
+//
+//   own    its panel a page ahead, as the machine itself looks no further than a page:
+//          where panels come from beyond the second-level cache for one tile (Zen 5, R of
+//          4 MB: 128 instead of 105 GB/s)
+//   next   a part, one line for each k, of the panel whose turn comes after its own:
+//   where
+//          each comes from afar once for many tiles, the first of which would wait
+struct Ahead {
+  enum { nothing, own, next } what = nothing;
+  index panel = 0, part = 0;
+};
+
 // Packed panels on the right: column vector w of panel p at k. K is their depth.
 template <class V, int W>
 struct Panels {
+  using S = typename V::scalar;
   static constexpr int width = W;
-  const typename V::scalar* first;
+  const S* first;
   index K;
+
+  Panels(const S* panels, index panel, index depth, const Ahead& = {})
+      : first(panels + panel * depth * W * V::lanes), K(depth) {}
   V operator()(int p, int w, index k) const {
     return V::load(first + ((p * K + k) * W + w) * V::lanes);
   }
 };
 
-// Panels beyond the second-level cache, one after the other: asked for a page ahead, as
-// the machine itself looks no further than a page (Zen 5, R of 4 MB: 128 instead of 105
-// GB/s).
-template <class V, int W>
-struct FarPanels : Panels<V, W> {
-  static constexpr index own_cache = 1280 * 1024;  // a little over 1 MB, seen
+// One panel, and a prefetch with each of the first `lines` vectors of a column.
+template <class V, int W, int lines>
+struct AskingPanel : Panels<V, W> {
+  using typename Panels<V, W>::S;
+  const S* ahead;
 
+  AskingPanel(const S* panels, index panel, index depth, const Ahead& of)
+      : Panels<V, W>(panels, panel, depth),
+        ahead(of.what == Ahead::own
+                  ? this->first + 4096 / sizeof(S)
+                  : panels + (of.panel * W + of.part) * depth * V::lanes) {}
   V operator()(int p, int w, index k) const {
-    constexpr index ahead = 4096 / (W * index{sizeof(V)});
-    __builtin_prefetch(this->first + ((k + ahead) * W + w) * V::lanes);
+    constexpr int to_level_two = 2, to_level_one = 3;
+    if (w < lines) {
+      __builtin_prefetch(ahead + (k * lines + w) * V::lanes, 0,
+                         lines == W ? to_level_one : to_level_two);
+    }
     return Panels<V, W>::operator()(p, w, k);
   }
 };
+
+// f.operator()<Right>() with what reads the panels and asks for what `ahead` says.
+template <class V, int W, int together, class F>
+inline void with_panels(const Ahead& ahead, const F& f) {
+  if constexpr (together == 1) {
+    if (ahead.what == Ahead::own) return f.template operator()<AskingPanel<V, W, W>>();
+    if (ahead.what == Ahead::next) return f.template operator()<AskingPanel<V, W, 1>>();
+  }
+  f.template operator()<Panels<V, W>>();
+}
 
 // A matrix as it is on the right, N columns, seen as panels from column `first` on.
 template <class V, int W>
@@ -193,9 +227,9 @@ inline void for_tiles(index begin, index end, const F& f) {
   }
 }
 
-// f.operator()<rows, panels>(row, panel) for each tile of rows × panels. Where all panels
-// stay in the second-level cache, rows are the outer loop, so that what belongs to a row
-// is read and written in order; else panels, so that each comes from afar once.
+// f.operator()<rows, panels>(row, panel, ahead) for each tile of rows × panels. Where all
+// panels stay in the second-level cache, rows are the outer loop, so that what belongs to
+// a row is read and written in order; else panels, so that each comes from afar once.
 //
 // Panels are taken to and fro: of more than a cache holds, what the last pass left there
 // is met first (Zen 5, R of 1 MB in 1 MB: 0.83 instead of 0.92 ms). So a caller that
@@ -205,33 +239,41 @@ inline void for_blocks(Range rows, Range panels, index panel_bytes, bool backwar
                        const F& f) {
   constexpr index near_cache = 64 * 1024, own_cache = 512 * 1024;
   const index count = panels.end - panels.begin, bytes = count * panel_bytes;
+  const index height = rows.end - rows.begin;
   const bool near = bytes <= near_cache;
+  // Of one tile's panels a little more than the cache holds is still met there.
+  const bool far =
+      height > most ? 2 * bytes > second_level_cache : bytes > second_level_cache / 4 * 5;
   // The first of `taken` panels after `done`.
   const auto next = [&](index done, index taken) {
     return backwards ? panels.end - done - taken : panels.begin + done;
   };
-  if (rows.end - rows.begin > most && bytes <= own_cache) {
-    return for_tiles<most>(rows.begin, rows.end, [&]<int height>(index row) {
+  if (height > most && bytes <= own_cache) {
+    return for_tiles<most>(rows.begin, rows.end, [&]<int tile>(index row) {
       for (index done = 0; done < count; ++done) {
-        f.template operator()<height, 1>(row, next(done, 1));
+        f.template operator()<tile, 1>(row, next(done, 1), Ahead{});
       }
       backwards = !backwards;
     });
   }
   for (index done = 0; done < count;) {
     const index left = count - done;
-    index taken = 1;
-    for_tiles<most>(rows.begin, rows.end, [&]<int height>(index row) {
+    index taken = 1, part = 0;
+    for_tiles<most>(rows.begin, rows.end, [&]<int tile>(index row) {
       // Only a single tile takes several panels: all its rows are in it. They are
       // shared out evenly, so that none is left alone.
-      constexpr int most_near = panels_at_once<V>(height, W, true);
-      const index most_now = near ? most_near : panels_at_once<V>(height, W, false);
-      if (rows.end - rows.begin == height) {
+      constexpr int most_near = panels_at_once<V>(tile, W, true);
+      const index most_now = near ? most_near : panels_at_once<V>(tile, W, false);
+      Ahead ahead;
+      if (height == tile) {
         const index groups = (left + most_now - 1) / most_now;
         taken = (left + groups - 1) / groups;
+        if (far) ahead.what = Ahead::own;
+      } else if (far && left > 1 && part < W) {
+        ahead = {Ahead::next, next(done + 1, 1), part++};
       }
       with_count<most_near>(taken, [&]<int together>() {
-        f.template operator()<height, together>(row, next(done, together));
+        f.template operator()<tile, together>(row, next(done, together), ahead);
       });
     });
     done += taken;
