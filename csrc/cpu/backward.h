@@ -34,7 +34,7 @@ class BackwardPass {
   S* const c0_;      // (B, P)
   S* const dbias_;   // (slots, P)
   S* const right_;   // panels of x and of h' for a block of depth
-  S* const left_;    // per thread: columns of da for that depth
+  S* const left_;    // per thread: columns of da for that depth; or sums that wait
 
  public:
   static index stretch(const Backward<S>& p, const L& layout) {
@@ -45,6 +45,7 @@ class BackwardPass {
     return steps < p.T ? steps : p.T;
   }
   static constexpr index left_size = grad_depth * grad_tiles_at_once * grad_tile;
+  static_assert(left_size >= (Blocking::most_rows + L::back_tile) * L::back_columns);
   static index right_width(index N) { return round_up(N, lanes); }
   static index depth_of(const Backward<S>& p, const L& layout) {
     const index rows = stretch(p, layout) * p.B;
@@ -80,7 +81,7 @@ class BackwardPass {
     for (index end = p_.T; end > 0; end -= stretch_) {
       const index begin = end > stretch_ ? end - stretch_ : 0;
       for (index s = end - 1; s >= begin; --s) {
-        step(own, s, (team.step + s) % 2 != 0);
+        step(own, s, team);
         if (!own.alone) team.meet();
       }
       if (own.alone) team.meet();
@@ -88,10 +89,11 @@ class BackwardPass {
       write_dx(team, begin, end);
       if (own.alone) team.meet();
     }
-    finish(own);
+    finish(own, team);
   }
 
  private:
+  S* left(const Team& team) const { return left_ + team.rank * left_size; }
   S* da(index s) const { return da_ + (s % ring_) * p_.B * width_; }
   const S* saved(index s) const { return p_.saved + s * p_.B * record_; }
   const S* y(index s) const { return p_.y + p_.time(s) * p_.y_t; }
@@ -104,23 +106,27 @@ class BackwardPass {
     return {own.panels.begin * L::back_columns, end < p_.H ? end : p_.H};
   }
 
-  // f.operator()<width, rows, columns>(row, first column) for tiles of rows × columns (in
-  // vectors, `width` to a panel) over panels of N columns.
+  // f.operator()<width, rows, columns>(row, first column, turn) for tiles of rows ×
+  // columns (in vectors, `width` to a panel) over panels of N columns. A piece is a slot.
   template <class F>
   void for_columns(Range rows, Range panels, index N, bool backwards, const F& f) const {
+    constexpr index large_panel = 160 * 1024;
     const index rest = N % L::back_columns;
     const bool narrow = rest > 0 && rest <= lanes && panels.end == layout_.back_panels(N);
     const Range full{panels.begin, narrow ? panels.end - 1 : panels.end};
+    const index bytes = p_.weights ? layout_.back_panel_bytes() : 0;
+    const Blocking blocking{layout_.back_depth() * index{sizeof(S)}, bytes,
+                            bytes > large_panel ? gates : 1};
     for_blocks<V, L::back_width, L::back_tile>(
-        rows, full, p_.weights ? layout_.back_panel_bytes() : 0, backwards,
-        [&]<int height, int together>(index row, index panel, const Ahead& ahead) {
+        rows, full, blocking, backwards,
+        [&]<int height, int together>(index row, index panel, const Turn& turn) {
           constexpr int columns = together * L::back_width;
           f.template operator()<L::back_width, height, columns>(
-              row, panel * L::back_columns, ahead);
+              row, panel * L::back_columns, turn);
         });
     if (!narrow || panels.begin == panels.end) return;
     for_tiles<L::back_tile>(rows.begin, rows.end, [&]<int height>(index row) {
-      f.template operator()<1, height, 1>(row, N - rest, Ahead{});
+      f.template operator()<1, height, 1>(row, N - rest, Turn{});
     });
   }
 
@@ -152,18 +158,23 @@ class BackwardPass {
   }
 
   // dh[rows][columns] = Rᵀ da of the step after + dy + what reaches h past the matmul.
-  // At s = -1 that is the gradient of h0.
+  // At s = -1 that is the gradient of h0. Returns whether dh is complete.
   template <int width, int rows, int columns>
-  void sum_dh(V (&dh)[rows][columns], index s, index row, index column,
-              const Ahead& ahead) const {
+  bool sum_dh(V (&dh)[rows][columns], index s, index row, index column, const Turn& turn,
+              const Team& team) const {
     if (s < p_.T - 1) {
       Rows<S, rows> next;
       for (int r = 0; r < rows; ++r) next.p[r] = da(s + 1) + (row + r) * width_;
-      multiply_transposed<width, &L::Cell::recurrent_gate>(
-          dh, next, p_.weights ? p_.weights + layout_.back_recurrent_panels() : nullptr,
-          p_.weight_hh, p_.H, column, ahead);
-    } else {
+      const S* const R =
+          p_.weights ? p_.weights + layout_.back_recurrent_panels() : nullptr;
+      if (!multiply_transposed<width, &L::Cell::recurrent_gate>(
+              dh, next, R, p_.weight_hh, p_.H, row, column, turn, left(team))) {
+        return false;
+      }
+    } else if (turn.is_last()) {
       multiply<1>(dh, Zero{});
+    } else {
+      return false;
     }
     const bool direct = Cell::has_direct || s == p_.T - 1;
     for (int n = 0; n < columns; ++n) {
@@ -178,32 +189,64 @@ class BackwardPass {
         if (direct) dh[r][n] = dh[r][n] + V::load(direct_ + b * layout_.P + unit);
       }
     }
+    return true;
   }
 
-  // acc = da · weight for some columns, from packed panels or, where there
-  // are none, from weight (gates·H, N) itself; the terms come in the same order.
+  // acc = da · weight for some columns, from packed panels or, where there are none, from
+  // weight (gates·H, N) itself; the terms come in the same order. Returns whether the
+  // sums are complete; until the last piece they wait in `partial`.
   template <int width, auto blocks, int rows, int columns>
-  void multiply_transposed(V (&acc)[rows][columns], const Rows<S, rows>& da,
-                           const S* panels, const S* weight, index N, index column,
-                           const Ahead& ahead) const {
-    if (panels) {
-      constexpr int together = columns / width;
-      const index depth = layout_.back_depth();
-      return with_panels<V, width, together>(ahead, [&]<class Right>() {
-        const Right right(panels, column / (width * lanes), depth, ahead);
-        multiply<together>(acc, Zero{}, Product<Rows<S, rows>, Right>{da, right, depth});
+  bool multiply_transposed(V (&acc)[rows][columns], const Rows<S, rows>& da,
+                           const S* panels, const S* weight, index N, index row,
+                           index column, const Turn& turn, S* partial) const {
+    if (!panels) {
+      multiply<1>(acc, Zero{});
+      for (int slot = 0; slot < gates; ++slot) {
+        const Rows<S, rows> of_slot = da.from(slot * layout_.P);
+        const Columns<V, width> right{weight + (*blocks)[slot] * p_.H * N, N, column};
+        multiply<columns / width>(
+            acc, Sums<V, rows, columns>{acc},
+            Product<Rows<S, rows>, Columns<V, width>>{of_slot, right, p_.H});
+      }
+      return true;
+    }
+    const index depth = layout_.back_depth();
+    const auto add = [&](const Rows<S, rows>& of, index K, const auto& start) {
+      with_panels<V, width, columns / width>(turn, [&]<class Right>() {
+        const Right right(panels, column / (width * lanes), depth, turn);
+        multiply<columns / width>(acc, start,
+                                  Product<Rows<S, rows>, Right>{of, right, K});
       });
+    };
+    if (turn.pieces == 1) add(da, depth, Zero{});
+    if constexpr (columns == L::back_width && width == L::back_width) {
+      if (turn.pieces == 1) return true;
+      const Waiting sums{partial + row % Blocking::most_rows * L::back_columns};
+      const Range piece = turn.depth(depth);
+      const Rows<S, rows> of = da.from(piece.begin);
+      if (turn.is_first()) {
+        add(of, piece.end - piece.begin, Zero{});
+      } else {
+        add(of, piece.end - piece.begin, sums);
+      }
+      if (!turn.is_last()) sums.keep(acc);
     }
-    multiply<1>(acc, Zero{});
-    for (int slot = 0; slot < gates; ++slot) {
-      Rows<S, rows> of_slot;
-      for (int r = 0; r < rows; ++r) of_slot.p[r] = da.p[r] + slot * layout_.P;
-      const S* const block = weight + (*blocks)[slot] * p_.H * N;
-      multiply<columns / width>(
-          acc, Sums<V, rows, columns>{acc},
-          Product<Rows<S, rows>, Columns<V, width>>{of_slot, {block, N, column}, p_.H});
-    }
+    return turn.is_last();
   }
+  struct Waiting {
+    S* sums;
+    S* at(int r, int c) const { return sums + r * L::back_columns + c * lanes; }
+    template <class>
+    V start(int r, int c) const {
+      return V::load(at(r, c));
+    }
+    template <int rows, int columns>
+    void keep(const V (&acc)[rows][columns]) const {
+      for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < columns; ++c) acc[r][c].store(at(r, c));
+      }
+    }
+  };
 
   // Prefetches what the cell will read of row b: while the matmul runs it comes from
   // afar, in pieces too short for the machine to foresee.
@@ -222,7 +265,8 @@ class BackwardPass {
     if (p_.dy) ask(p_.dy + p_.time(s) * p_.dy_t + b * p_.dy_b);
   }
 
-  void step(const Blocks<L>& own, index s, bool backwards) const {
+  void step(const Blocks<L>& own, index s, const Team& team) const {
+    const bool backwards = (team.step + s) % 2 != 0;
     const S* const record = Cell::saves ? saved(s) : nullptr;
     const S* c_prev = c0_;
     if (Cell::has_c && s > 0) c_prev = saved(s - 1) + slots * layout_.P;
@@ -230,11 +274,12 @@ class BackwardPass {
     S* const da_s = da(s);
     for_columns(
         own.rows, own.panels, p_.H, backwards,
-        [&]<int width, int rows, int columns>(index row, index column,
-                                              const Ahead& ahead) {
+        [&]<int width, int rows, int columns>(index row, index column, const Turn& turn) {
           V dh[rows][columns];
-          for (int r = 0; r < rows; ++r) ask_for(s, row + r, column, columns);
-          sum_dh<width>(dh, s, row, column, ahead);
+          for (int r = 0; r < rows && turn.is_last(); ++r) {
+            ask_for(s, row + r, column, columns);
+          }
+          if (!sum_dh<width>(dh, s, row, column, turn, team)) return;
           for (int n = 0; n < columns; ++n) {
             const index unit = column + n * lanes, left = p_.H - unit;
             if (unit >= layout_.P) break;
@@ -269,55 +314,57 @@ class BackwardPass {
         });
   }
 
-  void finish(const Blocks<L>& own) const {
-    for_columns(own.rows, own.panels, p_.H, false,
-                [&]<int width, int rows, int columns>(index row, index column,
-                                                      const Ahead& ahead) {
-                  V dh[rows][columns];
-                  sum_dh<width>(dh, -1, row, column, ahead);
-                  for (int n = 0; n < columns; ++n) {
-                    const index unit = column + n * lanes, left = p_.H - unit;
-                    if (left <= 0) break;
-                    for (int r = 0; r < rows; ++r) {
-                      const index to = (row + r) * p_.H + unit;
-                      store_upto(dh[r][n], p_.dh0 + to, left);
-                      if constexpr (Cell::has_c) {
-                        store_upto(V::load(dc_ + (row + r) * layout_.P + unit),
-                                   p_.dc0 + to, left);
-                      }
-                    }
-                  }
-                });
+  void finish(const Blocks<L>& own, const Team& team) const {
+    for_columns(
+        own.rows, own.panels, p_.H, false,
+        [&]<int width, int rows, int columns>(index row, index column, const Turn& turn) {
+          V dh[rows][columns];
+          if (!sum_dh<width>(dh, -1, row, column, turn, team)) return;
+          for (int n = 0; n < columns; ++n) {
+            const index unit = column + n * lanes, left = p_.H - unit;
+            if (left <= 0) break;
+            for (int r = 0; r < rows; ++r) {
+              const index to = (row + r) * p_.H + unit;
+              store_upto(dh[r][n], p_.dh0 + to, left);
+              if constexpr (Cell::has_c) {
+                store_upto(V::load(dc_ + (row + r) * layout_.P + unit), p_.dc0 + to,
+                           left);
+              }
+            }
+          }
+        });
   }
 
   // dx = Wᵀ da, rows of the stretch shared out.
   void write_dx(const Team& team, index begin, index end) const {
     const Range own = team.share((end - begin) * p_.B, L::back_tile);
-    for_columns(own, {0, layout_.back_panels(p_.I)}, p_.I, false,
-                [&]<int width, int rows, int columns>(index row, index column,
-                                                      const Ahead& ahead) {
-                  Rows<S, rows> a;
-                  S* to[rows];
-                  index s = begin + row / p_.B, b = row % p_.B;
-                  for (int r = 0; r < rows; ++r) {
-                    a.p[r] = da(s) + b * width_ + L::first_input * layout_.P;
-                    to[r] = p_.dx + p_.time(s) * p_.dx_t + b * p_.dx_b;
-                    if (++b == p_.B) {
-                      b = 0;
-                      ++s;
-                    }
-                  }
-                  V dx[rows][columns];
-                  multiply_transposed<width, &L::Cell::input_gate>(
-                      dx, a, p_.weights, p_.weight_ih, p_.I, column, ahead);
-                  for (int n = 0; n < columns; ++n) {
-                    const index at = column + n * lanes;
-                    if (at >= p_.I) break;
-                    for (int r = 0; r < rows; ++r) {
-                      store_upto(dx[r][n], to[r] + at, p_.I - at);
-                    }
-                  }
-                });
+    for_columns(
+        own, {0, layout_.back_panels(p_.I)}, p_.I, false,
+        [&]<int width, int rows, int columns>(index row, index column, const Turn& turn) {
+          Rows<S, rows> a;
+          S* to[rows];
+          index s = begin + row / p_.B, b = row % p_.B;
+          for (int r = 0; r < rows; ++r) {
+            a.p[r] = da(s) + b * width_ + L::first_input * layout_.P;
+            to[r] = p_.dx + p_.time(s) * p_.dx_t + b * p_.dx_b;
+            if (++b == p_.B) {
+              b = 0;
+              ++s;
+            }
+          }
+          V dx[rows][columns];
+          if (!multiply_transposed<width, &L::Cell::input_gate>(
+                  dx, a, p_.weights, p_.weight_ih, p_.I, row, column, turn, left(team))) {
+            return;
+          }
+          for (int n = 0; n < columns; ++n) {
+            const index at = column + n * lanes;
+            if (at >= p_.I) break;
+            for (int r = 0; r < rows; ++r) {
+              store_upto(dx[r][n], to[r] + at, p_.I - at);
+            }
+          }
+        });
   }
 
   // dW += daᵀ x, dR += daᵀ h', db += Σ da over the stretch; columns of da shared out.
@@ -353,16 +400,16 @@ class BackwardPass {
       pack_right(team, h_row, depth, p_.H, h_panels);
       team.meet();
 
-      S* const left = left_ + team.rank * left_size;
+      S* const left_columns = left(team);
       constexpr index at_once = grad_tiles_at_once * grad_tile;
       for (index column = own.begin; column < own.end; column += at_once) {
         const Range block{column,
                           column + at_once < own.end ? column + at_once : own.end};
-        pack_left(da_row, depth, block, left);
-        add_products<&L::Cell::input_gate>(left, depth, block, L::first_input, x_panels,
-                                           p_.I, p_.dweight_ih, first);
-        add_products<&L::Cell::recurrent_gate>(left, depth, block, 0, h_panels, p_.H,
-                                               p_.dweight_hh, first);
+        pack_left(da_row, depth, block, left_columns);
+        add_products<&L::Cell::input_gate>(left_columns, depth, block, L::first_input,
+                                           x_panels, p_.I, p_.dweight_ih, first);
+        add_products<&L::Cell::recurrent_gate>(left_columns, depth, block, 0, h_panels,
+                                               p_.H, p_.dweight_hh, first);
       }
       add_bias_gradients(da_row, depth, own, first);
     }

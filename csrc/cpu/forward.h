@@ -100,6 +100,10 @@ class ForwardPass {
   S* records(index s) const { return records_ + (s % ring_) * p_.B * record_; }
   index units_left(index unit) const { return p_.H - unit; }
 
+  Blocking blocking(index depth) const {
+    return {depth * index{sizeof(S)}, layout_.panel_bytes(depth)};
+  }
+
   Range units(const Blocks<L>& own) const {
     const index end = own.panels.end * L::panel_units;
     return {own.panels.begin * L::panel_units, end < p_.H ? end : p_.H};
@@ -128,8 +132,8 @@ class ForwardPass {
   void multiply_inputs(const Blocks<L>& own, index begin, index end) const {
     const index height = own.rows.end - own.rows.begin;
     for_blocks<V, L::width, L::tile>(
-        {0, (end - begin) * height}, own.panels, layout_.panel_bytes(p_.I), false,
-        [&]<int rows, int together>(index row, index panel, const Ahead& ahead) {
+        {0, (end - begin) * height}, own.panels, blocking(p_.I), false,
+        [&]<int rows, int together>(index row, index panel, const Turn& turn) {
           Rows<S, rows> x;
           S* to[rows];
           index s = begin + row / height, b = own.rows.begin + row % height;
@@ -142,7 +146,7 @@ class ForwardPass {
             }
           }
           V a[rows][together * L::sums];
-          sum<together, true, false>(a, bias(panel), panel, ahead, x, {});
+          sum<together, true, false>(a, bias(panel), panel, turn, x, {});
           each_unit_vector<together>(panel, [&](int column, index unit) {
             for (int slot = L::first_input; slot < slots; ++slot) {
               const int at = column + slot * L::unit_vectors;
@@ -164,8 +168,8 @@ class ForwardPass {
     S* const y = p_.y + p_.time(s) * p_.y_t;
 
     for_blocks<V, L::width, L::tile>(
-        own.rows, own.panels, layout_.panel_bytes(fused_ ? p_.I + p_.H : p_.H), backwards,
-        [&]<int rows, int together>(index row, index panel, const Ahead& ahead) {
+        own.rows, own.panels, blocking(fused_ ? p_.I + p_.H : p_.H), backwards,
+        [&]<int rows, int together>(index row, index panel, const Turn& turn) {
           S* at[rows];
           for (int r = 0; r < rows; ++r) at[r] = record + (row + r) * record_;
 
@@ -177,9 +181,9 @@ class ForwardPass {
           ask_for<together>(at, y + row * p_.y_b, panel);
           V a[rows][together * L::sums];
           if (fused_) {
-            sum<together, true, true>(a, bias(panel), panel, ahead, x_rows, h);
+            sum<together, true, true>(a, bias(panel), panel, turn, x_rows, h);
           } else {
-            sum<together, false, true>(a, Recorded<rows>{bias(panel), at}, panel, ahead,
+            sum<together, false, true>(a, Recorded<rows>{bias(panel), at}, panel, turn,
                                        {}, h);
           }
           each_unit_vector<together>(panel, [&](int first_column, index unit) {
@@ -252,7 +256,7 @@ class ForwardPass {
 
   // a = start + W x + R h for `together` panels, with_x and with_h telling which of them.
   template <int together, bool with_x, bool with_h, int rows, int columns, class Start>
-  void sum(V (&a)[rows][columns], const Start& start, index panel, const Ahead& ahead,
+  void sum(V (&a)[rows][columns], const Start& start, index panel, const Turn& turn,
            const Rows<S, rows>& x, const Rows<S, rows>& h) const {
     if (p_.weight_ih) {
       multiply<together>(a, start);
@@ -266,9 +270,9 @@ class ForwardPass {
       }
       return;
     }
-    with_panels<V, L::width, together>(ahead, [&]<class Right>() {
-      const Right W(p_.weights + layout_.input_panels(), panel, p_.I, ahead);
-      const Right R(p_.weights + layout_.recurrent_panels(), panel, p_.H, ahead);
+    with_panels<V, L::width, together>(turn, [&]<class Right>() {
+      const Right W(p_.weights + layout_.input_panels(), panel, p_.I, turn);
+      const Right R(p_.weights + layout_.recurrent_panels(), panel, p_.H, turn);
       const Product<Rows<S, rows>, Right, L::input_offset> Wx{x, W, p_.I};
       const Product<Rows<S, rows>, Right> Rh{h, R, p_.H};
       if constexpr (with_x && with_h) {

@@ -17,6 +17,12 @@ template <class S, int rows>
 struct Rows {
   const S* p[rows];
   S operator()(int r, index k) const { return p[r][k]; }
+
+  Rows from(index k) const {
+    Rows later;
+    for (int r = 0; r < rows; ++r) later.p[r] = p[r] + k;
+    return later;
+  }
 };
 
 // Rows packed side by side for each k.
@@ -26,17 +32,28 @@ struct PackedRows {
   S operator()(int r, index k) const { return p[k * rows + r]; }
 };
 
-// What a tile asks memory for while it runs.
+// One tile's turn: which piece of the depth of its panels it adds to its sums, and what
+// it asks memory for meanwhile.
 //
 //   own    its panel a page ahead, as the machine itself looks no further than a page:
 //          where panels come from beyond the second-level cache for one tile (Zen 5, R of
 //          4 MB: 128 instead of 105 GB/s)
-//   next   a part, one line for each k, of the panel whose turn comes after its own:
-//   where
-//          each comes from afar once for many tiles, the first of which would wait
-struct Ahead {
-  enum { nothing, own, next } what = nothing;
-  index panel = 0, part = 0;
+//   next   a part, one line for each k, of what has its turn after this piece: where each
+//          comes from afar once for many tiles, the first of which would wait
+struct Turn {
+  enum Asks { nothing, own, next };
+
+  index piece = 0, pieces = 1;
+  Asks asks = nothing;
+  index next_panel = 0, next_piece = 0, part = 0;
+
+  bool is_first() const { return piece == 0; }
+  bool is_last() const { return piece + 1 == pieces; }
+  // Of a depth of K, and of that of which piece.
+  Range depth(index K) const { return depth(K, piece); }
+  Range depth(index K, index of) const {
+    return {K * of / pieces, K * (of + 1) / pieces};
+  }
 };
 
 // Packed panels on the right: column vector w of panel p at k. K is their depth.
@@ -47,10 +64,15 @@ struct Panels {
   const S* first;
   index K;
 
-  Panels(const S* panels, index panel, index depth, const Ahead& = {})
-      : first(panels + panel * depth * W * V::lanes), K(depth) {}
+  Panels(const S* panels, index panel, index depth, const Turn& turn = {})
+      : first(at(panels, panel, depth, turn.depth(depth))), K(depth) {}
   V operator()(int p, int w, index k) const {
     return V::load(first + ((p * K + k) * W + w) * V::lanes);
+  }
+
+ protected:
+  static const S* at(const S* panels, index panel, index depth, Range piece) {
+    return panels + (panel * depth + piece.begin) * W * V::lanes;
   }
 };
 
@@ -60,11 +82,16 @@ struct AskingPanel : Panels<V, W> {
   using typename Panels<V, W>::S;
   const S* ahead;
 
-  AskingPanel(const S* panels, index panel, index depth, const Ahead& of)
-      : Panels<V, W>(panels, panel, depth),
-        ahead(of.what == Ahead::own
-                  ? this->first + 4096 / sizeof(S)
-                  : panels + (of.panel * W + of.part) * depth * V::lanes) {}
+  AskingPanel(const S* panels, index panel, index depth, const Turn& turn)
+      : Panels<V, W>(panels, panel, depth, turn) {
+    if (turn.asks == Turn::own) {
+      ahead = this->first + 4096 / sizeof(S);
+    } else {
+      const Range piece = turn.depth(depth, turn.next_piece);
+      ahead = this->at(panels, turn.next_panel, depth, piece) +
+              turn.part * (piece.end - piece.begin) * V::lanes;
+    }
+  }
   V operator()(int p, int w, index k) const {
     constexpr int to_level_two = 2, to_level_one = 3;
     if (w < lines) {
@@ -75,12 +102,12 @@ struct AskingPanel : Panels<V, W> {
   }
 };
 
-// f.operator()<Right>() with what reads the panels and asks for what `ahead` says.
+// f.operator()<Right>() with what reads the panels and asks for what the turn says.
 template <class V, int W, int together, class F>
-inline void with_panels(const Ahead& ahead, const F& f) {
+inline void with_panels(const Turn& turn, const F& f) {
   if constexpr (together == 1) {
-    if (ahead.what == Ahead::own) return f.template operator()<AskingPanel<V, W, W>>();
-    if (ahead.what == Ahead::next) return f.template operator()<AskingPanel<V, W, 1>>();
+    if (turn.asks == Turn::own) return f.template operator()<AskingPanel<V, W, W>>();
+    if (turn.asks == Turn::next) return f.template operator()<AskingPanel<V, W, 1>>();
   }
   f.template operator()<Panels<V, W>>();
 }
@@ -227,57 +254,90 @@ inline void for_tiles(index begin, index end, const F& f) {
   }
 }
 
-// f.operator()<rows, panels>(row, panel, ahead) for each tile of rows × panels. Where all
+// Rows of so many bytes and panels of so many, the latter cut into pieces of their depth
+// where many tiles share them.
+struct Blocking {
+  index row_bytes, panel_bytes, pieces = 1;
+  static constexpr index most_rows = 512;  // that share pieces
+};
+
+// f.operator()<rows, panels>(row, panel, turn) for each tile of rows × panels. Where all
 // panels stay in the second-level cache, rows are the outer loop, so that what belongs to
-// a row is read and written in order; else panels, so that each comes from afar once.
+// a row is read and written in order; else panels, so that each comes from afar once for
+// as many rows as stay in that cache beside it and the next.
 //
 // Panels are taken to and fro: of more than a cache holds, what the last pass left there
 // is met first (Zen 5, R of 1 MB in 1 MB: 0.83 instead of 0.92 ms). So a caller that
 // comes again and again alternates `backwards`.
 template <class V, int W, int most, class F>
-inline void for_blocks(Range rows, Range panels, index panel_bytes, bool backwards,
+inline void for_blocks(Range rows, Range panels, const Blocking& blocking, bool backwards,
                        const F& f) {
-  constexpr index near_cache = 64 * 1024, own_cache = 512 * 1024;
+  constexpr index near_cache = 64 * 1024, own_cache = 512 * 1024, fewest_tiles = 4;
+  const auto& [row_bytes, panel_bytes, pieces] = blocking;
   const index count = panels.end - panels.begin, bytes = count * panel_bytes;
   const index height = rows.end - rows.begin;
+  if (height == 0) return;
   const bool near = bytes <= near_cache;
-  // Of one tile's panels a little more than the cache holds is still met there.
-  const bool far =
-      height > most ? 2 * bytes > second_level_cache : bytes > second_level_cache / 4 * 5;
+  const bool rows_first = height > most && bytes <= own_cache;
+  const index room = second_level_cache / 4 * 3 - 2 * panel_bytes / pieces;
+  const index tiles = room / (most * row_bytes);
+  const index fitting = most * (tiles > fewest_tiles ? tiles : fewest_tiles);
+  const index block = fitting < Blocking::most_rows ? fitting : Blocking::most_rows;
+  if (height > block && !rows_first) {
+    const index blocks = (height + block - 1) / block;
+    for (index n = 0; n < blocks; ++n, backwards = !backwards) {
+      const Range part{rows.begin + height * n / blocks,
+                       rows.begin + height * (n + 1) / blocks};
+      for_blocks<V, W, most>(part, panels, blocking, backwards, f);
+    }
+    return;
+  }
   // The first of `taken` panels after `done`.
   const auto next = [&](index done, index taken) {
     return backwards ? panels.end - done - taken : panels.begin + done;
   };
-  if (height > most && bytes <= own_cache) {
+  if (rows_first) {
     return for_tiles<most>(rows.begin, rows.end, [&]<int tile>(index row) {
       for (index done = 0; done < count; ++done) {
-        f.template operator()<tile, 1>(row, next(done, 1), Ahead{});
+        f.template operator()<tile, 1>(row, next(done, 1), Turn{});
       }
       backwards = !backwards;
     });
   }
-  for (index done = 0; done < count;) {
-    const index left = count - done;
-    index taken = 1, part = 0;
-    for_tiles<most>(rows.begin, rows.end, [&]<int tile>(index row) {
-      // Only a single tile takes several panels: all its rows are in it. They are
-      // shared out evenly, so that none is left alone.
-      constexpr int most_near = panels_at_once<V>(tile, W, true);
-      const index most_now = near ? most_near : panels_at_once<V>(tile, W, false);
-      Ahead ahead;
-      if (height == tile) {
-        const index groups = (left + most_now - 1) / most_now;
-        taken = (left + groups - 1) / groups;
-        if (far) ahead.what = Ahead::own;
-      } else if (far && left > 1 && part < W) {
-        ahead = {Ahead::next, next(done + 1, 1), part++};
+  if (height > most) {
+    const bool far = 2 * bytes > second_level_cache;
+    for (index done = 0; done < count; ++done) {
+      const index panel = next(done, 1);
+      for (index piece = 0; piece < pieces; ++piece) {
+        Turn turn{piece, pieces};
+        const bool on = piece + 1 < pieces;
+        turn.next_panel = on || done + 1 == count ? panel : next(done + 1, 1);
+        turn.next_piece = on ? piece + 1 : 0;
+        if (far && (on || done + 1 < count)) turn.asks = Turn::next;
+        for_tiles<most>(rows.begin, rows.end, [&]<int tile>(index row) {
+          f.template operator()<tile, 1>(row, panel, turn);
+          if (++turn.part == W) turn.asks = Turn::nothing;
+        });
       }
-      with_count<most_near>(taken, [&]<int together>() {
-        f.template operator()<tile, together>(row, next(done, together), ahead);
-      });
-    });
-    done += taken;
+    }
+    return;
   }
+  // A single tile takes several panels at once, shared out evenly, so that none is left
+  // alone. Of its panels a little more than the cache holds is still met there.
+  Turn turn;
+  if (bytes > second_level_cache / 4 * 5) turn.asks = Turn::own;
+  with_count<most>(height, [&]<int tile>() {
+    constexpr int most_near = panels_at_once<V>(tile, W, true);
+    const index most_now = near ? most_near : panels_at_once<V>(tile, W, false);
+    for (index done = 0; done < count;) {
+      const index left = count - done, groups = (left + most_now - 1) / most_now;
+      const index taken = (left + groups - 1) / groups;
+      with_count<most_near>(taken, [&]<int together>() {
+        f.template operator()<tile, together>(rows.begin, next(done, together), turn);
+      });
+      done += taken;
+    }
+  });
 }
 
 }  // namespace fusedrnn::FUSEDRNN_ARCH
