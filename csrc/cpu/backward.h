@@ -443,13 +443,14 @@ class BackwardPass {
   }
 
   // Panels of two vectors, the last of one if that is enough: [panel][k][width][lanes].
+  // A thread packs some of the rows.
   static void pack_right(const Team& team, const S* const* from, index depth, index N,
                          S* to) {
-    const Range own = team.share(N, L::back_columns);
-    for (index n = own.begin; n < own.end; n += L::back_columns) {
+    const Range own = team.share(depth);
+    for (index n = 0; n < N; n += L::back_columns) {
       const int width = N - n > lanes ? L::back_width : 1;
-      S* at = to + n * depth;
-      for (index k = 0; k < depth; ++k) {
+      S* at = to + n * depth + own.begin * width * lanes;
+      for (index k = own.begin; k < own.end; ++k) {
         for (int w = 0; w < width; ++w, at += lanes) {
           load_upto<V>(from[k] + n + w * lanes, N - n - w * lanes).store(at);
         }

@@ -31,7 +31,7 @@ struct Vec<float> {
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
   // 14 bits of 1/b, doubled by what they leave of a: 3 FMAs, where a division keeps the
-  // unit for 16 cycles (Sapphire Rapids: a cell of 16 LSTM units in 80 instead of 130).
+  // unit for 16 cycles (Emerald Rapids: a cell of 16 LSTM units in 80 instead of 130).
   friend Vec quotient(Vec a, Vec b) {
     const Vec inverse{_mm512_rcp14_ps(b.v)}, first = a * inverse;
     return fma({_mm512_fnmadd_ps(b.v, first.v, a.v)}, inverse, first);
