@@ -26,7 +26,8 @@ def cpu_name() -> str:
     except OSError:
         return platform.processor()
     found = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-    return f"{found.get('model name')} (family {found.get('cpu family')})"
+    numbers = (f"{key} {found[key]}" for key in ("cpu family", "model") if key in found)
+    return f"{found.get('model name')} ({', '.join(numbers)})"
 
 
 def commit() -> str:
