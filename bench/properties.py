@@ -1,8 +1,9 @@
 """What a table of shapes does not show, one short table each.
 
-python bench/properties.py                 all of them, some 2 minutes
+python bench/properties.py                 all of them, some 3 minutes
 python bench/properties.py growth gemm     some
 
+scaling    two threads against one, in turn, every shape of cases.py
 growth     time against T and B: what doubling costs
 float64    speed against float32
 denormals  a state that decays through denormals against one that does not
@@ -25,6 +26,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from cases import CELLS, SHAPES
 
 import fusedrnn as fr
 
@@ -69,6 +71,36 @@ def training(cell: str, T: int, B: int, I: int, H: int, dtype: Any = np.float32)
         pullback(dy)
 
     return run
+
+
+def scaling() -> Rows:
+    yield "cell", "mode", "T, B, I, H", "ms on one", "ms on two", "one / two (quartiles)"
+
+    def seconds(run: Callable[[], Any], threads: int, calls: int) -> float:
+        fr.set_num_threads(threads)
+        run()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - start) / calls
+
+    for cell in CELLS:
+        for mode in (inference, training):
+            for shape in SHAPES.values():
+                run = mode(cell, *shape)
+                calls = max(1, round(0.005 / seconds(run, 1, 1)))
+                rounds = [[seconds(run, n, calls) for n in (1, 2)] for _ in range(11)]
+                one, two = np.median(rounds, axis=0) * 1e3
+                low, ratio, high = np.percentile([a / b for a, b in rounds], [25, 50, 75])
+                yield (
+                    cell,
+                    mode.__name__,
+                    ", ".join(map(str, shape)),
+                    f"{one:.3f}",
+                    f"{two:.3f}",
+                    f"{ratio:.2f} ({low:.2f}–{high:.2f})",
+                )
+    fr.set_num_threads(0)
 
 
 def growth() -> Rows:
@@ -301,7 +333,7 @@ def overhead() -> Rows:
     fr.set_num_threads(0)
 
 
-PROPERTIES = (growth, float64, denormals, load, memory, gemm, overhead)
+PROPERTIES = (scaling, growth, float64, denormals, load, memory, gemm, overhead)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from fusedrnn import kernel
 from fusedrnn.cells import Cell
 
 SHAPES = [Sizes(12, 1, 96, 160), Sizes(9, 13, 33, 100), Sizes(6, 70, 20, 48)]
+LARGE = Sizes(2, 40, 40, 340)  # beyond a core's caches
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def assert_identical(a, b) -> None:
         np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+@pytest.mark.parametrize("sizes", [*SHAPES, LARGE], ids=str)
 def test_any_number_of_threads(cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str) -> None:
     values = arguments(cell, sizes, dtype)
     everything = []
@@ -36,7 +37,7 @@ def test_any_number_of_threads(cell: Cell, sizes: Sizes, dtype: np.dtype, isa: s
         assert_identical(other, everything[0])
 
 
-@pytest.mark.parametrize("sizes", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("sizes", [*SHAPES[1:], LARGE], ids=str)
 def test_any_neighbours_in_the_batch(
     cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, threads: int
 ) -> None:

@@ -58,6 +58,20 @@ def test_agrees_with_reference_on_many_threads(
     check_against_reference(cell, sizes, dtype, False)
 
 
+# Weights beyond a core's caches, whose panels are taken in pieces of their depth and asked
+# for ahead, more rows than share them, and narrow last panels; the last in pieces on
+# narrower vectors, too.
+LARGE = [Sizes(2, 20, 330, 340), Sizes(2, 530, 130, 330), Sizes(2, 20, 9, 660)]
+
+
+@pytest.mark.parametrize("sizes", LARGE, ids=str)
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_agrees_with_reference_on_large_weights(
+    name: str, sizes: Sizes, dtype: np.dtype, isa: str
+) -> None:
+    check_against_reference(CELLS[name], sizes, dtype, False)
+
+
 @hypothesis.given(
     sizes=st.builds(
         Sizes, st.integers(1, 12), st.integers(1, 40), st.integers(1, 40), st.integers(1, 70)

@@ -211,8 +211,8 @@ class ForwardPass {
         });
   }
 
-  // Prefetches what the cell will write to memory that no step before touched: while the
-  // matmul runs, its lines come from afar.
+  // Prefetches what the cell will write, which in training no step before has touched:
+  // while the matmul runs, its lines come from afar.
   template <int together, int rows>
   void ask_for(S* const (&record)[rows], S* y, index panel) const {
     each_unit_vector<together>(panel, [&](int, index unit) {

@@ -38,8 +38,8 @@ struct PackedRows {
 //   own    its panel a page ahead, as the machine itself looks no further than a page:
 //          where panels come from beyond the second-level cache for one tile (Zen 5, R of
 //          4 MB: 128 instead of 105 GB/s)
-//   next   a part, one line for each k, of what has its turn after this piece: where each
-//          comes from afar once for many tiles, the first of which would wait
+//   next   a part, one vector for each k, of what has its turn after this piece: where
+//          each comes from afar once for many tiles, the first of which would wait
 struct Turn {
   enum Asks { nothing, own, next };
 
@@ -49,7 +49,7 @@ struct Turn {
 
   bool is_first() const { return piece == 0; }
   bool is_last() const { return piece + 1 == pieces; }
-  // Of a depth of K, and of that of which piece.
+  // What this piece is of a depth of K, and what piece `of` is.
   Range depth(index K) const { return depth(K, piece); }
   Range depth(index K, index of) const {
     return {K * of / pieces, K * (of + 1) / pieces};
@@ -263,11 +263,11 @@ inline void for_tiles(index begin, index end, const F& f) {
 // where many tiles share them.
 struct Blocking {
   index row_bytes, panel_bytes, pieces = 1;
-  static constexpr index most_rows = 512;  // that share pieces
+  static constexpr index most_rows = 512;  // that share panels beyond `rows_first`
 };
 
 // f.operator()<rows, panels>(row, panel, turn) for each tile of rows × panels. Where all
-// panels stay in the second-level cache, rows are the outer loop, so that what belongs to
+// panels stay in any second-level cache, rows are the outer loop, so that what belongs to
 // a row is read and written in order; else panels, so that each comes from afar once for
 // as many rows as stay in that cache beside it and the next.
 //
