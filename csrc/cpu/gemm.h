@@ -289,6 +289,8 @@ inline void for_blocks(Range rows, Range panels, const Blocking& blocking, bool 
   const index block = fitting < Blocking::most_rows ? fitting : Blocking::most_rows;
   if (height > block && !rows_first) {
     const index blocks = (height + block - 1) / block;
+    // An even number of passes ends where it began.
+    if (blocks % 2 == 0) backwards = false;
     for (index n = 0; n < blocks; ++n, backwards = !backwards) {
       const Range part{rows.begin + height * n / blocks,
                        rows.begin + height * (n + 1) / blocks};
