@@ -11,6 +11,26 @@
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
+// Sums of rows that wait for the next piece.
+template <class V, int columns>
+struct Waiting {
+  typename V::scalar* sums;
+
+  typename V::scalar* at(int r, int c) const {
+    return sums + (r * columns + c) * V::lanes;
+  }
+  template <class>
+  V start(int r, int c) const {
+    return V::load(at(r, c));
+  }
+  template <int rows>
+  void keep(const V (&sum)[rows][columns]) const {
+    for (int r = 0; r < rows; ++r) {
+      for (int c = 0; c < columns; ++c) sum[r][c].store(at(r, c));
+    }
+  }
+};
+
 template <template <class> class CellOf, class S>
 class BackwardPass {
   using L = Layout<CellOf, S>;
@@ -221,7 +241,8 @@ class BackwardPass {
     if (turn.pieces == 1) add(da, depth, Zero{});
     if constexpr (columns == L::back_width && width == L::back_width) {
       if (turn.pieces == 1) return true;
-      const Waiting sums{partial + row % Blocking::most_rows * L::back_columns};
+      const Waiting<V, L::back_width> sums{partial +
+                                           row % Blocking::most_rows * L::back_columns};
       const Range piece = turn.depth(depth);
       const Rows<S, rows> of = da.from(piece.begin);
       if (turn.is_first()) {
@@ -233,21 +254,6 @@ class BackwardPass {
     }
     return turn.is_last();
   }
-  struct Waiting {
-    S* sums;
-    S* at(int r, int c) const { return sums + r * L::back_columns + c * lanes; }
-    template <class>
-    V start(int r, int c) const {
-      return V::load(at(r, c));
-    }
-    template <int rows, int columns>
-    void keep(const V (&acc)[rows][columns]) const {
-      for (int r = 0; r < rows; ++r) {
-        for (int c = 0; c < columns; ++c) acc[r][c].store(at(r, c));
-      }
-    }
-  };
-
   // Prefetches what the cell will read of row b: while the matmul runs it comes from
   // afar, in pieces too short for the machine to foresee.
   void ask_for(index s, index b, index column, int columns) const {

@@ -32,6 +32,38 @@ struct Blocks {
   }
 };
 
+// Where the sums of a tile of panels start: at the bias (slots, P), or at what a record
+// (slots, P) of each row holds of W x + bias. What is alike for cells is one type for
+// all, and so is the matmul that starts there.
+template <class V, int slots, int unit_vectors>
+struct Bias {
+  const typename V::scalar* bias;
+  index P, first_unit;
+
+  static int slot(int c) { return c % (slots * unit_vectors) / unit_vectors; }
+  index unit(int c) const {
+    const int vector = c / (slots * unit_vectors) * unit_vectors + c % unit_vectors;
+    return first_unit + vector * V::lanes;
+  }
+  bool is_real(int c) const { return unit_vectors == 1 || unit(c) < P; }
+  template <class>
+  V start(int, int c) const {
+    return is_real(c) ? V::load(bias + slot(c) * P + unit(c)) : V::broadcast(0);
+  }
+};
+template <class V, int slots, int unit_vectors, int first_input, int rows>
+struct Recorded : Bias<V, slots, unit_vectors> {
+  typename V::scalar* const (&record)[rows];
+
+  template <class>
+  V start(int r, int c) const {
+    if (!this->is_real(c) || this->slot(c) < first_input) {
+      return Bias<V, slots, unit_vectors>::template start<V>(r, c);
+    }
+    return V::load(record[r] + this->slot(c) * this->P + this->unit(c));
+  }
+};
+
 template <template <class> class CellOf, class S>
 class ForwardPass {
   using L = Layout<CellOf, S>;
@@ -183,8 +215,11 @@ class ForwardPass {
           if (fused_) {
             sum<together, true, true>(a, bias(panel), panel, turn, x_rows, h);
           } else {
-            sum<together, false, true>(a, Recorded<rows>{bias(panel), at}, panel, turn,
-                                       {}, h);
+            sum<together, false, true>(
+                a,
+                Recorded<V, slots, L::unit_vectors, L::first_input, rows>{bias(panel),
+                                                                          at},
+                panel, turn, {}, h);
           }
           each_unit_vector<together>(panel, [&](int first_column, index unit) {
             const index left = units_left(unit);
@@ -226,33 +261,9 @@ class ForwardPass {
     });
   }
 
-  // Where the sums of a tile start: at the bias, or at what a record holds of W x + bias.
-  struct Bias {
-    const S* bias;
-    index P, first_unit;
-
-    static int slot(int c) { return c % L::sums / L::unit_vectors; }
-    index unit(int c) const {
-      return first_unit + c / L::sums * L::panel_units + c % L::unit_vectors * lanes;
-    }
-    template <class>
-    V start(int, int c) const {
-      const bool real = L::unit_vectors == 1 || unit(c) < P;
-      return real ? V::load(bias + slot(c) * P + unit(c)) : V::broadcast(0);
-    }
-  };
-  template <int rows>
-  struct Recorded : Bias {
-    S* const (&record)[rows];
-
-    template <class>
-    V start(int r, int c) const {
-      const bool real = L::unit_vectors == 1 || this->unit(c) < this->P;
-      if (!real || this->slot(c) < L::first_input) return Bias::template start<V>(r, c);
-      return V::load(record[r] + this->slot(c) * this->P + this->unit(c));
-    }
-  };
-  Bias bias(index panel) const { return {bias_, layout_.P, panel * L::panel_units}; }
+  Bias<V, slots, L::unit_vectors> bias(index panel) const {
+    return {bias_, layout_.P, panel * L::panel_units};
+  }
 
   // a = start + W x + R h for `together` panels, with_x and with_h telling which of them.
   template <int together, bool with_x, bool with_h, int rows, int columns, class Start>

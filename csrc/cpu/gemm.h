@@ -238,24 +238,25 @@ constexpr int panels_at_once(int rows, int W, bool reading) {
   return wanted < most ? wanted : most;
 }
 
-// Calls f.operator()<n>() for a run-time n in 1..most.
-template <int most, class F>
+// Calls f.operator()<n>() for a run-time n in least..most.
+template <int most, int least = 1, class F>
 inline void with_count(index n, const F& f) {
-  if constexpr (most > 1) {
-    if (n < most) return with_count<most - 1>(n, f);
+  if constexpr (most > least) {
+    if (n < most) return with_count<most - 1, least>(n, f);
   }
   f.template operator()<most>();
 }
 
-// Cuts [begin, end) into tiles of nearly equal height, at most `most`.
-template <int most, class F>
+// Cuts [begin, end) into tiles of nearly equal height, at most `most` and at least
+// `least`, which is (most + 1) / 2 where there are more than `most`.
+template <int most, int least = 1, class F>
 inline void for_tiles(index begin, index end, const F& f) {
   const index n = end - begin, tiles = (n + most - 1) / most;
   for (index tile = 0; tile < tiles; ++tile) {
     const index first = begin + n * tile / tiles;
     const index last = begin + n * (tile + 1) / tiles;
-    with_count<most>(last - first,
-                     [&]<int rows>() { f.template operator()<rows>(first); });
+    with_count<most, least>(last - first,
+                            [&]<int rows>() { f.template operator()<rows>(first); });
   }
 }
 
@@ -278,6 +279,7 @@ template <class V, int W, int most, class F>
 inline void for_blocks(Range rows, Range panels, const Blocking& blocking, bool backwards,
                        const F& f) {
   constexpr index near_cache = 64 * 1024, own_cache = 512 * 1024, fewest_tiles = 4;
+  constexpr int least = (most + 1) / 2;
   const auto& [row_bytes, panel_bytes, pieces] = blocking;
   const index count = panels.end - panels.begin, bytes = count * panel_bytes;
   const index height = rows.end - rows.begin;
@@ -303,7 +305,7 @@ inline void for_blocks(Range rows, Range panels, const Blocking& blocking, bool 
     return backwards ? panels.end - done - taken : panels.begin + done;
   };
   if (rows_first) {
-    return for_tiles<most>(rows.begin, rows.end, [&]<int tile>(index row) {
+    return for_tiles<most, least>(rows.begin, rows.end, [&]<int tile>(index row) {
       for (index done = 0; done < count; ++done) {
         f.template operator()<tile, 1>(row, next(done, 1), Turn{});
       }
@@ -320,7 +322,7 @@ inline void for_blocks(Range rows, Range panels, const Blocking& blocking, bool 
         turn.next_panel = on || done + 1 == count ? panel : next(done + 1, 1);
         turn.next_piece = on ? piece + 1 : 0;
         if (far && (on || done + 1 < count)) turn.asks = Turn::next;
-        for_tiles<most>(rows.begin, rows.end, [&]<int tile>(index row) {
+        for_tiles<most, least>(rows.begin, rows.end, [&]<int tile>(index row) {
           f.template operator()<tile, 1>(row, panel, turn);
           if (++turn.part == W) turn.asks = Turn::nothing;
         });
