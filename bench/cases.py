@@ -8,6 +8,7 @@ one returned.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,13 @@ CASES = [
 ]
 
 Run = Callable[[], dict[str, np.ndarray]]
+
+
+def seconds_of(run: Callable[[], Any], calls: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - begin) / calls
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a table of shapes does not show, one short table each.
 
-python bench/properties.py                 all of them, some 3 minutes
+python bench/properties.py                 all of them, some 4 minutes
 python bench/properties.py growth gemm     some
 
 scaling    two threads against one, in turn, every shape of cases.py
@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from cases import CELLS, SHAPES
+from cases import CELLS, SHAPES, seconds_of
 
 import fusedrnn as fr
 
@@ -79,10 +79,7 @@ def scaling() -> Rows:
     def seconds(run: Callable[[], Any], threads: int, calls: int) -> float:
         fr.set_num_threads(threads)
         run()
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        return (time.perf_counter() - start) / calls
+        return seconds_of(run, calls)
 
     for cell in CELLS:
         for mode in (inference, training):
@@ -110,7 +107,7 @@ def growth() -> Rows:
         "T": [(T, 1, 16, 64) for T in (1000, 10_000, 100_000)],
         "B": [(50, B, 64, 128) for B in (8, 16, 64, 256)],
     }
-    for cell in ("LSTM", "GRU"):
+    for cell in CELLS:
         for mode in (inference, training):
             for name, shapes in grown.items():
                 times = [best(mode(cell, *shape)) for shape in shapes]
@@ -126,7 +123,7 @@ def growth() -> Rows:
 def float64() -> Rows:
     fr.set_num_threads(1)
     yield "cell", "mode", "T, B, I, H", "float32 ms", "float64 ms", "float64's speed"
-    for cell in ("LSTM", "GRU"):
+    for cell in CELLS:
         for mode in (inference, training):
             for shape in ((100, 1, 256, 256), (100, 8, 128, 256), (50, 64, 512, 512)):
                 single, double = (
@@ -237,7 +234,7 @@ print(status("VmHWM") - before)
 
 def memory() -> Rows:
     yield "cell", "fusedrnn MB", "torch MB", "ratio"
-    for cell in ("LSTM", "GRU"):
+    for cell in CELLS:
         ours, theirs = (
             float(
                 subprocess.run(
@@ -309,7 +306,7 @@ def overhead() -> Rows:
     """T = 1, B = 1; the kernel's part is a call of the binding with its arrays at hand."""
     yield "cell", "H", "call µs", "kernel and binding µs", "beyond them µs"
     fr.set_num_threads(1)
-    for cell in ("LSTM", "GRU"):
+    for cell in CELLS:
         for H in (64, 128, 512):
             layer = getattr(fr, cell)(H, H, rng=0)
             x = np.ones((1, 1, H), np.float32)

@@ -18,7 +18,7 @@ import time
 import floor
 import numpy as np
 import pytest
-from cases import CASES, CONTENDERS, Case, Inputs, Run
+from cases import CASES, CONTENDERS, Case, Inputs, Run, seconds_of
 
 BATCH_SECONDS = 0.004
 ROUNDS_SECONDS = 1.5
@@ -33,13 +33,6 @@ def calls_for(run: Run, rest: float) -> int:
         time.sleep(rest)
         once = min(once, seconds_of(run, int(np.clip(BATCH_SECONDS / once, 1, 10_000))))
     return max(1, round(BATCH_SECONDS / once))
-
-
-def seconds_of(run: Run, calls: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - begin) / calls
 
 
 def check(results: dict[str, dict[str, np.ndarray]]) -> None:
