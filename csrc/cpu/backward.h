@@ -238,22 +238,25 @@ class BackwardPass {
                                   Product<Rows<S, rows>, Right>{of, right, K});
       });
     };
-    if (turn.pieces == 1) add(da, depth, Zero{});
     if constexpr (columns == L::back_width && width == L::back_width) {
-      if (turn.pieces == 1) return true;
-      const Waiting<V, L::back_width> sums{partial +
-                                           row % Blocking::most_rows * L::back_columns};
-      const Range piece = turn.depth(depth);
-      const Rows<S, rows> of = da.from(piece.begin);
-      if (turn.is_first()) {
-        add(of, piece.end - piece.begin, Zero{});
-      } else {
-        add(of, piece.end - piece.begin, sums);
+      if (turn.pieces > 1) {
+        const Waiting<V, L::back_width> sums{partial +
+                                             row % Blocking::most_rows * L::back_columns};
+        const Range piece = turn.depth(depth);
+        const Rows<S, rows> of = da.from(piece.begin);
+        if (turn.is_first()) {
+          add(of, piece.end - piece.begin, Zero{});
+        } else {
+          add(of, piece.end - piece.begin, sums);
+        }
+        if (!turn.is_last()) sums.keep(acc);
+        return turn.is_last();
       }
-      if (!turn.is_last()) sums.keep(acc);
     }
-    return turn.is_last();
+    add(da, depth, Zero{});
+    return true;
   }
+
   // Prefetches what the cell will read of row b: while the matmul runs it comes from
   // afar, in pieces too short for the machine to foresee.
   void ask_for(index s, index b, index column, int columns) const {

@@ -9,9 +9,8 @@
 //   broadcast(s)                  s in every lane
 //   + - *, fma(a, b, c)           elementwise; fma is a·b + c, rounded once where the
 //                                 machine can
-//   quotient(a, b)                a / b within 0.7 ULP for 1 <= b and 0 <= a <= b
-//   (math.h);
-//                                 0 where b is so large that 1/b is denormal
+//   quotient(a, b)                a / b within 0.7 ULP for 1 <= b, 0 <= a <= b, as in
+//                                 math.h; 0 where 1/b is denormal
 //   in_register(x)                x, which the compiler may not read from memory again
 //   min(a, b), max(a, b)          b where either is NaN, so max(bound, x) keeps a NaN x
 //   abs(x), with_sign(x, s)       |x|; x >= 0 with the sign of s
