@@ -26,7 +26,7 @@ cp "$build"/_cpu*.so "$build/fusedrnn/"
 # but time, so the tests that need them are left out, as are large weights without vectors.
 export LD_PRELOAD="$(g++ -print-file-name=$library) $(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
-export TSAN_OPTIONS="halt_on_error=1 second_deadlock_stack=1"
+export TSAN_OPTIONS="halt_on_error=1 second_deadlock_stack=1 suppressions=$PWD/tests/tsan.txt"
 export PYTHONPATH="$build:tests" OPENBLAS_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 python -c "import fusedrnn; assert fusedrnn.__file__.startswith('$build')"
 python -m pytest -q --capture=sys -p no:cacheprovider \
