@@ -208,10 +208,14 @@ def test_inf_does_not_reach_gradients_through_padding(cell: Cell, isa: str, name
 
 @pytest.mark.parametrize(("name", "per_unit"), [("lstm", 5), ("gru", 4), ("rnn_tanh", 0)])
 def test_memory_saved_for_backward(name: str, per_unit: int, dtype: np.dtype) -> None:
-    """5·H values a step and row for LSTM, 4·H for GRU; H = 64 is whole vectors anywhere."""
+    """5·H values a step and row for LSTM, 4·H for GRU, and at most a cache line.
+
+    H = 64 is whole vectors anywhere.
+    """
     H = 64
     rows = len(CELLS[name].gates) * H
     weights = _cpu.Weights(
         name, np.zeros((rows, 3), dtype), np.zeros((rows, H), dtype), None, None
     )
-    assert weights.saved_size == per_unit * H
+    padding = weights.saved_size - per_unit * H
+    assert 0 <= padding <= (64 // dtype.itemsize if per_unit else 0)

@@ -47,7 +47,7 @@ class BackwardPass {
 
   const Backward<S>& p_;
   const L layout_;
-  const index stretch_, ring_, record_, width_;
+  const index stretch_, ring_, record_, width_, da_stride_;
   S* const da_;      // (ring, B, width)
   S* const dc_;      // (B, P)
   S* const direct_;  // (B, P) dh that reaches the step before past the matmul
@@ -66,6 +66,7 @@ class BackwardPass {
   }
   static constexpr index left_size = grad_depth * grad_tiles_at_once * grad_tile;
   static_assert(left_size >= (Blocking::most_rows + L::back_tile) * L::back_columns);
+  static index da_stride(const L& layout) { return row_stride<S>(slots * layout.P); }
   static index right_width(index N) { return round_up(N, lanes); }
   static index depth_of(const Backward<S>& p, const L& layout) {
     const index rows = stretch(p, layout) * p.B;
@@ -75,7 +76,7 @@ class BackwardPass {
     const L layout(p.I, p.H);
     const index rows = (stretch(p, layout) + 1) * p.B;
     const index right = right_width(p.I) + right_width(p.H);
-    return rows * slots * layout.P + 3 * p.B * layout.P + slots * layout.P +
+    return rows * da_stride(layout) + 3 * p.B * layout.P + slots * layout.P +
            depth_of(p, layout) * right + threads * left_size;
   }
 
@@ -86,8 +87,9 @@ class BackwardPass {
         ring_(stretch_ + 1),
         record_(layout_.record()),
         width_(slots * layout_.P),
+        da_stride_(da_stride(layout_)),
         da_(workspace),
-        dc_(da_ + ring_ * p.B * width_),
+        dc_(da_ + ring_ * p.B * da_stride_),
         direct_(dc_ + p.B * layout_.P),
         c0_(direct_ + p.B * layout_.P),
         dbias_(c0_ + p.B * layout_.P),
@@ -114,7 +116,7 @@ class BackwardPass {
 
  private:
   S* left(const Team& team) const { return left_ + team.rank * left_size; }
-  S* da(index s) const { return da_ + (s % ring_) * p_.B * width_; }
+  S* da(index s) const { return da_ + (s % ring_) * p_.B * da_stride_; }
   const S* saved(index s) const { return p_.saved + s * p_.B * record_; }
   const S* y(index s) const { return p_.y + p_.time(s) * p_.y_t; }
   const S* h_before(index s, index b) const {
@@ -161,7 +163,7 @@ class BackwardPass {
         const index b = r % p_.B;
         if (b < own.rows.begin || b >= own.rows.end) continue;
         for (int slot = 0; slot < slots; ++slot) {
-          V::broadcast(0).store(da_ + r * width_ + (slot + 1) * layout_.P - lanes);
+          V::broadcast(0).store(da_ + r * da_stride_ + (slot + 1) * layout_.P - lanes);
         }
       }
     }
@@ -184,7 +186,7 @@ class BackwardPass {
               const Team& team) const {
     if (s < p_.T - 1) {
       Rows<S, rows> next;
-      for (int r = 0; r < rows; ++r) next.p[r] = da(s + 1) + (row + r) * width_;
+      for (int r = 0; r < rows; ++r) next.p[r] = da(s + 1) + (row + r) * da_stride_;
       const S* const R =
           p_.weights ? p_.weights + layout_.back_recurrent_panels() : nullptr;
       if (!multiply_transposed<width, &L::Cell::recurrent_gate>(
@@ -314,7 +316,8 @@ class BackwardPass {
               }
               const State<V> d = Cell::backward(v, prev, now, dh[r][n], dc);
               for (int slot = 0; slot < slots; ++slot) {
-                store_upto(v[slot], da_s + b * width_ + slot * layout_.P + unit, left);
+                store_upto(v[slot], da_s + b * da_stride_ + slot * layout_.P + unit,
+                           left);
               }
               if constexpr (Cell::has_direct) d.h.store(direct_ + at);
               if constexpr (Cell::has_c) d.c.store(dc_ + at);
@@ -354,7 +357,7 @@ class BackwardPass {
           S* to[rows];
           index s = begin + row / p_.B, b = row % p_.B;
           for (int r = 0; r < rows; ++r) {
-            a.p[r] = da(s) + b * width_ + L::first_input * layout_.P;
+            a.p[r] = da(s) + b * da_stride_ + L::first_input * layout_.P;
             to[r] = p_.dx + p_.time(s) * p_.dx_t + b * p_.dx_b;
             if (++b == p_.B) {
               b = 0;
@@ -386,7 +389,7 @@ class BackwardPass {
       const S *da_row[grad_depth], *x_row[grad_depth], *h_row[grad_depth];
       index s = begin + done / p_.B, b = done % p_.B;
       for (index k = 0; k < depth; ++k) {
-        da_row[k] = da(s) + b * width_;
+        da_row[k] = da(s) + b * da_stride_;
         x_row[k] = p_.x + p_.time(s) * p_.x_t + b * p_.x_b;
         h_row[k] = h_before(s, b);
         if (++b == p_.B) {

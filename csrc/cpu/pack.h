@@ -19,6 +19,14 @@ constexpr index round_up(index n, index multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
+// From one row of so many values to the next: not a multiple of 1 KB, which would make
+// rows compete for the same few sets of a cache.
+template <class S>
+constexpr index row_stride(index values) {
+  constexpr index line = 64 / sizeof(S);
+  return values % (16 * line) == 0 ? values + line : values;
+}
+
 // Where everything stands for a cell, an element type and an ISA.
 template <template <class> class CellOf, class S>
 struct Layout {
@@ -56,7 +64,7 @@ struct Layout {
   Layout(index inputs, index units) : I(inputs), H(units), P(round_up(units, V::lanes)) {}
 
   // Values per row and step: the slots and c.
-  index record() const { return (slots + Cell::has_c) * P; }
+  index record() const { return row_stride<S>((slots + Cell::has_c) * P); }
   index saved() const { return Cell::saves ? record() : 0; }
 
   index panels() const { return (H + panel_units - 1) / panel_units; }
