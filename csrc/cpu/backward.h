@@ -48,7 +48,7 @@ class BackwardPass {
   const Backward<S>& p_;
   const L layout_;
   const index stretch_, ring_, record_, width_, da_stride_;
-  S* const da_;      // (ring, B, width)
+  S* const da_;      // (ring, B, da_stride), of which `width` are used
   S* const dc_;      // (B, P)
   S* const direct_;  // (B, P) dh that reaches the step before past the matmul
   S* const c0_;      // (B, P)
