@@ -47,8 +47,8 @@ class BackwardPass {
 
   const Backward<S>& p_;
   const L layout_;
-  const index stretch_, ring_, record_, width_, da_stride_;
-  S* const da_;      // (ring, B, da_stride), of which `width` are used
+  const index stretch_, ring_, record_, da_stride_;
+  S* const da_;      // (ring, B, da_stride), each row (slots, P) and padding
   S* const dc_;      // (B, P)
   S* const direct_;  // (B, P) dh that reaches the step before past the matmul
   S* const c0_;      // (B, P)
@@ -66,7 +66,6 @@ class BackwardPass {
   }
   static constexpr index left_size = grad_depth * grad_tiles_at_once * grad_tile;
   static_assert(left_size >= (Blocking::most_rows + L::back_tile) * L::back_columns);
-  static index da_stride(const L& layout) { return row_stride<S>(slots * layout.P); }
   static index right_width(index N) { return round_up(N, lanes); }
   static index depth_of(const Backward<S>& p, const L& layout) {
     const index rows = stretch(p, layout) * p.B;
@@ -76,7 +75,7 @@ class BackwardPass {
     const L layout(p.I, p.H);
     const index rows = (stretch(p, layout) + 1) * p.B;
     const index right = right_width(p.I) + right_width(p.H);
-    return rows * da_stride(layout) + 3 * p.B * layout.P + slots * layout.P +
+    return rows * layout.da_stride() + 3 * p.B * layout.P + slots * layout.P +
            depth_of(p, layout) * right + threads * left_size;
   }
 
@@ -86,8 +85,7 @@ class BackwardPass {
         stretch_(stretch(p, layout_)),
         ring_(stretch_ + 1),
         record_(layout_.record()),
-        width_(slots * layout_.P),
-        da_stride_(da_stride(layout_)),
+        da_stride_(layout_.da_stride()),
         da_(workspace),
         dc_(da_ + ring_ * p.B * da_stride_),
         direct_(dc_ + p.B * layout_.P),
@@ -382,7 +380,7 @@ class BackwardPass {
   // dW += daᵀ x, dR += daᵀ h', db += Σ da over the stretch; columns of da shared out.
   // Sums run over the rows of a depth block in order and then over the blocks.
   void add_weight_gradients(const Team& team, index begin, index end) const {
-    const Range own = team.share(width_, grad_tile);
+    const Range own = team.share(slots * layout_.P, grad_tile);
     const index rows = (end - begin) * p_.B;
     for (index done = 0; done < rows; done += grad_depth) {
       const index depth = rows - done < grad_depth ? rows - done : grad_depth;

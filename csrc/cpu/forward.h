@@ -215,11 +215,9 @@ class ForwardPass {
           if (fused_) {
             sum<together, true, true>(a, bias(panel), panel, turn, x_rows, h);
           } else {
-            sum<together, false, true>(
-                a,
-                Recorded<V, slots, L::unit_vectors, L::first_input, rows>{bias(panel),
-                                                                          at},
-                panel, turn, {}, h);
+            const Recorded<V, slots, L::unit_vectors, L::first_input, rows> start{
+                bias(panel), at};
+            sum<together, false, true>(a, start, panel, turn, {}, h);
           }
           each_unit_vector<together>(panel, [&](int first_column, index unit) {
             const index left = units_left(unit);

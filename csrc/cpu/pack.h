@@ -66,6 +66,7 @@ struct Layout {
   // Values per row and step: the slots and c.
   index record() const { return row_stride<S>((slots + Cell::has_c) * P); }
   index saved() const { return Cell::saves ? record() : 0; }
+  index da_stride() const { return row_stride<S>(slots * P); }
 
   index panels() const { return (H + panel_units - 1) / panel_units; }
   index panel_size(index K) const { return K * width * V::lanes; }
