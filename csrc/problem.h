@@ -10,8 +10,14 @@
 //   saved    (T, B, slots [+ c], P) in order of steps, P = H rounded up to whole vectors:
 //            what backward needs beside x and y (csrc/cells/cell.h). Padding is finite.
 //
+//   lengths  (B,)       0 to T, at least one of them T: row b takes the steps of times
+//                       below lengths[b]. At the others its state stays, y and dx are 0,
+//                       and x, dy and saved are not read
+//   resets   (T, B)     contiguous; the state that enters the step of that time and row
+//                       is 0, whatever the direction; without effect where none is taken
+//
 // Gradients carry the name of what they belong to with a prefix d. A null pointer among
-// dy, dh_n, dc_n stands for zeros. Outputs alias nothing.
+// dy, dh_n, dc_n stands for zeros, that of a mask for none. Outputs alias nothing.
 #pragma once
 
 #include <cstddef>
@@ -31,8 +37,19 @@ struct Sizes {
   index time(index step) const { return reverse ? T - 1 - step : step; }
 };
 
+// Which steps a row takes, and what state it takes them from.
+struct Steps : Sizes {
+  const index* lengths;
+  const bool* resets;
+
+  bool is_first(index s, index b) const {
+    return s == (lengths && reverse ? T - lengths[b] : 0);
+  }
+  bool is_reset(index s, index b) const { return resets && resets[time(s) * B + b]; }
+};
+
 template <class S>
-struct Forward : Sizes {
+struct Forward : Steps {
   const S* x;
   index x_t, x_b;
   const S *h0, *c0;
@@ -45,7 +62,7 @@ struct Forward : Sizes {
 };
 
 template <class S>
-struct Backward : Sizes {
+struct Backward : Steps {
   const S* x;
   index x_t, x_b;
   const S *h0, *c0;

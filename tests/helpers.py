@@ -44,6 +44,27 @@ def arguments(
     return {k: None if v is None else v.astype(dtype) for k, v in values.items()}
 
 
+MASKS = ("lengths", "resets", "both")
+
+
+def masks(kind: str, sizes: Sizes, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random lengths, 0 and T among them, and resets, a row in four at each time."""
+    rng = np.random.default_rng([seed, *sizes])
+    T, B, *_ = sizes
+    lengths = rng.integers(0, T + 1, B)
+    if B > 1:
+        lengths[rng.permutation(B)[:2]] = T, 0
+    both = {"lengths": lengths, "resets": rng.random((T, B)) < 0.25}
+    return both if kind == "both" else {kind: both[kind]}
+
+
+def spoil_padding(a: np.ndarray, masks: dict[str, np.ndarray]) -> None:
+    """Write NaN and inf to (T, B, …) where no step is taken: none of them may be read."""
+    for b, length in enumerate(masks.get("lengths", ())):
+        a[length:, b] = np.nan
+        a[length:, b, ::2] = -np.inf
+
+
 def op(cell: Cell, suffix: str = "", module: Any = fr) -> Any:
     """The functional op of a cell, its options bound: lstm, gru_vjp, rnn of a nonlinearity."""
     name, _, nonlinearity = cell.name.partition("_")

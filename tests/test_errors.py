@@ -83,6 +83,27 @@ WRONG = [
     ("h0", lambda a: a[None], ValueError, "h0 must have shape (B, H) = (2, 5), got (1, 2, 5)"),
     ("c0", lambda a: a[:, :4], ValueError, "c0 must have shape (B, H) = (2, 5), got (2, 4)"),
     ("c0", lambda a: "zeros", TypeError, "c0 must be float64 like x, got <U5"),
+    ("lengths", lambda a: [1.0, 2.0], TypeError, "lengths must be integers, got float64"),
+    ("lengths", lambda a: [True, False], TypeError, "lengths must be integers, got bool"),
+    ("lengths", lambda a: [[1], [2, 3]], TypeError, "lengths must be an array"),
+    (
+        "lengths",
+        lambda a: [1, 2, 3],
+        ValueError,
+        "lengths must have shape (B,) = (2,), got (3,)",
+    ),
+    ("lengths", lambda a: 3, ValueError, "lengths must have shape (B,) = (2,), got ()"),
+    ("lengths", lambda a: [3, -1], ValueError, "lengths must be from 0 to T = 3, got -1"),
+    ("lengths", lambda a: [5, 4], ValueError, "lengths must be from 0 to T = 3, got 5"),
+    ("resets", lambda a: np.zeros((3, 2), int), TypeError, "resets must be bool, got int64"),
+    ("resets", lambda a: "no", TypeError, "resets must be bool, got <U2"),
+    ("resets", lambda a: [[True], []], TypeError, "resets must be an array"),
+    (
+        "resets",
+        lambda a: np.zeros((2, 3), bool),
+        ValueError,
+        "resets must have shape (T, B) = (3, 2), got (2, 3)",
+    ),
     ("reverse", lambda a: 1, TypeError, "reverse must be a bool, got int"),
     ("out", lambda a: [0.0], TypeError, "out must be an array, got list"),
     (
@@ -122,6 +143,17 @@ def test_wrong_argument_of_lstm(name: str, spoil: Any, error: type, message: str
     if name != "out":
         with refused(error, message):
             fr.lstm_vjp(**values)
+
+
+def test_wrong_masks_of_an_unbatched_sequence() -> None:
+    values = {k: v for k, v in arguments(CELLS["gru"], SIZES).items() if k != "h0"}
+    values["x"] = values["x"][:, 0]
+    with refused(ValueError, "lengths must be one integer for x (T, I), got shape (1,)"):
+        fr.gru(**values, lengths=[3])
+    with refused(ValueError, "lengths must be from 0 to T = 3, got 4"):
+        fr.gru(**values, lengths=4)
+    with refused(ValueError, "resets must have shape (T,) = (3,), got (3, 1)"):
+        fr.gru(**values, resets=np.zeros((3, 1), bool))
 
 
 def test_the_first_wrong_argument_is_named(cell: Cell) -> None:
@@ -215,6 +247,17 @@ def test_wrong_call_of_a_layer() -> None:
         ValueError, "h0 must have shape (layers*directions, H) = (4, 5), got (4, 2, 5)"
     ):
         layer(x[:, 0], (state, state))
+    with refused(TypeError, "lengths must be integers, got float64"):
+        layer(x, None, [1.0, 2.0], "no")
+    with refused(ValueError, "lengths must be from 0 to T = 3, got 4"):
+        layer.vjp(x, lengths=[3, 4])
+    with refused(ValueError, "resets must have shape (T, B) = (3, 2), got (2, 3)"):
+        layer(x, resets=np.zeros((2, 3), bool))
+    first = fr.LSTM(4, 5, batch_first=True)
+    with refused(ValueError, "lengths must have shape (B,) = (2,), got (3,)"):
+        first(x.swapaxes(0, 1), lengths=[1, 2, 3])
+    with refused(ValueError, "resets must have shape (B, T) = (2, 3), got (3, 2)"):
+        first(x.swapaxes(0, 1), resets=np.zeros((3, 2), bool))
     _, pullback = layer.vjp(x)
     with refused(
         ValueError, "dy must have shape (T, B, directions*H) = (3, 2, 10), got (3, 2, 5)"

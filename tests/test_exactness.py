@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import Sizes, arguments, cotangents, op
+from helpers import MASKS, Sizes, arguments, cotangents, masks, op
 
 import fusedrnn as fr
 from fusedrnn import kernel
@@ -26,8 +26,11 @@ def assert_identical(a, b) -> None:
 
 
 @pytest.mark.parametrize("sizes", [*SHAPES, LARGE], ids=str)
-def test_any_number_of_threads(cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str) -> None:
-    values = arguments(cell, sizes, dtype)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_any_number_of_threads(
+    cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, masked: bool
+) -> None:
+    values = arguments(cell, sizes, dtype) | (masks("both", sizes) if masked else {})
     everything = []
     for count in (1, 2, 3, 7):
         fr.set_num_threads(count)
@@ -38,17 +41,22 @@ def test_any_number_of_threads(cell: Cell, sizes: Sizes, dtype: np.dtype, isa: s
 
 
 @pytest.mark.parametrize("sizes", [*SHAPES[1:], LARGE], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 def test_any_neighbours_in_the_batch(
-    cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, threads: int
+    cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, threads: int, masked: bool
 ) -> None:
     """y, states and their gradients of a row do not know which rows are beside it."""
-    values = arguments(cell, sizes, dtype)
+    values = arguments(cell, sizes, dtype) | (masks("both", sizes) if masked else {})
     results, pullback = op(cell, "_vjp")(**values)
     weights = cotangents(results)
     gradients = pullback(*weights)
     for rows in (slice(0, 1), slice(2, 7), slice(sizes.B - 3, sizes.B)):
         part = {
-            k: v[:, rows] if k == "x" else v[rows] if k in ("h0", "c0") else v
+            k: v[:, rows]
+            if k in ("x", "resets")
+            else v[rows]
+            if k in ("h0", "c0", "lengths")
+            else v
             for k, v in values.items()
         }
         part_results, part_pullback = op(cell, "_vjp")(**part)
@@ -61,19 +69,61 @@ def test_any_neighbours_in_the_batch(
 
 
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 def test_chunks_equal_the_whole(
-    cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, threads: int
+    cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, threads: int, masked: bool
 ) -> None:
     values = arguments(cell, sizes, dtype)
-    whole, *final = op(cell)(**values)
+    given = masks("both", sizes) if masked else {}
+    whole, *final = op(cell)(**values, **given)
     x = values.pop("x")
     at = 0
     for length in (1, 3, 1, 100):
-        y, *state = op(cell)(x[at : at + length], **values)
+        part = x[at : at + length]
+        if masked:
+            values["resets"] = given["resets"][at : at + length]
+            values["lengths"] = np.clip(given["lengths"] - at, 0, len(part))
+        y, *state = op(cell)(part, **values)
         np.testing.assert_array_equal(y, whole[at : at + length])
         values |= dict(zip(("h0", "c0"), state, strict=False))
         at += length
     assert_identical(state, final)
+
+
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+def test_masks_without_effect_change_nothing(
+    cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, threads: int
+) -> None:
+    values = arguments(cell, sizes, dtype)
+    none = {
+        "lengths": np.full(sizes.B, sizes.T),
+        "resets": np.zeros((sizes.T, sizes.B), bool),
+    }
+    for reverse in (False, True):
+        everything = []
+        for given in ({}, {"lengths": none["lengths"]}, {"resets": none["resets"]}, none):
+            results, pullback = op(cell, "_vjp")(**values, **given, reverse=reverse)
+            everything.append([*results, *pullback(*cotangents(results))])
+        for other in everything[1:]:
+            assert_identical(other, everything[0])
+
+
+def test_a_short_row_equals_itself_alone(
+    cell: Cell, dtype: np.dtype, isa: str, threads: int
+) -> None:
+    """A row among longer ones is what it is without its padding, and that is 0."""
+    sizes = Sizes(9, 13, 33, 100)
+    values = arguments(cell, sizes, dtype)
+    lengths = masks("lengths", sizes)["lengths"]
+    for reverse in (False, True):
+        y, *final = op(cell)(**values, lengths=lengths, reverse=reverse)
+        for b, length in enumerate(lengths):
+            alone = {k: v[b : b + 1] if k in ("h0", "c0") else v for k, v in values.items()}
+            alone["x"] = values["x"][:length, b : b + 1]
+            y_alone, *final_alone = op(cell)(**alone, reverse=reverse)
+            np.testing.assert_array_equal(y[:length, b : b + 1], y_alone)
+            assert (y[length:, b] == 0).all()
+            assert_identical([f[b : b + 1] for f in final], final_alone)
 
 
 def test_layers_equal_ops(dtype: np.dtype) -> None:
@@ -101,8 +151,13 @@ def test_borrowed_weights_equal_packed_ones(
     cell: Cell, dtype: np.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call over few rows reads the weights as they are: the same sums, in order."""
-    for sizes in (Sizes(2, 2, 19, 37), Sizes(3, 9, 5, 64), Sizes(1, 1, 40, 33)):
-        values = arguments(cell, sizes, dtype)
+    for sizes, kind in (
+        (Sizes(2, 2, 19, 37), None),
+        (Sizes(3, 9, 5, 64), None),
+        (Sizes(1, 1, 40, 33), None),
+        *((Sizes(3, 9, 5, 64), kind) for kind in MASKS),
+    ):
+        values = arguments(cell, sizes, dtype) | (masks(kind, sizes) if kind else {})
         everything = []
         for few_rows in (0, 100):
             monkeypatch.setattr(kernel, "FEW_ROWS", few_rows)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis
 import numpy as np
 import pytest
-from helpers import Sizes, arguments, assert_close, cotangents, double, op
+from helpers import (
+    MASKS,
+    Sizes,
+    arguments,
+    assert_close,
+    cotangents,
+    double,
+    masks,
+    op,
+    spoil_padding,
+)
 from hypothesis import strategies as st
 
 import fusedrnn as fr
@@ -27,13 +39,22 @@ SHAPES = [
 
 
 def check_against_reference(
-    cell: Cell, sizes: Sizes, dtype: np.dtype, reverse: bool, bias: bool = True, seed: int = 0
+    cell: Cell,
+    sizes: Sizes,
+    dtype: np.dtype,
+    reverse: bool,
+    bias: bool = True,
+    seed: int = 0,
+    **masks: Any,
 ) -> None:
     values = arguments(cell, sizes, dtype, seed, bias)
-    expected, expected_pullback = op(cell, "_vjp", reference)(**double(values), reverse=reverse)
-    results, pullback = op(cell, "_vjp")(**values, reverse=reverse)
-    inference = op(cell)(**values, reverse=reverse)
+    spoil_padding(values["x"], masks)
+    options = {"reverse": reverse, **masks}
+    expected, expected_pullback = op(cell, "_vjp", reference)(**double(values), **options)
+    results, pullback = op(cell, "_vjp")(**values, **options)
+    inference = op(cell)(**values, **options)
     weights = cotangents(results, seed)
+    spoil_padding(weights[0], masks)
     gradients = pullback(*weights)
     expected_gradients = expected_pullback(*(w.astype(np.float64) for w in weights))
     for name, a, b, e in zip(("y", "h_n", "c_n"), results, inference, expected, strict=False):
@@ -51,11 +72,32 @@ def test_agrees_with_reference(
     check_against_reference(cell, sizes, dtype, reverse)
 
 
+MASKED = [
+    Sizes(1, 2, 1, 1),
+    Sizes(7, 1, 9, 33),
+    Sizes(6, 20, 7, 50),
+    Sizes(3, 70, 17, 31),
+    Sizes(300, 4, 2, 5),  # several stretches of steps
+    Sizes(9, 30, 33, 64),
+]
+
+
+@pytest.mark.parametrize("sizes", MASKED, ids=str)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_masks_agree_with_reference(
+    cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, reverse: bool
+) -> None:
+    for kind in MASKS:
+        check_against_reference(cell, sizes, dtype, reverse, **masks(kind, sizes))
+
+
 @pytest.mark.parametrize("sizes", [Sizes(9, 6, 40, 128), Sizes(6, 64, 30, 96)], ids=str)
 def test_agrees_with_reference_on_many_threads(
     cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, threads: int
 ) -> None:
     check_against_reference(cell, sizes, dtype, False)
+    for reverse in (False, True):
+        check_against_reference(cell, sizes, dtype, reverse, **masks("both", sizes))
 
 
 # Weights beyond a core's caches, whose panels are taken in pieces of their depth and asked
@@ -70,6 +112,7 @@ def test_agrees_with_reference_on_large_weights(
     name: str, sizes: Sizes, dtype: np.dtype, isa: str
 ) -> None:
     check_against_reference(CELLS[name], sizes, dtype, False)
+    check_against_reference(CELLS[name], sizes, dtype, True, **masks("both", sizes))
 
 
 @hypothesis.given(
@@ -82,29 +125,43 @@ def test_agrees_with_reference_on_large_weights(
     reverse=st.booleans(),
     bias=st.booleans(),
     count=st.integers(1, 4),
+    kind=st.sampled_from([None, *MASKS]),
 )
 @hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
 def test_agrees_with_reference_on_any_shape(
-    sizes: Sizes, name: str, isa: str, dtype: str, reverse: bool, bias: bool, count: int
+    sizes: Sizes,
+    name: str,
+    isa: str,
+    dtype: str,
+    reverse: bool,
+    bias: bool,
+    count: int,
+    kind: str | None,
 ) -> None:
+    masked = masks(kind, sizes) if kind else {}
     fr.set_isa(isa)
     fr.set_num_threads(count)
     try:
-        check_against_reference(CELLS[name], sizes, np.dtype(dtype), reverse, bias, seed=3)
+        check_against_reference(CELLS[name], sizes, np.dtype(dtype), reverse, bias, 3, **masked)
     finally:
         fr.set_isa(None)
         fr.set_num_threads(0)
 
 
+@pytest.mark.parametrize("kind", [None, *MASKS])
 @pytest.mark.parametrize("sizes", [Sizes(4, 5, 7, 19), Sizes(3, 40, 5, 33)], ids=str)
-def test_integers_are_exact(sizes: Sizes, dtype: np.dtype, isa: str, threads: int) -> None:
+def test_integers_are_exact(
+    sizes: Sizes, dtype: np.dtype, isa: str, threads: int, kind: str | None
+) -> None:
     """A linear recurrence on small integers: every index and tail, without tolerance."""
     rng = np.random.default_rng(7)
     T, B, I, H = sizes
     shapes = [(T, B, I), (H, I), (H, H), (H,), (H,), (B, H)]
     values = [rng.integers(-1, 2, shape).astype(dtype) for shape in shapes]
-    results, pullback = fr.rnn_vjp(*values, nonlinearity="identity")
-    expected, expected_pullback = reference.rnn_vjp(*values, nonlinearity="identity")
+    options = masks(kind, sizes) if kind else {}
+    options |= {"nonlinearity": "identity", "reverse": kind == "both"}
+    results, pullback = fr.rnn_vjp(*values, **options)
+    expected, expected_pullback = reference.rnn_vjp(*values, **options)
     weights = [rng.integers(-1, 2, r.shape).astype(dtype) for r in results]
     for a, e in zip(results, expected, strict=True):
         np.testing.assert_array_equal(a, e)
@@ -117,6 +174,52 @@ def test_integers_are_exact(sizes: Sizes, dtype: np.dtype, isa: str, threads: in
 )
 def test_empty_sequences_and_batches(cell: Cell, sizes: Sizes, dtype: np.dtype) -> None:
     check_against_reference(cell, sizes, dtype, False)
+    check_against_reference(cell, sizes, dtype, True, **masks("both", sizes))
+
+
+def test_only_empty_rows(cell: Cell, dtype: np.dtype) -> None:
+    sizes = Sizes(4, 3, 2, 5)
+    check_against_reference(cell, sizes, dtype, False, lengths=np.zeros(3, int))
+
+
+def test_masks_of_an_unbatched_sequence(cell: Cell) -> None:
+    values = arguments(cell, Sizes(6, 1, 3, 18))
+    resets = np.arange(6) == 2
+    flat = {
+        k: v[:, 0] if k == "x" else v[0] if k in ("h0", "c0") else v for k, v in values.items()
+    }
+    batch, batch_pullback = op(cell, "_vjp")(**values, lengths=[4], resets=resets[:, None])
+    single, pullback = op(cell, "_vjp")(**flat, lengths=4, resets=resets)
+    weights = cotangents(batch)
+    gradients = pullback(*(np.squeeze(w, -2) for w in weights))
+    for a, b in zip([*single, *gradients], [*batch, *batch_pullback(*weights)], strict=True):
+        np.testing.assert_array_equal(a, b.reshape(a.shape))
+
+
+def test_a_cut_gradient_is_not_multiplied_by_zero(cell: Cell, isa: str) -> None:
+    """Where a reset cuts it, even an infinite gradient of the step stays behind."""
+    values = arguments(cell, Sizes(4, 9, 3, 18))
+    resets = np.zeros((4, 9), bool)
+    resets[2] = True
+    results, pullback = op(cell, "_vjp")(**values, resets=resets)
+    weights = cotangents(results)
+    clean = pullback(*weights)
+    weights[0][3, 4] = np.inf
+    gradients = pullback(*weights)
+    np.testing.assert_array_equal(gradients.x[:2], clean.x[:2])
+    np.testing.assert_array_equal(gradients.h0, clean.h0)
+    assert not np.isfinite(gradients.x[2:, 4]).all()
+
+
+def test_the_pullback_keeps_its_masks(cell: Cell) -> None:
+    sizes = Sizes(5, 4, 3, 18)
+    given = masks("both", sizes)
+    results, pullback = op(cell, "_vjp")(**arguments(cell, sizes), **given)
+    before = pullback(results[0])
+    given["lengths"][:] = 0
+    given["resets"][:] = True
+    for a, b in zip(pullback(results[0]), before, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_missing_gradients_are_zeros(cell: Cell, isa: str) -> None:

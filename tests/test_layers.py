@@ -190,6 +190,56 @@ def test_a_plain_call_equals_the_checked_one(name: str, dtype: np.dtype, threads
                 np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_all_layers_and_directions_have_the_same_masks(name: str, threads: int) -> None:
+    """Two bidirectional layers, batch first or not, are four reference runs."""
+    lengths = np.array([6, 0, 3, 5])
+    resets = np.random.default_rng(1).random((6, 4)) < 0.3
+    results = []
+    for batch_first in (False, True):
+        layer = LAYERS[name](num_layers=2, bidirectional=True, batch_first=batch_first)
+        turn = (lambda a: a.swapaxes(0, 1)) if batch_first else (lambda a: a)
+        (y, state), pullback = layer.vjp(turn(X), lengths=lengths, resets=turn(resets))
+        grads = pullback(y)
+        results.append([turn(y), *state, turn(grads.x), *grads.parameters.values()])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    p = layer.state_dict()
+    below = X
+    options = {"lengths": lengths, "resets": resets}
+    if name == "RNN":
+        options["nonlinearity"] = "relu"
+    for l in range(2):
+        sides = []
+        for suffix in (f"l{l}", f"l{l}_reverse"):
+            weights = [
+                p[f"{n}_{suffix}"] for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            ]
+            run = getattr(fr.reference, name.lower())
+            sides.append(run(below, *weights, **options, reverse="_" in suffix)[0])
+        below = np.concatenate(sides, -1)
+    np.testing.assert_allclose(results[0][0], below, atol=1e-5)
+
+
+def test_masks_of_an_unbatched_sequence(layer) -> None:
+    resets = np.arange(6) % 3 == 1
+    (y, _), pullback = layer.vjp(X[:, 0], lengths=4, resets=resets)
+    (batch, _), batch_pullback = layer.vjp(X[:, :1], lengths=[4], resets=resets[:, None])
+    np.testing.assert_array_equal(y, batch[:, 0])
+    np.testing.assert_array_equal(pullback(y).x, batch_pullback(batch).x[:, 0])
+
+
+def test_a_layer_alone_takes_masks() -> None:
+    """Its short way knows none of them."""
+    layer = fr.GRU(3, 20, rng=1)
+    y, h_n = layer(X, lengths=[6, 2, 0, 1])
+    assert (y[2:, 1] == 0).all()
+    np.testing.assert_array_equal(h_n[0, 1], y[1, 1])
+    reset, _ = layer(X, resets=np.ones((6, 4), bool))
+    np.testing.assert_array_equal(reset[3], layer(X[3:4])[0][0])
+
+
 def test_state_can_be_carried_on() -> None:
     layer = fr.GRU(3, 20, num_layers=2, rng=1)
     whole, final = layer(X)

@@ -36,17 +36,19 @@ def flat(state) -> list:
     return list(state) if isinstance(state, tuple) else [state]
 
 
-def compare(module, layer, dtype, x: np.ndarray, states: list[np.ndarray]) -> None:
-    """Outputs and the gradient of every input and parameter."""
+def compare(
+    module, layer, dtype, x: np.ndarray, states: list[np.ndarray], **masks: np.ndarray
+) -> None:
+    """Outputs and the gradient of every input and parameter; `module` is called alike."""
     x_t = torch.tensor(x, dtype=torch.float64, requires_grad=True)
     states_t = [torch.tensor(s, dtype=torch.float64, requires_grad=True) for s in states]
     one = len(states) == 1
-    y_t, final_t = module(x_t, states_t[0] if one else tuple(states_t))
-    (y, final), pullback = layer.vjp(x, states[0] if one else tuple(states))
+    y_t, final_t = module(x_t, states_t[0] if one else tuple(states_t), **masks)
+    (y, final), pullback = layer.vjp(x, states[0] if one else tuple(states), **masks)
     assert_close(y, y_t.detach().numpy(), dtype, "y")
     for a, e in zip(flat(final), flat(final_t), strict=True):
         assert_close(a, e.detach().numpy(), dtype, "state")
-    inference, _ = layer(x, states[0] if one else tuple(states))
+    inference, _ = layer(x, states[0] if one else tuple(states), **masks)
     np.testing.assert_array_equal(inference, y)
 
     rng = np.random.default_rng(9)
@@ -93,6 +95,63 @@ def test_forms_of_input(kind: str, bias: bool, batched: bool, dtype) -> None:
         rng.normal(size=(4, *batch, 20)).astype(dtype) for _ in range(1 + (kind == "LSTM"))
     ]
     compare(module, layer, dtype, rng.normal(size=(*batch, 8, 6)).astype(dtype), states)
+
+
+class Packed(torch.nn.Module):
+    """A module that takes lengths by way of PackedSequence."""
+
+    def __init__(self, inner) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def named_parameters(self):
+        return self.inner.named_parameters()
+
+    def forward(self, x, state, lengths):
+        first, rnn = self.inner.batch_first, torch.nn.utils.rnn
+        packed = rnn.pack_padded_sequence(x, torch.tensor(lengths), first, enforce_sorted=False)
+        y, final = self.inner(packed, state)
+        T = x.shape[1 if first else 0]
+        return rnn.pad_packed_sequence(y, first, total_length=T)[0], final
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "both-ways"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_lengths_agree_with_packed_sequences(
+    kind: str, bidirectional: bool, batch_first: bool, threads: int
+) -> None:
+    dtype = np.float64
+    options = {"num_layers": 2, "bidirectional": bidirectional, "batch_first": batch_first}
+    module, layer = pair(kind, dtype, 11, 37, **options)
+    rng = np.random.default_rng(1)
+    shape = (2 * (1 + bidirectional), 6, 37)
+    states = [rng.normal(size=shape) for _ in range(1 + (kind == "LSTM"))]
+    x = rng.normal(size=(6, 9, 11) if batch_first else (9, 6, 11))
+    lengths = np.array([3, 9, 1, 5, 9, 2])
+    compare(Packed(module), layer, dtype, x, states, lengths=lengths)
+
+
+class Cut(Packed):
+    """A one-layer module that takes resets by a loop over single steps."""
+
+    def forward(self, x, state, resets):
+        pair, rows = isinstance(state, tuple), []
+        for t in range(len(x)):
+            keep = torch.from_numpy(~resets[t]).to(x)[:, None]
+            state = tuple(s * keep for s in state) if pair else state * keep
+            y, state = self.inner(x[t : t + 1], state)
+            rows.append(y)
+        return torch.cat(rows), state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resets_agree_with_a_loop_cut_at_them(kind: str, threads: int) -> None:
+    module, layer = pair(kind, np.float64, 11, 37)
+    rng = np.random.default_rng(1)
+    states = [rng.normal(size=(1, 5, 37)) for _ in range(1 + (kind == "LSTM"))]
+    resets = rng.random((9, 5)) < 0.3
+    compare(Cut(module), layer, np.float64, rng.normal(size=(9, 5, 11)), states, resets=resets)
 
 
 @pytest.mark.parametrize("kind", KINDS)

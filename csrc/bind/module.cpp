@@ -106,11 +106,13 @@ class Weights {
     return single_ ? cell_.f32.saved_size(I_, H_) : cell_.f64.saved_size(I_, H_);
   }
 
-  void forward(const Array& x, const Array& h0, const MaybeArray& c0, bool reverse,
-               Array y, Array h_n, MaybeArray c_n, MaybeArray saved) const {
+  void forward(const Array& x, const Array& h0, const MaybeArray& c0,
+               const MaybeArray& lengths, const MaybeArray& resets, bool reverse, Array y,
+               Array h_n, MaybeArray c_n, MaybeArray saved) const {
     visit(false, [&]<class S>(const S* packed) {
       Forward<S> p{};
       sizes(p, x, reverse);
+      masks(p, lengths, resets);
       p.x = read<S>(x, "x", {p.T, p.B, p.I});
       p.x_t = stride(x, 0);
       p.x_b = stride(x, 1);
@@ -142,7 +144,8 @@ class Weights {
     return single_ ? call_as<float>(x, state) : call_as<double>(x, state);
   }
 
-  void backward(const Array& x, const Array& h0, const MaybeArray& c0, bool reverse,
+  void backward(const Array& x, const Array& h0, const MaybeArray& c0,
+                const MaybeArray& lengths, const MaybeArray& resets, bool reverse,
                 const Array& y, const MaybeArray& saved, const MaybeArray& dy,
                 const MaybeArray& dh_n, const MaybeArray& dc_n, Array dx,
                 Array dweight_ih, Array dweight_hh, Array dbias_ih, Array dbias_hh,
@@ -150,6 +153,7 @@ class Weights {
     visit(true, [&]<class S>(const S* packed) {
       Backward<S> p{};
       sizes(p, x, reverse);
+      masks(p, lengths, resets);
       const auto& kernels = cell_.kernels<S>();
       const index GH = cell_.gates * p.H;
       p.x = read<S>(x, "x", {p.T, p.B, p.I});
@@ -303,6 +307,11 @@ class Weights {
     p.H = H_;
     p.reverse = reverse;
     if (p.T < 1 || p.B < 1 || p.I < 1 || p.H < 1) refuse("x");
+  }
+
+  static void masks(Steps& p, const MaybeArray& lengths, const MaybeArray& resets) {
+    p.lengths = read<index>(lengths, "lengths", {p.B});
+    p.resets = read<bool>(resets, "resets", {p.T, p.B});
   }
 
   const Isa& isa_;

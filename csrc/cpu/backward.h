@@ -5,6 +5,9 @@
 //
 // da lives in a ring of rows [slots][P], one step longer than a stretch because a step
 // reads the da of the step after it.
+//
+// What a row's step before is owed waits in direct_ and dc_ until that step is taken, or
+// until there is none and it is the gradient of h0 and c0.
 #pragma once
 
 #include "forward.h"
@@ -48,13 +51,15 @@ class BackwardPass {
   const Backward<S>& p_;
   const L layout_;
   const index stretch_, ring_, record_, da_stride_;
-  S* const da_;      // (ring, B, da_stride), each row (slots, P) and padding
-  S* const dc_;      // (B, P)
-  S* const direct_;  // (B, P) dh that reaches the step before past the matmul
-  S* const c0_;      // (B, P)
-  S* const dbias_;   // (slots, P)
-  S* const right_;   // panels of x and of h' for a block of depth
-  S* const left_;    // per thread: columns of da for that depth; or sums that wait
+  index* const schedules_;  // two per thread
+  S* const da_;             // (ring, B, da_stride), each row (slots, P) and padding
+  S* const dc_;             // (B, P)
+  S* const direct_;         // (B, P) dh that reaches the step before past the matmul
+  S* const c0_;             // (B, P)
+  S* const dbias_;          // (slots, P)
+  S* const zeros_;          // (P) of each thread
+  S* const right_;          // panels of x and of h' for a block of depth
+  S* const left_;           // per thread: columns of da for that depth; or sums that wait
 
  public:
   static index stretch(const Backward<S>& p, const L& layout) {
@@ -75,41 +80,46 @@ class BackwardPass {
     const L layout(p.I, p.H);
     const index rows = (stretch(p, layout) + 1) * p.B;
     const index right = right_width(p.I) + right_width(p.H);
-    return rows * layout.da_stride() + 3 * p.B * layout.P + slots * layout.P +
-           depth_of(p, layout) * right + threads * left_size;
+    return Schedule::elements<S>(p, 2 * threads) + rows * layout.da_stride() +
+           (3 * p.B + slots + threads) * layout.P + depth_of(p, layout) * right +
+           threads * left_size;
   }
 
-  BackwardPass(const Backward<S>& p, S* workspace)
+  BackwardPass(const Backward<S>& p, S* workspace, const Team& team)
       : p_(p),
         layout_(p.I, p.H),
         stretch_(stretch(p, layout_)),
         ring_(stretch_ + 1),
         record_(layout_.record()),
         da_stride_(layout_.da_stride()),
-        da_(workspace),
+        schedules_(reinterpret_cast<index*>(workspace) +
+                   2 * team.rank * Schedule::size(p)),
+        da_(workspace + Schedule::elements<S>(p, 2 * team.count)),
         dc_(da_ + ring_ * p.B * da_stride_),
         direct_(dc_ + p.B * layout_.P),
         c0_(direct_ + p.B * layout_.P),
         dbias_(c0_ + p.B * layout_.P),
-        right_(dbias_ + slots * layout_.P),
+        zeros_(dbias_ + (slots + team.rank) * layout_.P),
+        right_(dbias_ + (slots + team.count) * layout_.P),
         left_(right_ + depth_of(p, layout_) * (right_width(p.I) + right_width(p.H))) {}
 
   void run(const Team& team) const {
     const index panels = layout_.back_panels(p_.H);
-    const Blocks<L> own(layout_, p_.B, panels, team);
+    const Blocks<L> own(layout_, p_, panels, team, schedules_);
+    const Schedule all(p_, Team::single(), schedules_ + Schedule::size(p_));
     start(own);
     for (index end = p_.T; end > 0; end -= stretch_) {
       const index begin = end > stretch_ ? end - stretch_ : 0;
-      for (index s = end - 1; s >= begin; --s) {
-        step(own, s, team);
+      const index last = begin > 0 ? begin : -1;
+      for (index s = end - 1; s >= last; --s) {
+        take(own, s, team);
         if (!own.alone) team.meet();
       }
       if (own.alone) team.meet();
-      add_weight_gradients(team, begin, end);
-      write_dx(team, begin, end);
+      add_weight_gradients(all, team, begin, end);
+      write_dx(all, team, begin, end);
       if (own.alone) team.meet();
     }
-    finish(own, team);
   }
 
  private:
@@ -117,8 +127,8 @@ class BackwardPass {
   S* da(index s) const { return da_ + (s % ring_) * p_.B * da_stride_; }
   const S* saved(index s) const { return p_.saved + s * p_.B * record_; }
   const S* y(index s) const { return p_.y + p_.time(s) * p_.y_t; }
-  const S* h_before(index s, index b) const {
-    return s == 0 ? p_.h0 + b * p_.H : y(s - 1) + b * p_.y_b;
+  StateBefore<S> h_before(index s) const {
+    return {p_, s, zeros_, p_.h0, y(s > 0 ? s - 1 : 0), p_.H, p_.y_b};
   }
 
   Range units(const Blocks<L>& own) const {
@@ -150,63 +160,113 @@ class BackwardPass {
     });
   }
 
-  // dc and c0 into padded rows, the gradients of h_n where the last step looks for dh.
+  // dc and c0 into padded rows, the gradients of h_n where a row's last step looks for
+  // dh. They are those of h0 and c0 for rows of length 0.
   void start(const Blocks<L>& own) const {
-    const auto read = [](const S* from, index left) {
-      return from ? load_upto<V>(from, left) : V::broadcast(0);
+    const auto read = [](const S* from, index at, index left) {
+      return from ? load_upto<V>(from + at, left) : V::broadcast(0);
     };
-    // Padding of da stays zero: a product runs over it, and there 0 · inf would be NaN.
-    if (units(own).end == p_.H && p_.H % lanes != 0) {
-      for (index r = 0; r < ring_ * p_.B; ++r) {
-        const index b = r % p_.B;
-        if (b < own.rows.begin || b >= own.rows.end) continue;
+    const index working = own.rows.working();
+    for (index j = 0; j < layout_.P && p_.resets; ++j) zeros_[j] = 0;
+    for (index i = 0; i < own.rows.rows(); ++i) {
+      const index b = own.rows.row(i);
+      // Padding of da stays zero: a product runs over it, and there 0 · inf would be NaN.
+      for (index n = 0; n < ring_ && units(own).end == p_.H && p_.H % lanes != 0; ++n) {
         for (int slot = 0; slot < slots; ++slot) {
-          V::broadcast(0).store(da_ + r * da_stride_ + (slot + 1) * layout_.P - lanes);
+          S* const row = da_ + (n * p_.B + b) * da_stride_;
+          V::broadcast(0).store(row + (slot + 1) * layout_.P - lanes);
         }
       }
-    }
-    for (index b = own.rows.begin; b < own.rows.end; ++b) {
       for (index j = units(own).begin; j < units(own).end; j += lanes) {
-        const index from = b * p_.H + j, to = b * layout_.P + j, left = p_.H - j;
-        read(p_.dh_n ? p_.dh_n + from : nullptr, left).store(direct_ + to);
+        const index at = b * p_.H + j, to = b * layout_.P + j, left = p_.H - j;
+        const V dh = read(p_.dh_n, at, left);
+        dh.store(direct_ + to);
         if constexpr (Cell::has_c) {
-          read(p_.dc_n ? p_.dc_n + from : nullptr, left).store(dc_ + to);
-          read(p_.c0 + from, left).store(c0_ + to);
+          read(p_.dc_n, at, left).store(dc_ + to);
+          read(p_.c0, at, left).store(c0_ + to);
         }
+        if (i >= working) leave(b, j, dh);
       }
     }
   }
 
-  // dh[rows][columns] = Rᵀ da of the step after + dy + what reaches h past the matmul.
-  // At s = -1 that is the gradient of h0. Returns whether dh is complete.
+  // Where the rows of a step begin; at s = -1, which has none, those of step 0.
+  struct Step {
+    index s;
+    const S *saved, *y, *dy;
+    S *da, *da_after;
+    StateBefore<S> h_before, c_before;
+  };
+  Step find(index s) const {
+    const index now = s > 0 ? s : 0, before = s > 0 ? s - 1 : 0;
+    return {
+        s,
+        Cell::saves ? saved(now) : nullptr,
+        y(now),
+        p_.dy ? p_.dy + p_.time(now) * p_.dy_t : nullptr,
+        da(now),
+        da(s + 1),
+        h_before(s),
+        {p_, s, zeros_, c0_, Cell::has_c ? saved(before) + slots * layout_.P : nullptr,
+         layout_.P, record_}};
+  }
+
+  // What the cell reads and writes of the rows of a tile.
+  template <int rows>
+  struct CellRows {
+    const S *saved[rows], *h[rows], *h_prev[rows], *c_prev[rows], *dy[rows];
+    S *da[rows], *dc[rows], *direct[rows];
+  };
+  template <int rows>
+  CellRows<rows> find(const Step& step, const TileRows<rows>& tile) const {
+    CellRows<rows> of;
+    if constexpr (Cell::saves) {
+      tile.find(step.saved, record_, of.saved);
+    } else {
+      tile.find(step.y, p_.y_b, of.h);
+    }
+    if constexpr (Cell::has_direct) step.h_before.find(tile, of.h_prev);
+    if constexpr (Cell::has_c) step.c_before.find(tile, of.c_prev);
+    if constexpr (Cell::has_c) tile.find(dc_, layout_.P, of.dc);
+    if (step.dy) tile.find(step.dy, p_.dy_b, of.dy);
+    tile.find(step.da, da_stride_, of.da);
+    tile.find(direct_, layout_.P, of.direct);
+    return of;
+  }
+
+  // dh[rows][columns] of a tile's rows: Rᵀ da of the step after, unless there is none or
+  // it is a row's reset, + dy, for the first `taken` that take this step, + what reaches
+  // h past the matmul. Returns whether dh is complete.
   template <int width, int rows, int columns>
-  bool sum_dh(V (&dh)[rows][columns], index s, index row, index column, const Turn& turn,
-              const Team& team) const {
-    if (s < p_.T - 1) {
-      Rows<S, rows> next;
-      for (int r = 0; r < rows; ++r) next.p[r] = da(s + 1) + (row + r) * da_stride_;
+  bool sum_dh(V (&dh)[rows][columns], const Step& step, const TileRows<rows>& tile,
+              const CellRows<rows>& of, bool is_last, index taken, index row,
+              index column, const Turn& turn, const Team& team) const {
+    if (!is_last) {
+      Rows<S, rows> da;
+      tile.template find<const S*>(step.da_after, da_stride_, da.p);
       const S* const R =
           p_.weights ? p_.weights + layout_.back_recurrent_panels() : nullptr;
       if (!multiply_transposed<width, &L::Cell::recurrent_gate>(
-              dh, next, R, p_.weight_hh, p_.H, row, column, turn, left(team))) {
+              dh, da, R, p_.weight_hh, p_.H, row, column, turn, left(team))) {
         return false;
+      }
+      for (int r = 0; r < rows && p_.resets; ++r) {
+        if (!p_.is_reset(step.s + 1, tile.b[r])) continue;
+        for (V& sum : dh[r]) sum = V::broadcast(0);
       }
     } else if (turn.is_last()) {
       multiply<1>(dh, Zero{});
     } else {
       return false;
     }
-    const bool direct = Cell::has_direct || s == p_.T - 1;
+    const bool direct = Cell::has_direct || is_last;
     for (int n = 0; n < columns; ++n) {
       const index unit = column + n * lanes, left = p_.H - unit;
       if (unit >= layout_.P) break;
       for (int r = 0; r < rows; ++r) {
-        const index b = row + r;
-        if (p_.dy && s >= 0) {
-          const S* const dy = p_.dy + p_.time(s) * p_.dy_t + b * p_.dy_b;
-          dh[r][n] = dh[r][n] + load_upto<V>(dy + unit, left);
-        }
-        if (direct) dh[r][n] = dh[r][n] + V::load(direct_ + b * layout_.P + unit);
+        if (step.dy && r < taken)
+          dh[r][n] = dh[r][n] + load_upto<V>(of.dy[r] + unit, left);
+        if (direct) dh[r][n] = dh[r][n] + V::load(of.direct[r] + unit);
       }
     }
     return true;
@@ -257,110 +317,118 @@ class BackwardPass {
     return true;
   }
 
-  // Prefetches what the cell will read of row b: while the matmul runs it comes from
+  // Prefetches what the cell will read of a row: while the matmul runs it comes from
   // afar, in pieces too short for the machine to foresee.
-  void ask_for(index s, index b, index column, int columns) const {
+  template <int rows>
+  void ask_for(const CellRows<rows>& of, int r, index column, int columns) const {
     const auto ask = [&](const S* p) {
       for (int n = 0; n < columns; ++n) __builtin_prefetch(p + column + n * lanes);
     };
-    if constexpr (Cell::saves) {
-      const S* const record = saved(s) + b * record_;
-      for (int slot = 0; slot < slots + Cell::has_c; ++slot)
-        ask(record + slot * layout_.P);
+    for (int slot = 0; slot < slots + Cell::has_c && Cell::saves; ++slot) {
+      ask(of.saved[r] + slot * layout_.P);
     }
-    if (Cell::has_c && s > 0) ask(saved(s - 1) + b * record_ + slots * layout_.P);
-    if (Cell::has_direct) ask(h_before(s, b));
-    if (!Cell::saves) ask(y(s) + b * p_.y_b);
-    if (p_.dy) ask(p_.dy + p_.time(s) * p_.dy_t + b * p_.dy_b);
+    if (Cell::has_c) ask(of.c_prev[r]);
+    if (Cell::has_direct) ask(of.h_prev[r]);
+    if (!Cell::saves) ask(of.h[r]);
+    if (p_.dy) ask(of.dy[r]);
   }
 
-  void step(const Blocks<L>& own, index s, const Team& team) const {
+  // dh and dc through the cell of rows that take step s; of those that took the step
+  // after it as their first, they are the gradients of h0 and c0.
+  void take(const Blocks<L>& own, index s, const Team& team) const {
     const bool backwards = (team.step + s) % 2 != 0;
-    const S* const record = Cell::saves ? saved(s) : nullptr;
-    const S* c_prev = c0_;
-    if (Cell::has_c && s > 0) c_prev = saved(s - 1) + slots * layout_.P;
-    const index c_prev_b = s > 0 ? record_ : layout_.P;
-    S* const da_s = da(s);
-    for_columns(
-        own.rows, own.panels, p_.H, backwards,
-        [&]<int width, int rows, int columns>(index row, index column, const Turn& turn) {
-          V dh[rows][columns];
-          for (int r = 0; r < rows && turn.is_last(); ++r) {
-            ask_for(s, row + r, column, columns);
-          }
-          if (!sum_dh<width>(dh, s, row, column, turn, team)) return;
-          for (int n = 0; n < columns; ++n) {
-            const index unit = column + n * lanes, left = p_.H - unit;
-            if (unit >= layout_.P) break;
-            for (int r = 0; r < rows; ++r) {
-              const index b = row + r, at = b * layout_.P + unit;
-              V v[slots];
-              State<V> prev{}, now{};
-              V dc = V::broadcast(0);
-              if constexpr (Cell::saves) {
-                for (int slot = 0; slot < slots; ++slot) {
-                  v[slot] = V::load(record + b * record_ + slot * layout_.P + unit);
-                }
-              } else {
-                now.h = load_upto<V>(y(s) + b * p_.y_b + unit, left);
-              }
-              if constexpr (Cell::has_direct) {
-                prev.h = load_upto<V>(h_before(s, b) + unit, left);
-              }
-              if constexpr (Cell::has_c) {
-                prev.c = V::load(c_prev + b * c_prev_b + unit);
-                now.c = V::load(record + b * record_ + slots * layout_.P + unit);
-                dc = V::load(dc_ + at);
-              }
-              const State<V> d = Cell::backward(v, prev, now, dh[r][n], dc);
-              for (int slot = 0; slot < slots; ++slot) {
-                store_upto(v[slot], da_s + b * da_stride_ + slot * layout_.P + unit,
-                           left);
-              }
-              if constexpr (Cell::has_direct) d.h.store(direct_ + at);
-              if constexpr (Cell::has_c) d.c.store(dc_ + at);
-            }
-          }
-        });
+    const Step step = find(s);
+    const index taken = own.rows.count(s), later = own.rows.count(s + 1);
+    for (const bool is_last : {false, true}) {
+      const Range places =
+          is_last ? Range{later, taken > later ? taken : later} : Range{0, later};
+      for_columns(places, own.panels, p_.H, backwards,
+                  [&]<int width, int rows, int columns>(index row, index column,
+                                                        const Turn& turn) {
+                    const auto tile = own.rows.template tile<rows>(row);
+                    const CellRows<rows> of = find(step, tile);
+                    const index here = taken - row;
+                    for (int r = 0; r < rows && r < here && turn.is_last(); ++r) {
+                      ask_for(of, r, column, columns);
+                    }
+                    V dh[rows][columns];
+                    if (!sum_dh<width>(dh, step, tile, of, is_last, here, row, column,
+                                       turn, team)) {
+                      return;
+                    }
+                    for (int n = 0; n < columns; ++n) {
+                      const index unit = column + n * lanes;
+                      if (unit >= layout_.P) break;
+                      for (int r = 0; r < rows; ++r) {
+                        if (r < here) {
+                          apply_cell(of, r, unit, dh[r][n], p_.is_reset(s, tile.b[r]));
+                        } else {
+                          leave(tile.b[r], unit, dh[r][n]);
+                        }
+                      }
+                    }
+                  });
+    }
   }
 
-  void finish(const Blocks<L>& own, const Team& team) const {
-    for_columns(
-        own.rows, own.panels, p_.H, false,
-        [&]<int width, int rows, int columns>(index row, index column, const Turn& turn) {
-          V dh[rows][columns];
-          if (!sum_dh<width>(dh, -1, row, column, turn, team)) return;
-          for (int n = 0; n < columns; ++n) {
-            const index unit = column + n * lanes, left = p_.H - unit;
-            if (left <= 0) break;
-            for (int r = 0; r < rows; ++r) {
-              const index to = (row + r) * p_.H + unit;
-              store_upto(dh[r][n], p_.dh0 + to, left);
-              if constexpr (Cell::has_c) {
-                store_upto(V::load(dc_ + (row + r) * layout_.P + unit), p_.dc0 + to,
-                           left);
-              }
-            }
-          }
-        });
+  // From dh to da for a vector of units, and what the step before is owed.
+  template <int rows>
+  void apply_cell(const CellRows<rows>& of, int r, index unit, V dh,
+                  bool is_reset) const {
+    const index left = p_.H - unit;
+    V v[slots];
+    State<V> prev{}, now{};
+    V dc = V::broadcast(0);
+    if constexpr (Cell::saves) {
+      for (int slot = 0; slot < slots; ++slot) {
+        v[slot] = V::load(of.saved[r] + slot * layout_.P + unit);
+      }
+    } else {
+      now.h = load_upto<V>(of.h[r] + unit, left);
+    }
+    if constexpr (Cell::has_direct) prev.h = load_upto<V>(of.h_prev[r] + unit, left);
+    if constexpr (Cell::has_c) {
+      prev.c = V::load(of.c_prev[r] + unit);
+      now.c = V::load(of.saved[r] + slots * layout_.P + unit);
+      dc = V::load(of.dc[r] + unit);
+    }
+    State<V> d = Cell::backward(v, prev, now, dh, dc);
+    for (int slot = 0; slot < slots; ++slot) {
+      store_upto(v[slot], of.da[r] + slot * layout_.P + unit, left);
+    }
+    if (is_reset) d = {V::broadcast(0), V::broadcast(0)};
+    if constexpr (Cell::has_direct) d.h.store(of.direct[r] + unit);
+    if constexpr (Cell::has_c) d.c.store(of.dc[r] + unit);
+  }
+
+  // The gradients of row b's h0 and c0.
+  void leave(index b, index unit, V dh) const {
+    const index to = b * p_.H + unit, left = p_.H - unit;
+    store_upto(dh, p_.dh0 + to, left);
+    if constexpr (Cell::has_c) {
+      store_upto(V::load(dc_ + b * layout_.P + unit), p_.dc0 + to, left);
+    }
   }
 
   // dx = Wᵀ da, rows of the stretch shared out.
-  void write_dx(const Team& team, index begin, index end) const {
-    const Range own = team.share((end - begin) * p_.B, L::back_tile);
+  void write_dx(const Schedule& all, const Team& team, index begin, index end) const {
+    for (index s = begin; s < end; ++s) {
+      for (index i = all.count(s) + team.rank; i < all.rows(); i += team.count) {
+        S* const dx = p_.dx + p_.time(s) * p_.dx_t + all.row(i) * p_.dx_b;
+        for (index n = 0; n < p_.I; ++n) dx[n] = 0;
+      }
+    }
+    const Range own = team.share(all.count(begin, end), L::back_tile);
     for_columns(
         own, {0, layout_.back_panels(p_.I)}, p_.I, false,
         [&]<int width, int rows, int columns>(index row, index column, const Turn& turn) {
           Rows<S, rows> a;
           S* to[rows];
-          index s = begin + row / p_.B, b = row % p_.B;
-          for (int r = 0; r < rows; ++r) {
-            a.p[r] = da(s) + b * da_stride_ + L::first_input * layout_.P;
-            to[r] = p_.dx + p_.time(s) * p_.dx_t + b * p_.dx_b;
-            if (++b == p_.B) {
-              b = 0;
-              ++s;
-            }
+          Schedule::Entry next = all.entry(begin, row);
+          for (int r = 0; r < rows; ++r, all.advance(next)) {
+            const index b = all.row(next.place);
+            a.p[r] = da(next.s) + b * da_stride_ + L::first_input * layout_.P;
+            to[r] = p_.dx + p_.time(next.s) * p_.dx_t + b * p_.dx_b;
           }
           V dx[rows][columns];
           if (!multiply_transposed<width, &L::Cell::input_gate>(
@@ -379,21 +447,19 @@ class BackwardPass {
 
   // dW += daᵀ x, dR += daᵀ h', db += Σ da over the stretch; columns of da shared out.
   // Sums run over the rows of a depth block in order and then over the blocks.
-  void add_weight_gradients(const Team& team, index begin, index end) const {
+  void add_weight_gradients(const Schedule& all, const Team& team, index begin,
+                            index end) const {
     const Range own = team.share(slots * layout_.P, grad_tile);
-    const index rows = (end - begin) * p_.B;
+    const index rows = all.count(begin, end);
     for (index done = 0; done < rows; done += grad_depth) {
       const index depth = rows - done < grad_depth ? rows - done : grad_depth;
       const S *da_row[grad_depth], *x_row[grad_depth], *h_row[grad_depth];
-      index s = begin + done / p_.B, b = done % p_.B;
-      for (index k = 0; k < depth; ++k) {
-        da_row[k] = da(s) + b * da_stride_;
-        x_row[k] = p_.x + p_.time(s) * p_.x_t + b * p_.x_b;
-        h_row[k] = h_before(s, b);
-        if (++b == p_.B) {
-          b = 0;
-          ++s;
-        }
+      Schedule::Entry next = all.entry(begin, done);
+      for (index k = 0; k < depth; ++k, all.advance(next)) {
+        const index b = all.row(next.place);
+        da_row[k] = da(next.s) + b * da_stride_;
+        x_row[k] = p_.x + p_.time(next.s) * p_.x_t + b * p_.x_b;
+        h_row[k] = h_before(next.s)(b);
       }
       const bool first = end == p_.T && done == 0;
       if (depth <= few_rows) {

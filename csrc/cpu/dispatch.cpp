@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <stdexcept>
 
 #include "machine.h"
@@ -149,10 +150,12 @@ struct Workforce {
   bool brief;
 };
 
-Workforce workforce(const Sizes& p, int gates, double passes) {
-  const double per_row = 2.0 * gates * static_cast<double>(p.H);
-  const double step = per_row * static_cast<double>(p.H * p.B);
-  const double input = per_row * static_cast<double>(p.I * p.B);
+Workforce workforce(const Steps& p, int gates, double passes) {
+  const index rows =
+      p.lengths ? std::accumulate(p.lengths, p.lengths + p.B, index{0}) : p.T * p.B;
+  const double per_step = 2.0 * gates * static_cast<double>(p.H * rows) / p.T;
+  const double step = per_step * static_cast<double>(p.H);
+  const double input = per_step * static_cast<double>(p.I);
   const double all = passes * static_cast<double>(p.T) * (step + input);
   const double most = std::min(all / work_per_thread,
                                (step + (p.T == 1 ? input : 0)) / step_work_per_thread);
@@ -191,8 +194,9 @@ void pack(const Kernels<S>& kernels, const Parameters<S>& parameters, bool backw
 
 template <class S>
 void run(const Kernels<S>& kernels, int gates, const Forward<S>& problem) {
-  S* const scratch = workspace<S>(kernels.forward_workspace(problem));
-  with_team(workforce(problem, gates, 1), problem.T,
+  const Workforce force = workforce(problem, gates, 1);
+  S* const scratch = workspace<S>(kernels.forward_workspace(problem, force.threads));
+  with_team(force, problem.T,
             [&](const Team& team) { kernels.forward(problem, scratch, team); });
 }
 

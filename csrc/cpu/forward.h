@@ -6,10 +6,13 @@
 //
 // Pre-activations live in a ring of row records [slots | c][P]. In training the ring is
 // `saved` itself and holds every step.
+//
+// A row's state before a step is found by pointers, so masks cost no copies: a row that
+// is reset reads zeros instead, and one whose sequence starts late reads h0 then.
 #pragma once
 
 #include "pack.h"
-#include "team.h"
+#include "schedule.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
@@ -17,19 +20,22 @@ namespace fusedrnn::FUSEDRNN_ARCH {
 // recurrent weights fit a core's own cache beside the rest.
 template <class L>
 struct Blocks {
-  Range rows, panels;
+  bool by_rows;
   bool alone;  // no other thread computes what this one reads
+  Schedule rows;
+  Range panels;
 
-  Blocks(const L& layout, index B, index panels_total, const Team& team) {
-    constexpr index own_cache = 512 * 1024;
-    const index recurrent_bytes =
-        layout.panels() * layout.panel_size(layout.H) * sizeof(typename L::V::scalar);
-    const bool by_rows = B >= L::tile * team.count &&
-                         (recurrent_bytes <= own_cache || panels_total < team.count);
-    alone = by_rows || team.count == 1;
-    rows = by_rows ? team.share(B) : Range{0, B};
-    panels = by_rows ? Range{0, panels_total} : team.share(panels_total);
-  }
+  Blocks(const L& layout, const Steps& p, index panels_total, const Team& team,
+         index* memory)
+      : by_rows(p.B >= L::tile * team.count &&
+                (layout.panels() * layout.panel_bytes(layout.H) <= own_cache ||
+                 panels_total < team.count)),
+        alone(by_rows || team.count == 1),
+        rows(p, by_rows ? team : Team::single(), memory),
+        panels(by_rows ? Range{0, panels_total} : team.share(panels_total)) {}
+
+ private:
+  static constexpr index own_cache = 512 * 1024;
 };
 
 // Where the sums of a tile of panels start: at the bias (slots, P), or at what a record
@@ -79,8 +85,10 @@ class ForwardPass {
   const bool fused_;    // W·x within the step
   const index record_;  // values per row in the ring
   const index ring_;    // steps in the ring
+  index* const schedule_;
+  S* const zeros_;  // (P) of each thread
+  S* const c0_;     // (B, P)
   S* const records_;
-  S* const c0_;  // (B, P)
   const S* const bias_;
 
  public:
@@ -96,13 +104,14 @@ class ForwardPass {
     return steps < p.T ? steps : p.T;
   }
   static bool records_are_saved(const Forward<S>& p) { return p.saved && Cell::saves; }
-  static index workspace(const Forward<S>& p) {
+  static index workspace(const Forward<S>& p, int threads) {
     const L layout(p.I, p.H);
     const index ring = records_are_saved(p) ? 0 : stretch(p, layout);
-    return p.B * layout.P + ring * p.B * layout.record();
+    return Schedule::elements<S>(p, threads) + (threads + p.B) * layout.P +
+           ring * p.B * layout.record();
   }
 
-  ForwardPass(const Forward<S>& p, S* workspace)
+  ForwardPass(const Forward<S>& p, S* workspace, const Team& team)
       : p_(p),
         layout_(p.I, p.H),
         save_(records_are_saved(p)),
@@ -110,26 +119,29 @@ class ForwardPass {
         fused_(stretch_ == 1),
         record_(layout_.record()),
         ring_(save_ ? p.T : stretch_),
-        records_(save_ ? p.saved : workspace + p.B * layout_.P),
-        c0_(workspace),
+        schedule_(reinterpret_cast<index*>(workspace) + team.rank * Schedule::size(p)),
+        zeros_(workspace + Schedule::elements<S>(p, team.count) + team.rank * layout_.P),
+        c0_(zeros_ + (team.count - team.rank) * layout_.P),
+        records_(save_ ? p.saved : c0_ + p.B * layout_.P),
         bias_(p.weights) {}
 
   void run(const Team& team) const {
-    const Blocks<L> own(layout_, p_.B, layout_.panels(), team);
-    if constexpr (Cell::has_c) read_c0(own);
+    const Blocks<L> own(layout_, p_, layout_.panels(), team, schedule_);
+    start(own);
     for (index begin = 0; begin < p_.T; begin += stretch_) {
       const index end = begin + stretch_ < p_.T ? begin + stretch_ : p_.T;
       if (!fused_) multiply_inputs(own, begin, end);
       for (index s = begin; s < end; ++s) {
         step(own, s, (team.step + s) % 2 != 0);
+        finish_rows(own, s);
         if (!own.alone) team.meet();
       }
     }
-    write_state(own);
   }
 
  private:
   S* records(index s) const { return records_ + (s % ring_) * p_.B * record_; }
+  S* y(index s) const { return p_.y + p_.time(s) * p_.y_t; }
   index units_left(index unit) const { return p_.H - unit; }
 
   Blocking blocking(index depth) const {
@@ -141,41 +153,57 @@ class ForwardPass {
     return {own.panels.begin * L::panel_units, end < p_.H ? end : p_.H};
   }
 
-  void read_c0(const Blocks<L>& own) const {
-    for (index b = own.rows.begin; b < own.rows.end; ++b) {
-      for (index j = units(own).begin; j < units(own).end; j += lanes) {
+  // c0 into padded rows. The rows of length 0 leave the state as it was.
+  void start(const Blocks<L>& own) const {
+    for (index j = 0; j < layout_.P && p_.resets; ++j) zeros_[j] = 0;
+    const Range own_units = units(own);
+    for (index i = 0; i < own.rows.rows() && Cell::has_c; ++i) {
+      const index b = own.rows.row(i);
+      for (index j = own_units.begin; j < own_units.end; j += lanes) {
         load_upto<V>(p_.c0 + b * p_.H + j, units_left(j)).store(c0_ + b * layout_.P + j);
       }
     }
+    for (index i = own.rows.working(); i < own.rows.rows(); ++i) {
+      const index b = own.rows.row(i);
+      leave(b, p_.h0 + b * p_.H, c0_ + b * layout_.P, own_units);
+    }
   }
 
-  void write_state(const Blocks<L>& own) const {
-    const S* y = p_.y + p_.time(p_.T - 1) * p_.y_t;
-    const S* c = records(p_.T - 1) + slots * layout_.P;
-    for (index b = own.rows.begin; b < own.rows.end; ++b) {
-      for (index j = units(own).begin; j < units(own).end; ++j) {
-        p_.h_n[b * p_.H + j] = y[b * p_.y_b + j];
-        if constexpr (Cell::has_c) p_.c_n[b * p_.H + j] = c[b * record_ + j];
-      }
+  // The state of row b after its last step.
+  void leave(index b, const S* h, const S* c, Range own_units) const {
+    for (index j = own_units.begin; j < own_units.end; ++j) {
+      p_.h_n[b * p_.H + j] = h[j];
+      if constexpr (Cell::has_c) p_.c_n[b * p_.H + j] = c[j];
+    }
+  }
+
+  // Rows for which s was the last step leave their state; those that do not take it have
+  // no h.
+  void finish_rows(const Blocks<L>& own, index s) const {
+    const Range own_units = units(own);
+    for (index i = own.rows.count(s + 1); i < own.rows.count(s); ++i) {
+      const index b = own.rows.row(i);
+      leave(b, y(s) + b * p_.y_b, records(s) + b * record_ + slots * layout_.P,
+            own_units);
+    }
+    for (index i = own.rows.count(s); i < own.rows.rows(); ++i) {
+      S* const h = y(s) + own.rows.row(i) * p_.y_b;
+      for (index j = own_units.begin; j < own_units.end; ++j) h[j] = 0;
     }
   }
 
   // a = bias + W x for own rows and units of steps [begin, end), into the records.
   void multiply_inputs(const Blocks<L>& own, index begin, index end) const {
-    const index height = own.rows.end - own.rows.begin;
     for_blocks<V, L::width, L::tile>(
-        {0, (end - begin) * height}, own.panels, blocking(p_.I), false,
+        {0, own.rows.count(begin, end)}, own.panels, blocking(p_.I), false,
         [&]<int rows, int together>(index row, index panel, const Turn& turn) {
           Rows<S, rows> x;
           S* to[rows];
-          index s = begin + row / height, b = own.rows.begin + row % height;
-          for (int r = 0; r < rows; ++r) {
-            x.p[r] = p_.x + p_.time(s) * p_.x_t + b * p_.x_b;
-            to[r] = records(s) + b * record_;
-            if (++b == own.rows.end) {
-              b = own.rows.begin;
-              ++s;
-            }
+          Schedule::Entry next = own.rows.entry(begin, row);
+          for (int r = 0; r < rows; ++r, own.rows.advance(next)) {
+            const index b = own.rows.row(next.place);
+            x.p[r] = p_.x + p_.time(next.s) * p_.x_t + b * p_.x_b;
+            to[r] = records(next.s) + b * record_;
           }
           V a[rows][together * L::sums];
           sum<together, true, false>(a, bias(panel), panel, turn, x, {});
@@ -191,26 +219,25 @@ class ForwardPass {
   }
 
   void step(const Blocks<L>& own, index s, bool backwards) const {
+    const index before = s > 0 ? s - 1 : 0;
+    const StateBefore<S> h_before{p_, s, zeros_, p_.h0, y(before), p_.H, p_.y_b};
+    const StateBefore<S> c_before{
+        p_, s, zeros_, c0_, records(before) + slots * layout_.P, layout_.P, record_};
     const S* const x = p_.x + p_.time(s) * p_.x_t;
-    const S* h_prev = s == 0 ? p_.h0 : p_.y + p_.time(s - 1) * p_.y_t;
-    const index h_prev_b = s == 0 ? p_.H : p_.y_b;
-    S* const record = records(s);
-    const S* c_prev = s == 0 ? c0_ : records(s - 1) + slots * layout_.P;
-    const index c_prev_b = s == 0 ? layout_.P : record_;
-    S* const y = p_.y + p_.time(s) * p_.y_t;
-
+    S *const record = records(s), *const y_now = y(s);
     for_blocks<V, L::width, L::tile>(
-        own.rows, own.panels, blocking(fused_ ? p_.I + p_.H : p_.H), backwards,
-        [&]<int rows, int together>(index row, index panel, const Turn& turn) {
-          S* at[rows];
-          for (int r = 0; r < rows; ++r) at[r] = record + (row + r) * record_;
-
+        {0, own.rows.count(s)}, own.panels, blocking(fused_ ? p_.I + p_.H : p_.H),
+        backwards, [&]<int rows, int together>(index row, index panel, const Turn& turn) {
+          const auto tile = own.rows.template tile<rows>(row);
+          S *at[rows], *y_row[rows];
+          tile.find(record, record_, at);
+          tile.find(y_now, p_.y_b, y_row);
           Rows<S, rows> x_rows, h;
-          for (int r = 0; r < rows; ++r) {
-            x_rows.p[r] = x + (row + r) * p_.x_b;
-            h.p[r] = h_prev + (row + r) * h_prev_b;
-          }
-          ask_for<together>(at, y + row * p_.y_b, panel);
+          tile.find(x, p_.x_b, x_rows.p);
+          h_before.find(tile, h.p);
+          const S* c[rows];
+          if constexpr (Cell::has_c) c_before.find(tile, c);
+          ask_for<together>(at, y_row, panel);
           V a[rows][together * L::sums];
           if (fused_) {
             sum<together, true, true>(a, bias(panel), panel, turn, x_rows, h);
@@ -229,10 +256,10 @@ class ForwardPass {
               State<V> prev{};
               if constexpr (Cell::has_direct) prev.h = load_upto<V>(h.p[r] + unit, left);
               if constexpr (Cell::has_c) {
-                prev.c = V::load(c_prev + (row + r) * c_prev_b + unit);
+                prev.c = V::load(c[r] + unit);
               }
               const State<V> now = Cell::forward(v, prev);
-              store_upto(now.h, y + (row + r) * p_.y_b + unit, left);
+              store_upto(now.h, y_row[r] + unit, left);
               if constexpr (Cell::has_c) now.c.store(at[r] + slots * layout_.P + unit);
               if (save_) {
                 for (int slot = 0; slot < slots; ++slot) {
@@ -247,10 +274,10 @@ class ForwardPass {
   // Prefetches what the cell will write, which in training no step before has touched:
   // while the matmul runs, its lines come from afar.
   template <int together, int rows>
-  void ask_for(S* const (&record)[rows], S* y, index panel) const {
+  void ask_for(S* const (&record)[rows], S* const (&y)[rows], index panel) const {
     each_unit_vector<together>(panel, [&](int, index unit) {
       for (int r = 0; r < rows; ++r) {
-        __builtin_prefetch(y + r * p_.y_b + unit, 1);
+        __builtin_prefetch(y[r] + unit, 1);
         if (!save_) continue;
         for (int slot = 0; slot < slots + Cell::has_c; ++slot) {
           __builtin_prefetch(record[r] + slot * layout_.P + unit, 1);

@@ -32,15 +32,17 @@ constexpr Kernels<S> kernels_of() {
         if (!borrow) pack_backward<L>(p, to, team);
       },
       [](index I, index H) { return L(I, H).saved(); },
-      [](const Forward<S>& p) { return ForwardPass<CellOf, S>::workspace(p); },
+      [](const Forward<S>& p, int threads) {
+        return ForwardPass<CellOf, S>::workspace(p, threads);
+      },
       [](const Forward<S>& p, S* workspace, const Team& team) {
-        ForwardPass<CellOf, S>(p, workspace).run(team);
+        ForwardPass<CellOf, S>(p, workspace, team).run(team);
       },
       [](const Backward<S>& p, int threads) {
         return BackwardPass<CellOf, S>::workspace(p, threads);
       },
       [](const Backward<S>& p, S* workspace, const Team& team) {
-        BackwardPass<CellOf, S>(p, workspace).run(team);
+        BackwardPass<CellOf, S>(p, workspace, team).run(team);
       },
   };
 }

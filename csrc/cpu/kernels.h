@@ -16,7 +16,7 @@ struct Kernels {
   index (*packed_size)(index I, index H, bool backward, bool borrow);
   void (*pack)(const Parameters<S>&, bool backward, bool borrow, S* to, const Team&);
   index (*saved_size)(index I, index H);  // per step and row
-  index (*forward_workspace)(const Forward<S>&);
+  index (*forward_workspace)(const Forward<S>&, int threads);
   void (*forward)(const Forward<S>&, S* workspace, const Team&);
   index (*backward_workspace)(const Backward<S>&, int threads);
   void (*backward)(const Backward<S>&, S* workspace, const Team&);

@@ -40,6 +40,8 @@ struct Team {
   void meet() const {
     if (count > 1) barrier->wait(rank, count);
   }
+  // One thread for itself.
+  static Team single() { return {0, 1, nullptr}; }
   // This thread's part of n things, in whole multiples of `grain`.
   Range share(index n, index grain = 1) const {
     const index grains = (n + grain - 1) / grain;

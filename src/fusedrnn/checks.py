@@ -12,14 +12,19 @@ from .reference import Array
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-def array(name: str, value: Any, dtype: np.dtype[Any] | None = None) -> Array:
-    """Return `value` as an array of float32 or float64, or of `dtype` where that is given."""
-    if value is None:
-        raise TypeError(f"{name} must be an array, got None")
+def _as_array(name: str, value: Any) -> Array:
     try:
         found: Array = np.asarray(value)
     except ValueError as error:  # ragged lists
         raise TypeError(f"{name} must be an array: {error}") from None
+    return found
+
+
+def array(name: str, value: Any, dtype: np.dtype[Any] | None = None) -> Array:
+    """Return `value` as an array of float32 or float64, or of `dtype` where that is given."""
+    if value is None:
+        raise TypeError(f"{name} must be an array, got None")
+    found = _as_array(name, value)
     if dtype is not None:
         if found.dtype != dtype:
             raise TypeError(f"{name} must be {dtype} like x, got {found.dtype}")
@@ -67,6 +72,30 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
     return bool(value)
+
+
+def lengths(value: Any, T: int, batch: tuple[int, ...]) -> Array:
+    """Return a copy of the rows' lengths as intp."""
+    found = _as_array("lengths", value)
+    if found.dtype.kind not in "iu":
+        raise TypeError(f"lengths must be integers, got {found.dtype}")
+    if not batch and found.ndim:
+        raise ValueError(f"lengths must be one integer for x (T, I), got shape {found.shape}")
+    shape("lengths", found, batch, "(B,)")
+    wrong = (found < 0) | (found > T)
+    if wrong.any():
+        raise ValueError(f"lengths must be from 0 to T = {T}, got {found[wrong][0]}")
+    return found.astype(np.intp)
+
+
+def resets(value: Any, expected: tuple[int, ...], axes: str) -> Array:
+    """Return a copy of the resets."""
+    found = _as_array("resets", value)
+    if found.dtype != bool:
+        raise TypeError(f"resets must be bool, got {found.dtype}")
+    shape("resets", found, expected, axes)
+    copy: Array = found != 0  # in a view of integers as bool not every byte is 0 or 1
+    return copy
 
 
 def output(out: Any, expected: tuple[int, ...], meaning: str, x: Array) -> Array:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from . import checks, kernel
 from ._cpu import Weights
@@ -26,6 +27,7 @@ class _Call:
 
     cell: Cell
     unbatched: bool
+    masks: kernel.Masks
     reverse: bool
     x: Array
     parameters: tuple[Array, Array, Array | None, Array | None]
@@ -55,6 +57,8 @@ def _check(
     bias_ih: Any,
     bias_hh: Any,
     states: tuple[Any, ...],
+    lengths: Any,
+    resets: Any,
     reverse: Any,
     out: Any = None,
 ) -> _Call:
@@ -90,6 +94,11 @@ def _check(
             value = checks.array(f"{letter}0", value, dtype)
             checks.shape(f"{letter}0", value, (*batch, H), meaning)
             state.append(kernel.contiguous(value))
+    if lengths is not None:
+        lengths = checks.lengths(lengths, len(x), batch).reshape(-1)
+    if resets is not None:
+        axes = "(T,)" if unbatched else "(T, B)"
+        resets = checks.resets(resets, x.shape[:-1], axes)
     reverse = checks.flag("reverse", reverse)
     shape_y = (*x.shape[:-1], H)
     if out is None:
@@ -105,26 +114,38 @@ def _check(
         x, y = x[:, None], y[:, None]
         state = [a[None] for a in state]
         final = tuple(a[None] for a in final)
+        resets = None if resets is None else resets[:, None]
     return _Call(
-        cell, unbatched, reverse, x, (weight_ih, weight_hh, *biases), tuple(state), y, final
+        cell,
+        unbatched,
+        kernel.Masks(lengths, resets),
+        reverse,
+        x,
+        (weight_ih, weight_hh, *biases),
+        tuple(state),
+        y,
+        final,
     )
 
 
 def _forward(call: _Call) -> tuple[Array, ...]:
-    kernel.forward(call.pack(), call.x, call.state, call.reverse, call.y, call.final)
+    kernel.forward(
+        call.pack(), call.x, call.state, call.masks, call.reverse, call.y, call.final
+    )
     return call.results()
 
 
 def _vjp(call: _Call) -> tuple[tuple[Array, ...], Callable[..., tuple[Any, ...]]]:
     weights = call.pack()
     saved = kernel.forward(
-        weights, call.x, call.state, call.reverse, call.y, call.final, save=True
+        weights, call.x, call.state, call.masks, call.reverse, call.y, call.final, save=True
     )
     tape = kernel.Tape(
         call.cell,
         call.pack(forward=weights),
         call.x,
         call.state,
+        call.masks,
         call.reverse,
         call.y,
         saved,
@@ -172,6 +193,8 @@ def lstm(
     h0: Array | None = None,
     c0: Array | None = None,
     *,
+    lengths: npt.ArrayLike | None = None,
+    resets: npt.ArrayLike | None = None,
     reverse: bool = False,
     out: Array | None = None,
 ) -> tuple[Array, Array, Array]:
@@ -190,7 +213,12 @@ def lstm(
     weight_hh: (4*H, H).
     bias_ih, bias_hh: (4*H,), or None for none.
     h0, c0: (B, H) or (H,), the state before the first step, or None for zeros.
-    reverse: go from the last time to the first; y[t] stays beside x[t].
+    lengths: (B,) integers 0 to T in any order, one for x (T, I), or None for T. Row b takes
+        the steps of times below lengths[b] alone: beyond them its y is 0 and x is not read,
+        and h_n and c_n are of its last step.
+    resets: (T, B) or (T,) bool, or None for none. Where true, the h and c that enter that
+        step are 0.
+    reverse: go from the last time of each row to the first; y[t] stays beside x[t].
     out: an array to write y into, its last axis contiguous.
 
     Returns
@@ -217,7 +245,17 @@ def lstm(
     ((5, 2, 4), True)
     """
     call = _check(
-        CELLS["lstm"], x, weight_ih, weight_hh, bias_ih, bias_hh, (h0, c0), reverse, out
+        CELLS["lstm"],
+        x,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        (h0, c0),
+        lengths,
+        resets,
+        reverse,
+        out,
     )
     y, h_n, c_n = _forward(call)
     return y, h_n, c_n
@@ -232,6 +270,8 @@ def lstm_vjp(
     h0: Array | None = None,
     c0: Array | None = None,
     *,
+    lengths: npt.ArrayLike | None = None,
+    resets: npt.ArrayLike | None = None,
     reverse: bool = False,
 ) -> tuple[tuple[Array, Array, Array], Callable[..., LSTMGrads]]:
     """Run `lstm` and return a function that computes its gradients.
@@ -255,7 +295,18 @@ def lstm_vjp(
     (16, 4)
     """
     results, pull = _vjp(
-        _check(CELLS["lstm"], x, weight_ih, weight_hh, bias_ih, bias_hh, (h0, c0), reverse)
+        _check(
+            CELLS["lstm"],
+            x,
+            weight_ih,
+            weight_hh,
+            bias_ih,
+            bias_hh,
+            (h0, c0),
+            lengths,
+            resets,
+            reverse,
+        )
     )
     y, h_n, c_n = results
 
@@ -275,6 +326,8 @@ def gru(
     bias_hh: Array | None = None,
     h0: Array | None = None,
     *,
+    lengths: npt.ArrayLike | None = None,
+    resets: npt.ArrayLike | None = None,
     reverse: bool = False,
     out: Array | None = None,
 ) -> tuple[Array, Array]:
@@ -294,7 +347,11 @@ def gru(
     weight_hh: (3*H, H).
     bias_ih, bias_hh: (3*H,), or None for none.
     h0: (B, H) or (H,), the state before the first step, or None for zeros.
-    reverse: go from the last time to the first; y[t] stays beside x[t].
+    lengths: (B,) integers 0 to T in any order, one for x (T, I), or None for T. Row b takes
+        the steps of times below lengths[b] alone: beyond them its y is 0 and x is not read,
+        and h_n is of its last step.
+    resets: (T, B) or (T,) bool, or None for none. Where true, the h that enters that step is 0.
+    reverse: go from the last time of each row to the first; y[t] stays beside x[t].
     out: an array to write y into, its last axis contiguous.
 
     Returns
@@ -318,7 +375,19 @@ def gru(
     (5, 2, 4)
     """
     y, h_n = _forward(
-        _check(CELLS["gru"], x, weight_ih, weight_hh, bias_ih, bias_hh, (h0,), reverse, out)
+        _check(
+            CELLS["gru"],
+            x,
+            weight_ih,
+            weight_hh,
+            bias_ih,
+            bias_hh,
+            (h0,),
+            lengths,
+            resets,
+            reverse,
+            out,
+        )
     )
     return y, h_n
 
@@ -331,6 +400,8 @@ def gru_vjp(
     bias_hh: Array | None = None,
     h0: Array | None = None,
     *,
+    lengths: npt.ArrayLike | None = None,
+    resets: npt.ArrayLike | None = None,
     reverse: bool = False,
 ) -> tuple[tuple[Array, Array], Callable[..., Grads]]:
     """Run `gru` and return a function that computes its gradients.
@@ -351,7 +422,9 @@ def gru_vjp(
     >>> pullback(2 * y).x.shape
     (5, 2, 3)
     """
-    call = _check(CELLS["gru"], x, weight_ih, weight_hh, bias_ih, bias_hh, (h0,), reverse)
+    call = _check(
+        CELLS["gru"], x, weight_ih, weight_hh, bias_ih, bias_hh, (h0,), lengths, resets, reverse
+    )
     return _one_state_vjp(call)
 
 
@@ -364,6 +437,8 @@ def rnn(
     h0: Array | None = None,
     *,
     nonlinearity: Nonlinearity = "tanh",
+    lengths: npt.ArrayLike | None = None,
+    resets: npt.ArrayLike | None = None,
     reverse: bool = False,
     out: Array | None = None,
 ) -> tuple[Array, Array]:
@@ -381,7 +456,11 @@ def rnn(
     bias_ih, bias_hh: (H,), or None for none.
     h0: (B, H) or (H,), the state before the first step, or None for zeros.
     nonlinearity: φ, "tanh", "relu" or "identity" (a linear recurrence).
-    reverse: go from the last time to the first; y[t] stays beside x[t].
+    lengths: (B,) integers 0 to T in any order, one for x (T, I), or None for T. Row b takes
+        the steps of times below lengths[b] alone: beyond them its y is 0 and x is not read,
+        and h_n is of its last step.
+    resets: (T, B) or (T,) bool, or None for none. Where true, the h that enters that step is 0.
+    reverse: go from the last time of each row to the first; y[t] stays beside x[t].
     out: an array to write y into, its last axis contiguous.
 
     Returns
@@ -412,6 +491,8 @@ def rnn(
             bias_ih,
             bias_hh,
             (h0,),
+            lengths,
+            resets,
             reverse,
             out,
         )
@@ -428,6 +509,8 @@ def rnn_vjp(
     h0: Array | None = None,
     *,
     nonlinearity: Nonlinearity = "tanh",
+    lengths: npt.ArrayLike | None = None,
+    resets: npt.ArrayLike | None = None,
     reverse: bool = False,
 ) -> tuple[tuple[Array, Array], Callable[..., Grads]]:
     """Run `rnn` and return a function that computes its gradients.
@@ -446,7 +529,16 @@ def rnn_vjp(
     """
     return _one_state_vjp(
         _check(
-            rnn_cell(nonlinearity), x, weight_ih, weight_hh, bias_ih, bias_hh, (h0,), reverse
+            rnn_cell(nonlinearity),
+            x,
+            weight_ih,
+            weight_hh,
+            bias_ih,
+            bias_hh,
+            (h0,),
+            lengths,
+            resets,
+            reverse,
         )
     )
 

@@ -1,14 +1,15 @@
 """One layer in one direction: allocate what the compiled kernel writes, and call it.
 
 Everything here is checked already: arrays have one dtype, x is (T, B, I), states are
-(B, H). Strides are free. T = 0 and B = 0, which the kernels never see, end here.
+(B, H). Strides are free. T = 0 and B = 0, which the kernels never see, end here, as do
+times beyond the longest row.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,17 +66,39 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     return allocate(shape, dtype) if large else np.empty(shape, dtype)
 
 
+class Masks(NamedTuple):
+    """Which steps rows take, None for all, and where their state starts anew."""
+
+    lengths: Array | None  # (B,) intp
+    resets: Array | None  # (T, B)
+
+    def within(self, T: int) -> tuple[int, Array | None, Array | None]:
+        """Return the time at which the longest row ends, and both masks up to there."""
+        if self.lengths is not None:
+            T = int(self.lengths.max(initial=0))
+        resets = self.resets
+        return T, self.lengths, None if resets is None else np.ascontiguousarray(resets[:T])
+
+
+NO_MASKS = Masks(None, None)
+
+
 def forward(
     weights: Weights,
     x: Array,
     state: tuple[Array, ...],
+    masks: Masks,
     reverse: bool,
     y: Array,
     final: tuple[Array, ...],
     save: bool = False,
 ) -> Array | None:
     """Write y and the final state; return what backward needs beside them, if `save`."""
-    T, B, _ = x.shape
+    T, lengths, resets = masks.within(len(x))
+    B = x.shape[1]
+    if len(x) > T:
+        y[T:] = 0
+        x, y = x[:T], y[:T]
     if T == 0 or B == 0:
         for end, start in zip(final, state, strict=True):
             end[...] = start
@@ -85,7 +108,7 @@ def forward(
         saved = allocate((T, B, weights.saved_size), x.dtype)
     h0, c0 = state if len(state) == 2 else (state[0], None)
     h_n, c_n = final if len(final) == 2 else (final[0], None)
-    weights.forward(_rows(x), h0, c0, reverse, y, h_n, c_n, saved)
+    weights.forward(_rows(x), h0, c0, lengths, resets, reverse, y, h_n, c_n, saved)
     return saved
 
 
@@ -97,6 +120,7 @@ class Tape:
     weights: Weights  # packed for backward
     x: Array
     state: tuple[Array, ...]
+    masks: Masks
     reverse: bool
     y: Array
     saved: Array | None
@@ -109,9 +133,13 @@ class Tape:
         d_state: tuple[Array, ...],
     ) -> tuple[Array, Array, Array, Array]:
         """Write dx and the initial state's gradient; return those of the parameters."""
-        T, B, I = self.x.shape
-        H = self.y.shape[-1]
-        dtype = self.x.dtype
+        x, y = self.x, self.y
+        (_, B, I), H = x.shape, y.shape[-1]
+        T, lengths, resets = self.masks.within(len(x))
+        if len(x) > T:
+            dx[T:] = 0
+            x, y, dx, dy = x[:T], y[:T], dx[:T], None if dy is None else dy[:T]
+        dtype = x.dtype
         gates_H = len(self.cell.gates) * H
         shapes = ((gates_H, I), (gates_H, H), (gates_H,), (gates_H,))
         if T == 0 or B == 0:
@@ -124,11 +152,13 @@ class Tape:
         dh_n, dc_n = d_final if len(d_final) == 2 else (d_final[0], None)
         dh0, dc0 = d_state if len(d_state) == 2 else (d_state[0], None)
         self.weights.backward(
-            _rows(self.x),
+            _rows(x),
             h0,
             c0,
+            lengths,
+            resets,
             self.reverse,
-            self.y,
+            y,
             self.saved,
             None if dy is None else _rows(dy),
             None if dh_n is None else contiguous(dh_n),

@@ -247,12 +247,25 @@ class _Layer(Generic[StateT]):
         state = state.copy() if copy else kernel.contiguous(state)
         return state if len(shape) == 3 else state[:, None]
 
+    def _masks(self, lengths: Any, resets: Any, x: Array, unbatched: bool) -> kernel.Masks:
+        """Check the masks of x (T, B, I)."""
+        if lengths is None and resets is None:
+            return kernel.NO_MASKS
+        T, B, _ = x.shape
+        if lengths is not None:
+            lengths = checks.lengths(lengths, T, () if unbatched else (B,)).reshape(B)
+        if resets is not None:
+            axes = "(T,)" if unbatched else "(B, T)" if self.batch_first else "(T, B)"
+            seen = self._user_sequence(x, unbatched).shape[:-1]
+            resets = self._time_major(checks.resets(resets, seen, axes)[..., None])[..., 0]
+        return kernel.Masks(lengths, resets)
+
     def _state_shape(self, x: Array, unbatched: bool) -> tuple[int, ...]:
         count = self.num_layers * (1 + self.bidirectional)
         return (count, *(() if unbatched else (x.shape[1],)), self.hidden_size)
 
     def _run(
-        self, x: Any, states: tuple[Any, ...], save: bool
+        self, x: Any, states: tuple[Any, ...], lengths: Any, resets: Any, save: bool
     ) -> tuple[Array, tuple[Array, ...], list[kernel.Tape], bool]:
         seen = self._input(x)
         unbatched = np.ndim(x) == 2
@@ -266,6 +279,7 @@ class _Layer(Generic[StateT]):
             else self._state(f"{letter}0", value, shape, copy=save)
             for letter, value in zip(letters, states, strict=True)
         )
+        masks = self._masks(lengths, resets, seen, unbatched)
         final = tuple(np.empty((self.num_layers * D, B, H), self.dtype) for _ in letters)
         tapes: list[kernel.Tape] = []
         y = seen
@@ -279,13 +293,14 @@ class _Layer(Generic[StateT]):
             weights = self._forward_weights(suffix)
             own_start = tuple(s[at] for s in start)
             own_final = tuple(s[at] for s in final)
+            reverse = direction == 1
             saved = kernel.forward(
-                weights, below, own_start, direction == 1, mine, own_final, save
+                weights, below, own_start, masks, reverse, mine, own_final, save
             )
             if save:
                 back = self._backward_weights(suffix, weights, T * B)
                 tapes.append(
-                    kernel.Tape(self._cell, back, below, own_start, direction == 1, mine, saved)
+                    kernel.Tape(self._cell, back, below, own_start, masks, reverse, mine, saved)
                 )
         return y, final, tapes, unbatched
 
@@ -318,7 +333,13 @@ class _Layer(Generic[StateT]):
             )
         return tuple(value)
 
-    def __call__(self, x: Array, state: StateT | None = None) -> tuple[Array, StateT]:
+    def __call__(
+        self,
+        x: Array,
+        state: StateT | None = None,
+        lengths: npt.ArrayLike | None = None,
+        resets: npt.ArrayLike | None = None,
+    ) -> tuple[Array, StateT]:
         """Run the layer over a sequence; nothing is saved.
 
         Parameters
@@ -326,29 +347,41 @@ class _Layer(Generic[StateT]):
         x: (T, B, I), (B, T, I) if batch_first, or (T, I).
         state: h0, or (h0, c0) for an LSTM, each (layers*directions, B, H) or, for x of rank
             2, (layers*directions, H); None for zeros.
+        lengths: (B,) integers 0 to T in any order, one for x of rank 2, or None for T. Row b
+            takes the steps of times below lengths[b] alone: beyond them its y is 0 and x is
+            not read.
+        resets: bool, shaped like x without its last axis, or None for none. Where true, the
+            state that enters that step is 0, in every layer and direction.
 
         Returns
         -------
         y: (T, B, directions*H), (B, T, …) or (T, …), every h of the last layer.
-        state: shaped like the state that goes in, after the last step of each direction.
+        state: shaped like the state that goes in, after each row's last step in each
+            direction.
 
         Raises
         ------
         TypeError: a wrong type or dtype. ValueError: a wrong shape. Both before computing.
         """
-        if self._is_simple:
+        if self._is_simple and lengths is None and resets is None:
             results = self._forward_weights("l0").call(x, state)
             if results is not None:
                 return results
-        y, final, _, unbatched = self._run(x, self._split_state("state", state), save=False)
+        y, final, _, unbatched = self._run(
+            x, self._split_state("state", state), lengths, resets, save=False
+        )
         return self._user_sequence(y, unbatched), self._user_state(final, unbatched)
 
     def vjp(
-        self, x: Array, state: StateT | None = None
+        self,
+        x: Array,
+        state: StateT | None = None,
+        lengths: npt.ArrayLike | None = None,
+        resets: npt.ArrayLike | None = None,
     ) -> tuple[tuple[Array, StateT], Callable[..., LayerGrads[StateT]]]:
         """Run the layer and return a function that computes its gradients.
 
-        x is kept by reference and y is read-only, because the pullback reads both; state is
+        x is kept by reference and y is read-only, because the pullback reads both; the rest is
         copied. Assigning new parameters in between does not disturb it.
 
         Returns
@@ -357,7 +390,9 @@ class _Layer(Generic[StateT]):
             takes their gradients, None for zeros, and returns a `LayerGrads`. It may be
             called more than once.
         """
-        y, final, tapes, unbatched = self._run(x, self._split_state("state", state), save=True)
+        y, final, tapes, unbatched = self._run(
+            x, self._split_state("state", state), lengths, resets, save=True
+        )
         y.flags.writeable = False
         y_user = self._user_sequence(y, unbatched)
         y_user.flags.writeable = False

@@ -154,9 +154,15 @@ def run(
     bias_ih: Array | None,
     bias_hh: Array | None,
     state: tuple[Array | None, ...],
+    lengths: npt.ArrayLike | None,
+    resets: npt.ArrayLike | None,
     reverse: bool,
 ) -> tuple[Array, State, Callable[..., tuple[Any, ...]]]:
     """Run `cell` over x; return y, the final state and the pullback.
+
+    A row takes the steps of times below its length; at the others its state stays, y is 0,
+    and what x and dy hold is not looked at. The state that enters a step is 0 where resets
+    is true.
 
     The pullback takes dy and the gradient of each final state, None for zeros, and returns
     the gradients of x, weight_ih, weight_hh, bias_ih, bias_hh and each initial state.
@@ -164,19 +170,28 @@ def run(
     H = weight_hh.shape[1]
     zeros = np.zeros((*x.shape[1:-1], H), x.dtype)
     start: State = tuple(zeros if s is None else s for s in state)
-    times = range(len(x))[:: -1 if reverse else 1]
+    T = len(x)
+    times = range(T)[:: -1 if reverse else 1]
     y = np.empty((*x.shape[:-1], H), x.dtype)
+
+    zero = x.dtype.type(0)
+    times_of_rows = np.arange(T).reshape(T, *[1] * (x.ndim - 1))
+    taken = times_of_rows < np.asarray(T if lengths is None else lengths)[..., None]
+    fresh = taken & (False if resets is None else np.asarray(resets)[..., None])
+    x = np.where(taken, x, zero)
 
     now = start
     before: list[State] = []
     saved: list[State] = []
     for t in times:
+        old = tuple(np.where(fresh[t], zero, s) for s in now)
         a_x = x[t] @ weight_ih.T + (0 if bias_ih is None else bias_ih)
-        a_h = now[0] @ weight_hh.T + (0 if bias_hh is None else bias_hh)
-        before.append(now)
-        now, kept = cell.forward(a_x, a_h, now)
+        a_h = old[0] @ weight_hh.T + (0 if bias_hh is None else bias_hh)
+        new, kept = cell.forward(a_x, a_h, old)
+        before.append(old)
         saved.append(kept)
-        y[t] = now[0]
+        now = tuple(np.where(taken[t], n, s) for n, s in zip(new, now, strict=True))
+        y[t] = np.where(taken[t], now[0], zero)
 
     def pullback(dy: Array | None, *d_final: Array | None) -> tuple[Any, ...]:
         d: State = tuple(zeros if g is None else g for g in d_final)
@@ -185,9 +200,12 @@ def run(
         db_ih = np.zeros(len(weight_ih), x.dtype)
         db_hh = np.zeros(len(weight_hh), x.dtype)
         for step, t in reversed(list(enumerate(times))):
-            dh = d[0] if dy is None else d[0] + dy[t]
-            da_x, da_h, d = cell.backward(saved[step], (dh, *d[1:]))
-            d = (d[0] + da_h @ weight_hh, *d[1:])
+            dh = d[0] if dy is None else d[0] + np.where(taken[t], dy[t], zero)
+            da_x, da_h, direct = cell.backward(saved[step], (dh, *d[1:]))
+            da_x, da_h = np.where(taken[t], da_x, zero), np.where(taken[t], da_h, zero)
+            d_old = (direct[0] + da_h @ weight_hh, *direct[1:])
+            d_old = tuple(np.where(fresh[t], zero, g) for g in d_old)
+            d = tuple(np.where(taken[t], g, same) for g, same in zip(d_old, d, strict=True))
             dx[t] = da_x @ weight_ih
             rows_x, rows_h = np.atleast_2d(da_x), np.atleast_2d(da_h)
             dW += rows_x.T @ np.atleast_2d(x[t])
@@ -215,6 +233,8 @@ def lstm(
     h0: Array | None = None,
     c0: Array | None = None,
     *,
+    lengths: npt.ArrayLike | None = None,
+    resets: npt.ArrayLike | None = None,
     reverse: bool = False,
 ) -> tuple[Array, Array, Array]:
     """Run an LSTM in NumPy: the definition of `fusedrnn.lstm`, which see.
@@ -223,9 +243,18 @@ def lstm(
     >>> y.shape, c_n.shape
     ((5, 2, 4), (2, 4))
     """
-    y, h_n, c_n = lstm_vjp(x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse=reverse)[
-        0
-    ]
+    y, h_n, c_n = lstm_vjp(
+        x,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        h0,
+        c0,
+        lengths=lengths,
+        resets=resets,
+        reverse=reverse,
+    )[0]
     return y, h_n, c_n
 
 
@@ -238,11 +267,13 @@ def lstm_vjp(
     h0: Array | None = None,
     c0: Array | None = None,
     *,
+    lengths: npt.ArrayLike | None = None,
+    resets: npt.ArrayLike | None = None,
     reverse: bool = False,
 ) -> tuple[tuple[Array, Array, Array], Callable[..., Any]]:
     """Run an LSTM in NumPy and return its pullback: the definition of `fusedrnn.lstm_vjp`."""
     y, (h_n, c_n), pullback = run(
-        LSTM, x, weight_ih, weight_hh, bias_ih, bias_hh, (h0, c0), reverse
+        LSTM, x, weight_ih, weight_hh, bias_ih, bias_hh, (h0, c0), lengths, resets, reverse
     )
 
     def pull(
@@ -261,10 +292,22 @@ def gru(
     bias_hh: Array | None = None,
     h0: Array | None = None,
     *,
+    lengths: npt.ArrayLike | None = None,
+    resets: npt.ArrayLike | None = None,
     reverse: bool = False,
 ) -> tuple[Array, Array]:
     """Run a GRU in NumPy: the definition of `fusedrnn.gru`, which see."""
-    return gru_vjp(x, weight_ih, weight_hh, bias_ih, bias_hh, h0, reverse=reverse)[0]
+    return gru_vjp(
+        x,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        h0,
+        lengths=lengths,
+        resets=resets,
+        reverse=reverse,
+    )[0]
 
 
 def gru_vjp(
@@ -275,10 +318,14 @@ def gru_vjp(
     bias_hh: Array | None = None,
     h0: Array | None = None,
     *,
+    lengths: npt.ArrayLike | None = None,
+    resets: npt.ArrayLike | None = None,
     reverse: bool = False,
 ) -> tuple[tuple[Array, Array], Callable[..., Any]]:
     """Run a GRU in NumPy and return its pullback: the definition of `fusedrnn.gru_vjp`."""
-    return _one_state_vjp(GRU, x, weight_ih, weight_hh, bias_ih, bias_hh, h0, reverse)
+    return _one_state_vjp(
+        GRU, x, weight_ih, weight_hh, bias_ih, bias_hh, h0, lengths, resets, reverse
+    )
 
 
 def rnn(
@@ -290,11 +337,22 @@ def rnn(
     h0: Array | None = None,
     *,
     nonlinearity: Nonlinearity = "tanh",
+    lengths: npt.ArrayLike | None = None,
+    resets: npt.ArrayLike | None = None,
     reverse: bool = False,
 ) -> tuple[Array, Array]:
     """Run an Elman RNN in NumPy: the definition of `fusedrnn.rnn`, which see."""
     return _one_state_vjp(
-        RNN[nonlinearity], x, weight_ih, weight_hh, bias_ih, bias_hh, h0, reverse
+        RNN[nonlinearity],
+        x,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        h0,
+        lengths,
+        resets,
+        reverse,
     )[0]
 
 
@@ -307,11 +365,22 @@ def rnn_vjp(
     h0: Array | None = None,
     *,
     nonlinearity: Nonlinearity = "tanh",
+    lengths: npt.ArrayLike | None = None,
+    resets: npt.ArrayLike | None = None,
     reverse: bool = False,
 ) -> tuple[tuple[Array, Array], Callable[..., Any]]:
     """Run an RNN in NumPy and return its pullback: the definition of `fusedrnn.rnn_vjp`."""
     return _one_state_vjp(
-        RNN[nonlinearity], x, weight_ih, weight_hh, bias_ih, bias_hh, h0, reverse
+        RNN[nonlinearity],
+        x,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        h0,
+        lengths,
+        resets,
+        reverse,
     )
 
 
@@ -323,9 +392,13 @@ def _one_state_vjp(
     bias_ih: Array | None,
     bias_hh: Array | None,
     h0: Array | None,
+    lengths: npt.ArrayLike | None,
+    resets: npt.ArrayLike | None,
     reverse: bool,
 ) -> tuple[tuple[Array, Array], Callable[..., Any]]:
-    y, (h_n,), pullback = run(cell, x, weight_ih, weight_hh, bias_ih, bias_hh, (h0,), reverse)
+    y, (h_n,), pullback = run(
+        cell, x, weight_ih, weight_hh, bias_ih, bias_hh, (h0,), lengths, resets, reverse
+    )
 
     def pull(dy: Array | None = None, dh_n: Array | None = None) -> Grads:
         return Grads(*pullback(dy, dh_n))
