@@ -3,12 +3,15 @@
 // tests/test_kernels.py holds against the reference; sigmoid and tanh against libm in
 // long double; results the same bits for any number of threads and any cut of the
 // sequence.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
+#include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../csrc/cpu/dispatch.h"
@@ -35,8 +38,11 @@ struct Arrays {
   int gates;
   bool reverse;
   Values x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, dy, dh_n, dc_n;
+  std::vector<index> lengths;  // empty without masks
+  std::unique_ptr<bool[]> resets;
 
-  Arrays(std::mt19937& random, int G, index t, index b, index i, index h, bool backwards)
+  Arrays(std::mt19937& random, int G, index t, index b, index i, index h, bool backwards,
+         bool masked)
       : T(t), B(b), I(i), H(h), gates(G), reverse(backwards) {
     const auto fill = [&](Values& to, index size, double scale) {
       std::normal_distribution<float> normal;
@@ -51,6 +57,19 @@ struct Arrays {
     fill(bias_hh, G * H, narrow);
     for (Values* state : {&h0, &c0, &dh_n, &dc_n}) fill(*state, B * H, 1);
     fill(dy, T * B * H, 1);
+    if (!masked) return;
+    for (index row = 0; row < B; ++row) lengths.push_back(row ? random() % (T + 1) : T);
+    resets = std::make_unique<bool[]>(T * B);
+    for (index at = 0; at < T * B; ++at) resets[at] = random() % 4 == 0;
+  }
+
+  // Of the rows in times [first, first + steps).
+  std::vector<index> lengths_within(index first, index steps) const {
+    std::vector<index> within;
+    for (const index length : lengths) {
+      within.push_back(std::clamp<index>(length - first, 0, steps));
+    }
+    return within;
   }
 };
 
@@ -95,6 +114,8 @@ Results train(const CellEntry& cell, const Arrays& a, bool borrow, index chunks)
     const index first = a.reverse ? a.T - end : begin;
     Forward<S> p{};
     p.T = end - begin, p.B = a.B, p.I = a.I, p.H = a.H, p.reverse = a.reverse;
+    const auto lengths = a.lengths_within(first, p.T);
+    if (a.resets) p.lengths = lengths.data(), p.resets = &a.resets[first * a.B];
     p.x = x.data() + first * a.B * a.I, p.x_t = a.B * a.I, p.x_b = a.I;
     p.h0 = h.data(), p.c0 = cell.has_c ? c.data() : nullptr;
     p.weights = forward_weights.data();
@@ -111,6 +132,7 @@ Results train(const CellEntry& cell, const Arrays& a, bool borrow, index chunks)
       db_hh(GH), dh0(BH), dc0(BH);
   Backward<S> p{};
   p.T = a.T, p.B = a.B, p.I = a.I, p.H = a.H, p.reverse = a.reverse;
+  if (a.resets) p.lengths = a.lengths.data(), p.resets = a.resets.get();
   p.x = x.data(), p.x_t = a.B * a.I, p.x_b = a.I;
   p.h0 = h0.data(), p.c0 = cell.has_c ? c0.data() : nullptr;
   p.weights = borrow ? nullptr : backward_weights.data();
@@ -221,11 +243,13 @@ int main() {
       for (const auto& [T, B, I, H] : shapes) {
         // A linear recurrence grows with T; it is tested on few steps.
         const index steps = cell.name == "rnn_identity" && T > 7 ? 7 : T;
-        for (const bool reverse : {false, true}) {
-          const Arrays a(random, cell.gates, steps, B, I, H, reverse);
+        for (const auto& [reverse, masked] :
+             {std::pair{false, false}, {true, false}, {true, true}}) {
+          const Arrays a(random, cell.gates, steps, B, I, H, reverse, masked);
           const std::string what = name + " " + std::string(cell.name) + " " +
                                    std::to_string(steps) + "," + std::to_string(B) + "," +
-                                   std::to_string(I) + "," + std::to_string(H);
+                                   std::to_string(I) + "," + std::to_string(H) +
+                                   (masked ? " masked" : "");
           test_cell<float>(cell, a, 1e-4, what + " float");
           test_cell<double>(cell, a, 1e-11, what + " double");
         }
