@@ -34,7 +34,7 @@ struct Sizes {
   index T, B, I, H;
   bool reverse;
 
-  index time(index step) const { return reverse ? T - 1 - step : step; }
+  constexpr index time(index step) const { return reverse ? T - 1 - step : step; }
 };
 
 // Which steps a row takes, and what state it takes them from.

@@ -13,7 +13,7 @@ for isa in neon portable; do
   compile -ffp-contract=off -DFUSEDRNN_ARCH=$isa -c csrc/cpu/kernels.cpp -o "$build/$isa.o" &
 done
 for source in csrc/cpu/{dispatch,memory,team}.cpp tests/kernels_test.cpp; do
-  compile -fopenmp -c "$source" -o "$build/$(basename "$source").o"
+  compile -fopenmp -DFUSEDRNN_HAS_NEON -c "$source" -o "$build/$(basename "$source").o"
 done
 wait %1
 wait %2

@@ -22,6 +22,13 @@
 //   backward(s, prev, now, dh, dc)               -> dh_direct, dc';  s becomes da
 #pragma once
 
+// Before a function that a GPU may run, too.
+#ifdef __CUDACC__
+#define FUSEDRNN_DEVICE __device__ __forceinline__
+#else
+#define FUSEDRNN_DEVICE inline
+#endif
+
 namespace fusedrnn {
 
 template <class V>

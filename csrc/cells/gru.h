@@ -19,10 +19,10 @@ template <class V>
 struct Gru {
   // Slots q r z n: the recurrent part owns the first three, the input part the last.
   static constexpr int gates = 3, slots = 4;
-  static constexpr int input_gate[] = {0, 1, 2}, recurrent_gate[] = {2, 0, 1};
+  static constexpr int input_gate[gates] = {0, 1, 2}, recurrent_gate[gates] = {2, 0, 1};
   static constexpr bool saves = true, has_c = false, has_direct = true;
 
-  static State<V> forward(V (&a)[slots], State<V> prev) {
+  FUSEDRNN_DEVICE static State<V> forward(V (&a)[slots], State<V> prev) {
     auto& [q, r, z, n] = a;
     r = sigmoid(r);
     z = sigmoid(z);
@@ -30,7 +30,8 @@ struct Gru {
     return {fma(z, prev.h - n, n), prev.c};
   }
 
-  static State<V> backward(V (&s)[slots], State<V> prev, State<V>, V dh, V dc) {
+  FUSEDRNN_DEVICE static State<V> backward(V (&s)[slots], State<V> prev, State<V>, V dh,
+                                           V dc) {
     const V one = V::broadcast(1);
     auto& [q, r, z, n] = s;
     const V dh_direct = dh * z;

@@ -17,10 +17,11 @@ namespace fusedrnn::FUSEDRNN_ARCH {
 template <class V>
 struct Lstm {
   static constexpr int gates = 4, slots = 4;
-  static constexpr int input_gate[] = {0, 1, 2, 3}, recurrent_gate[] = {0, 1, 2, 3};
+  static constexpr int input_gate[gates] = {0, 1, 2, 3},
+                       recurrent_gate[gates] = {0, 1, 2, 3};
   static constexpr bool saves = true, has_c = true, has_direct = false;
 
-  static State<V> forward(V (&a)[slots], State<V> prev) {
+  FUSEDRNN_DEVICE static State<V> forward(V (&a)[slots], State<V> prev) {
     auto& [i, f, g, o] = a;
     i = sigmoid(i);
     f = sigmoid(f);
@@ -30,7 +31,8 @@ struct Lstm {
     return {o * tanh(c), c};
   }
 
-  static State<V> backward(V (&s)[slots], State<V> prev, State<V> now, V dh, V dc) {
+  FUSEDRNN_DEVICE static State<V> backward(V (&s)[slots], State<V> prev, State<V> now,
+                                           V dh, V dc) {
     const V one = V::broadcast(1);
     auto& [i, f, g, o] = s;
     const V tanh_c = tanh(now.c);

@@ -20,14 +20,18 @@
 
 namespace fusedrnn {
 
-#ifdef FUSEDRNN_X86
+// CMakeLists.txt defines which are compiled.
+#ifdef FUSEDRNN_HAS_AVX512
 namespace avx512 {
 extern const Isa isa;
 }
+#endif
+#ifdef FUSEDRNN_HAS_AVX2
 namespace avx2 {
 extern const Isa isa;
 }
-#elif defined(__aarch64__)
+#endif
+#ifdef FUSEDRNN_HAS_NEON
 namespace neon {
 extern const Isa isa;
 }
@@ -46,12 +50,15 @@ const index second_level_cache = [] {
 
 const std::vector<CompiledIsa>& compiled_isas() {
   static const std::vector<CompiledIsa> isas = {
-#ifdef FUSEDRNN_X86
+#ifdef FUSEDRNN_HAS_AVX512
       {&avx512::isa,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")},
+#endif
+#ifdef FUSEDRNN_HAS_AVX2
       {&avx2::isa, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-#elif defined(__aarch64__)
+#endif
+#ifdef FUSEDRNN_HAS_NEON
       {&neon::isa, true},
 #endif
       {&portable::isa, true},

@@ -11,13 +11,6 @@ namespace fusedrnn::FUSEDRNN_ARCH {
 
 namespace {
 
-template <class V>
-using RnnTanh = Rnn<V, Tanh>;
-template <class V>
-using RnnRelu = Rnn<V, Relu>;
-template <class V>
-using RnnIdentity = Rnn<V, Identity>;
-
 template <template <class> class CellOf, class S>
 constexpr Kernels<S> kernels_of() {
   using L = Layout<CellOf, S>;

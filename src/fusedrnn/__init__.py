@@ -1,6 +1,6 @@
 """Fused LSTM, GRU and RNN kernels, forward and backward, for NumPy."""
 
-from . import reference
+from . import cuda, reference
 from ._version import __version__
 from .backends import (
     get_isa,
@@ -18,6 +18,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "__version__",
+    "cuda",
     "get_isa",
     "get_num_threads",
     "gru",

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from . import _cpu
+from . import _cpu, cuda
 from ._version import __version__
 
 
@@ -83,7 +83,7 @@ def show_config(mode: Literal["print"] = "print") -> None: ...
 @overload
 def show_config(mode: Literal["dict"]) -> dict[str, Any]: ...
 def show_config(mode: str = "print") -> dict[str, Any] | None:
-    """Print the version, compiler, instruction sets and threads, or return them as a dict.
+    """Print the version, compiler, instruction sets, threads and GPUs, or return a dict.
 
     Parameters
     ----------
@@ -104,6 +104,7 @@ def show_config(mode: str = "print") -> dict[str, Any] | None:
         "isas available": [name for name, here in supported.items() if here],
         "isas compiled": list(supported),
         "threads": get_num_threads(),
+        "cuda": cuda.status(),
     }
     if mode == "dict":
         return config

@@ -33,15 +33,14 @@ def array(name: str, value: Any, dtype: np.dtype[Any] | None = None) -> Array:
     return found
 
 
-def shape(name: str, value: Array, expected: tuple[int, ...], meaning: str) -> None:
+def shape(name: str, value: Any, expected: tuple[int, ...], meaning: str) -> None:
     """Check the whole shape; `meaning` names its axes, as in "(4*H, I)"."""
     if value.shape != expected:
         raise ValueError(f"{name} must have shape {meaning} = {expected}, got {value.shape}")
 
 
-def sequence(x: Any, axes: str, input_size: int | None = None) -> Array:
-    """Return the input as an array of rank 3 (`axes`) or 2, with `input_size` features."""
-    found = array("x", x)
+def sequence(found: Any, axes: str, input_size: int | None = None) -> None:
+    """Check that x has rank 3 (`axes`) or 2, with `input_size` features."""
     if found.ndim not in (2, 3):
         raise ValueError(f"x must have shape {axes} or (T, I), got {found.shape}")
     if input_size is not None and found.shape[-1] != input_size:
@@ -51,7 +50,6 @@ def sequence(x: Any, axes: str, input_size: int | None = None) -> Array:
         )
     if found.shape[-1] == 0:
         raise ValueError(f"x must have at least one feature, got shape {found.shape}")
-    return found
 
 
 def positive(name: str, value: Any) -> int:

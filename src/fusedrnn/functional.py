@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from . import checks, kernel
-from ._cpu import Weights
+from . import checks
 from .cells import CELLS, Cell
+from .device import Precision, backend_of
+from .kernel import FEW_ROWS
 from .reference import Array, Grads, LSTMGrads, Nonlinearity
 
 __all__ = ["Grads", "LSTMGrads", "gru", "gru_vjp", "lstm", "lstm_vjp", "rnn", "rnn_vjp"]
@@ -25,28 +25,40 @@ __all__ = ["Grads", "LSTMGrads", "gru", "gru_vjp", "lstm", "lstm_vjp", "rnn", "r
 class _Call:
     """The checked arguments of an op, unbatched input seen as a batch of one."""
 
+    on: Any  # a Host or a Device
     cell: Cell
     unbatched: bool
-    masks: kernel.Masks
+    masks: Any
     reverse: bool
-    x: Array
-    parameters: tuple[Array, Array, Array | None, Array | None]
-    state: tuple[Array, ...]
-    y: Array
-    final: tuple[Array, ...]
+    x: Any
+    parameters: tuple[Any, Any, Any, Any]
+    state: tuple[Any, ...]
+    y: Any  # this and the final state are the user's arrays
+    final: tuple[Any, ...]
 
-    def pack(self, forward: Weights | None = None) -> Weights:
+    def pack(self, forward: Any = None) -> Any:
         """Make the weights ready for this call, or for its backward."""
         T, B, _ = self.x.shape
-        few = T * B <= kernel.FEW_ROWS
-        return kernel.pack(self.cell, *self.parameters, forward=forward, borrow=few)
+        return self.on.pack(self.cell, *self.parameters, forward, T * B <= FEW_ROWS)
 
-    def results(self) -> tuple[Array, ...]:
+    def run(self, weights: Any, save: bool) -> Any:
+        """Compute y and the final state; return what backward needs beside them."""
+        on = self.on
+        final = tuple(on.see(a) for a in self.final)
+        y = on.see(self.y)
+        return on.forward(weights, self.x, self.state, self.masks, self.reverse, y, final, save)
+
+    def results(self) -> tuple[Any, ...]:
         return tuple(self.user_view(a) for a in (self.y, *self.final))
 
-    def user_view(self, a: Array) -> Array:
+    def user_view(self, a: Any) -> Any:
         """Undo the batch of one."""
+        a = self.on.give(a)
         return a[..., 0, :] if self.unbatched else a
+
+    def user_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Undo the batch of one."""
+        return (*shape[:-2], shape[-1]) if self.unbatched else shape
 
 
 def _check(
@@ -60,14 +72,17 @@ def _check(
     lengths: Any,
     resets: Any,
     reverse: Any,
+    precision: Any,
     out: Any = None,
 ) -> _Call:
-    x = checks.sequence(x, "(T, B, I)")
+    on = backend_of(x, precision)
+    x = on.array("x", x)
+    checks.sequence(x, "(T, B, I)")
     unbatched = x.ndim == 2
     I, dtype, G = x.shape[-1], x.dtype, len(cell.gates)
     rows = f"{G}*H" if G > 1 else "H"
 
-    weight_ih = checks.array("weight_ih", weight_ih, dtype)
+    weight_ih = on.array("weight_ih", weight_ih, dtype, whole=True)
     if weight_ih.ndim != 2 or weight_ih.shape[1] != I or weight_ih.shape[0] % G:
         raise ValueError(
             f"weight_ih must have shape ({rows}, I) with I = {I}, got {weight_ih.shape}"
@@ -75,113 +90,117 @@ def _check(
     H = weight_ih.shape[0] // G
     if H == 0:
         raise ValueError(f"weight_ih must have at least {G} rows, got {weight_ih.shape}")
-    weight_hh = checks.array("weight_hh", weight_hh, dtype)
+    weight_hh = on.array("weight_hh", weight_hh, dtype, whole=True)
     checks.shape("weight_hh", weight_hh, (G * H, H), f"({rows}, H)")
     biases = []
     for name, bias in (("bias_ih", bias_ih), ("bias_hh", bias_hh)):
         if bias is not None:
-            bias = checks.array(name, bias, dtype)
+            bias = on.array(name, bias, dtype, whole=True)
             checks.shape(name, bias, (G * H,), f"({rows},)")
         biases.append(bias)
 
     batch = x.shape[1:-1]
     meaning = "(H,)" if unbatched else "(B, H)"
+    state_dtype = on.state_dtype(dtype)
     state = []
     for letter, value in zip(cell.states, states, strict=True):
         if value is None:
-            state.append(np.zeros((*batch, H), dtype))
+            state.append(on.zeros((*batch, H), state_dtype))
         else:
-            value = checks.array(f"{letter}0", value, dtype)
+            value = on.state(f"{letter}0", value, state_dtype)
             checks.shape(f"{letter}0", value, (*batch, H), meaning)
-            state.append(kernel.contiguous(value))
+            state.append(value)
     if lengths is not None:
-        lengths = checks.lengths(lengths, len(x), batch).reshape(-1)
+        lengths = on.lengths(lengths, x.shape[0], batch)
     if resets is not None:
         axes = "(T,)" if unbatched else "(T, B)"
-        resets = checks.resets(resets, x.shape[:-1], axes)
+        resets = on.resets(resets, x.shape[:-1], axes)
     reverse = checks.flag("reverse", reverse)
     shape_y = (*x.shape[:-1], H)
-    if out is None:
-        y = kernel.empty(shape_y, dtype)
-    else:
-        y = checks.output(out, shape_y, "(T, H)" if unbatched else "(T, B, H)", x)
-        used = (x, weight_ih, weight_hh, *biases, *state)
-        if any(a is not None and np.may_share_memory(y, a) for a in used):
-            raise ValueError("out must not lie within the memory of another argument")
-
-    final = tuple(np.empty((*batch, H), dtype) for _ in state)
+    if out is not None:
+        used = [x, weight_ih, weight_hh, *biases, *state]
+        out = on.output(out, shape_y, "(T, H)" if unbatched else "(T, B, H)", used)
     if unbatched:
-        x, y = x[:, None], y[:, None]
-        state = [a[None] for a in state]
-        final = tuple(a[None] for a in final)
+        x, batch = x[:, None], (1,)
+        state = [None if a is None else a[None] for a in state]
         resets = None if resets is None else resets[:, None]
+        out = None if out is None else out[:, None]
+    y = on.empty((x.shape[0], *batch, H), dtype) if out is None else out
     return _Call(
+        on,
         cell,
         unbatched,
-        kernel.Masks(lengths, resets),
+        on.masks(lengths, resets),
         reverse,
         x,
         (weight_ih, weight_hh, *biases),
         tuple(state),
         y,
-        final,
+        tuple(on.empty((*batch, H), state_dtype) for _ in state),
     )
 
 
-def _forward(call: _Call) -> tuple[Array, ...]:
-    kernel.forward(
-        call.pack(), call.x, call.state, call.masks, call.reverse, call.y, call.final
-    )
+def _forward(call: _Call) -> tuple[Any, ...]:
+    call.run(call.pack(), save=False)
     return call.results()
 
 
-def _vjp(call: _Call) -> tuple[tuple[Array, ...], Callable[..., tuple[Any, ...]]]:
+def _vjp(call: _Call) -> tuple[tuple[Any, ...], Callable[..., tuple[Any, ...]]]:
+    on = call.on
     weights = call.pack()
-    saved = kernel.forward(
-        weights, call.x, call.state, call.masks, call.reverse, call.y, call.final, save=True
-    )
-    tape = kernel.Tape(
+    saved = call.run(weights, save=True)
+    tape = on.tape(
         call.cell,
         call.pack(forward=weights),
         call.x,
         call.state,
         call.masks,
         call.reverse,
-        call.y,
+        on.see(call.y),
         saved,
     )
-    call.y.flags.writeable = False  # backward reads it
+    on.freeze(call.y)
     has_bias = [p is not None for p in call.parameters]
+    T, B, I = call.x.shape
+    H = call.y.shape[-1]
 
     def pullback(*d_results: Any) -> tuple[Any, ...]:
-        names = ("dy", *(f"d{letter}_n" for letter in call.cell.states))
-        likes = (call.y, *call.final)
-        d = [
-            _gradient(name, value, like, call)
-            for name, value, like in zip(names, d_results, likes, strict=True)
-        ]
-        dx = kernel.empty(call.x.shape, call.x.dtype)
-        d_state = tuple(np.empty_like(s) for s in call.state)
-        d_parameters = tape.backward(d[0], tuple(d[1:]), dx, d_state)
+        names = tuple(f"d{letter}_n" for letter in call.cell.states)
+        dy = _gradient("dy", d_results[0], (T, B, H), call)
+        d_final = tuple(
+            _gradient(name, value, (B, H), call)
+            for name, value in zip(names, d_results[1:], strict=True)
+        )
+        dx = on.empty((T, B, I), call.x.dtype)
+        state_dtype = on.state_dtype(call.x.dtype)
+        d_state = tuple(on.empty((B, H), state_dtype) for _ in names)
+        d_parameters = tape.backward(dy, d_final, on.see(dx), tuple(map(on.see, d_state)))
         return (
             call.user_view(dx),
-            *(g if has else None for g, has in zip(d_parameters, has_bias, strict=True)),
+            *(
+                on.give(g) if has else None
+                for g, has in zip(d_parameters, has_bias, strict=True)
+            ),
             *(call.user_view(g) for g in d_state),
         )
 
     return call.results(), pullback
 
 
-def _gradient(name: str, value: Any, like: Array, call: _Call) -> Array | None:
+def _gradient(name: str, value: Any, shape: tuple[int, ...], call: _Call) -> Any:
     """Check the gradient of a result, None for zeros."""
     if value is None:
         return None
-    value = checks.array(name, value, call.x.dtype)
-    axes = "(T, B, H)" if like.ndim == 3 else "(B, H)"
+    dtype = call.x.dtype
+    if len(shape) == 3:
+        value = call.on.array(name, value, dtype)
+    else:
+        value = call.on.state(name, value, call.on.state_dtype(dtype))
+    axes = "(T, B, H)" if len(shape) == 3 else "(B, H)"
     if call.unbatched:
-        axes = axes.replace("B, ", "") if like.ndim == 3 else "(H,)"
-    checks.shape(name, value, call.user_view(like).shape, axes)
-    return np.expand_dims(value, -2) if call.unbatched else value
+        axes = axes.replace("B, ", "") if len(shape) == 3 else "(H,)"
+    checks.shape(name, value, call.user_shape(shape), axes)
+    return value[..., None, :] if call.unbatched else value
 
 
 def lstm(
@@ -196,6 +215,7 @@ def lstm(
     lengths: npt.ArrayLike | None = None,
     resets: npt.ArrayLike | None = None,
     reverse: bool = False,
+    precision: Precision = "exact",
     out: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     r"""Run an LSTM layer over a sequence.
@@ -219,7 +239,8 @@ def lstm(
     resets: (T, B) or (T,) bool, or None for none. Where true, the h and c that enter that
         step are 0.
     reverse: go from the last time of each row to the first; y[t] stays beside x[t].
-    out: an array to write y into, its last axis contiguous.
+    precision: "exact", or "tf32" for the products of float32 on a GPU's matrix units.
+    out: an array to write y into, its last axis contiguous; not on a GPU.
 
     Returns
     -------
@@ -255,6 +276,7 @@ def lstm(
         lengths,
         resets,
         reverse,
+        precision,
         out,
     )
     y, h_n, c_n = _forward(call)
@@ -273,6 +295,7 @@ def lstm_vjp(
     lengths: npt.ArrayLike | None = None,
     resets: npt.ArrayLike | None = None,
     reverse: bool = False,
+    precision: Precision = "exact",
 ) -> tuple[tuple[Array, Array, Array], Callable[..., LSTMGrads]]:
     """Run `lstm` and return a function that computes its gradients.
 
@@ -306,6 +329,7 @@ def lstm_vjp(
             lengths,
             resets,
             reverse,
+            precision,
         )
     )
     y, h_n, c_n = results
@@ -329,6 +353,7 @@ def gru(
     lengths: npt.ArrayLike | None = None,
     resets: npt.ArrayLike | None = None,
     reverse: bool = False,
+    precision: Precision = "exact",
     out: Array | None = None,
 ) -> tuple[Array, Array]:
     r"""Run a GRU layer over a sequence, the reset gate applied after the matmul.
@@ -352,7 +377,8 @@ def gru(
         and h_n is of its last step.
     resets: (T, B) or (T,) bool, or None for none. Where true, the h that enters that step is 0.
     reverse: go from the last time of each row to the first; y[t] stays beside x[t].
-    out: an array to write y into, its last axis contiguous.
+    precision: "exact", or "tf32" for the products of float32 on a GPU's matrix units.
+    out: an array to write y into, its last axis contiguous; not on a GPU.
 
     Returns
     -------
@@ -386,6 +412,7 @@ def gru(
             lengths,
             resets,
             reverse,
+            precision,
             out,
         )
     )
@@ -403,6 +430,7 @@ def gru_vjp(
     lengths: npt.ArrayLike | None = None,
     resets: npt.ArrayLike | None = None,
     reverse: bool = False,
+    precision: Precision = "exact",
 ) -> tuple[tuple[Array, Array], Callable[..., Grads]]:
     """Run `gru` and return a function that computes its gradients.
 
@@ -422,10 +450,21 @@ def gru_vjp(
     >>> pullback(2 * y).x.shape
     (5, 2, 3)
     """
-    call = _check(
-        CELLS["gru"], x, weight_ih, weight_hh, bias_ih, bias_hh, (h0,), lengths, resets, reverse
+    return _one_state_vjp(
+        _check(
+            CELLS["gru"],
+            x,
+            weight_ih,
+            weight_hh,
+            bias_ih,
+            bias_hh,
+            (h0,),
+            lengths,
+            resets,
+            reverse,
+            precision,
+        )
     )
-    return _one_state_vjp(call)
 
 
 def rnn(
@@ -440,6 +479,7 @@ def rnn(
     lengths: npt.ArrayLike | None = None,
     resets: npt.ArrayLike | None = None,
     reverse: bool = False,
+    precision: Precision = "exact",
     out: Array | None = None,
 ) -> tuple[Array, Array]:
     r"""Run an Elman RNN layer over a sequence.
@@ -461,7 +501,8 @@ def rnn(
         and h_n is of its last step.
     resets: (T, B) or (T,) bool, or None for none. Where true, the h that enters that step is 0.
     reverse: go from the last time of each row to the first; y[t] stays beside x[t].
-    out: an array to write y into, its last axis contiguous.
+    precision: "exact", or "tf32" for the products of float32 on a GPU's matrix units.
+    out: an array to write y into, its last axis contiguous; not on a GPU.
 
     Returns
     -------
@@ -494,6 +535,7 @@ def rnn(
             lengths,
             resets,
             reverse,
+            precision,
             out,
         )
     )
@@ -512,6 +554,7 @@ def rnn_vjp(
     lengths: npt.ArrayLike | None = None,
     resets: npt.ArrayLike | None = None,
     reverse: bool = False,
+    precision: Precision = "exact",
 ) -> tuple[tuple[Array, Array], Callable[..., Grads]]:
     """Run `rnn` and return a function that computes its gradients.
 
@@ -539,6 +582,7 @@ def rnn_vjp(
             lengths,
             resets,
             reverse,
+            precision,
         )
     )
 

@@ -1,8 +1,9 @@
-"""One layer in one direction: allocate what the compiled kernel writes, and call it.
+"""One layer in one direction on the CPU: read, allocate and call the compiled kernels.
 
-Everything here is checked already: arrays have one dtype, x is (T, B, I), states are
-(B, H). Strides are free. T = 0 and B = 0, which the kernels never see, end here, as do
-times beyond the longest row.
+`Host` is what an op or a layer asks; `device.Device` is the same for a GPU. Calls have
+checked arguments: arrays have one dtype, x is (T, B, I), states are (B, H). Strides are
+free. T = 0 and B = 0, which the kernels never see, end here, as do times beyond the longest
+row.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import checks
 from ._cpu import LARGE_ARRAY, Weights, allocate
 from .cells import Cell
 from .reference import Array
@@ -35,37 +37,6 @@ def _rows(a: Array) -> Array:
 FEW_ROWS = 4
 
 
-def pack(
-    cell: Cell,
-    weight_ih: Array,
-    weight_hh: Array,
-    bias_ih: Array | None,
-    bias_hh: Array | None,
-    forward: Weights | None = None,
-    borrow: bool = False,
-) -> Weights:
-    """Pack parameters for a forward or, given the weights of that, for its backward.
-
-    `borrow` keeps the weights as they are, for few rows.
-    """
-    return Weights(
-        cell.name,
-        contiguous(weight_ih),
-        contiguous(weight_hh),
-        None if bias_ih is None else contiguous(bias_ih),
-        None if bias_hh is None else contiguous(bias_hh),
-        forward is not None,
-        None if forward is None else forward.isa,
-        borrow,
-    )
-
-
-def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return an uninitialised array, its memory reused where fresh pages would be costly."""
-    large = math.prod(shape) * dtype.itemsize >= LARGE_ARRAY
-    return allocate(shape, dtype) if large else np.empty(shape, dtype)
-
-
 class Masks(NamedTuple):
     """Which steps rows take, None for all, and where their state starts anew."""
 
@@ -81,35 +52,6 @@ class Masks(NamedTuple):
 
 
 NO_MASKS = Masks(None, None)
-
-
-def forward(
-    weights: Weights,
-    x: Array,
-    state: tuple[Array, ...],
-    masks: Masks,
-    reverse: bool,
-    y: Array,
-    final: tuple[Array, ...],
-    save: bool = False,
-) -> Array | None:
-    """Write y and the final state; return what backward needs beside them, if `save`."""
-    T, lengths, resets = masks.within(len(x))
-    B = x.shape[1]
-    if len(x) > T:
-        y[T:] = 0
-        x, y = x[:T], y[:T]
-    if T == 0 or B == 0:
-        for end, start in zip(final, state, strict=True):
-            end[...] = start
-        return None
-    saved = None
-    if save and weights.saved_size:
-        saved = allocate((T, B, weights.saved_size), x.dtype)
-    h0, c0 = state if len(state) == 2 else (state[0], None)
-    h_n, c_n = final if len(final) == 2 else (final[0], None)
-    weights.forward(_rows(x), h0, c0, lengths, resets, reverse, y, h_n, c_n, saved)
-    return saved
 
 
 @dataclass(frozen=True)
@@ -131,8 +73,17 @@ class Tape:
         d_final: tuple[Array | None, ...],
         dx: Array,
         d_state: tuple[Array, ...],
+        adds: bool = False,
     ) -> tuple[Array, Array, Array, Array]:
-        """Write dx and the initial state's gradient; return those of the parameters."""
+        """Write dx (or add it, if `adds`) and the initial state's gradient.
+
+        Return the gradients of the parameters.
+        """
+        if adds:
+            own = HOST.empty(dx.shape, dx.dtype)
+            d_parameters = self.backward(dy, d_final, own, d_state)
+            dx += own
+            return d_parameters
         x, y = self.x, self.y
         (_, B, I), H = x.shape, y.shape[-1]
         T, lengths, resets = self.masks.within(len(x))
@@ -147,7 +98,7 @@ class Tape:
                 d0[...] = 0 if dn is None else dn
             dW, dR, db_ih, db_hh = (np.zeros(shape, dtype) for shape in shapes)
             return dW, dR, db_ih, db_hh
-        dW, dR, db_ih, db_hh = (empty(shape, dtype) for shape in shapes)
+        dW, dR, db_ih, db_hh = (HOST.empty(shape, dtype) for shape in shapes)
         h0, c0 = self.state if len(self.state) == 2 else (self.state[0], None)
         dh_n, dc_n = d_final if len(d_final) == 2 else (d_final[0], None)
         dh0, dc0 = d_state if len(d_state) == 2 else (d_state[0], None)
@@ -172,3 +123,126 @@ class Tape:
             dc0,
         )
         return dW, dR, db_ih, db_hh
+
+
+class Host:
+    """The CPU and NumPy's arrays."""
+
+    def __str__(self) -> str:
+        return "cpu"
+
+    def array(
+        self, name: str, value: Any, dtype: np.dtype[Any] | None = None, whole: bool = False
+    ) -> Array:
+        """Return `value` as an array, of `dtype` where that is given; strides are free."""
+        return checks.array(name, value, dtype)
+
+    def state(self, name: str, value: Any, dtype: np.dtype[Any], copy: bool = False) -> Array:
+        """Return a state or its gradient, contiguous; a copy if asked for."""
+        state = checks.array(name, value, dtype)
+        return state.copy() if copy else contiguous(state)
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Make a state that was not given."""
+        return np.zeros(shape, dtype)
+
+    def lengths(self, value: Any, T: int, batch: tuple[int, ...]) -> Array:
+        """Return the rows' lengths, (B,)."""
+        return checks.lengths(value, T, batch).reshape(-1)
+
+    def resets(self, value: Any, expected: tuple[int, ...], axes: str) -> Array:
+        """Return the resets."""
+        return checks.resets(value, expected, axes)
+
+    def masks(self, lengths: Array | None, resets: Array | None) -> Masks:
+        """Return both, for time-major resets."""
+        return Masks(lengths, resets)
+
+    def output(self, out: Any, shape: tuple[int, ...], axes: str, used: list[Any]) -> Array:
+        """Check the array that y is written into: x is the first of what the op reads."""
+        y = checks.output(out, shape, axes, used[0])
+        if any(a is not None and np.may_share_memory(y, a) for a in used):
+            raise ValueError("out must not lie within the memory of another argument")
+        return y
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Make an uninitialised array, of used memory where fresh pages would be costly."""
+        large = math.prod(shape) * dtype.itemsize >= LARGE_ARRAY
+        return allocate(shape, dtype) if large else np.empty(shape, dtype)
+
+    def see(self, made: Array) -> Array:
+        """Return what the kernels see of an array that `empty` made."""
+        return made
+
+    def give(self, made: Array) -> Array:
+        """Return what the user gets of it."""
+        return made
+
+    def freeze(self, y: Array) -> None:
+        """Keep what backward reads from changes."""
+        y.flags.writeable = False
+
+    def state_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        """Return the dtype of states for x of `dtype`."""
+        return dtype
+
+    def pack(
+        self,
+        cell: Cell,
+        weight_ih: Array,
+        weight_hh: Array,
+        bias_ih: Array | None,
+        bias_hh: Array | None,
+        forward: Weights | None = None,
+        borrow: bool = False,
+    ) -> Weights:
+        """Pack parameters for a forward or, given the weights of that, for its backward.
+
+        `borrow` keeps the weights as they are, for few rows.
+        """
+        return Weights(
+            cell.name,
+            contiguous(weight_ih),
+            contiguous(weight_hh),
+            None if bias_ih is None else contiguous(bias_ih),
+            None if bias_hh is None else contiguous(bias_hh),
+            forward is not None,
+            None if forward is None else forward.isa,
+            borrow,
+        )
+
+    def forward(
+        self,
+        weights: Weights,
+        x: Array,
+        state: tuple[Array, ...],
+        masks: Masks,
+        reverse: bool,
+        y: Array,
+        final: tuple[Array, ...],
+        save: bool = False,
+    ) -> Array | None:
+        """Write y and the final state; return what backward needs beside them, if `save`."""
+        T, lengths, resets = masks.within(len(x))
+        B = x.shape[1]
+        if len(x) > T:
+            y[T:] = 0
+            x, y = x[:T], y[:T]
+        if T == 0 or B == 0:
+            for end, start in zip(final, state, strict=True):
+                end[...] = start
+            return None
+        saved = None
+        if save and weights.saved_size:
+            saved = allocate((T, B, weights.saved_size), x.dtype)
+        h0, c0 = state if len(state) == 2 else (state[0], None)
+        h_n, c_n = final if len(final) == 2 else (final[0], None)
+        weights.forward(_rows(x), h0, c0, lengths, resets, reverse, y, h_n, c_n, saved)
+        return saved
+
+    def tape(self, *recorded: Any) -> Tape:
+        """Return what leads back from a training forward; see `Tape`."""
+        return Tape(*recorded)
+
+
+HOST = Host()

@@ -11,13 +11,15 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from . import checks, kernel
-from ._cpu import Weights
+from . import checks, cuda
 from .cells import CELLS, Cell
+from .device import Precision, backend_of
 from .functional import rnn_cell
+from .kernel import FEW_ROWS, HOST
 from .reference import Array, Nonlinearity
 
 StateT = TypeVar("StateT")
+LayerT = TypeVar("LayerT", bound="_Layer[Any]")
 
 
 # Attributes that the parameters' shapes or the calls depend on, and prefixes of parameters.
@@ -30,8 +32,15 @@ _FIXED = (
     "batch_first",
     "bidirectional",
     "dtype",
+    "device",
+    "precision",
 )
 _PARAMETERS = ("weight_ih_l", "weight_hh_l", "bias_ih_l", "bias_hh_l")
+
+
+def _on_host(value: Any) -> Array:
+    """Return a parameter's values; a GPU is waited for."""
+    return value.numpy() if isinstance(value, cuda.Array) else value
 
 
 class LayerGrads(NamedTuple, Generic[StateT]):
@@ -53,9 +62,10 @@ class _Layer(Generic[StateT]):
     """What LSTM, GRU and RNN share. `_cell` decides the rest."""
 
     _cell: Cell
-    _parameters: dict[str, Array]
-    _packed: dict[tuple[str, bool], Weights]
+    _parameters: dict[str, Any]  # arrays of NumPy or, on a GPU, of `cuda`
+    _packed: dict[tuple[str, bool], Any]
     _is_simple: bool  # the kernels take a call as it comes
+    dtype: Any  # np.dtype or, on a GPU, its name
 
     def __init__(
         self,
@@ -81,7 +91,9 @@ class _Layer(Generic[StateT]):
         self.dtype = np.dtype(dtype)
         if self.dtype not in checks.DTYPES:
             raise TypeError(f"dtype must be float32 or float64, got {self.dtype}")
-        self._is_simple = num_layers == 1 and not (batch_first or bidirectional)
+        self.device = "cpu"
+        self.precision: Precision = "exact"
+        self._is_simple = self._has_simple_calls()
         generator = np.random.default_rng(rng)
         bound = self.hidden_size**-0.5
         for name, shape in self._shapes().items():
@@ -109,7 +121,73 @@ class _Layer(Generic[StateT]):
                 shapes[f"bias_hh_{suffix}"] = (rows,)
         return shapes
 
-    def state_dict(self) -> dict[str, Array]:
+    def to(
+        self: LayerT,
+        device: str,
+        dtype: npt.DTypeLike | str | None = None,
+        precision: Precision = "exact",
+    ) -> LayerT:
+        """Move the layer to a GPU or back, and return it.
+
+        Parameters
+        ----------
+        device: "cpu", "cuda" (the first GPU) or "cuda:1" and so on. On a GPU, parameters are
+            `fusedrnn.cuda.Array`s, and x and states must be arrays there.
+        dtype: what parameters become: float32 or float64; on a GPU bfloat16 or float16, too.
+            None leaves it, but makes it float32 on the CPU.
+        precision: "tf32" lets a GPU's matrix units multiply float32, rounded to 10 bits.
+
+        Raises
+        ------
+        TypeError, ValueError: an argument of a wrong type or value. RuntimeError: no GPU can
+            be used.
+        """
+        name = self._dtype_on(device, dtype)
+        if precision not in ("exact", "tf32"):
+            raise ValueError(f'precision must be "exact" or "tf32", got {precision!r}')
+        if precision == "tf32" and not (name == "float32" and device != "cpu"):
+            raise ValueError(
+                f'precision "tf32" is for float32 on a GPU, got {name} on {device}'
+            )
+        before = dict(self.__dict__)
+        self.__dict__.update(
+            device="cuda:0" if device == "cuda" else device,
+            dtype=np.dtype(name) if device == "cpu" else name,
+            precision=precision,
+            _is_simple=device == "cpu" and self._has_simple_calls(),
+        )
+        try:
+            moved = {k: self._placed(_on_host(v)) for k, v in self._parameters.items()}
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+        self._parameters.update(moved)
+        self._forget_packed()
+        return self
+
+    def _dtype_on(self, device: Any, dtype: Any) -> str:
+        """Check where to move to and return the name of the dtype there."""
+        if not isinstance(device, str):
+            raise TypeError(f"device must be a string, got {type(device).__name__}")
+        kind, _, number = device.partition(":")
+        if device != "cpu" and (kind != "cuda" or (":" in device and not number.isdecimal())):
+            raise ValueError(f'device must be "cpu", "cuda" or "cuda:<number>", got {device!r}')
+        if device != "cpu":
+            count = cuda.count()
+            if number and int(number) >= count:
+                raise ValueError(f"device must be one of {count} GPUs, got {device!r}")
+        known = ("float32", "float64") if device == "cpu" else cuda.DTYPES
+        name = str(self.dtype) if dtype is None else cuda.dtype_name(dtype)
+        if dtype is None and name not in known:
+            name = "float32"
+        if name not in known:
+            raise TypeError(f"dtype must be one of {', '.join(known)}, got {name}")
+        return name
+
+    def _has_simple_calls(self) -> bool:
+        return self.num_layers == 1 and not (self.batch_first or self.bidirectional)
+
+    def state_dict(self) -> dict[str, Any]:
         """Return the parameters by torch's names; the arrays are the layer's, read-only."""
         return dict(self._parameters)
 
@@ -136,12 +214,22 @@ class _Layer(Generic[StateT]):
         )
         self._forget_packed()
 
-    def _checked(self, name: str, value: Any) -> Array:
-        array = checks.array(name, value)
+    def _checked(self, name: str, value: Any) -> Any:
+        """Return a copy of a new parameter where the layer is."""
+        library = cuda.library_of(value)
+        array = checks.array(name, value) if library is None else value
         expected = self._parameters[name].shape
         checks.shape(
             name, array, expected, "(rows, columns)" if len(expected) == 2 else "(rows,)"
         )
+        if library is not None:
+            return cuda.copy_of(name, array, library, self.dtype, self.device)
+        return self._placed(array)
+
+    def _placed(self, array: Array) -> Any:
+        """Return a copy of a host's array where the layer is."""
+        if self.device != "cpu":
+            return cuda.array(array, self.dtype, int(self.device.partition(":")[2]))
         copy: Array = array.astype(self.dtype, order="C")
         copy.flags.writeable = False
         return copy
@@ -166,14 +254,13 @@ class _Layer(Generic[StateT]):
             object.__setattr__(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        parameters = dict(self._parameters)
+        parameters = {k: _on_host(v) for k, v in self._parameters.items()}
         cell = self._cell.name
         return {**self.__dict__, "_cell": cell, "_parameters": parameters, "_packed": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for value in state["_parameters"].values():
-            value.flags.writeable = False
         self.__dict__.update(state, _cell=CELLS[state["_cell"]])
+        self._parameters = {k: self._placed(v) for k, v in state["_parameters"].items()}
 
     def __repr__(self) -> str:
         extra = [f"{self.input_size}, {self.hidden_size}"]
@@ -187,8 +274,10 @@ class _Layer(Generic[StateT]):
         for name, default in defaults.items():
             if getattr(self, name, default) != default:
                 extra.append(f"{name}={getattr(self, name)}")
-        if self.dtype != np.float32:
+        if self.dtype != "float32":
             extra.append(f"dtype={self.dtype}")
+        if self.device != "cpu":
+            extra.append(f"device={self.device}")
         return f"{type(self).__name__}({', '.join(extra)})"
 
     def _of(self, suffix: str) -> tuple[Array, Array, Array | None, Array | None]:
@@ -200,21 +289,22 @@ class _Layer(Generic[StateT]):
             get(f"bias_hh_{suffix}"),
         )
 
-    def _forward_weights(self, suffix: str) -> Weights:
+    def _forward_weights(self, on: Any, suffix: str) -> Any:
         """Return the packed weights, packing them on first use."""
-        return self._pack_once(suffix, None)
+        return self._pack_once(on, suffix, None)
 
-    def _backward_weights(self, suffix: str, forward: Weights, rows: int) -> Weights:
-        if rows <= kernel.FEW_ROWS:
-            return kernel.pack(self._cell, *self._of(suffix), forward=forward, borrow=True)
-        return self._pack_once(suffix, forward)
+    def _backward_weights(self, on: Any, suffix: str, forward: Any, rows: int) -> Any:
+        if rows <= FEW_ROWS and on is HOST:
+            return on.pack(self._cell, *self._of(suffix), forward, borrow=True)
+        return self._pack_once(on, suffix, forward)
 
-    def _pack_once(self, suffix: str, forward: Weights | None) -> Weights:
+    def _pack_once(self, on: Any, suffix: str, forward: Any) -> Any:
         cache = self._packed  # before the parameters are read: see _forget_packed
         key = (suffix, forward is not None)
         packed = cache.get(key)
         if packed is None or (forward is not None and packed.isa != forward.isa):
-            packed = kernel.pack(self._cell, *self._of(suffix), forward=forward)
+            parameters = (None if p is None else on.see(p) for p in self._of(suffix))
+            packed = on.pack(self._cell, *parameters, forward)
             cache[key] = packed
         return packed
 
@@ -224,97 +314,98 @@ class _Layer(Generic[StateT]):
 
     # Calls
 
-    def _input(self, x: Any) -> Array:
-        """Check x and view it as (T, B, I)."""
-        axes = "(B, T, I)" if self.batch_first else "(T, B, I)"
-        x = checks.sequence(x, axes, self.input_size)
+    def _input(self, x: Any) -> tuple[Any, Any, bool]:
+        """Return where to run, x as (T, B, I), and whether it came without B."""
+        on = backend_of(x, self.precision if self.device != "cpu" else "exact")
+        if str(on) != self.device:
+            raise ValueError(f"x must be on {self.device} like the layer, got one on {on}")
+        x = on.array("x", x)
+        checks.sequence(x, "(B, T, I)" if self.batch_first else "(T, B, I)", self.input_size)
         if x.dtype != self.dtype:
             raise TypeError(f"x must be {self.dtype} like the layer, got {x.dtype}")
-        return self._time_major(x)
+        return on, self._time_major(x), x.ndim == 2
 
-    def _time_major(self, a: Array) -> Array:
+    def _time_major(self, a: Any) -> Any:
         if a.ndim == 2:
             return a[:, None]
         return a.swapaxes(0, 1) if self.batch_first else a
 
     def _state(
-        self, name: str, value: Any, shape: tuple[int, ...], copy: bool = False
-    ) -> Array:
+        self, on: Any, name: str, value: Any, shape: tuple[int, ...], copy: bool = False
+    ) -> Any:
         """Check a state or its gradient; shape is (layers·directions, B, H) or without B."""
-        state = checks.array(name, value, self.dtype)
+        state = on.state(name, value, on.state_dtype(self.dtype), copy)
         axes = "(layers*directions, B, H)" if len(shape) == 3 else "(layers*directions, H)"
         checks.shape(name, state, shape, axes)
-        state = state.copy() if copy else kernel.contiguous(state)
         return state if len(shape) == 3 else state[:, None]
 
-    def _masks(self, lengths: Any, resets: Any, x: Array, unbatched: bool) -> kernel.Masks:
+    def _masks(self, on: Any, lengths: Any, resets: Any, x: Any, unbatched: bool) -> Any:
         """Check the masks of x (T, B, I)."""
-        if lengths is None and resets is None:
-            return kernel.NO_MASKS
         T, B, _ = x.shape
         if lengths is not None:
-            lengths = checks.lengths(lengths, T, () if unbatched else (B,)).reshape(B)
+            lengths = on.lengths(lengths, T, () if unbatched else (B,))
         if resets is not None:
             axes = "(T,)" if unbatched else "(B, T)" if self.batch_first else "(T, B)"
             seen = self._user_sequence(x, unbatched).shape[:-1]
-            resets = self._time_major(checks.resets(resets, seen, axes)[..., None])[..., 0]
-        return kernel.Masks(lengths, resets)
+            resets = on.resets(resets, seen, axes)
+            resets = self._time_major(resets[..., None])[..., 0]
+        return on.masks(lengths, resets)
 
-    def _state_shape(self, x: Array, unbatched: bool) -> tuple[int, ...]:
+    def _state_shape(self, x: Any, unbatched: bool) -> tuple[int, ...]:
         count = self.num_layers * (1 + self.bidirectional)
         return (count, *(() if unbatched else (x.shape[1],)), self.hidden_size)
 
     def _run(
         self, x: Any, states: tuple[Any, ...], lengths: Any, resets: Any, save: bool
-    ) -> tuple[Array, tuple[Array, ...], list[kernel.Tape], bool]:
-        seen = self._input(x)
-        unbatched = np.ndim(x) == 2
+    ) -> tuple[Any, Any, tuple[Any, ...], list[Any], bool]:
+        on, seen, unbatched = self._input(x)
         T, B, _ = seen.shape
         H, D = self.hidden_size, 1 + self.bidirectional
         shape = self._state_shape(seen, unbatched)
         letters = self._cell.states
+        state_dtype = on.state_dtype(self.dtype)
         start = tuple(
-            np.zeros((self.num_layers * D, B, H), self.dtype)
+            on.zeros((self.num_layers * D, B, H), state_dtype)
             if value is None
-            else self._state(f"{letter}0", value, shape, copy=save)
+            else self._state(on, f"{letter}0", value, shape, copy=save)
             for letter, value in zip(letters, states, strict=True)
         )
-        masks = self._masks(lengths, resets, seen, unbatched)
-        final = tuple(np.empty((self.num_layers * D, B, H), self.dtype) for _ in letters)
-        tapes: list[kernel.Tape] = []
-        y = seen
+        masks = self._masks(on, lengths, resets, seen, unbatched)
+        final = tuple(on.empty((self.num_layers * D, B, H), state_dtype) for _ in letters)
+        ends = tuple(map(on.see, final))
+        tapes = []
         for layer, direction, suffix in self._directions():
             if direction == 0:
-                below = y
+                below = seen
                 last = layer == self.num_layers - 1
-                y = self._empty(T, B, D * H, self.batch_first and last and not unbatched)
-            mine = y[..., direction * H : (direction + 1) * H] if D > 1 else y
+                y = self._empty(on, T, B, D * H, last and not unbatched)
+                seen = on.see(y)
+            mine = seen[..., direction * H : (direction + 1) * H] if D > 1 else seen
             at = layer * D + direction
-            weights = self._forward_weights(suffix)
-            own_start = tuple(s[at] for s in start)
-            own_final = tuple(s[at] for s in final)
+            weights = self._forward_weights(on, suffix)
+            own_start = tuple(None if s is None else s[at] for s in start)
+            own_final = tuple(s[at] for s in ends)
             reverse = direction == 1
-            saved = kernel.forward(
-                weights, below, own_start, masks, reverse, mine, own_final, save
-            )
+            saved = on.forward(weights, below, own_start, masks, reverse, mine, own_final, save)
             if save:
-                back = self._backward_weights(suffix, weights, T * B)
+                back = self._backward_weights(on, suffix, weights, T * B)
                 tapes.append(
-                    kernel.Tape(self._cell, back, below, own_start, masks, reverse, mine, saved)
+                    on.tape(self._cell, back, below, own_start, masks, reverse, mine, saved)
                 )
-        return y, final, tapes, unbatched
+        return on, y, tuple(map(on.give, final)), tapes, unbatched
 
-    def _empty(self, T: int, B: int, width: int, batch_first: bool) -> Array:
-        if batch_first:
-            return kernel.empty((B, T, width), self.dtype).swapaxes(0, 1)
-        return kernel.empty((T, B, width), self.dtype)
+    def _empty(self, on: Any, T: int, B: int, width: int, for_user: bool) -> Any:
+        """Make a sequence (T, B, width), for a user who wants it batch first so in memory."""
+        if for_user and self.batch_first and on is HOST:
+            return on.empty((B, T, width), self.dtype).swapaxes(0, 1)
+        return on.empty((T, B, width), self.dtype)
 
-    def _user_sequence(self, a: Array, unbatched: bool) -> Array:
+    def _user_sequence(self, a: Any, unbatched: bool) -> Any:
         if unbatched:
             return a[:, 0]
         return a.swapaxes(0, 1) if self.batch_first else a
 
-    def _user_state(self, state: tuple[Array, ...], unbatched: bool) -> Any:
+    def _user_state(self, state: tuple[Any, ...], unbatched: bool) -> Any:
         views = tuple(s[:, 0] for s in state) if unbatched else state
         return views if len(views) > 1 else views[0]
 
@@ -364,13 +455,15 @@ class _Layer(Generic[StateT]):
         TypeError: a wrong type or dtype. ValueError: a wrong shape. Both before computing.
         """
         if self._is_simple and lengths is None and resets is None:
-            results = self._forward_weights("l0").call(x, state)
+            results: tuple[Array, StateT] | None
+            results = self._forward_weights(HOST, "l0").call(x, state)
             if results is not None:
                 return results
-        y, final, _, unbatched = self._run(
+        on, y, final, _, unbatched = self._run(
             x, self._split_state("state", state), lengths, resets, save=False
         )
-        return self._user_sequence(y, unbatched), self._user_state(final, unbatched)
+        y_user: Array = self._user_sequence(on.give(y), unbatched)
+        return y_user, self._user_state(final, unbatched)
 
     def vjp(
         self,
@@ -390,68 +483,67 @@ class _Layer(Generic[StateT]):
             takes their gradients, None for zeros, and returns a `LayerGrads`. It may be
             called more than once.
         """
-        y, final, tapes, unbatched = self._run(
+        on, y, final, tapes, unbatched = self._run(
             x, self._split_state("state", state), lengths, resets, save=True
         )
-        y.flags.writeable = False
-        y_user = self._user_sequence(y, unbatched)
-        y_user.flags.writeable = False
+        on.freeze(y)
+        y_user = self._user_sequence(on.give(y), unbatched)
         state_shape = self._state_shape(y, unbatched)
 
         def pullback(dy: Any = None, d_state: Any = None) -> LayerGrads[StateT]:
             if dy is not None:
-                dy = checks.array("dy", dy, self.dtype)
+                dy = on.array("dy", dy, self.dtype)
                 axes = "(B, T, directions*H)" if self.batch_first else "(T, B, directions*H)"
                 axes = "(T, directions*H)" if unbatched else axes
                 checks.shape("dy", dy, y_user.shape, axes)
                 dy = self._time_major(dy)
             d_final = tuple(
-                None if d is None else self._state(f"d_state, d{letter}_n,", d, state_shape)
+                None if d is None else self._state(on, f"d_state, d{letter}_n,", d, state_shape)
                 for letter, d in zip(
                     self._cell.states, self._split_state("d_state", d_state), strict=True
                 )
             )
-            return self._backward(tapes, dy, d_final, unbatched)
+            return self._backward(on, tapes, dy, d_final, unbatched)
 
         return (y_user, self._user_state(final, unbatched)), pullback
 
     def _backward(
         self,
-        tapes: list[kernel.Tape],
-        dy: Array | None,
-        d_final: tuple[Array | None, ...],
+        on: Any,
+        tapes: list[Any],
+        dy: Any,
+        d_final: tuple[Any, ...],
         unbatched: bool,
     ) -> LayerGrads[StateT]:
         H, D = self.hidden_size, 1 + self.bidirectional
         T, B, _ = tapes[0].x.shape
-        d_start = tuple(np.empty((self.num_layers * D, B, H), self.dtype) for _ in d_final)
-        gradients: dict[str, Array] = {}
+        state_dtype = on.state_dtype(self.dtype)
+        d_start = tuple(on.empty((self.num_layers * D, B, H), state_dtype) for _ in d_final)
+        d_starts = tuple(map(on.see, d_start))
+        gradients: dict[str, Any] = {}
         for layer, direction, suffix in reversed(list(self._directions())):
             at = layer * D + direction
             tape = tapes[at]
             mine = dy
             if dy is not None and D > 1:
                 mine = dy[..., direction * H : (direction + 1) * H]
-            to_user = layer == 0 and self.batch_first and not unbatched
-            dx = self._empty(T, B, tape.x.shape[-1], to_user)
-            dW, dR, db_ih, db_hh = tape.backward(
+            if direction == D - 1:
+                dx = self._empty(on, T, B, tape.x.shape[-1], layer == 0 and not unbatched)
+            d_parameters = tape.backward(
                 mine,
                 tuple(None if d is None else d[at] for d in d_final),
-                dx,
-                tuple(d[at] for d in d_start),
+                on.see(dx),
+                tuple(d[at] for d in d_starts),
+                adds=direction < D - 1,
             )
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            for name, gradient in zip(names, (dW, dR, db_ih, db_hh), strict=True):
-                gradients[f"{name}_{suffix}"] = gradient
-            if direction == D - 1:
-                total = dx
-            else:
-                total += dx
+            for name, gradient in zip(names, d_parameters, strict=True):
+                gradients[f"{name}_{suffix}"] = on.give(gradient)
             if direction == 0:
-                dy = total
+                dy = on.see(dx)
         return LayerGrads(
-            self._user_sequence(total, unbatched),
-            self._user_state(d_start, unbatched),
+            self._user_sequence(on.give(dx), unbatched),
+            self._user_state(tuple(map(on.give, d_start)), unbatched),
             {name: gradients[name] for name in self._parameters},
         )
 

@@ -1,0 +1,15 @@
+// The list of cells. To add one, write csrc/cells/<cell>.h and cuda/cells/<cell>.cu, and
+// add it here.
+#include "kernels.h"
+
+namespace fusedrnn::cuda {
+
+extern const CellEntry lstm, gru, rnn_tanh, rnn_relu, rnn_identity;
+
+std::span<const CellEntry* const> cells() {
+  static const CellEntry* const all[] = {&lstm, &gru, &rnn_tanh, &rnn_relu,
+                                         &rnn_identity};
+  return all;
+}
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,159 @@
+// What the kernels ask of a GPU: who a thread is, memory that others see, barriers,
+// matrix units. Kernels use nothing else of CUDA, so that they also compile for the host,
+// where tests/twin/device_twin.h defines the same names over fibers.
+//
+//   thread(), block_x(), blocks_x(), …   the thread in its block, the block in its grid;
+//                                        a cluster is all blocks of one y
+//   shared()                             the block's dynamic shared memory
+//   in_peer(p, rank)                     the same place of it in block `rank` of the
+//   cluster sync_warp(), sync_block(), sync_cluster()
+//                                        barriers; what was written before is seen after
+//   load_constant(p)                     16 bytes that nobody writes
+//   load_fresh(p)                        16 bytes that another block may have written
+//   publish(flag, value)                 what the warp wrote before is seen by whom …
+//   wait_for(flag, value)                … waits until the flag is at least that value
+//   mma<E>(d, a, b)                      d += a·b of one warp: 16 rows × 8 columns, 32
+//   bytes
+//                                        of depth; fragments as in PTX's m16n8k16 (k8)
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../csrc/cells/cell.h"
+
+namespace fusedrnn::cuda {
+
+using index = std::ptrdiff_t;
+
+struct alignas(16) Quad {
+  std::uint32_t word[4];
+};
+
+// 16-bit floating-point numbers, as stored.
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+// float32 as the matrix units see it: 10 bits of mantissa.
+struct TensorFloat32 {
+  float value;
+};
+
+}  // namespace fusedrnn::cuda
+
+#ifndef __CUDACC__
+#include "device_twin.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace fusedrnn::cuda {
+
+FUSEDRNN_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+FUSEDRNN_DEVICE int threads() { return static_cast<int>(blockDim.x); }
+FUSEDRNN_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
+FUSEDRNN_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
+FUSEDRNN_DEVICE int blocks_x() { return static_cast<int>(gridDim.x); }
+FUSEDRNN_DEVICE int blocks_y() { return static_cast<int>(gridDim.y); }
+
+FUSEDRNN_DEVICE char* shared() {
+  extern __shared__ __align__(16) char dynamic_shared[];
+  return dynamic_shared;
+}
+
+FUSEDRNN_DEVICE void sync_warp() { __syncwarp(); }
+FUSEDRNN_DEVICE void sync_block() { __syncthreads(); }
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+FUSEDRNN_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+FUSEDRNN_DEVICE void store_in_peer(Quad* p, int rank, const Quad& value) {
+  const auto own = static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
+  std::uint32_t peer;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(own), "r"(rank));
+  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(peer),
+               "r"(value.word[0]), "r"(value.word[1]), "r"(value.word[2]),
+               "r"(value.word[3])
+               : "memory");
+}
+#else
+// Before Hopper a cluster is one block.
+FUSEDRNN_DEVICE void sync_cluster() { __syncthreads(); }
+FUSEDRNN_DEVICE void store_in_peer(Quad* p, int, const Quad& value) { *p = value; }
+#endif
+
+FUSEDRNN_DEVICE Quad load_constant(const Quad* p) {
+  const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
+  return {v.x, v.y, v.z, v.w};
+}
+FUSEDRNN_DEVICE Quad load_fresh(const Quad* p) {
+  const uint4 v = __ldcg(reinterpret_cast<const uint4*>(p));
+  return {v.x, v.y, v.z, v.w};
+}
+// Called by one thread after sync_warp(), which the fence carries on to other blocks.
+FUSEDRNN_DEVICE void publish(unsigned* flag, unsigned value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+FUSEDRNN_DEVICE void wait_for(const unsigned* flag, unsigned value) {
+  unsigned seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                 : "=r"(seen)
+                 : "l"(flag)
+                 : "memory");
+  } while (static_cast<int>(seen - value) < 0);
+}
+
+template <class E>
+FUSEDRNN_DEVICE void mma(float (&d)[4], const std::uint32_t (&a)[4],
+                         const std::uint32_t (&b)[2]);
+#define FUSEDRNN_MMA(E, shape, type)                                                  \
+  template <>                                                                         \
+  FUSEDRNN_DEVICE void mma<E>(float (&d)[4], const std::uint32_t (&a)[4],             \
+                              const std::uint32_t (&b)[2]) {                          \
+    asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type              \
+                 ".f32 "                                                              \
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"    \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])); \
+  }
+FUSEDRNN_MMA(BFloat16, "m16n8k16", "bf16")
+FUSEDRNN_MMA(Float16, "m16n8k16", "f16")
+FUSEDRNN_MMA(TensorFloat32, "m16n8k8", "tf32")
+#undef FUSEDRNN_MMA
+
+FUSEDRNN_DEVICE float as_float(BFloat16 x) {
+  return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
+}
+FUSEDRNN_DEVICE float as_float(Float16 x) {
+  return __half2float(__ushort_as_half(x.bits));
+}
+FUSEDRNN_DEVICE BFloat16 as_bfloat16(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+FUSEDRNN_DEVICE Float16 as_float16(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+FUSEDRNN_DEVICE TensorFloat32 as_tensor_float32(float x) {
+  std::uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return {__uint_as_float(bits)};
+}
+
+FUSEDRNN_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+FUSEDRNN_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+FUSEDRNN_DEVICE float exp_of(float x) { return __expf(x); }
+FUSEDRNN_DEVICE double exp_of(double x) { return exp(x); }
+FUSEDRNN_DEVICE float tanh_of(float x) { return tanhf(x); }
+FUSEDRNN_DEVICE double tanh_of(double x) { return tanh(x); }
+FUSEDRNN_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
+FUSEDRNN_DEVICE double reciprocal(double x) { return 1 / x; }
+
+}  // namespace fusedrnn::cuda
+#endif

@@ -1,0 +1,488 @@
+// One layer in one direction on a GPU: the products before and after, and the recurrence.
+//
+//   forward   W x for a stretch of times as one product, then the recurrence over it
+//   backward  the recurrence over all times, then dx, dW, dR as one product each, db
+//
+// Arrays are as in csrc/problem.h, with these differences: states and what is saved of c
+// are float32 where storage has 16 bits; x may have any strides but its last; y and dx
+// have rows at one distance (y_t = B y_b). Everything is queued on the call's stream.
+#pragma once
+
+#include "kernels.h"
+#include "launches.h"
+#include "recurrence.h"
+#include "rows.h"
+
+namespace fusedrnn::cuda {
+
+// Hands out parts of one piece of memory; of none, to learn how large it must be.
+class Carver {
+ public:
+  explicit Carver(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <class E>
+  E* take(index count) {
+    E* const part = memory_ ? reinterpret_cast<E*>(memory_ + used_) : nullptr;
+    used_ += round_up(count * index{sizeof(E)}, 256);
+    return part;
+  }
+  index used() const { return used_; }
+
+ private:
+  char* memory_;
+  index used_ = 0;
+};
+
+template <class S>
+constexpr Element element_of();
+template <>
+constexpr Element element_of<float>() {
+  return Element::float32;
+}
+template <>
+constexpr Element element_of<double>() {
+  return Element::float64;
+}
+template <>
+constexpr Element element_of<BFloat16>() {
+  return Element::bfloat16;
+}
+template <>
+constexpr Element element_of<Float16>() {
+  return Element::float16;
+}
+
+template <class S>
+Matrix matrix(const S* data, index rows, index columns, index stride,
+              bool transposed = false) {
+  return {data, element_of<S>(), rows, columns, stride, transposed};
+}
+
+template <template <class> class CellOf, class P>
+class Layer {
+  using S = typename P::Storage;
+  using E = typename P::Operand;
+  using A = typename P::State;
+  using Cell = CellOf<device::Vec<A>>;
+  static constexpr int gates = Cell::gates, slots = Cell::slots;
+  static constexpr int first_input = slots - gates;
+  static constexpr bool tf32 = std::is_same_v<E, TensorFloat32>;
+
+  template <int tiles, bool resident>
+  using Forwards = ForwardRecurrence<CellOf, P, tiles, resident>;
+  template <int tiles, bool resident>
+  using Backwards = BackwardRecurrence<CellOf, P, tiles, resident>;
+
+  // The recurrences that are compiled, f.operator()<tiles, resident>(): exact float64
+  // takes the plain way, and weights stay in registers where the matrix units read them.
+  static constexpr int kept = P::on_matrix_units && gates > 1 ? 4 : 0;
+  template <class F>
+  static void for_each_instance(const F& f) {
+    f.template operator()<1, false>();
+    if constexpr (sizeof(A) == 4) f.template operator()<4, false>();
+    if constexpr (P::on_matrix_units && gates > 1) f.template operator()<1, true>();
+  }
+
+ public:
+  static index packed_bytes(index H, bool backward) {
+    const index padded = padded_units(H);
+    Carver carver(nullptr);
+    if (backward) {
+      const index groups = ceil_div(H, Backwards<1, false>::Engine::group_units);
+      carver.take<Quad>(groups * Backwards<1, false>::Engine::weight_quads(padded));
+    } else {
+      const index groups = ceil_div(H, Forwards<1, false>::Engine::group_units);
+      carver.take<A>(slots * H);
+      carver.take<Quad>(groups * Forwards<1, false>::Engine::weight_quads(padded));
+    }
+    return carver.used();
+  }
+
+  static void pack(const PackCall& call) {
+    const OnDevice current(call.device);
+    const index H = call.H, padded = padded_units(H);
+    Carver carver(call.packed);
+    PackWeights<P> weights{};
+    if (call.backward) {
+      using Engine = typename Backwards<1, false>::Engine;
+      weights.quads = ceil_div(H, Engine::group_units) * Engine::weight_quads(padded);
+      weights.octets = Backwards<1, false>::octets;
+      weights.segments = gates;
+    } else {
+      using Engine = typename Forwards<1, false>::Engine;
+      PackBias<P> bias{static_cast<const S*>(call.bias_ih),
+                       static_cast<const S*>(call.bias_hh),
+                       carver.take<A>(slots * H),
+                       H,
+                       slots,
+                       {},
+                       {}};
+      blocks_of_slots(bias.input_block, bias.recurrent_block);
+      launch_each(bias, slots * H, call.device, call.stream);
+      weights.quads = ceil_div(H, Engine::group_units) * Engine::weight_quads(padded);
+      weights.octets = gates;
+      weights.segments = 1;
+    }
+    weights.weight_hh = static_cast<const S*>(call.weight_hh);
+    weights.to = carver.take<Quad>(weights.quads);
+    weights.H = H;
+    weights.padded = padded;
+    weights.backward = call.backward;
+    for (int k = 0; k < gates; ++k) weights.recurrent_gate[k] = Cell::recurrent_gate[k];
+    launch_each(weights, weights.quads, call.device, call.stream);
+  }
+
+  // What backward needs beside x and y: slots as stored, c as a state.
+  static index saved_bytes(const Sizes& p) {
+    Carver carver(nullptr);
+    Saved(p, carver);
+    return carver.used();
+  }
+
+  static index forward_workspace(const ForwardCall& call) {
+    if (call.B == 0) return 0;
+    Carver carver(nullptr);
+    ForwardRoom(call, choose(call, call.device, false), carver);
+    return carver.used();
+  }
+
+  static void forward(const ForwardCall& call) {
+    if (call.B == 0) return;
+    const OnDevice current(call.device);
+    const Plan plan = choose(call, call.device, false);
+    Carver carver(call.workspace);
+    const ForwardRoom room(call, plan, carver);
+    prepare(call, plan, room, static_cast<const A*>(call.h0),
+            static_cast<const A*>(call.c0), static_cast<A*>(call.h_n),
+            static_cast<A*>(call.c_n), true, 1);
+    const S* x = static_cast<const S*>(call.x);
+    index x_b = row_stride(call);
+    if (room.x) {
+      gather_x(call, room.x, {});
+      x = room.x;
+      x_b = call.I;
+    }
+    Carver weights(const_cast<void*>(call.packed));
+    const A* const bias = weights.take<A>(slots * call.H);
+    const Quad* const quads = weights.take<Quad>(0);
+    Carver saving(call.saved);
+    const Saved saved(call, saving);
+
+    for (index begin = 0; begin < call.T; begin += room.stretch) {
+      const index end = begin + room.stretch < call.T ? begin + room.stretch : call.T;
+      const index earliest = earliest_time(call, begin, end);
+      const index rows = (end - begin) * call.B, width = gates * call.H;
+      matmul(matrix(x + earliest * call.B * x_b, rows, call.I, x_b),
+             matrix(static_cast<const S*>(call.weight_ih), width, call.I, call.I, true),
+             matrix(room.a_x, rows, width, width), false, tf32, room.matmul, call.stream);
+      const index turns = plan.exchange == Exchange::step ? 1 : end - begin;
+      for (index n = begin; n < end; n += turns) {
+        with_instance(plan, [&]<int tiles, bool resident>() {
+          Forwards<tiles, resident> p{};
+          fill(p, call, plan, room, n, n + turns);
+          p.weights = quads;
+          p.bias = bias;
+          p.a_x =
+              room.a_x + (earliest_time(call, n, n + turns) - earliest) * call.B * width;
+          p.h = static_cast<A*>(call.h_n);
+          p.c = static_cast<A*>(call.c_n);
+          p.y = static_cast<S*>(call.y);
+          p.y_t = call.y_t;
+          p.y_b = call.y_b;
+          p.saved = saved.slots_;
+          p.saved_c = saved.c;
+          run(p, plan, call.stream);
+        });
+      }
+    }
+  }
+
+  static index backward_workspace(const BackwardCall& call) {
+    if (call.B == 0) return 0;
+    Carver carver(nullptr);
+    BackwardRoom(call, choose(call, call.device, true), carver);
+    return carver.used();
+  }
+
+  static void backward(const BackwardCall& call) {
+    const OnDevice current(call.device);
+    if (call.T == 0 || call.B == 0) {
+      const index width = gates * call.H * index{sizeof(S)};
+      clear(call.dweight_ih, width * call.I, call.stream);
+      clear(call.dweight_hh, width * call.H, call.stream);
+      clear(call.dbias_ih, width, call.stream);
+      clear(call.dbias_hh, width, call.stream);
+      if (call.B == 0) return;
+    }
+    const Plan plan = choose(call, call.device, true);
+    Carver carver(call.workspace);
+    const BackwardRoom room(call, plan, carver);
+    A* const dh = static_cast<A*>(call.dh0);
+    A* const dc = static_cast<A*>(call.dc0);
+    prepare(call, plan, room, static_cast<const A*>(call.dh_n),
+            static_cast<const A*>(call.dc_n), dh, dc, false, gates);
+    if (call.T == 0) return;
+    const index H = call.H, I = call.I, rows = call.T * call.B;
+
+    Previous<P> previous{call,
+                         static_cast<const S*>(call.y),
+                         call.y_t,
+                         call.y_b,
+                         static_cast<const A*>(call.h0),
+                         room.h_prev,
+                         masks_of(call, room)};
+    launch_each(previous, rows * H, call.device, call.stream);
+    const S* x = static_cast<const S*>(call.x);
+    index x_b = row_stride(call);
+    if (room.x) {
+      gather_x(call, room.x, masks_of(call, room));
+      x = room.x;
+      x_b = I;
+    }
+    Carver saving(const_cast<void*>(call.saved));
+    const Saved saved(call, saving);
+    const index turns = plan.exchange == Exchange::step ? 1 : call.T + 1;
+    for (index n = 0; n <= call.T; n += turns) {
+      with_instance(plan, [&]<int tiles, bool resident>() {
+        Backwards<tiles, resident> p{};
+        fill(p, call, plan, room, n, n + turns);
+        p.weights = static_cast<const Quad*>(call.packed);
+        p.h_prev = room.h_prev;
+        p.y = static_cast<const S*>(call.y);
+        p.y_t = call.y_t;
+        p.y_b = call.y_b;
+        p.c0 = static_cast<const A*>(call.c0);
+        p.saved = saved.slots_;
+        p.saved_c = saved.c;
+        p.dy = static_cast<const S*>(call.dy);
+        p.dy_t = call.dy_t;
+        p.dy_b = call.dy_b;
+        p.dh = dh;
+        p.dc = dc;
+        p.da = room.da;
+        run(p, plan, call.stream);
+      });
+    }
+
+    const auto multiply = [&](const Matrix& left, const Matrix& right, const Matrix& to,
+                              bool adds = false) {
+      matmul(left, right, to, adds, tf32, room.matmul, call.stream);
+    };
+    const index da_stride = slots * H;
+    const S* const of_input = room.da + first_input * H;
+    multiply(matrix(of_input, rows, gates * H, da_stride),
+             matrix(static_cast<const S*>(call.weight_ih), gates * H, I, I),
+             matrix(static_cast<const S*>(call.dx), rows, I, call.dx_b), call.adds_dx);
+    multiply(matrix(of_input, rows, gates * H, da_stride, true), matrix(x, rows, I, x_b),
+             matrix(static_cast<const S*>(call.dweight_ih), gates * H, I, I));
+    // Slots whose blocks of weight_hh follow one another take one product.
+    for (int k = 0; k < gates;) {
+      int end = k + 1;
+      while (end < gates &&
+             Cell::recurrent_gate[end] == Cell::recurrent_gate[end - 1] + 1) {
+        ++end;
+      }
+      const S* const to =
+          static_cast<const S*>(call.dweight_hh) + Cell::recurrent_gate[k] * H * H;
+      multiply(matrix(room.da + k * H, rows, (end - k) * H, da_stride, true),
+               matrix(static_cast<const S*>(room.h_prev), rows, H, H),
+               matrix(to, (end - k) * H, H, H));
+      k = end;
+    }
+    BiasGradients<P> bias{room.da,
+                          rows,
+                          H,
+                          slots,
+                          {},
+                          {},
+                          static_cast<S*>(call.dbias_ih),
+                          static_cast<S*>(call.dbias_hh)};
+    blocks_of_slots(bias.input_block, bias.recurrent_block);
+    launch_columns(bias, call.stream);
+  }
+
+  // The plan that is estimated to be fastest among those a device can run.
+  static Plan choose(const Sizes& p, int ordinal, bool backward) {
+    const Device& gpu = device(ordinal);
+    const Work work{P::on_matrix_units,
+                    sizeof(E),
+                    sizeof(A),
+                    backward ? Backwards<1, false>::octets : gates,
+                    backward ? Backwards<1, false>::Engine::group_units
+                             : Forwards<1, false>::Engine::group_units,
+                    backward ? gates : 1,
+                    DepthBlock<P>::depth,
+                    32 / (backward ? Backwards<1, false>::octets : gates)};
+    Plan best{};
+    double least = 0;
+    for_each_instance([&]<int tiles, bool resident>() {
+      using Kernel = Forwards<tiles, resident>;
+      using Mirror = Backwards<tiles, resident>;
+      for_each_candidate(p, work, gpu, tiles, resident, [&](Plan& plan) {
+        plan.shared_bytes = backward ? Mirror::Engine::shared_bytes(plan)
+                                     : Kernel::Engine::shared_bytes(plan);
+        if (plan.shared_bytes > gpu.shared_bytes) return;
+        int at_once = plan.blocks_y;
+        if (plan.exchange == Exchange::cluster) {
+          const Launch shape = shape_of(plan);
+          at_once = plan.blocks_x == 1 ? gpu.multiprocessors
+                    : backward         ? clusters_at_once<Mirror>(shape)
+                                       : clusters_at_once<Kernel>(shape);
+          if (at_once == 0) return;
+        }
+        const double cycles = estimate(plan, work, at_once);
+        if (best.tiles == 0 || cycles < least) {
+          best = plan;
+          least = cycles;
+        }
+      });
+    });
+    if (best.tiles == 0) throw Error("no plan for this layer meets what was wished");
+    return best;
+  }
+
+ private:
+  struct Saved {
+    S* slots_;
+    A* c;
+    Saved(const Sizes& p, Carver& carver)
+        : slots_(carver.take<S>(Cell::saves ? p.T * p.B * slots * p.H : 0)),
+          c(carver.take<A>(Cell::has_c ? p.T * p.B * p.H : 0)) {}
+  };
+
+  // Scratch memory that both directions have.
+  struct Room {
+    E* operand;
+    unsigned* flags;
+    index flag_count;
+    int* lengths;
+    void* matmul;
+    Room(const Call& call, const Plan& plan, int segments, Carver& carver)
+        : operand(carver.take<E>(2 * operand_rows(plan) * segments * plan.P)),
+          flags(carver.take<unsigned>(flags_of(plan))),
+          flag_count(flags_of(plan)),
+          lengths(call.lengths ? carver.take<int>(call.B) : nullptr),
+          matmul(carver.take<char>(matmul_workspace)) {}
+    static index operand_rows(const Plan& plan) {
+      return index{plan.row_groups} * plan.tiles * 8;
+    }
+    static index flags_of(const Plan& plan) {
+      return index{plan.row_groups} * plan.unit_groups * plan.tiles;
+    }
+  };
+  struct ForwardRoom : Room {
+    index stretch;
+    A* a_x;
+    S* x;  // a copy, or null
+    ForwardRoom(const ForwardCall& call, const Plan& plan, Carver& carver)
+        : Room(call, plan, 1, carver), stretch(call.T) {
+      constexpr index most_bytes = index{256} << 20;
+      const index per_step = call.B * gates * call.H * index{sizeof(A)};
+      const index fit = most_bytes / per_step > 1 ? most_bytes / per_step : 1;
+      if (fit < stretch) stretch = fit;
+      a_x = carver.take<A>(stretch * call.B * gates * call.H);
+      x = row_stride(call) ? nullptr : carver.take<S>(call.T * call.B * call.I);
+    }
+  };
+  struct BackwardRoom : Room {
+    S *da, *h_prev;
+    S* x;  // a copy, or null
+    BackwardRoom(const BackwardCall& call, const Plan& plan, Carver& carver)
+        : Room(call, plan, gates, carver),
+          da(carver.take<S>(call.T * call.B * slots * call.H)),
+          h_prev(carver.take<S>(call.T * call.B * call.H)),
+          x(row_stride(call) && !call.lengths
+                ? nullptr
+                : carver.take<S>(call.T * call.B * call.I)) {}
+  };
+
+  // From one row of x to the next, by time and then by batch; 0 where that is no
+  // constant.
+  static index row_stride(const Call& call) {
+    const index stride = call.B > 1 ? call.x_b : call.T > 1 ? call.x_t : call.I;
+    const bool constant = call.T == 1 || call.x_t == call.B * stride;
+    return constant && stride >= call.I ? stride : 0;
+  }
+  static Masks masks_of(const Call& call, const Room& room) {
+    return {room.lengths, call.resets, call.resets_t, call.resets_b};
+  }
+  static index earliest_time(const Sizes& p, index begin, index end) {
+    return p.reverse ? p.T - end : begin;
+  }
+
+  static void blocks_of_slots(int (&input)[4], int (&recurrent)[4]) {
+    for (int k = 0; k < slots; ++k) {
+      input[k] = k < first_input ? -1 : Cell::input_gate[k - first_input];
+      recurrent[k] = k < gates ? Cell::recurrent_gate[k] : -1;
+    }
+  }
+
+  static void gather_x(const Call& call, S* to, const Masks& masks) {
+    const GatherRows<P> gather{static_cast<const S*>(call.x),
+                               call.x_t,
+                               call.x_b,
+                               to,
+                               call.T,
+                               call.B,
+                               call.I,
+                               masks};
+    launch_each(gather, call.T * call.B * call.I, call.device, call.stream);
+  }
+
+  static void prepare(const Call& call, const Plan& plan, const Room& room, const A* from,
+                      const A* c_from, A* state, A* c_state, bool with_state,
+                      int segments) {
+    if (call.lengths) {
+      const ReadLengths read{call.lengths, call.wide_lengths, room.lengths, call.T,
+                             call.B};
+      launch_each(read, call.B, call.device, call.stream);
+    }
+    const index rows = Room::operand_rows(plan);
+    const Prepare<P> start{call,
+                           from,
+                           c_from,
+                           state,
+                           Cell::has_c ? c_state : nullptr,
+                           room.operand,
+                           rows,
+                           segments * plan.P,
+                           with_state,
+                           room.flags,
+                           room.flag_count,
+                           masks_of(call, room)};
+    launch_each(start, 2 * rows * segments * plan.P, call.device, call.stream);
+  }
+
+  static void fill(Recurrence<P>& p, const Call& call, const Plan& plan, const Room& room,
+                   index begin, index end) {
+    static_cast<Sizes&>(p) = call;
+    p.plan = plan;
+    p.begin = begin;
+    p.end = end;
+    p.operand = room.operand;
+    p.flags = room.flags;
+    p.masks = masks_of(call, room);
+  }
+
+  static Launch shape_of(const Plan& plan) {
+    return {plan.blocks_x,
+            plan.blocks_y,
+            plan.threads(),
+            plan.shared_bytes,
+            plan.exchange == Exchange::cluster,
+            plan.exchange == Exchange::grid};
+  }
+  template <class Kernel>
+  static void run(const Kernel& kernel, const Plan& plan, Stream stream) {
+    launch(kernel, shape_of(plan), stream);
+  }
+  template <class F>
+  static void with_instance(const Plan& plan, const F& f) {
+    for_each_instance([&]<int tiles, bool resident>() {
+      if (plan.tiles == tiles && plan.resident == resident) {
+        f.template operator()<tiles, resident>();
+      }
+    });
+  }
+};
+
+}  // namespace fusedrnn::cuda

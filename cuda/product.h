@@ -1,0 +1,124 @@
+// The product of a step: a block's slice of the recurrent weights times the operand,
+// which is h' forward and da backward. Eight rows of the weights that belong to eight
+// hidden units are an octet: one gate of the units forward, Rᵀ for the units backward. A
+// warp sums some octets of a group of units for `tiles` × 8 rows of the batch.
+//
+// The depth is cut into blocks of 64 bytes for the matrix units, 16 bytes without them.
+// Weights are packed (pack.h) as
+//
+//   [group][block of depth][octet][unit of 8][bytes of the block]
+//
+// so that each lane reads 16 consecutive bytes of a row: with the matrix units lane 4u+q
+// the quarter q of unit u's, whose words are its fragments of two mma, the order of depth
+// within a block being free as long as both factors agree. Operand rows are plain.
+//
+// A lane's sums are those of mma's fragments in both forms: of unit lane/4, rows
+// 2(lane%4) and one more, for an even octet in [0], [1] and for the odd in [2], [3].
+#pragma once
+
+#include "precision.h"
+
+namespace fusedrnn::cuda {
+
+template <class P>
+struct DepthBlock {
+  using E = typename P::Operand;
+  static constexpr int bytes = P::on_matrix_units ? 64 : 16;
+  static constexpr int depth = bytes / sizeof(E);
+  static constexpr int quads = 8 * bytes / 16;  // per octet
+};
+
+FUSEDRNN_DEVICE int lane() { return thread() % 32; }
+// The unit of an octet and the first of the two rows of a tile that are a lane's.
+FUSEDRNN_DEVICE int lane_unit() { return lane() / 4; }
+FUSEDRNN_DEVICE int lane_row() { return lane() % 4 * 2; }
+
+template <class E>
+struct alignas(16) Elements {
+  E at[16 / sizeof(E)];
+};
+template <class E>
+FUSEDRNN_DEVICE Elements<E> elements(const Quad& quad) {
+  static_assert(sizeof(Elements<E>) == sizeof(Quad));
+  Elements<E> e;
+  __builtin_memcpy(&e, &quad, sizeof(e));
+  return e;
+}
+
+template <class P, int octets, int tiles>
+struct Product {
+  using E = typename P::Operand;
+  using A = typename P::State;
+  using Block = DepthBlock<P>;
+  static constexpr int pairs = (octets + 1) / 2;
+  static constexpr int rows = P::on_matrix_units ? 1 : 2;  // operand rows a lane reads
+
+  A sum[pairs][tiles][4];
+
+  FUSEDRNN_DEVICE Product() {
+#pragma unroll
+    for (int p = 0; p < pairs; ++p) {
+#pragma unroll
+      for (int t = 0; t < tiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[p][t][i] = 0;
+      }
+    }
+  }
+
+  // The lane's quad of a block's first octet in packed weights of one group.
+  FUSEDRNN_DEVICE static int weight_quad(int block) {
+    return block * octets * Block::quads + (P::on_matrix_units ? lane() : lane_unit());
+  }
+  // The lane's first row of a tile, and its bytes of the block there.
+  FUSEDRNN_DEVICE static int operand_row() {
+    return P::on_matrix_units ? lane_unit() : lane_row();
+  }
+  FUSEDRNN_DEVICE static int operand_byte() {
+    return P::on_matrix_units ? lane() % 4 * 16 : 0;
+  }
+
+  // One block of depth.
+  FUSEDRNN_DEVICE void add(const Quad (&weights)[octets],
+                           const Quad (&operand)[tiles][rows]) {
+    if constexpr (P::on_matrix_units) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int p = 0; p < pairs; ++p) {
+          const Quad& even = weights[2 * p];
+          const bool odd = 2 * p + 1 < octets;
+          const Quad& other = weights[odd ? 2 * p + 1 : 2 * p];
+          const std::uint32_t a[4] = {even.word[2 * half], odd ? other.word[2 * half] : 0,
+                                      even.word[2 * half + 1],
+                                      odd ? other.word[2 * half + 1] : 0};
+#pragma unroll
+          for (int t = 0; t < tiles; ++t) {
+            const Quad& of = operand[t][0];
+            const std::uint32_t b[2] = {of.word[2 * half], of.word[2 * half + 1]};
+            mma<E>(sum[p][t], a, b);
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int t = 0; t < tiles; ++t) {
+#pragma unroll
+        for (int r = 0; r < rows; ++r) {
+          const auto h = elements<E>(operand[t][r]);
+#pragma unroll
+          for (int o = 0; o < octets; ++o) {
+            const auto w = elements<E>(weights[o]);
+            A& to = sum[o / 2][t][o % 2 * 2 + r];
+#pragma unroll
+            for (int k = 0; k < Block::depth; ++k) {
+              to = multiply_add(w.at[k], h.at[k], to);
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,627 @@
+// The recurrence of one layer in one direction, forward and backward, for turns
+// [begin, end) of T: as one launch, in stretches, or one launch a turn. Turn n is step n
+// forward and step T-1-n backward.
+//
+// A step is a pipeline: before (rows whose state is reset), the product, the cell, after
+// (rows past their length, whose state stays). Who makes a part of the next step's
+// operand applies its before, so the product needs to know of nothing.
+//
+//   operand   (2, rows, segments, P), rows padded to whole row groups: turn n reads
+//             [n % 2] and writes the other. Forward one segment, h'; backward one for
+//             each gate, da of the recurrent part. Padding is finite.
+//   flags     (row groups, groups of units, tiles): n + 1 once that part of turn n's
+//             operand is written; 0 before the first turn
+//   state     h and c forward, the gradients that pass the product by backward, (B, H),
+//             in place from launch to launch
+//   a_x       (times, B, gates, H) W x for the times of these turns, the earliest first
+//   bias      (slots, H)
+//   saved     (T, B, slots, H) and saved_c (T, B, H), by step
+//   da        (T, B, slots, H), by time, as x and dx are
+//
+// Sums run in an order that a plan fixes, and nothing is added atomically.
+#pragma once
+
+#include "../csrc/problem.h"
+#include "masks.h"
+#include "product.h"
+#include "tuning.h"
+#include "vec.h"
+
+namespace fusedrnn::cuda {
+
+template <class A>
+struct alignas(16) Four {
+  A at[4];
+};
+
+// Product and exchange of a plan, seen by one thread. A group of units has `octets`
+// octets of weights and `unit_octets` × 8 units.
+template <class P, int octets, int segments, int unit_octets, int tiles, bool resident>
+class Engine {
+  using E = typename P::Operand;
+  using A = typename P::State;
+  using Sums = Product<P, octets, tiles>;
+  using Block = DepthBlock<P>;
+  static constexpr int chunk_quads = 8 * sizeof(E) / 16;  // 8 units of a row
+
+ public:
+  static constexpr int pairs = Sums::pairs;
+  static constexpr int group_units = 8 * unit_octets;
+  static constexpr int chunks = segments * unit_octets;  // that a group makes for a row
+  static constexpr int rows = 8 * tiles;
+  // Blocks of depth whose weights a warp can keep in registers: half of what it has.
+  static constexpr int held = resident ? 32 / octets : 0;
+
+  // Quads of packed weights, per group of units.
+  static constexpr index weight_quads(index padded) {
+    return segments * (padded / Block::depth) * octets * Block::quads;
+  }
+
+  // A block's shared memory: its weights, two operands, two sets of partial sums,
+  // staging.
+  static constexpr index weight_bytes(const Plan& plan) {
+    return plan.on_chip ? plan.groups * weight_quads(plan.P) * 16 : 0;
+  }
+  // Rows of an operand lie so that the lanes' 16 bytes fall on different banks.
+  static constexpr index row_bytes(const Plan& plan) {
+    return round_up(segments * plan.P * index{sizeof(E)}, 128) + Block::bytes;
+  }
+  static constexpr index operand_bytes(const Plan& plan) {
+    return plan.exchange == Exchange::cluster ? 2 * rows * row_bytes(plan) : 0;
+  }
+  static constexpr index partial_count(const Plan& plan) {
+    return plan.splits > 1 ? index{plan.groups} * plan.splits * pairs * tiles * 32 : 0;
+  }
+  static constexpr index partial_bytes(const Plan& plan) {
+    return 2 * partial_count(plan) * index{sizeof(Four<A>)};
+  }
+  static constexpr index stage_bytes(const Plan& plan) {
+    return index{plan.groups} * tiles * chunks * 64 * index{sizeof(E)};
+  }
+  static constexpr index shared_bytes(const Plan& plan) {
+    return weight_bytes(plan) + operand_bytes(plan) + partial_bytes(plan) +
+           stage_bytes(plan);
+  }
+
+  FUSEDRNN_DEVICE Engine(const Plan& plan, const Quad* weights, E* operand,
+                         unsigned* flags)
+      : plan_(plan),
+        operand_(operand),
+        flags_(flags),
+        group_(thread() / 32 / plan.splits),
+        split_(thread() / 32 % plan.splits),
+        unit_group_(block_x() * plan.groups + group_),
+        clustered_(plan.exchange == Exchange::cluster) {
+    const index blocks = plan.P / Block::depth;
+    first_ = static_cast<int>(blocks * split_ / plan.splits);
+    depth_blocks_ = static_cast<int>(blocks * (split_ + 1) / plan.splits) - first_;
+    if (!has_units()) depth_blocks_ = 0;
+    weights_ = weights + unit_group_ * weight_quads(plan.P);
+    if constexpr (resident) {
+#pragma unroll
+      for (int b = 0; b < held; ++b) {
+        const int segment = depth_blocks_ > 0 ? b / depth_blocks_ : segments;
+        held_at_[b] = segment < segments ? block_at(segment, b % depth_blocks_) : -1;
+        if (held_at_[b] >= 0) {
+          load_weights(weights_ + Sums::weight_quad(held_at_[b]), held_[b]);
+        }
+      }
+    }
+    if (plan.on_chip) {
+      const int own = block_x() * plan.groups, left = plan.unit_groups - own;
+      const int groups = left < plan.groups ? left : plan.groups;
+      const int quads = groups * static_cast<int>(weight_quads(plan.P));
+      const Quad* const from = weights + own * weight_quads(plan.P);
+      Quad* const to = reinterpret_cast<Quad*>(shared());
+#pragma unroll 4
+      for (int i = thread(); i < quads; i += threads()) to[i] = load_constant(from + i);
+    }
+  }
+
+  FUSEDRNN_DEVICE bool has_units() const { return unit_group_ < plan_.unit_groups; }
+  // Whether the thread has an item: two rows of a tile, of each octet's unit.
+  FUSEDRNN_DEVICE bool has_item() const { return split_ < tiles && has_units(); }
+  FUSEDRNN_DEVICE index unit(int unit_octet) const {
+    return index{unit_group_} * group_units + unit_octet * 8 + lane_unit();
+  }
+  FUSEDRNN_DEVICE index row(int r) const {
+    return row_group_ * rows + split_ * 8 + lane_row() + r;
+  }
+
+  FUSEDRNN_DEVICE void start(index row_group, index begin, index end) {
+    row_group_ = row_group;
+    begin_ = begin;
+    end_ = end;
+    if (clustered_) {
+      // Nobody reads or sends any more of the row group before. Both operands are taken
+      // over, for their padding.
+      sync_cluster();
+      const int quads = static_cast<int>(segments * plan_.P * index{sizeof(E)} / 16);
+#pragma unroll 1
+      for (int i = thread(); i < 2 * rows * quads; i += threads()) {
+        const int n = i / (rows * quads), row = i / quads % rows, quad = i % quads;
+        Quad* const to =
+            reinterpret_cast<Quad*>(shared_operand(n) + row * row_bytes(plan_));
+        to[quad] =
+            load_fresh(reinterpret_cast<const Quad*>(global_operand(n, row)) + quad);
+      }
+      sync_cluster();
+    } else {
+      sync_block();
+    }
+  }
+
+  // The thread's item of the product of turn n; every thread of the block takes part.
+  FUSEDRNN_DEVICE void multiply(index n, A (&sum)[pairs][4]) {
+    Sums product;
+    if (clustered_) {
+      add_blocks(product, shared_operand(n), static_cast<int>(row_bytes(plan_)),
+                 [](const char* p) { return *reinterpret_cast<const Quad*>(p); });
+    } else {
+      if (n > begin_) wait_for_makers(n);
+      add_blocks(
+          product, reinterpret_cast<const char*>(global_operand(n, 0)),
+          static_cast<int>(segments * plan_.P * index{sizeof(E)}),
+          [](const char* p) { return load_fresh(reinterpret_cast<const Quad*>(p)); });
+    }
+    if (plan_.splits == 1) {
+#pragma unroll
+      for (int p = 0; p < pairs; ++p) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[p][i] = product.sum[p][0][i];
+      }
+      return;
+    }
+    Four<A>* const partial =
+        reinterpret_cast<Four<A>*>(shared() + weight_bytes(plan_) + operand_bytes(plan_));
+    const auto at = [&](int split, int p, int tile) {
+      const index of =
+          ((index{group_} * plan_.splits + split) * pairs + p) * tiles + tile;
+      return partial + n % 2 * partial_count(plan_) + of * 32 + lane();
+    };
+#pragma unroll
+    for (int p = 0; p < pairs; ++p) {
+#pragma unroll
+      for (int t = 0; t < tiles; ++t) {
+        Four<A> own;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) own.at[i] = product.sum[p][t][i];
+        *at(split_, p, t) = own;
+      }
+    }
+    sync_block();
+    if (!has_item()) return;
+#pragma unroll
+    for (int p = 0; p < pairs; ++p) {
+      Four<A> total = *at(0, p, split_);
+#pragma unroll 1
+      for (int split = 1; split < plan_.splits; ++split) {
+        const Four<A> other = *at(split, p, split_);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total.at[i] += other.at[i];
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[p][i] = total.at[i];
+    }
+  }
+
+  // Puts an element of the next turn's operand ready: row r of the item, in a segment.
+  FUSEDRNN_DEVICE void stage(int segment, int unit_octet, int r, A value) {
+    E* const to = staging() + (segment * unit_octets + unit_octet) * 64;
+    to[(lane_row() + r) * 8 + lane_unit()] = convert<E>(value);
+  }
+
+  // Sends what the warp staged in turn n to those who need it in the next.
+  FUSEDRNN_DEVICE void send(index n) {
+    sync_warp();
+    const bool to_peers = clustered_ && n + 1 < end_;
+    const Quad* const from = reinterpret_cast<const Quad*>(staging());
+#pragma unroll 1
+    for (int i = lane(); i < chunks * 8 * chunk_quads; i += 32) {
+      const int chunk = i / (8 * chunk_quads), row = i / chunk_quads % 8;
+      const index column = chunk / unit_octets * plan_.P +
+                           index{unit_group_} * group_units + chunk % unit_octets * 8;
+      const index byte = column * index{sizeof(E)} + i % chunk_quads * 16;
+      const int in_group = split_ * 8 + row;
+      if (to_peers) {
+        char* const to = shared_operand(n + 1) + in_group * row_bytes(plan_) + byte;
+#pragma unroll 1
+        for (int peer = 0; peer < blocks_x(); ++peer) {
+          store_in_peer(reinterpret_cast<Quad*>(to), peer, from[i]);
+        }
+      } else {
+        char* const to = reinterpret_cast<char*>(global_operand(n + 1, in_group)) + byte;
+        *reinterpret_cast<Quad*>(to) = from[i];
+      }
+    }
+    if (plan_.exchange != Exchange::grid) return;
+    sync_warp();
+    if (lane() == 0) publish(flag(unit_group_, split_), static_cast<unsigned>(n + 1));
+  }
+
+  // The end of turn n, for every thread.
+  FUSEDRNN_DEVICE void meet(index n) {
+    if (clustered_ && n + 1 < end_) sync_cluster();
+  }
+
+ private:
+  FUSEDRNN_DEVICE E* global_operand(index n, index row_in_group) const {
+    const index row = row_group_ * rows + row_in_group;
+    return operand_ + (n % 2 * plan_.row_groups * rows + row) * segments * plan_.P;
+  }
+  FUSEDRNN_DEVICE char* shared_operand(index n) const {
+    return shared() + weight_bytes(plan_) + n % 2 * rows * row_bytes(plan_);
+  }
+  FUSEDRNN_DEVICE E* staging() const {
+    char* const all =
+        shared() + weight_bytes(plan_) + operand_bytes(plan_) + partial_bytes(plan_);
+    return reinterpret_cast<E*>(all) + (group_ * tiles + split_) * chunks * 64;
+  }
+  FUSEDRNN_DEVICE unsigned* flag(index unit_group, int tile) const {
+    return flags_ + (row_group_ * plan_.unit_groups + unit_group) * tiles + tile;
+  }
+
+  // The b-th of the warp's blocks of depth in a segment, among all of a group.
+  FUSEDRNN_DEVICE int block_at(int segment, int b) const {
+    return segment * static_cast<int>(plan_.P / Block::depth) + first_ + b;
+  }
+
+  FUSEDRNN_DEVICE static void load_weights(const Quad* block, Quad (&to)[octets]) {
+#pragma unroll
+    for (int o = 0; o < octets; ++o) to[o] = block[o * Block::quads];
+  }
+
+  // product += weights · operand over the warp's blocks of depth.
+  template <class Load>
+  FUSEDRNN_DEVICE void add_blocks(Sums& product, const char* operand, int row_size,
+                                  const Load& load) const {
+    [[maybe_unused]] constexpr int unrolled = tiles == 1 ? 4 : 1;
+    operand += Sums::operand_row() * row_size + Sums::operand_byte();
+    const auto add = [&](const char* at, const Quad(&weights)[octets]) {
+      Quad h[tiles][Sums::rows];
+#pragma unroll
+      for (int t = 0; t < tiles; ++t) {
+#pragma unroll
+        for (int r = 0; r < Sums::rows; ++r) h[t][r] = load(at + (t * 8 + r) * row_size);
+      }
+      product.add(weights, h);
+    };
+    if constexpr (resident) {
+#pragma unroll
+      for (int b = 0; b < held; ++b) {
+        if (held_at_[b] >= 0) add(operand + held_at_[b] * Block::bytes, held_[b]);
+      }
+    } else {
+      const Quad* const slice = plan_.on_chip ? reinterpret_cast<const Quad*>(shared()) +
+                                                    group_ * weight_quads(plan_.P)
+                                              : weights_;
+      for (int segment = 0; segment < segments; ++segment) {
+        const int first = block_at(segment, 0);
+        const Quad* of_weights = slice + Sums::weight_quad(first);
+        const char* at = operand + first * Block::bytes;
+#pragma unroll unrolled
+        for (int b = 0; b < depth_blocks_; ++b) {
+          Quad weights[octets];
+          load_weights(of_weights, weights);
+          add(at, weights);
+          of_weights += octets * Block::quads;
+          at += Block::bytes;
+        }
+      }
+    }
+  }
+
+  // Waits for the makers of the units that the warp's blocks of depth cover.
+  FUSEDRNN_DEVICE void wait_for_makers(index n) const {
+    const int first = first_ * Block::depth / group_units;
+    const int end = (first_ + depth_blocks_) * Block::depth;
+    int last = (end + group_units - 1) / group_units;
+    if (last > plan_.unit_groups) last = plan_.unit_groups;
+#pragma unroll 1
+    for (int i = first * tiles + lane(); i < last * tiles; i += 32) {
+      wait_for(flag(i / tiles, i % tiles), static_cast<unsigned>(n));
+    }
+    sync_warp();
+  }
+
+  const Plan& plan_;
+  E* const operand_;
+  unsigned* const flags_;
+  const int group_, split_, unit_group_;
+  const bool clustered_;
+  const Quad* weights_;
+  int first_, depth_blocks_;  // of a segment
+  index row_group_ = 0, begin_ = 0, end_ = 0;
+  Quad held_[resident ? held : 1][octets];
+  int held_at_[resident ? held : 1];
+};
+
+// What both directions know of a layer.
+template <class P>
+struct Recurrence : Sizes {
+  using S = typename P::Storage;
+  using E = typename P::Operand;
+  using A = typename P::State;
+
+  Plan plan;
+  index begin, end;
+  const Quad* weights;
+  E* operand;
+  unsigned* flags;
+  Masks masks;
+};
+
+// Whether the blocks of weight_ih stand in the order of the slots they feed, so that W x
+// and the input part of da are as a product reads or writes them.
+template <class Cell>
+constexpr bool feeds_in_order() {
+  for (int k = 0; k < Cell::gates; ++k) {
+    if (Cell::input_gate[k] != k) return false;
+  }
+  return true;
+}
+
+template <template <class> class CellOf, class P, int tiles_, bool resident_>
+struct ForwardRecurrence : Recurrence<P> {
+  using Base = Recurrence<P>;
+  using Base::B, Base::H, Base::T, Base::begin, Base::end, Base::masks, Base::plan;
+  using typename Base::A;
+  using typename Base::S;
+  using V = device::Vec<A>;
+  using Cell = CellOf<V>;
+  static constexpr int tiles = tiles_;
+  static constexpr bool resident = resident_;
+  static constexpr int gates = Cell::gates, slots = Cell::slots;
+  using Engine = cuda::Engine<P, gates, 1, 1, tiles, resident>;
+  static_assert(feeds_in_order<Cell>());
+
+  const A* a_x;
+  const A* bias;
+  A *h, *c;
+  S* y;
+  index y_t, y_b;
+  S* saved;    // null in inference, or for cells that save nothing
+  A* saved_c;  // null in inference
+
+  FUSEDRNN_DEVICE void operator()() const {
+    Engine engine(plan, this->weights, this->operand, this->flags);
+    for (index g = block_y(); g < plan.row_groups; g += blocks_y()) {
+      run(engine, g);
+    }
+  }
+
+ private:
+  FUSEDRNN_DEVICE void run(Engine& engine, index row_group) const {
+    engine.start(row_group, begin, end);
+    const index unit = engine.unit(0), first_row = engine.row(0);
+    const bool mine = engine.has_item() && unit < H;
+    const bool real[2] = {mine && first_row < B, mine && first_row + 1 < B};
+    A of_bias[slots], h_now[2] = {0, 0}, c_now[2] = {0, 0};
+#pragma unroll
+    for (int k = 0; k < slots; ++k) of_bias[k] = mine ? bias[k * H + unit] : 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (!real[r]) continue;
+      h_now[r] = h[(first_row + r) * H + unit];
+      if constexpr (Cell::has_c) c_now[r] = c[(first_row + r) * H + unit];
+    }
+    const index earliest = this->reverse ? T - end : begin;
+    for (index n = begin; n < end; ++n) {
+      const index t = this->time(n);
+      // Asked for before the others' part of the operand is waited for.
+      A a[2][slots];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const A* const of = a_x + ((t - earliest) * B + first_row + r) * gates * H + unit;
+#pragma unroll
+        for (int k = 0; k < slots; ++k) {
+          a[r][k] = of_bias[k];
+          const int input = k - (slots - gates);
+          if (input >= 0 && real[r]) a[r][k] += of[input * H];
+        }
+      }
+      A sum[Engine::pairs][4];
+      engine.multiply(n, sum);
+      if (engine.has_item()) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          if (real[r]) {
+            step(
+                n, t, first_row + r, unit, a[r],
+                [&](int k) { return sum[k / 2][k % 2 * 2 + r]; }, h_now[r], c_now[r]);
+          }
+          const bool ends =
+              real[r] && n + 1 < T && masks.is_reset(this->time(n + 1), first_row + r);
+          engine.stage(0, 0, r, ends ? A{0} : h_now[r]);
+        }
+        if (n + 1 < T) engine.send(n);
+      }
+      engine.meet(n);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (!real[r]) continue;
+      h[(first_row + r) * H + unit] = h_now[r];
+      if constexpr (Cell::has_c) c[(first_row + r) * H + unit] = c_now[r];
+    }
+  }
+
+  template <class Sum>
+  FUSEDRNN_DEVICE void step(index n, index t, index b, index unit, const A (&a)[slots],
+                            const Sum& sum, A& h_now, A& c_now) const {
+    const bool active = masks.is_active(t, b);
+    if (active) {
+      const bool is_reset = masks.is_reset(t, b);
+      V v[slots];
+#pragma unroll
+      for (int k = 0; k < slots; ++k) v[k] = {k < gates ? a[k] + sum(k) : a[k]};
+      const State<V> prev{{is_reset ? A{0} : h_now}, {is_reset ? A{0} : c_now}};
+      const State<V> now = Cell::forward(v, prev);
+      h_now = now.h.value;
+      c_now = now.c.value;
+      if (Cell::saves && saved) {
+        S* const to = saved + (n * B + b) * slots * H + unit;
+#pragma unroll
+        for (int k = 0; k < slots; ++k) to[k * H] = convert<S>(v[k].value);
+      }
+    }
+    // After a row's end its state stays, and backward finds c there.
+    if (Cell::has_c && saved_c) saved_c[(n * B + b) * H + unit] = c_now;
+    y[t * y_t + b * y_b + unit] = convert<S>(active ? h_now : A{0});
+  }
+};
+
+template <template <class> class CellOf, class P, int tiles_, bool resident_>
+struct BackwardRecurrence : Recurrence<P> {
+  using Base = Recurrence<P>;
+  using Base::B, Base::H, Base::T, Base::begin, Base::end, Base::masks, Base::plan;
+  using typename Base::A;
+  using typename Base::S;
+  using V = device::Vec<A>;
+  using Cell = CellOf<V>;
+  static constexpr int tiles = tiles_;
+  static constexpr bool resident = resident_;
+  static constexpr int gates = Cell::gates, slots = Cell::slots, octets = 2;
+  using Engine = cuda::Engine<P, octets, gates, octets, tiles, resident>;
+
+  const S* h_prev;  // (T, B, H) the state that entered the step at each time
+  const S* y;
+  index y_t, y_b;
+  const A* c0;  // or null: zeros
+  const S* saved;
+  const A* saved_c;
+  const S* dy;  // or null
+  index dy_t, dy_b;
+  A *dh, *dc;  // what reaches the state before past the product; at the end dh0, dc0
+  S* da;
+
+  FUSEDRNN_DEVICE void operator()() const {
+    Engine engine(plan, this->weights, this->operand, this->flags);
+    for (index g = block_y(); g < plan.row_groups; g += blocks_y()) {
+      run(engine, g);
+    }
+  }
+
+ private:
+  // What a step reads of a row and unit.
+  struct Inputs {
+    A slots_[slots], prev_h, h, prev_c, c, dy;
+  };
+
+  FUSEDRNN_DEVICE void run(Engine& engine, index row_group) const {
+    engine.start(row_group, begin, end);
+    const index first_row = engine.row(0);
+    bool real[octets][2];
+    A past[octets][2], dc_now[octets][2];
+#pragma unroll
+    for (int o = 0; o < octets; ++o) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const index unit = engine.unit(o), b = first_row + r;
+        real[o][r] = engine.has_item() && unit < H && b < B;
+        past[o][r] = real[o][r] ? dh[b * H + unit] : 0;
+        dc_now[o][r] = Cell::has_c && real[o][r] ? dc[b * H + unit] : 0;
+      }
+    }
+    // Turn T is that of the initial state, which is left the product of step 0.
+    for (index n = begin; n < end; ++n) {
+      const index step = T - 1 - n, t = step >= 0 ? this->time(step) : 0;
+      Inputs in[octets][2] = {};
+#pragma unroll
+      for (int o = 0; o < octets; ++o) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          if (real[o][r] && step >= 0) {
+            read(in[o][r], step, t, first_row + r, engine.unit(o));
+          }
+        }
+      }
+      A sum[Engine::pairs][4] = {};
+      if (n > 0) engine.multiply(n, sum);
+      if (engine.has_item()) {
+#pragma unroll
+        for (int o = 0; o < octets; ++o) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            V v[slots] = {};
+            A& through = past[o][r];
+            through += sum[0][o * 2 + r];
+            bool passes = true;
+            if (real[o][r] && step >= 0) {
+              passes = take_step(in[o][r], t, first_row + r, engine.unit(o), v, through,
+                                 dc_now[o][r]);
+            }
+#pragma unroll
+            for (int k = 0; k < gates; ++k) {
+              engine.stage(k, o, r, passes ? v[k].value : A{0});
+            }
+          }
+        }
+        if (step >= 0) engine.send(n);
+      }
+      engine.meet(n);
+    }
+#pragma unroll
+    for (int o = 0; o < octets; ++o) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (!real[o][r]) continue;
+        const index at = (first_row + r) * H + engine.unit(o);
+        dh[at] = past[o][r];
+        if constexpr (Cell::has_c) dc[at] = dc_now[o][r];
+      }
+    }
+  }
+
+  FUSEDRNN_DEVICE void read(Inputs& in, index step, index t, index b, index unit) const {
+    const index at = (step * B + b) * H + unit;
+    if constexpr (Cell::saves) {
+      const S* const from = saved + (step * B + b) * slots * H + unit;
+#pragma unroll
+      for (int k = 0; k < slots; ++k) in.slots_[k] = convert<A>(from[k * H]);
+    } else {
+      in.h = convert<A>(y[t * y_t + b * y_b + unit]);
+    }
+    if constexpr (Cell::has_direct)
+      in.prev_h = convert<A>(h_prev[(t * B + b) * H + unit]);
+    if constexpr (Cell::has_c) {
+      in.c = saved_c[at];
+      if (!masks.is_reset(t, b)) {
+        in.prev_c = step > 0 ? saved_c[at - B * H] : c0 ? c0[b * H + unit] : A{0};
+      }
+    }
+    in.dy = dy ? convert<A>(dy[t * dy_t + b * dy_b + unit]) : 0;
+  }
+
+  // Writes da into v and memory; `past` and dc become those of the state before. Returns
+  // whether a gradient passes to it.
+  FUSEDRNN_DEVICE bool take_step(const Inputs& in, index t, index b, index unit,
+                                 V (&v)[slots], A& past, A& dc_now) const {
+    S* const to = da + (t * B + b) * slots * H + unit;
+    if (!masks.is_active(t, b)) {
+#pragma unroll
+      for (int k = 0; k < slots; ++k) to[k * H] = convert<S>(A{0});
+      return true;
+    }
+    if constexpr (Cell::saves) {
+#pragma unroll
+      for (int k = 0; k < slots; ++k) v[k] = {in.slots_[k]};
+    }
+    State<V> prev{}, now{};
+    if constexpr (Cell::has_direct) prev.h = {in.prev_h};
+    if constexpr (Cell::has_c) {
+      prev.c = {in.prev_c};
+      now.c = {in.c};
+    }
+    if constexpr (!Cell::saves) now.h = {in.h};
+    const State<V> d = Cell::backward(v, prev, now, {past + in.dy}, {dc_now});
+#pragma unroll
+    for (int k = 0; k < slots; ++k) to[k * H] = convert<S>(v[k].value);
+    const bool passes = !masks.is_reset(t, b);
+    past = passes ? d.h.value : A{0};
+    dc_now = passes ? d.c.value : A{0};
+    return passes;
+  }
+};
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,45 @@
+#include "rows.h"
+
+#include "launches.h"
+#include "tuning.h"
+
+namespace fusedrnn::cuda {
+
+template <class Kernel>
+void launch_each(const Kernel& kernel, index count, int ordinal, Stream stream) {
+  // A few elements to a thread of a full device.
+  const index most = index{device(ordinal).multiprocessors} * 8;
+  const index blocks = ceil_div(count, most_threads);
+  launch(kernel,
+         {static_cast<int>(blocks < 1      ? 1
+                           : blocks < most ? blocks
+                                           : most),
+          1, most_threads, 0, false, false},
+         stream);
+}
+
+template <class P>
+void launch_columns(const BiasGradients<P>& kernel, Stream stream) {
+  launch(kernel,
+         {static_cast<int>(ceil_div(kernel.slots * kernel.H, 32)), 1, most_threads,
+          most_threads * index{sizeof(typename P::State)}, false, false},
+         stream);
+}
+
+template void launch_each(const ReadLengths&, index, int, Stream);
+
+#define FUSEDRNN_ROWS(P)                                                \
+  template void launch_each(const PackWeights<P>&, index, int, Stream); \
+  template void launch_each(const PackBias<P>&, index, int, Stream);    \
+  template void launch_each(const Prepare<P>&, index, int, Stream);     \
+  template void launch_each(const Previous<P>&, index, int, Stream);    \
+  template void launch_each(const GatherRows<P>&, index, int, Stream);  \
+  template void launch_columns(const BiasGradients<P>&, Stream);
+FUSEDRNN_ROWS(Float32Exact)
+FUSEDRNN_ROWS(Float64Exact)
+FUSEDRNN_ROWS(OnTensorFloat32)
+FUSEDRNN_ROWS(OnBFloat16)
+FUSEDRNN_ROWS(OnFloat16)
+#undef FUSEDRNN_ROWS
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,230 @@
+// Kernels beside the recurrence: packing, what a recurrence starts from, rows gathered
+// for the products of the gradients, sums of columns. They are compiled once, in rows.cu.
+#pragma once
+
+#include "../csrc/problem.h"
+#include "masks.h"
+#include "product.h"
+#include "runtime.h"
+
+namespace fusedrnn::cuda {
+
+// Queues a kernel of so many independent elements.
+template <class Kernel>
+void launch_each(const Kernel& kernel, index count, int device, Stream stream);
+
+// f(i) for every i below count, shared out among all threads of a grid of one row.
+template <class F>
+FUSEDRNN_DEVICE void for_each(index count, const F& f) {
+  const index step = index{blocks_x()} * threads();
+#pragma unroll 1
+  for (index i = index{block_x()} * threads() + thread(); i < count; i += step) f(i);
+}
+
+// weight_hh (gates·H, H) as Product reads it: for the forward, where an octet is a gate,
+// or for the backward, transposed, where the depth has a segment for each gate.
+template <class P>
+struct PackWeights {
+  using E = typename P::Operand;
+  using S = typename P::Storage;
+  using A = typename P::State;
+  using Block = DepthBlock<P>;
+
+  const S* weight_hh;
+  Quad* to;
+  index H, padded, quads;
+  int octets, segments;
+  bool backward;
+  int recurrent_gate[4];
+
+  FUSEDRNN_DEVICE void operator()() const {
+    for_each(quads, [&](index i) {
+      constexpr int parts = Block::bytes / 16, in_part = 16 / sizeof(E);
+      const index part = i % parts, u = i / parts % 8, octet = i / (8 * parts) % octets;
+      const index block = i / (8 * parts) / octets;
+      const index blocks_of_segment = padded / Block::depth;
+      const index blocks = blocks_of_segment * segments;
+      const index group = block / blocks, segment = block % blocks / blocks_of_segment;
+      const index first = block % blocks_of_segment * Block::depth + part * in_part;
+      const index unit = (backward ? group * octets + octet : group) * 8 + u;
+      Elements<E> value;
+      for (int e = 0; e < in_part; ++e) {
+        const index k = first + e;
+        A weight = 0;
+        if (unit < H && k < H) {
+          const index row = backward ? recurrent_gate[segment] * H + k
+                                     : recurrent_gate[octet] * H + unit;
+          weight = convert<A>(weight_hh[row * H + (backward ? unit : k)]);
+        }
+        value.at[e] = convert<E>(weight);
+      }
+      __builtin_memcpy(to + i, &value, sizeof(value));
+    });
+  }
+};
+
+// bias (slots, H): both where an input and a recurrent part meet in one sum.
+template <class P>
+struct PackBias {
+  using S = typename P::Storage;
+  using A = typename P::State;
+
+  const S *bias_ih, *bias_hh;  // or null
+  A* to;
+  index H;
+  int slots;
+  int input_block[4], recurrent_block[4];  // of a slot, or -1
+
+  FUSEDRNN_DEVICE void operator()() const {
+    for_each(slots * H, [&](index i) {
+      const index slot = i / H, unit = i % H;
+      A bias = 0;
+      if (bias_ih && input_block[slot] >= 0) {
+        bias += convert<A>(bias_ih[input_block[slot] * H + unit]);
+      }
+      if (bias_hh && recurrent_block[slot] >= 0) {
+        bias += convert<A>(bias_hh[recurrent_block[slot] * H + unit]);
+      }
+      to[i] = bias;
+    });
+  }
+};
+
+// What turn 0 finds: its operand (the state that enters it, or nothing backward),
+// padding, flags, and the state where the recurrence keeps it.
+template <class P>
+struct Prepare : Sizes {
+  using E = typename P::Operand;
+  using A = typename P::State;
+
+  const A *from, *c_from;  // h0, c0 or their like; null: zeros
+  A *state, *c_state;      // null where the cell has none
+  E* operand;              // (2, rows, width)
+  index rows, width;
+  bool with_state;  // whether the operand of turn 0 is that state
+  unsigned* flags;
+  index flag_count;
+  Masks masks;
+
+  FUSEDRNN_DEVICE void operator()() const {
+    for_each(2 * rows * width, [&](index i) {
+      const index row = i / width, column = i % width;
+      const bool real = with_state && from && row < B && column < H;
+      const bool is_reset = real && T > 0 && masks.is_reset(time(0), row);
+      operand[i] = convert<E>(real && !is_reset ? from[row * H + column] : A{0});
+    });
+    for_each(flag_count, [&](index i) { flags[i] = 0; });
+    for_each(B * H, [&](index i) {
+      state[i] = from ? from[i] : A{0};
+      if (c_state) c_state[i] = c_from ? c_from[i] : A{0};
+    });
+  }
+};
+
+// lengths as the recurrences read them. What lies beyond [0, T] is taken as its end: the
+// host cannot look without waiting.
+struct ReadLengths {
+  const void* from;  // int64 if wide, else int32
+  bool wide;
+  int* to;
+  index T, B;
+
+  FUSEDRNN_DEVICE void operator()() const {
+    for_each(B, [&](index b) {
+      const index length = wide ? static_cast<const std::int64_t*>(from)[b]
+                                : static_cast<const std::int32_t*>(from)[b];
+      to[b] = static_cast<int>(length < 0 ? 0 : length > T ? T : length);
+    });
+  }
+};
+
+// (T, B, H) the state that entered the step at each time: zero after a reset.
+template <class P>
+struct Previous : Sizes {
+  using S = typename P::Storage;
+  using A = typename P::State;
+
+  const S* y;
+  index y_t, y_b;
+  const A* h0;  // or null: zeros
+  S* to;
+  Masks masks;
+
+  FUSEDRNN_DEVICE void operator()() const {
+    for_each(T * B * H, [&](index i) {
+      const index unit = i % H, b = i / H % B, t = i / H / B, step = time(t);
+      if (masks.is_reset(t, b)) {
+        to[i] = convert<S>(A{0});
+      } else if (step == 0 || !masks.is_active(time(step - 1), b)) {
+        to[i] = convert<S>(h0 ? h0[b * H + unit] : A{0});  // this row's first step
+      } else {
+        to[i] = y[time(step - 1) * y_t + b * y_b + unit];
+      }
+    });
+  }
+};
+
+// (T, B, width), contiguous; zero past a row's length, where anything may stand.
+template <class P>
+struct GatherRows {
+  using S = typename P::Storage;
+
+  const S* from;
+  index from_t, from_b;
+  S* to;
+  index T, B, width;
+  Masks masks;
+
+  FUSEDRNN_DEVICE void operator()() const {
+    for_each(T * B * width, [&](index i) {
+      const index column = i % width, b = i / width % B, t = i / width / B;
+      to[i] = masks.is_active(t, b) ? from[t * from_t + b * from_b + column] : S{};
+    });
+  }
+};
+
+// The sums of each column of (rows, slots·H), to the biases that a slot belongs to. A
+// block sums 32 columns: each warp some rows, in order, then all warps' sums in order.
+template <class P>
+struct BiasGradients;
+template <class P>
+void launch_columns(const BiasGradients<P>& kernel, Stream stream);
+
+template <class P>
+struct BiasGradients {
+  using S = typename P::Storage;
+  using A = typename P::State;
+
+  const S* da;
+  index rows, H;
+  int slots;
+  int input_block[4], recurrent_block[4];
+  S *dbias_ih, *dbias_hh;
+
+  FUSEDRNN_DEVICE void operator()() const {
+    const index column = index{block_x()} * 32 + lane(), columns = slots * H;
+    const int warp = thread() / 32, warps = threads() / 32;
+    A* const sums = reinterpret_cast<A*>(shared());
+    A sum = 0;
+    if (column < columns) {
+#pragma unroll 8
+      for (index row = warp; row < rows; row += warps) {
+        sum += convert<A>(da[row * columns + column]);
+      }
+    }
+    sums[thread()] = sum;
+    sync_block();
+    if (warp > 0 || column >= columns) return;
+    for (int other = 1; other < warps; ++other) sum += sums[other * 32 + lane()];
+    const int slot = static_cast<int>(column / H);
+    const index unit = column % H;
+    if (input_block[slot] >= 0) {
+      dbias_ih[input_block[slot] * H + unit] = convert<S>(sum);
+    }
+    if (recurrent_block[slot] >= 0) {
+      dbias_hh[recurrent_block[slot] * H + unit] = convert<S>(sum);
+    }
+  }
+};
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,40 @@
+// A vector of one lane: what the cells (csrc/cells/) ask of a GPU's thread.
+#pragma once
+
+#define FUSEDRNN_ARCH device
+
+#include "../csrc/cells/gru.h"
+#include "../csrc/cells/lstm.h"
+#include "../csrc/cells/rnn.h"
+#include "device.h"
+
+namespace fusedrnn::device {
+
+template <class S>
+struct Vec {
+  using scalar = S;
+
+  S value;
+
+  FUSEDRNN_DEVICE static Vec broadcast(S s) { return {s}; }
+
+  FUSEDRNN_DEVICE friend Vec operator+(Vec a, Vec b) { return {a.value + b.value}; }
+  FUSEDRNN_DEVICE friend Vec operator-(Vec a, Vec b) { return {a.value - b.value}; }
+  FUSEDRNN_DEVICE friend Vec operator*(Vec a, Vec b) { return {a.value * b.value}; }
+  FUSEDRNN_DEVICE friend Vec fma(Vec a, Vec b, Vec c) {
+    return {cuda::multiply_add(a.value, b.value, c.value)};
+  }
+  FUSEDRNN_DEVICE friend Vec max(Vec a, Vec b) {
+    return {a.value > b.value ? a.value : b.value};
+  }
+  FUSEDRNN_DEVICE friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {
+    return a.value < b.value ? x : y;
+  }
+  // exp(-x) is inf where σ(x) is 0, whose reciprocal is right.
+  FUSEDRNN_DEVICE friend Vec sigmoid(Vec x) {
+    return {cuda::reciprocal(1 + cuda::exp_of(-x.value))};
+  }
+  FUSEDRNN_DEVICE friend Vec tanh(Vec x) { return {cuda::tanh_of(x.value)}; }
+};
+
+}  // namespace fusedrnn::device

@@ -1,0 +1,133 @@
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+class Error(RuntimeError): ...
+class OutOfMemoryError(MemoryError): ...
+
+class View:
+    """An array on a device; strides count elements, None for a contiguous one."""
+
+    def __init__(
+        self,
+        pointer: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...] | list[int] | None,
+        dtype: str,
+        device: int,
+        owner: object,
+    ) -> None: ...
+    @property
+    def pointer(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def strides(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def itemsize(self) -> int: ...
+    @property
+    def device(self) -> int: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def is_contiguous(self) -> bool: ...
+    def __getitem__(self, key: Any, /) -> View: ...
+    def swapaxes(self, a: int, b: int, /) -> View: ...
+    @staticmethod
+    def from_dlpack(capsule: object, /) -> View: ...
+    def to_dlpack(self) -> Any: ...
+
+class Memory:
+    """Memory on a device, given back on the stream that it was made on."""
+
+    def __init__(self, bytes: int, device: int, stream: int) -> None: ...
+    @property
+    def pointer(self) -> int: ...
+
+class Kernel:
+    """A cell in a precision, on a device and stream."""
+
+    def __init__(self, cell: str, precision: str, device: int, stream: int) -> None: ...
+    @property
+    def state_dtype(self) -> str: ...
+    def packed_bytes(self, H: int, backward: bool, /) -> int: ...
+    def pack(
+        self,
+        weight_hh: View,
+        bias_ih: View | None,
+        bias_hh: View | None,
+        backward: bool,
+        packed: View,
+        /,
+    ) -> None: ...
+    def saved_bytes(self, T: int, B: int, H: int, /) -> int: ...
+    def forward(
+        self,
+        x: View,
+        weight_ih: View,
+        packed: View,
+        h0: View | None,
+        c0: View | None,
+        lengths: View | None,
+        resets: View | None,
+        reverse: bool,
+        y: View,
+        h_n: View,
+        c_n: View | None,
+        saved: View | None,
+        workspace: Any,
+        /,
+    ) -> None: ...
+    def backward(
+        self,
+        x: View,
+        weight_ih: View,
+        packed: View,
+        h0: View | None,
+        c0: View | None,
+        lengths: View | None,
+        resets: View | None,
+        reverse: bool,
+        y: View,
+        saved: View | None,
+        dy: View | None,
+        dh_n: View | None,
+        dc_n: View | None,
+        dx: View,
+        adds_dx: bool,
+        dweight_ih: View,
+        dweight_hh: View,
+        dbias_ih: View,
+        dbias_hh: View,
+        dh0: View,
+        dc0: View | None,
+        workspace: Any,
+        /,
+    ) -> None: ...
+    def explain(self, T: int, B: int, I: int, H: int, backward: bool, /) -> dict[str, Any]: ...
+
+def copy_from_host(to: View, source: npt.NDArray[Any], stream: int, /) -> None: ...
+def copy_to_host(to: npt.NDArray[np.generic], source: View, stream: int, /) -> None: ...
+def copy_on_device(to: View, source: View, stream: int, /) -> None: ...
+def wish(
+    exchange: int = -1,
+    tiles: int = 0,
+    resident: int = -1,
+    groups: int = 0,
+    splits: int = 0,
+    blocks_x: int = 0,
+) -> None:
+    """What the next choices of a plan in this thread must meet; for tests."""
+
+def cells() -> list[str]: ...
+def device_count() -> int: ...
+def device_of(pointer: int, /) -> int: ...
+def device(ordinal: int, /) -> dict[str, Any]: ...
+def runtime_version() -> int: ...
+def use_blas(path: str, /) -> None: ...
+def order(device: int, before: int, after: int, /) -> None: ...

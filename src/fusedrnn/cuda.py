@@ -1,0 +1,416 @@
+"""Arrays on NVIDIA GPUs: how they go in and out of the ops, and an array of our own.
+
+Anything that speaks DLPack or `__cuda_array_interface__` may be an argument; PyTorch's and
+CuPy's arrays are read directly. What an op returns is of the library of its x. It runs on
+the stream that is current there and never waits for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from .reference import Array as HostArray
+
+if TYPE_CHECKING:
+    from ._cuda import View
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+# Streams that CUDA numbers itself: 0 stands for the default stream of the caller.
+_DEFAULT_STREAM = 0
+
+
+# The extension module and what it needs
+
+
+def _wheel_library(name: str) -> str | None:
+    """Return where the nvidia-* wheels put a library, if they are installed."""
+    for folder in sys.path:
+        path = Path(folder, "nvidia", "cu13", "lib", name)
+        if path.is_file():
+            return str(path)
+    return None
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    """Return the extension module and, where it cannot be used, why."""
+    if find_spec(f"{__package__}._cuda") is None:
+        return None, "this build has no CUDA backend: nvcc was not found where it was built"
+    runtime = _wheel_library("libcudart.so.13")
+    try:
+        if runtime is not None:
+            ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
+        from . import _cuda
+    except (ImportError, OSError) as error:
+        return None, f'{error}; install it with: pip install "fusedrnn[cuda13]"'
+    blas = _wheel_library("libcublasLt.so.13")
+    if blas is not None:
+        _cuda.use_blas(blas)
+    try:
+        count = _cuda.device_count()
+    except _cuda.Error as error:
+        return _cuda, str(error)
+    return _cuda, None if count else "no device"
+
+
+def _module() -> Any:
+    """Return the extension module, or raise what is missing."""
+    module, problem = _load()
+    if module is None or problem is not None:
+        raise RuntimeError(f"CUDA cannot be used: {problem}")
+    return module
+
+
+def is_available() -> bool:
+    """Return whether there is a GPU that this build can use."""
+    return _load()[1] is None
+
+
+def count() -> int:
+    """Return how many GPUs there are; raise RuntimeError where none can be used."""
+    return int(_module().device_count())
+
+
+def status() -> str:
+    """Return what GPUs there are, or why none can be used, in one line.
+
+    >>> isinstance(status(), str)
+    True
+    """
+    module, problem = _load()
+    if module is None or problem is not None:
+        return f"off: {problem}"
+    names = (module.device(i) for i in range(module.device_count()))
+    return ", ".join(f"{d['name']} (sm_{d['capability']})" for d in names)
+
+
+def explain(
+    cell: str,
+    T: int,
+    B: int,
+    I: int,
+    H: int,
+    dtype: str = "float32",
+    precision: str = "exact",
+    backward: bool = False,
+    device: int = 0,
+) -> dict[str, Any]:
+    """Tell how a call would run on a GPU.
+
+    Parameters
+    ----------
+    cell: "lstm", "gru", "rnn_tanh", "rnn_relu" or "rnn_identity".
+    T, B, I, H: its sizes. dtype: of x. precision: "exact" or "tf32". device: which GPU.
+    backward: the backward instead of the forward.
+
+    Returns
+    -------
+    A dict: "exchange" is "cluster" (blocks that share memory), "grid" (all blocks at once, by
+    way of L2) or "step" (a launch for each step); "weights" says where the recurrent weights
+    stay; the rest are the sizes of the launch.
+
+    Raises
+    ------
+    ValueError: a wrong name. RuntimeError: no GPU can be used.
+    """
+    module = _module()
+    cells = module.cells()
+    if cell not in cells:
+        raise ValueError(f"cell must be one of {', '.join(cells)}, got {cell!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    kernel = module.Kernel(cell, "tf32" if precision == "tf32" else dtype, device, 0)
+    told: dict[str, Any] = kernel.explain(T, B, I, H, backward)
+    return told
+
+
+# Arrays
+
+
+def _to_bfloat16(a: HostArray) -> HostArray:
+    """Round float32 to bfloat16, as its 16 bits."""
+    bits = np.ascontiguousarray(a, np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
+    return np.where(np.isnan(a), 0x7FFF, rounded).astype(np.uint16)
+
+
+def _from_bfloat16(bits: HostArray) -> HostArray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+class Array:
+    """An array on a GPU, to be handed to any library by DLPack without a copy.
+
+    Made by `array`, and by ops whose x is one or of a library that they do not know. Its
+    values cannot be changed.
+
+    Attributes
+    ----------
+    shape: a tuple. dtype: "float32", "float64", "bfloat16", "float16" or another's name.
+    device: the number of the GPU.
+    """
+
+    def __init__(self, view: View, stream: int) -> None:
+        self._view = view
+        self._stream = stream
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The length of each axis."""
+        return self._view.shape
+
+    @property
+    def ndim(self) -> int:
+        """How many axes there are."""
+        return self._view.ndim
+
+    @property
+    def dtype(self) -> str:
+        """The name of the elements' type."""
+        return self._view.dtype
+
+    @property
+    def device(self) -> int:
+        """The number of the GPU."""
+        return self._view.device
+
+    def __repr__(self) -> str:
+        return (
+            f"fusedrnn.cuda.Array(shape={self.shape}, dtype={self.dtype}, cuda:{self.device})"
+        )
+
+    def __getitem__(self, key: Any) -> Array:
+        return Array(self._view[key], self._stream)
+
+    def swapaxes(self, a: int, b: int) -> Array:
+        """Return a view with two axes swapped."""
+        return Array(self._view.swapaxes(a, b), self._stream)
+
+    def numpy(self) -> HostArray:
+        """Wait for the values and copy them to the host; bfloat16 as float32."""
+        view = self._view
+        if not view.is_contiguous:
+            return self._permuted()
+        host = np.empty(view.shape, "uint16" if view.dtype == "bfloat16" else view.dtype)
+        _module().copy_to_host(host, view, self._stream)
+        return _from_bfloat16(host) if view.dtype == "bfloat16" else host
+
+    def _permuted(self) -> HostArray:
+        """Copy a view whose axes are in another order, or that leaves elements out."""
+        view = self._view
+        if view.ndim > 1 and view.shape[0] > 0:
+            return np.stack([self[i].numpy() for i in range(view.shape[0])])
+        return np.concatenate([self[i : i + 1].numpy() for i in range(view.shape[0])])
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, self.device
+
+    def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
+        if stream is not None and stream not in (-1, self._stream):
+            _module().order(self.device, self._stream, stream)
+        return self._view.to_dlpack()
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        codes = {"float32": "<f4", "float64": "<f8", "float16": "<f2", "int32": "<i4"}
+        codes |= {"int64": "<i8", "bool": "|b1", "uint8": "|u1"}
+        view = self._view
+        if view.dtype not in codes:
+            raise AttributeError(f"__cuda_array_interface__ has no {view.dtype}; use DLPack")
+        return {
+            "shape": view.shape,
+            "typestr": codes[view.dtype],
+            "data": (view.pointer, True),
+            "strides": tuple(s * view.itemsize for s in view.strides),
+            "version": 3,
+            "stream": self._stream or 1,  # 0 is not allowed here: 1 is the default stream
+        }
+
+
+def _empty(shape: tuple[int, ...], dtype: str, device: int, stream: int) -> Array:
+    module = _module()
+    view = module.View(0, shape, None, dtype, device, None)
+    memory = module.Memory(view.size * view.itemsize, device, stream)
+    return Array(module.View(memory.pointer, shape, None, dtype, device, memory), stream)
+
+
+def array(a: Any, dtype: str | None = None, device: int = 0) -> Array:
+    """Copy host values to a GPU.
+
+    Parameters
+    ----------
+    a: anything NumPy can see as an array of floats.
+    dtype: "float32", "float64", "bfloat16" or "float16"; None for that of a.
+    device: the number of the GPU.
+
+    Raises
+    ------
+    TypeError: a wrong dtype. RuntimeError: no GPU can be used. MemoryError: it is full.
+    """
+    host = np.asarray(a)
+    name = str(host.dtype) if dtype is None else dtype
+    if name not in DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {name}")
+    values = _to_bfloat16(host) if name == "bfloat16" else host.astype(name)
+    return _upload(values, name, device, _DEFAULT_STREAM)
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return a dtype's name: NumPy's, a string, or another library's."""
+    if isinstance(dtype, str):
+        return dtype
+    try:
+        return str(np.dtype(dtype))
+    except TypeError:
+        return str(dtype).rpartition(".")[2]
+
+
+def copy_of(name: str, a: Any, library: Library, dtype: Any, place: str) -> Array:
+    """Copy an array on a GPU that must have a dtype and be on the GPU `place`."""
+    view = library.view(a, _DEFAULT_STREAM)
+    stream = library.stream(a, view.device)
+    if f"cuda:{view.device}" != place:
+        raise ValueError(f"{name} must be on {place} like the layer, got cuda:{view.device}")
+    if view.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype} like the layer, got {view.dtype}")
+    if not view.is_contiguous:
+        raise ValueError(f"{name} must be contiguous on a GPU, got strides {view.strides}")
+    made = _empty(view.shape, view.dtype, view.device, stream)
+    _module().copy_on_device(made._view, view, stream)
+    return made
+
+
+def _upload(values: HostArray, dtype: str, device: int, stream: int) -> Array:
+    made = _empty(values.shape, dtype, device, stream)
+    _module().copy_from_host(made._view, np.ascontiguousarray(values), stream)
+    return made
+
+
+# Libraries
+
+
+class Library(Protocol):
+    """What an array's library is asked for."""
+
+    def view(self, a: Any, stream: int) -> View:
+        """See an array that is ready on a stream."""
+
+    def stream(self, a: Any, device: int) -> int:
+        """Return the stream that is current where the array lives."""
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: int, stream: int) -> Any:
+        """Make an uninitialised array."""
+
+    def give(self, a: Any) -> Any:
+        """Return what the user gets for an array that `empty` made."""
+
+
+class _Own:
+    def view(self, a: Array, stream: int) -> View:
+        if a._stream != stream:
+            _module().order(a.device, a._stream, stream)
+        return a._view
+
+    def stream(self, a: Array, device: int) -> int:
+        return a._stream
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: int, stream: int) -> Array:
+        return _empty(shape, dtype, device, stream)
+
+    def give(self, a: Any) -> Any:
+        return a
+
+
+class _Torch(_Own):
+    def __init__(self, torch: Any) -> None:
+        self.torch = torch
+
+    def view(self, a: Any, stream: int) -> View:
+        dtype = str(a.dtype).removeprefix("torch.")
+        return _module().View(  # type: ignore[no-any-return]
+            a.data_ptr(), a.shape, a.stride(), dtype, a.device.index or 0, a
+        )
+
+    def stream(self, a: Any, device: int) -> int:
+        return int(self.torch.cuda.current_stream(device).cuda_stream)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: int, stream: int) -> Any:
+        torch = self.torch
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=f"cuda:{device}")
+
+
+class _CuPy(_Own):
+    def __init__(self, cupy: Any) -> None:
+        self.cupy = cupy
+
+    def view(self, a: Any, stream: int) -> View:
+        strides = [s // a.itemsize for s in a.strides]
+        return _module().View(  # type: ignore[no-any-return]
+            a.data.ptr, a.shape, strides, str(a.dtype), a.device.id, a
+        )
+
+    def stream(self, a: Any, device: int) -> int:
+        return int(self.cupy.cuda.get_current_stream().ptr)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: int, stream: int) -> Any:
+        with self.cupy.cuda.Device(device):
+            return self.cupy.empty(shape, dtype)
+
+
+class _Exchange(_Own):
+    """Any library, by DLPack or else by `__cuda_array_interface__`."""
+
+    def __init__(self, back: Callable[[Array], Any] | None = None) -> None:
+        self.back = back
+
+    def view(self, a: Any, stream: int) -> View:
+        module = _module()
+        if hasattr(a, "__dlpack__"):
+            # In DLPack 1 is the default stream, and 0 is not allowed.
+            return module.View.from_dlpack(a.__dlpack__(stream=stream or 1))  # type: ignore[no-any-return]
+        face = a.__cuda_array_interface__
+        dtype = np.dtype(face["typestr"])
+        strides = face.get("strides")
+        steps = None if strides is None else [s // dtype.itemsize for s in strides]
+        pointer = face["data"][0]
+        return module.View(  # type: ignore[no-any-return]
+            pointer, face["shape"], steps, str(dtype), module.device_of(pointer), a
+        )
+
+    def stream(self, a: Any, device: int) -> int:
+        face = getattr(a, "__cuda_array_interface__", {}) if self.back is None else {}
+        stream = face.get("stream")
+        return _DEFAULT_STREAM if stream in (None, 1) else int(stream)
+
+    def give(self, a: Any) -> Any:
+        return a if self.back is None else self.back(a)
+
+
+def library_of(a: Any) -> Library | None:
+    """Return the library of an array on a GPU, None for everything else."""
+    if isinstance(a, Array):
+        return _Own()
+    root = type(a).__module__.partition(".")[0]
+    if root == "numpy":
+        return None
+    if root == "torch":
+        return _Torch(sys.modules["torch"]) if a.device.type == "cuda" else None
+    if root == "cupy":
+        return _CuPy(sys.modules["cupy"])
+    if root in ("jaxlib", "jax"):
+        if a.__dlpack_device__()[0] != 2:
+            return None
+        return _Exchange(sys.modules["jax"].dlpack.from_dlpack)
+    if hasattr(a, "__dlpack_device__"):
+        return _Exchange() if a.__dlpack_device__()[0] == 2 else None
+    return _Exchange() if hasattr(a, "__cuda_array_interface__") else None

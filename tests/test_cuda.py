@@ -1,0 +1,608 @@
+"""The CUDA backend agrees with the reference in float64, in every precision and plan.
+
+On a machine without a GPU these tests are skipped; tests/emulate.sh runs them on the kernels
+compiled for the host, where blocks and threads are fibers that arrive in a random order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import itertools
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+from helpers import MASKS, Sizes, arguments, cotangents, masks, op, spoil_padding
+from hypothesis import strategies as st
+
+import fusedrnn as fr
+from fusedrnn import cuda, reference
+from fusedrnn.cells import CELLS, Cell
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not cuda.is_available(), reason=f"no GPU to test on: {cuda.status()}"),
+]
+TWIN = cuda.status().startswith("twin")
+
+# The largest norm of an error against float64 on the inputs as rounded, relative to that of
+# the expected array. The slope of relu jumps: where an h is rounded to 0 it is another.
+TOLERANCE = {"float32": 2e-6, "float64": 1e-13, "tf32": 2e-3, "bfloat16": 2e-2, "float16": 3e-3}
+PRECISIONS = list(TOLERANCE)
+EXCHANGES = {"cluster": 0, "grid": 1, "step": 2}
+
+# Around tiles of 8 rows and row groups of 32, groups of 8 and 16 units, blocks of depth of 32.
+SHAPES = [
+    Sizes(1, 1, 1, 1),
+    Sizes(5, 3, 4, 7),
+    Sizes(4, 13, 5, 40),
+    Sizes(3, 37, 6, 70),
+    Sizes(6, 9, 3, 33),
+]
+if not TWIN:
+    SHAPES += [Sizes(40, 16, 64, 256), Sizes(20, 100, 30, 768), Sizes(9, 65, 128, 1100)]
+
+
+@pytest.fixture(params=PRECISIONS)
+def precision(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _no_wish() -> Iterator[None]:
+    yield
+    cuda._module().wish()
+
+
+def storage(precision: str) -> str:
+    return "float32" if precision == "tf32" else precision
+
+
+def put(values: dict[str, Any], precision: str) -> dict[str, Any]:
+    """The arguments of an op on the GPU; states are at least float32."""
+    state = "float64" if precision == "float64" else "float32"
+    return {
+        k: v
+        if v is None or k in MASKS
+        else cuda.array(v, state if k in ("h0", "c0") else storage(precision))
+        for k, v in values.items()
+    }
+
+
+def got(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as rounded, in float64."""
+    return {
+        k: v.numpy().astype(np.float64) if isinstance(v, cuda.Array) else v
+        for k, v in values.items()
+    }
+
+
+def norm_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    difference = np.linalg.norm(actual.astype(np.float64) - expected)
+    return float(difference / max(np.linalg.norm(expected), 1e-30))
+
+
+def wish(**wishes: Any) -> None:
+    """Choose a plan; skip where no plan is like that."""
+    exchange = wishes.pop("exchange", None)
+    cuda._module().wish(exchange=-1 if exchange is None else EXCHANGES[exchange], **wishes)
+
+
+def exists(cell: Cell, precision: str, sizes: Sizes) -> bool:
+    """Whether there is a plan that meets the wishes, forward and backward."""
+    with contextlib.suppress(RuntimeError):
+        explain(cell, sizes, precision)
+        explain(cell, sizes, precision, backward=True)
+        return True
+    return False
+
+
+def explain(cell: Cell, sizes: Sizes, precision: str, backward: bool = False) -> dict[str, Any]:
+    mode = "tf32" if precision == "tf32" else "exact"
+    return cuda.explain(cell.name, *sizes, storage(precision), mode, backward)
+
+
+def check_against_reference(
+    cell: Cell,
+    sizes: Sizes,
+    precision: str,
+    reverse: bool = False,
+    bias: bool = True,
+    seed: int = 0,
+    mask: dict[str, np.ndarray] | None = None,
+) -> None:
+    mask = mask or {}
+    values = arguments(cell, sizes, np.float64, seed, bias)
+    expected_x = put(values, precision)["x"].numpy().astype(np.float64)
+    spoil_padding(values["x"], mask)
+    given = put(values, precision)
+    rounded = got(given) | {"x": expected_x} | mask
+    options = {"reverse": reverse, **mask}
+    mode = {"precision": "tf32" if precision == "tf32" else "exact"}
+    expected, expected_pullback = op(cell, "_vjp", reference)(**rounded, reverse=reverse)
+    results, pullback = op(cell, "_vjp")(**given, **options, **mode)
+    inference = op(cell)(**given, **options, **mode)
+
+    rows = cotangents(expected, seed)
+    names = ("y", "h_n", "c_n")[: len(rows)]
+    spoilt = [r.copy() for r in rows]
+    spoil_padding(spoilt[0], mask)
+    weights = put(dict(zip(("x", "h0", "c0"), rows, strict=False)), precision)
+    spoilt_weights = put(dict(zip(("x", "h0", "c0"), spoilt, strict=False)), precision)
+    gradients = pullback(*spoilt_weights.values())
+    expected_gradients = expected_pullback(*got(weights).values())
+
+    tolerance = TOLERANCE[precision]
+    if cell.name == "rnn_relu" and tolerance > 1e-5:
+        tolerance *= 30
+    for name, a, b, e in zip(names, results, inference, expected, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy(), name)
+        assert a.dtype == (storage(precision) if name == "y" else given["h0"].dtype)
+        assert norm_error(a.numpy(), e) <= tolerance, name
+    for name, a, e in zip(gradients._fields, gradients, expected_gradients, strict=True):
+        if e is None:
+            assert a is None, name
+            continue
+        assert a.shape == e.shape, name
+        assert norm_error(a.numpy(), e) <= tolerance, f"d{name}"
+
+
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_agrees_with_reference(cell: Cell, precision: str, exchange: str, sizes: Sizes) -> None:
+    wish(exchange=exchange)
+    if not exists(cell, precision, sizes):
+        pytest.skip(f"no plan with {exchange} for {sizes}")
+    check_against_reference(cell, sizes, precision, reverse=sizes.T % 2 == 0)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_masks(cell: Cell, precision: str, kind: str, reverse: bool) -> None:
+    sizes = Sizes(6, 11, 3, 20)
+    check_against_reference(cell, sizes, precision, reverse, mask=masks(kind, sizes))
+
+
+@hypothesis.given(
+    sizes=st.builds(
+        Sizes, st.integers(1, 7), st.integers(1, 40), st.integers(1, 12), st.integers(1, 70)
+    ),
+    name=st.sampled_from(list(CELLS)),
+    precision=st.sampled_from(PRECISIONS),
+    exchange=st.sampled_from(list(EXCHANGES)),
+    tiles=st.sampled_from([0, 1, 4]),
+    resident=st.sampled_from([-1, 0, 1]),
+    groups=st.sampled_from([0, 1, 2, 4]),
+    splits=st.sampled_from([0, 1, 2, 4]),
+    reverse=st.booleans(),
+    bias=st.booleans(),
+    kind=st.sampled_from([None, *MASKS]),
+)
+@hypothesis.settings(max_examples=200 if TWIN else 600, deadline=None, derandomize=True)
+def test_agrees_with_reference_on_any_plan(
+    sizes: Sizes, name: str, precision: str, reverse: bool, bias: bool, kind: Any, **plan: Any
+) -> None:
+    wish(**plan)
+    if exists(CELLS[name], precision, sizes):
+        mask = {} if kind is None else masks(kind, sizes)
+        check_against_reference(CELLS[name], sizes, precision, reverse, bias, 3, mask)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_integers_are_exact(precision: str, exchange: str) -> None:
+    """A linear recurrence on small integers: every index and tail, without tolerance."""
+    rng = np.random.default_rng(7)
+    T, B, I, H = sizes = Sizes(2, 9, 3, 19)
+    wish(exchange=exchange)
+    assert exists(CELLS["rnn_identity"], precision, sizes)
+    shapes = {"x": (T, B, I), "weight_ih": (H, I), "weight_hh": (H, H)}
+    shapes |= {"bias_ih": (H,), "bias_hh": (H,), "h0": (B, H)}
+    values = {k: rng.integers(-1, 2, shape).astype(np.float64) for k, shape in shapes.items()}
+    mask = {"lengths": rng.integers(0, T + 1, B), "resets": rng.random((T, B)) < 0.3}
+    expected, _ = reference.rnn_vjp(**values, **mask, nonlinearity="identity")
+    mode = "tf32" if precision == "tf32" else "exact"
+    results, _ = fr.rnn_vjp(
+        **put(values, precision), **mask, nonlinearity="identity", precision=mode
+    )
+    for a, e in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(a.numpy(), e)
+
+
+@pytest.mark.parametrize(
+    "sizes", [Sizes(0, 3, 4, 5), Sizes(3, 0, 4, 5), Sizes(0, 0, 1, 1)], ids=str
+)
+def test_empty_sequences_and_batches(cell: Cell, precision: str, sizes: Sizes) -> None:
+    check_against_reference(cell, sizes, precision)
+
+
+def test_missing_states_and_gradients_are_zeros(cell: Cell) -> None:
+    values = put(arguments(cell, Sizes(5, 4, 3, 18)), "float32")
+    states = {k: v for k, v in values.items() if k in ("h0", "c0")}
+    given = {k: v for k, v in values.items() if k not in states}
+    zeros = {k: cuda.array(np.zeros(v.shape, np.float32)) for k, v in states.items()}
+    results, pullback = op(cell, "_vjp")(**given)
+    same, same_pullback = op(cell, "_vjp")(**given, **zeros)
+    weights = [cuda.array(w) for w in cotangents(tuple(r.numpy() for r in results))]
+    partial = [weights[0], *(None for _ in weights[1:])]
+    filled = [weights[0], *(cuda.array(np.zeros(w.shape, np.float32)) for w in weights[1:])]
+    for a, b in zip(
+        (*results, *pullback(*partial)), (*same, *same_pullback(*filled)), strict=True
+    ):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_repetitions_are_bit_identical(precision: str, exchange: str) -> None:
+    """Whatever the order in which blocks and threads arrive."""
+    wish(exchange=exchange, tiles=1)
+    given = put(arguments(CELLS["lstm"], Sizes(5, 10, 4, 40)), precision)
+    mode = "tf32" if precision == "tf32" else "exact"
+    first = None
+    for _ in range(3 if TWIN else 1000):
+        results, pullback = fr.lstm_vjp(**given, precision=mode)
+        bits = [a.numpy().tobytes() for a in (*results, *pullback(*results))]
+        first = first or bits
+        assert bits == first
+
+
+def test_unbatched_is_a_batch_of_one(cell: Cell) -> None:
+    values = arguments(cell, Sizes(5, 1, 3, 18), np.float32)
+    alone = {k: v[..., 0, :] if k in ("x", "h0", "c0") else v for k, v in values.items()}
+    mask = {"lengths": 4, "resets": np.array([False, True, False, False, False])}
+    many = {"lengths": np.array([4]), "resets": mask["resets"][:, None]}
+    results, pullback = op(cell, "_vjp")(**put(values, "float32"), **many)
+    single, single_pullback = op(cell, "_vjp")(**put(alone, "float32"), **mask)
+    for a, b in zip(
+        (*results, *pullback(*results)), (*single, *single_pullback(*single)), strict=True
+    ):
+        np.testing.assert_array_equal(a.numpy().reshape(b.shape), b.numpy())
+
+
+def test_strided_input_and_gradient(cell: Cell) -> None:
+    """Rows in any order and distance; only the last axis must be contiguous."""
+    values = arguments(cell, Sizes(5, 4, 3, 18), np.float32)
+    given = put(values, "float32")
+    batch_major = cuda.array(np.concatenate([values["x"].swapaxes(0, 1)] * 2, axis=-1))
+    strided = given | {"x": batch_major.swapaxes(0, 1)[..., :3]}
+    results, pullback = op(cell, "_vjp")(**given)
+    same, same_pullback = op(cell, "_vjp")(**strided)
+    dy = np.random.default_rng(2).normal(size=(5, 4, 18)).astype(np.float32)
+    sideways = cuda.array(dy.swapaxes(0, 1)).swapaxes(0, 1)
+    for a, b in zip(
+        (*results, *pullback(cuda.array(dy))), (*same, *same_pullback(sideways)), strict=True
+    ):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+def test_masks_may_be_on_the_gpu() -> None:
+    sizes = Sizes(6, 5, 3, 8)
+    given = put(arguments(CELLS["gru"], sizes), "float32")
+    both = masks("both", sizes)
+    y, _ = fr.gru(**given, **both)
+    for dtype in ("int32", "int64"):
+        lengths = cuda._upload(both["lengths"].astype(dtype), dtype, 0, 0)
+        resets = cuda._upload(both["resets"], "bool", 0, 0)
+        same, _ = fr.gru(**given, lengths=lengths, resets=resets)
+        np.testing.assert_array_equal(y.numpy(), same.numpy())
+
+
+# Layers
+
+
+LAYERS = [
+    {},
+    {"bidirectional": True},
+    {"num_layers": 3, "batch_first": True},
+    {"num_layers": 2, "bidirectional": True, "bias": False},
+]
+
+
+@pytest.mark.parametrize("options", LAYERS, ids=str)
+@pytest.mark.parametrize("kind", [fr.LSTM, fr.GRU, fr.RNN])
+def test_layers_agree_with_the_cpu(kind: Any, options: dict[str, Any]) -> None:
+    layer = kind(3, 10, rng=0, **options)
+    x = np.random.default_rng(1).normal(size=(5, 4, 3)).astype(np.float32)
+    T, B = (4, 5) if "batch_first" in options else (5, 4)
+    mask = masks("both", Sizes(T, B, 3, 10))
+    mask["resets"] = mask["resets"].reshape(5, 4)
+    (y, state), pullback = layer.vjp(x, None, **mask)
+    gradients = pullback(y, state)
+    layer.to("cuda")
+    (y_gpu, state_gpu), pullback_gpu = layer.vjp(cuda.array(x), None, **mask)
+    one = not isinstance(state, tuple)
+    d_state = cuda.array(state) if one else tuple(cuda.array(s) for s in state)
+    gradients_gpu = pullback_gpu(cuda.array(y), d_state)
+    pairs = [(y, y_gpu), (gradients.x, gradients_gpu.x)]
+    for a, b in ((state, state_gpu), (gradients.state, gradients_gpu.state)):
+        pairs += [(a, b)] if one else list(zip(a, b, strict=True))
+    names = gradients.parameters
+    pairs += [(names[name], gradients_gpu.parameters[name]) for name in names]
+    for a, b in pairs:
+        assert b.shape == a.shape
+        assert norm_error(b.numpy(), a) < 1e-5
+    np.testing.assert_array_equal(layer(cuda.array(x), None, **mask)[0].numpy(), y_gpu.numpy())
+
+
+def test_layers_move_and_keep_their_parameters() -> None:
+    layer = fr.LSTM(3, 4, rng=0)
+    before = layer.state_dict()
+    assert layer.to("cuda") is layer
+    assert repr(layer) == "LSTM(3, 4, device=cuda:0)"
+    for name, value in layer.state_dict().items():
+        assert isinstance(value, cuda.Array)
+        np.testing.assert_array_equal(value.numpy(), before[name])
+    x = cuda.array(np.ones((2, 1, 3), np.float32))
+    for twin in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        np.testing.assert_array_equal(twin(x)[0].numpy(), layer(x)[0].numpy())
+    layer.to("cuda", "bfloat16")
+    assert repr(layer) == "LSTM(3, 4, dtype=bfloat16, device=cuda:0)"
+    y, (_, c_n) = layer(cuda.array(np.ones((2, 1, 3)), "bfloat16"))
+    assert (y.dtype, c_n.dtype) == ("bfloat16", "float32")
+    layer.to("cpu")
+    assert layer.dtype == np.float32
+    assert not layer.weight_ih_l0.flags.writeable
+
+
+def test_layers_take_new_parameters() -> None:
+    layer = fr.GRU(3, 4, rng=0).to("cuda", precision="tf32")
+    x = cuda.array(np.ones((2, 1, 3), np.float32))
+    before = layer(x)[0].numpy()
+    value = layer.weight_hh_l0.numpy()
+    layer.weight_hh_l0 = value / 2
+    halved = layer(x)[0].numpy()
+    assert (halved != before).any()
+    layer.weight_hh_l0 = cuda.array(value)
+    np.testing.assert_array_equal(layer(x)[0].numpy(), before)
+    for wrong, error, message in (
+        (cuda.array(value, "bfloat16"), TypeError, "must be float32 like the layer"),
+        (cuda.array(value[:2]), ValueError, "weight_hh_l0 must have shape"),
+        (cuda.array(value.T.copy()).swapaxes(0, 1), ValueError, "must be contiguous"),
+    ):
+        with pytest.raises(error, match=message):
+            layer.weight_hh_l0 = wrong
+    np.testing.assert_array_equal(layer(x)[0].numpy(), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0,), TypeError, "device must be a string, got int"),
+        (("gpu",), ValueError, 'device must be "cpu", "cuda" or "cuda:<number>"'),
+        (("cuda:x",), ValueError, "got 'cuda:x'"),
+        (("cuda:99",), ValueError, "device must be one of 1 GPUs"),
+        (("cuda", "int8"), TypeError, "dtype must be one of float32, float64, bfloat16"),
+        (("cpu", "bfloat16"), TypeError, "dtype must be one of float32, float64, got"),
+        (("cuda", None, "fast"), ValueError, 'precision must be "exact" or "tf32"'),
+        (("cuda", "float64", "tf32"), ValueError, '"tf32" is for float32 on a GPU'),
+        (("cpu", None, "tf32"), ValueError, '"tf32" is for float32 on a GPU'),
+    ],
+)
+def test_layers_refuse_places(arguments: Any, error: type[Exception], message: str) -> None:
+    if "99" in str(arguments):
+        message = f"device must be one of {cuda.count()} GPUs"
+    layer = fr.LSTM(3, 4)
+    with pytest.raises(error, match=message):
+        layer.to(*arguments)
+    assert layer.device == "cpu"
+    assert layer(np.zeros((2, 1, 3), np.float32))[0].shape == (2, 1, 4)
+
+
+def test_layers_refuse_input_from_elsewhere() -> None:
+    layer = fr.LSTM(3, 4)
+    x = np.zeros((2, 1, 3), np.float32)
+    with pytest.raises(ValueError, match="x must be on cpu like the layer, got one on cuda:0"):
+        layer(cuda.array(x))
+    layer.to("cuda")
+    with pytest.raises(ValueError, match="x must be on cuda:0 like the layer, got one on cpu"):
+        layer(x)
+    with pytest.raises(TypeError, match="h0 must be on cuda:0 like x, got ndarray on the host"):
+        layer(cuda.array(x), (np.zeros((1, 1, 4), np.float32), None))
+    with pytest.raises(TypeError, match="x must be float32 like the layer, got bfloat16"):
+        layer(cuda.array(x, "bfloat16"))
+
+
+# Errors
+
+
+GOOD = {"x": (5, 2, 3), "weight_ih": (16, 3), "weight_hh": (16, 4)}
+
+
+def wrong_arguments() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
+    def array(*shape: int, dtype: str = "float32") -> Any:
+        return cuda.array(np.zeros(shape), dtype)
+
+    def integers(values: Any, dtype: str) -> Any:
+        return cuda._upload(np.array(values, dtype), dtype, 0, 0)
+
+    sideways = array(4, 16).swapaxes(0, 1)
+    return {
+        "host": ({"weight_ih": np.zeros((16, 3), "f4")}, TypeError, "must be on cuda:0 like x"),
+        "none": ({"weight_hh": None}, TypeError, "weight_hh must be an array, got None"),
+        "dtype": ({"weight_hh": array(16, 4, dtype="float64")}, TypeError, "like x, got float"),
+        "int": ({"x": integers([[[1]]], "int32")}, TypeError, "x must be one of float32,"),
+        "shape": ({"weight_hh": array(16, 5)}, ValueError, "weight_hh must have shape"),
+        "strides": (
+            {"weight_hh": sideways},
+            ValueError,
+            "weight_hh must be contiguous on",
+        ),
+        "rows": (
+            {"x": array(3, 2, 5).swapaxes(0, 2)},
+            ValueError,
+            "x must be contiguous al",
+        ),
+        "rank": ({"x": array(3)}, ValueError, "x must have shape"),
+        "state": ({"h0": array(2, 4, dtype="float64")}, TypeError, "h0 must be float32 like x"),
+        "half state": (
+            {
+                k: array(*s, dtype="bfloat16")
+                for k, s in {
+                    "x": (5, 2, 3),
+                    "weight_ih": (16, 3),
+                    "weight_hh": (16, 4),
+                    "h0": (2, 4),
+                }.items()
+            },
+            TypeError,
+            "h0 must be float32 for x of bfloat16",
+        ),
+        "lengths": ({"lengths": [1, 9]}, ValueError, "lengths must be from 0 to T = 5, got 9"),
+        "device lengths": (
+            {"lengths": array(2)},
+            TypeError,
+            "lengths must be int32 or int64 on a GPU, got float32",
+        ),
+        "length of lengths": (
+            {"lengths": integers([1, 2, 3], "int32")},
+            ValueError,
+            "lengths must have shape",
+        ),
+        "resets": ({"resets": integers([[1]], "int32")}, TypeError, "resets must be bool"),
+        "out": ({"out": array(5, 2, 4)}, ValueError, "out must be None for arrays on a GPU"),
+        "precision": ({"precision": "half"}, ValueError, 'must be "exact" or "tf32"'),
+    }
+
+
+@pytest.mark.parametrize("kind", wrong_arguments() if cuda.is_available() else [])
+def test_wrong_arguments_are_refused(kind: str) -> None:
+    values = {k: cuda.array(np.zeros(s), "float32") for k, s in GOOD.items()}
+    wrong, error, message = wrong_arguments()[kind]
+    with pytest.raises(error, match=message):
+        fr.lstm(**(values | wrong))
+    fr.lstm(**values)[0].numpy()  # nothing is lost
+
+
+def test_tf32_is_for_float32() -> None:
+    values = put(arguments(CELLS["lstm"], Sizes(2, 2, 3, 4)), "bfloat16")
+    with pytest.raises(ValueError, match='"tf32" is for float32, got x of bfloat16'):
+        fr.lstm(**values, precision="tf32")
+
+
+def test_out_of_memory_leaves_the_device_usable() -> None:
+    with pytest.raises(MemoryError):
+        cuda._empty((1 << 44,), "float32", 0, 0)
+    assert cuda.array([1.0, 2.0]).numpy().tolist() == [1.0, 2.0]
+
+
+# Arrays
+
+
+class OnlyDLPack:
+    """Any library's array, as far as DLPack shows it."""
+
+    def __init__(self, array: cuda.Array) -> None:
+        self.array = array
+
+    def __dlpack__(self, *, stream: int | None = None) -> Any:
+        return self.array.__dlpack__(stream=stream)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+
+class OnlyInterface:
+    """Any library's array, as far as `__cuda_array_interface__` shows it."""
+
+    def __init__(self, array: cuda.Array) -> None:
+        self.array = array
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return self.array.__cuda_array_interface__
+
+
+@pytest.mark.parametrize("library", [OnlyDLPack, OnlyInterface])
+def test_arrays_of_any_library(library: Any) -> None:
+    given = put(arguments(CELLS["lstm"], Sizes(5, 2, 3, 6)), "float32")
+    foreign = {k: library(v) for k, v in given.items()}
+    results, pullback = fr.lstm_vjp(**given)
+    same, same_pullback = fr.lstm_vjp(**foreign)
+    for a, b in itertools.chain(
+        zip(results, same, strict=True),
+        zip(pullback(*results), same_pullback(*same), strict=True),
+    ):
+        assert isinstance(b, cuda.Array)
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+    del foreign, same, same_pullback
+    gc.collect()
+
+
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
+def test_array_goes_there_and_back(dtype: str) -> None:
+    values = np.array([[0, 1, -2.5], [1e-3, 3.1415927, 65000]])
+    array = cuda.array(values, dtype)
+    assert array.shape == (2, 3)
+    back = array.numpy()
+    relative = {"float64": 0, "float32": 6e-8, "float16": 5e-4, "bfloat16": 4e-3}[dtype]
+    np.testing.assert_allclose(back, values, rtol=relative)
+    np.testing.assert_array_equal(array.swapaxes(0, 1).numpy(), back.T)
+    np.testing.assert_array_equal(array[:, 1:].numpy(), back[:, 1:])
+    np.testing.assert_array_equal(array[1].numpy(), back[1])
+
+
+def test_explain_tells_the_plan() -> None:
+    told = cuda.explain("lstm", 100, 16, 64, 64, "bfloat16")
+    assert told["exchange"] in EXCHANGES
+    with pytest.raises(ValueError, match="cell must be one of lstm, gru"):
+        cuda.explain("gated", 1, 1, 1, 1)
+
+
+# With PyTorch, on a real GPU
+
+
+def torch_cuda() -> Any:
+    torch = pytest.importorskip("torch")
+    if TWIN or not torch.cuda.is_available():
+        pytest.skip("PyTorch has no GPU here")
+    return torch
+
+
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
+def test_torch_tensors(dtype: str) -> None:
+    torch = torch_cuda()
+    values = arguments(CELLS["lstm"], Sizes(9, 5, 7, 33))
+    state = torch.float64 if dtype == "float64" else torch.float32
+    tensors = {
+        k: torch.tensor(
+            v, device="cuda", dtype=state if k[1:] == "0" else getattr(torch, dtype)
+        )
+        for k, v in values.items()
+    }
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results, pullback = fr.lstm_vjp(**tensors)
+        gradients = pullback(*results)
+    stream.synchronize()
+    assert all(isinstance(a, torch.Tensor) and a.is_cuda for a in (*results, *gradients))
+    expected = reference.lstm(**{k: v.double().cpu().numpy() for k, v in tensors.items()})
+    for a, e in zip(results, expected, strict=True):
+        assert norm_error(a.double().cpu().numpy(), e) <= TOLERANCE[dtype]
+
+
+def test_cuda_graph() -> None:
+    torch = torch_cuda()
+    values = arguments(CELLS["gru"], Sizes(9, 5, 7, 33), np.float32)
+    tensors = {k: torch.tensor(v, device="cuda") for k, v in values.items()}
+
+    def train() -> Any:
+        results, pullback = fr.gru_vjp(**tensors)
+        return (*results, *pullback(*results))
+
+    expected = [a.clone() for a in train()]
+    train()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = train()
+    for a in captured:
+        a.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, e in zip(captured, expected, strict=True):
+        assert torch.equal(a, e)

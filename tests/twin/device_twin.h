@@ -1,0 +1,118 @@
+// The primitives of cuda/device.h for the host, over fibers; see fibers.h.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "fibers.h"
+
+namespace fusedrnn::cuda {
+
+inline int thread() { return twin::here().thread; }
+inline int threads() { return twin::here().threads; }
+inline int block_x() { return twin::here().block->x; }
+inline int block_y() { return twin::here().block->y; }
+inline int blocks_x() { return twin::here().blocks_x; }
+inline int blocks_y() { return twin::here().blocks_y; }
+inline char* shared() { return twin::here().block->shared.data(); }
+
+inline twin::Warp& own_warp() {
+  return twin::here().block->warps[static_cast<std::size_t>(thread() / 32)];
+}
+inline void sync_warp() { own_warp().barrier.meet(); }
+inline void sync_block() { twin::here().block->barrier.meet(); }
+inline void sync_cluster() { twin::here().block->cluster->barrier.meet(); }
+
+inline void store_in_peer(Quad* p, int rank, const Quad& value) {
+  twin::Block& peer =
+      *twin::here().block->cluster->blocks[static_cast<std::size_t>(rank)];
+  const auto offset = reinterpret_cast<char*>(p) - shared();
+  *reinterpret_cast<Quad*>(peer.shared.data() + offset) = value;
+}
+
+inline Quad load_constant(const Quad* p) { return *p; }
+inline Quad load_fresh(const Quad* p) { return *p; }
+inline void publish(unsigned* flag, unsigned value) { *flag = value; }
+inline void wait_for(const unsigned* flag, unsigned value) {
+  while (static_cast<int>(*flag - value) < 0) twin::yield_waiting();
+}
+
+inline float as_float(BFloat16 x) {
+  return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
+}
+inline BFloat16 as_bfloat16(float x) {
+  const auto bits = std::bit_cast<std::uint32_t>(x);
+  if (std::isnan(x)) return {0x7fff};
+  return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline float as_float(Float16 x) {
+  const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
+  const float size =
+      exponent == 31 ? (mantissa ? NAN : INFINITY)
+      : exponent     ? std::ldexp(1024.f + static_cast<float>(mantissa), exponent - 25)
+                     : std::ldexp(static_cast<float>(mantissa), -24);
+  return x.bits & 0x8000 ? -size : size;
+}
+inline Float16 as_float16(float x) {
+  const int sign = std::signbit(x) ? 0x8000 : 0;
+  const float size = std::fabs(x);
+  if (std::isnan(x)) return {0x7fff};
+  if (size < 0x1p-26f) return {static_cast<std::uint16_t>(sign)};
+  if (size >= 65520) return {static_cast<std::uint16_t>(sign | 0x7c00)};
+  int exponent;
+  std::frexp(size, &exponent);
+  const int last = std::max(exponent - 11, -24);  // the exponent of the last bit
+  const auto steps = static_cast<int>(std::nearbyint(std::ldexp(size, -last)));
+  // A carry out of the mantissa moves on to the exponent by itself.
+  const int bits = last == -24 ? steps : ((last + 25) << 10) + steps - 1024;
+  return {static_cast<std::uint16_t>(sign | bits)};
+}
+inline TensorFloat32 as_tensor_float32(float x) {
+  const auto bits = std::bit_cast<std::uint32_t>(x);
+  if (std::isnan(x)) return {x};
+  return {std::bit_cast<float>((bits + 0x1000) & ~0x1fffu)};
+}
+
+// The warp's fragments as PTX lays them out, multiplied by each lane for its own sums.
+template <class E>
+void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  constexpr int in_word = sizeof(std::uint32_t) / sizeof(E);
+  twin::Here& here = twin::here();
+  auto& fragments = own_warp().fragments[here.products++ % 2];
+  const int lane = here.thread % 32;
+  std::memcpy(fragments[lane].a, a, sizeof(a));
+  std::memcpy(fragments[lane].b, b, sizeof(b));
+  own_warp().barrier.meet();
+  const auto element = [](std::uint32_t word, int e) {
+    E value[in_word];
+    std::memcpy(value, &word, sizeof(word));
+    if constexpr (std::is_same_v<E, TensorFloat32>) {
+      return value[e].value;
+    } else {
+      return as_float(value[e]);
+    }
+  };
+  const int row = lane / 4, column = lane % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    const int r = row + (i >= 2 ? 8 : 0), c = column + i % 2;
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      for (int half = 0; half < 2; ++half) {
+        const auto& left = fragments[r % 8 * 4 + quarter].a[r / 8 + 2 * half];
+        const auto& right = fragments[c * 4 + quarter].b[half];
+        for (int e = 0; e < in_word; ++e) d[i] += element(left, e) * element(right, e);
+      }
+    }
+  }
+}
+
+inline float multiply_add(float a, float b, float c) { return a * b + c; }
+inline double multiply_add(double a, double b, double c) { return a * b + c; }
+inline float exp_of(float x) { return std::exp(x); }
+inline double exp_of(double x) { return std::exp(x); }
+inline float tanh_of(float x) { return std::tanh(x); }
+inline double tanh_of(double x) { return std::tanh(x); }
+inline float reciprocal(float x) { return 1 / x; }
+inline double reciprocal(double x) { return 1 / x; }
+
+}  // namespace fusedrnn::cuda

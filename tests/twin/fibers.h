@@ -1,0 +1,73 @@
+// Threads of a grid as fibers of one CPU thread: the kernels of cuda/ compile for the
+// host against device_twin.h, which is written over this. A test tool: it finds wrong
+// indices (with AddressSanitizer), missing barriers and hand-shakes that depend on an
+// order, for it takes the fibers in an order drawn from a seed; it says nothing of time,
+// and it does not reorder a thread's own accesses.
+//
+// A fiber runs until it waits. Shared memory of every block starts as NaN.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace twin {
+
+// Where so many fibers wait for each other, again and again.
+class Barrier {
+ public:
+  explicit Barrier(int members) : members_(members) {}
+  void meet();
+
+ private:
+  int members_, arrived_ = 0;
+  unsigned round_ = 0;
+};
+
+struct Warp {
+  Barrier barrier{32};
+  struct Fragments {
+    unsigned a[4], b[2];
+  } fragments[2][32];  // of one matrix product and the next
+};
+
+struct Cluster;
+
+struct Block {
+  int x, y;
+  std::vector<Warp> warps;
+  Barrier barrier;
+  std::vector<char> shared;
+  Cluster* cluster;
+  Block(int x_, int y_, int threads, std::size_t shared_bytes);
+};
+
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  Barrier barrier;
+  explicit Cluster(int members) : barrier(members) {}
+};
+
+// The fiber that runs now.
+struct Here {
+  Block* block;
+  int thread, threads, blocks_x, blocks_y;
+  unsigned products;  // of the matrix unit, so far
+};
+Here& here();
+
+// Lets the others run. What waits for memory to change calls it again and again; where
+// all fibers do so for long, the program ends with a message.
+void yield_waiting();
+
+struct Grid {
+  int blocks_x, blocks_y, threads;
+  std::size_t shared_bytes;
+  bool at_once;  // all blocks run together; else a few at a time, as on a small device
+  unsigned seed;
+};
+void run(const Grid& grid, const std::function<void()>& kernel);
+
+}  // namespace twin

@@ -1,0 +1,27 @@
+// The launch of a kernel as fibers: the part of cuda/runtime.h that is a template.
+#pragma once
+
+#include "../../cuda/runtime.h"
+#include "../../cuda/tuning.h"
+#include "fibers.h"
+
+namespace fusedrnn::cuda {
+
+unsigned next_seed();
+void check_launch(const Launch& shape);
+
+template <class Kernel>
+void launch(const Kernel& kernel, const Launch& shape, Stream) {
+  check_launch(shape);
+  twin::run({shape.blocks_x, shape.blocks_y, shape.threads,
+             static_cast<std::size_t>(shape.shared_bytes),
+             shape.clustered || shape.cooperative, next_seed()},
+            [&] { kernel(); });
+}
+
+template <class Kernel>
+int clusters_at_once(const Launch& shape) {
+  return device(0).multiprocessors / shape.blocks_x;
+}
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,113 @@
+// cuda/runtime.h without a GPU: its memory is the host's, its products are plain loops.
+#include "../../cuda/runtime.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <random>
+
+#include "../../cuda/precision.h"
+#include "launch_twin.h"
+
+namespace fusedrnn::cuda {
+
+namespace {
+
+// Small, so that little work already meets every limit.
+Device twin_device{"twin", 90, 12, 96 * 1024, 8};
+
+double value_at(const Matrix& m, index i) {
+  switch (m.element) {
+    case Element::float64:
+      return static_cast<const double*>(m.data)[i];
+    case Element::bfloat16:
+      return as_float(static_cast<const BFloat16*>(m.data)[i]);
+    case Element::float16:
+      return as_float(static_cast<const Float16*>(m.data)[i]);
+    default:
+      return static_cast<const float*>(m.data)[i];
+  }
+}
+
+double value_at(const Matrix& m, index row, index column) {
+  return value_at(m, m.transposed ? column * m.stride + row : row * m.stride + column);
+}
+
+void set(const Matrix& m, index i, double value) {
+  void* const data = const_cast<void*>(m.data);
+  const auto single = static_cast<float>(value);
+  switch (m.element) {
+    case Element::float64:
+      static_cast<double*>(data)[i] = value;
+      break;
+    case Element::bfloat16:
+      static_cast<BFloat16*>(data)[i] = as_bfloat16(single);
+      break;
+    case Element::float16:
+      static_cast<Float16*>(data)[i] = as_float16(single);
+      break;
+    default:
+      static_cast<float*>(data)[i] = single;
+  }
+}
+
+}  // namespace
+
+unsigned next_seed() {
+  static std::mt19937 seeds(7);
+  return static_cast<unsigned>(seeds());
+}
+
+void check_launch(const Launch& shape) {
+  const Device& gpu = device(0);
+  const bool fits =
+      shape.blocks_x >= 1 && shape.blocks_y >= 1 && shape.threads >= 32 &&
+      shape.threads <= most_threads && shape.threads % 32 == 0 &&
+      shape.shared_bytes <= gpu.shared_bytes &&
+      (!shape.clustered || shape.blocks_x <= gpu.largest_cluster) &&
+      (!shape.cooperative || shape.blocks_x * shape.blocks_y <= gpu.multiprocessors);
+  if (!fits) throw Error("launch of a kernel: invalid configuration");
+}
+
+int device_count() { return 1; }
+const Device& device(int) { return twin_device; }
+int runtime_version() { return 0; }
+OnDevice::OnDevice(int) : before_(0) {}
+OnDevice::~OnDevice() { (void)before_; }
+
+void* allocate(index bytes, Stream) {
+  constexpr index most = index{1} << 32;
+  void* const memory =
+      bytes <= most
+          ? std::aligned_alloc(256, static_cast<std::size_t>((bytes + 255) / 256 * 256))
+          : nullptr;
+  if (!memory && bytes > 0) throw OutOfMemory("out of memory");
+  // What nobody wrote is NaN in any precision.
+  if (memory) std::memset(memory, 0xff, static_cast<std::size_t>(bytes));
+  return memory;
+}
+void release(void* memory, Stream) noexcept { std::free(memory); }
+void copy(void* to, const void* from, index bytes, Stream) {
+  std::memcpy(to, from, static_cast<std::size_t>(bytes));
+}
+void clear(void* memory, index bytes, Stream) {
+  std::memset(memory, 0, static_cast<std::size_t>(bytes));
+}
+void synchronize(Stream) {}
+void order(Stream, Stream) {}
+void use_blas(const std::string&) {}
+int device_of(const void*) { return 0; }
+
+void matmul(const Matrix& left, const Matrix& right, const Matrix& to, bool adds, bool,
+            void*, Stream) {
+  const index depth = left.transposed ? left.rows : left.columns;
+  for (index i = 0; i < to.rows; ++i) {
+    for (index j = 0; j < to.columns; ++j) {
+      double sum = adds ? value_at(to, i, j) : 0;
+      for (index k = 0; k < depth; ++k)
+        sum += value_at(left, i, k) * value_at(right, k, j);
+      set(to, i * to.stride + j, sum);
+    }
+  }
+}
+
+}  // namespace fusedrnn::cuda
