@@ -138,7 +138,8 @@ struct ReadLengths {
   }
 };
 
-// (T, B, H) the state that entered the step at each time: zero after a reset.
+// (T, B, H) the state that entered the step at each time: zero after a reset, and where no
+// step was taken.
 template <class P>
 struct Previous : Sizes {
   using S = typename P::Storage;
@@ -153,7 +154,7 @@ struct Previous : Sizes {
   FUSEDRNN_DEVICE void operator()() const {
     for_each(T * B * H, [&](index i) {
       const index unit = i % H, b = i / H % B, t = i / H / B, step = time(t);
-      if (masks.is_reset(t, b)) {
+      if (masks.is_reset(t, b) || !masks.is_active(t, b)) {
         to[i] = convert<S>(A{0});
       } else if (step == 0 || !masks.is_active(time(step - 1), b)) {
         to[i] = convert<S>(h0 ? h0[b * H + unit] : A{0});  // this row's first step

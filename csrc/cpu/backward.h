@@ -206,8 +206,8 @@ class BackwardPass {
         p_.dy ? p_.dy + p_.time(now) * p_.dy_t : nullptr,
         da(now),
         da(s + 1),
-        h_before(s),
-        {p_, s, zeros_, c0_, Cell::has_c ? saved(before) + slots * layout_.P : nullptr,
+        h_before(now),
+        {p_, now, zeros_, c0_, Cell::has_c ? saved(before) + slots * layout_.P : nullptr,
          layout_.P, record_}};
   }
 
@@ -264,8 +264,9 @@ class BackwardPass {
       const index unit = column + n * lanes, left = p_.H - unit;
       if (unit >= layout_.P) break;
       for (int r = 0; r < rows; ++r) {
-        if (step.dy && r < taken)
+        if (step.dy && r < taken) {
           dh[r][n] = dh[r][n] + load_upto<V>(of.dy[r] + unit, left);
+        }
         if (direct) dh[r][n] = dh[r][n] + V::load(of.direct[r] + unit);
       }
     }

@@ -24,7 +24,8 @@ struct TileRows {
     for (int r = 0; r < rows; ++r) {
       to[r] = row;
       row += apart;
-      asm("" : "+r"(row));  // not as vectors, whose parts the matmul would wait for
+      // Not as vectors: the matmul waits for them (LSTM, B = 8, H = 64: 5% of forward).
+      asm("" : "+r"(row));
     }
   }
 };
@@ -99,10 +100,8 @@ class Schedule {
     return {s, n - starts_[s]};
   }
   void advance(Entry& at) const {
-    if (++at.place < count(at.s)) return;
-    at.place = 0;
-    do ++at.s;
-    while (at.s < T_ && count(at.s) == 0);
+    ++at.place;
+    while (at.s < T_ && at.place == count(at.s, at.s + 1)) at = {at.s + 1, 0};
   }
 
  private:
