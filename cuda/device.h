@@ -30,11 +30,8 @@ struct alignas(16) Quad {
   std::uint32_t word[4];
 };
 
-// 16-bit floating-point numbers, as stored.
-struct BFloat16 {
-  std::uint16_t bits;
-};
-struct Float16 {
+// A bfloat16 or a float16: the code for both is one, and told which by a flag.
+struct Half {
   std::uint16_t bits;
 };
 // float32 as the matrix units see it: 10 bits of mantissa.
@@ -110,37 +107,40 @@ FUSEDRNN_DEVICE void wait_for(const unsigned* flag, unsigned value) {
   } while (static_cast<int>(seen - value) < 0);
 }
 
-template <class E>
-FUSEDRNN_DEVICE void mma(float (&d)[4], const std::uint32_t (&a)[4],
-                         const std::uint32_t (&b)[2]);
-#define FUSEDRNN_MMA(E, shape, type)                                                  \
-  template <>                                                                         \
-  FUSEDRNN_DEVICE void mma<E>(float (&d)[4], const std::uint32_t (&a)[4],             \
-                              const std::uint32_t (&b)[2]) {                          \
-    asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type              \
-                 ".f32 "                                                              \
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"    \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])); \
-  }
-FUSEDRNN_MMA(BFloat16, "m16n8k16", "bf16")
-FUSEDRNN_MMA(Float16, "m16n8k16", "f16")
-FUSEDRNN_MMA(TensorFloat32, "m16n8k8", "tf32")
-#undef FUSEDRNN_MMA
+FUSEDRNN_DEVICE void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4],
+                              const std::uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Predicates and not a branch, so that loads can be moved past it.
+FUSEDRNN_DEVICE void mma_half(float (&d)[4], const std::uint32_t (&a)[4],
+                              const std::uint32_t (&b)[2], bool bfloat) {
+  asm volatile(
+      "{\n"
+      ".reg .pred bfloat;\n"
+      "setp.ne.u32 bfloat, %10, 0;\n"
+      "@bfloat mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      "@!bfloat mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      "}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]),
+        "r"(static_cast<std::uint32_t>(bfloat)));
+}
 
-FUSEDRNN_DEVICE float as_float(BFloat16 x) {
-  return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
+FUSEDRNN_DEVICE float from_half(Half x, bool bfloat) {
+  return bfloat ? __uint_as_float(static_cast<unsigned>(x.bits) << 16)
+                : __half2float(__ushort_as_half(x.bits));
 }
-FUSEDRNN_DEVICE float as_float(Float16 x) {
-  return __half2float(__ushort_as_half(x.bits));
+FUSEDRNN_DEVICE Half to_half(float x, bool bfloat) {
+  return {bfloat ? __bfloat16_as_ushort(__float2bfloat16_rn(x))
+                 : __half_as_ushort(__float2half_rn(x))};
 }
-FUSEDRNN_DEVICE BFloat16 as_bfloat16(float x) {
-  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
-}
-FUSEDRNN_DEVICE Float16 as_float16(float x) {
-  return {__half_as_ushort(__float2half_rn(x))};
-}
-FUSEDRNN_DEVICE TensorFloat32 as_tensor_float32(float x) {
+FUSEDRNN_DEVICE TensorFloat32 to_tensor_float32(float x) {
   std::uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
   return {__uint_as_float(bits)};

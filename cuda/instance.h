@@ -1,42 +1,38 @@
-// The kernels of one cell, for every precision. A cell has a translation unit of its own,
-// cuda/cells/<cell>.cu, so that they compile side by side.
+// The kernels of a family of cells, for every precision. A family has a translation unit
+// of its own, cuda/cells/<family>.cu, so that they compile side by side.
 #pragma once
 
 #include "layer.h"
 
 namespace fusedrnn::cuda {
 
-// f(P{}) for the type behind a precision.
-template <class F>
-auto with_precision(Precision precision, const F& f) {
+template <class Family, class P>
+constexpr Kernels kernels_in() {
+  using L = Layer<Family, P>;
+  return {L::packed_bytes,      L::pack,    L::saved_bytes,
+          L::forward_workspace, L::forward, L::backward_workspace,
+          L::backward,          L::choose};
+}
+
+template <class Family>
+Kernels kernels_of(Precision precision) {
   switch (precision) {
     case Precision::float64:
-      return f(Float64Exact{});
+      return kernels_in<Family, Exact<double>>();
     case Precision::tf32:
-      return f(OnTensorFloat32{});
+      return kernels_in<Family, OnTensorFloat32>();
     case Precision::bfloat16:
-      return f(OnBFloat16{});
     case Precision::float16:
-      return f(OnFloat16{});
+      return kernels_in<Family, OnHalf>();
     default:
-      return f(Float32Exact{});
+      return kernels_in<Family, Exact<float>>();
   }
 }
 
-template <template <class> class CellOf>
-Kernels kernels_of(Precision precision) {
-  return with_precision(precision, [](auto p) -> Kernels {
-    using L = Layer<CellOf, decltype(p)>;
-    return {L::packed_bytes,      L::pack,    L::saved_bytes,
-            L::forward_workspace, L::forward, L::backward_workspace,
-            L::backward,          L::choose};
-  });
-}
-
-template <template <class> class CellOf>
-constexpr CellEntry cell(std::string_view name) {
-  using Cell = CellOf<device::Vec<float>>;
-  return {name, Cell::gates, Cell::has_c, kernels_of<CellOf>};
+template <class Family>
+constexpr CellEntry cell(std::string_view name, int member = 0) {
+  using Cell = typename Family::template First<device::Vec<float>>;
+  return {name, Cell::gates, Cell::has_c, member, kernels_of<Family>};
 }
 
 }  // namespace fusedrnn::cuda

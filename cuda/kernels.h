@@ -14,6 +14,8 @@ enum class Precision { float32, float64, tf32, bfloat16, float16 };
 
 // Memory of the device throughout.
 struct Call : Sizes {
+  int member;  // of the cell's family (recurrence.h)
+  Precision precision;
   int device;
   Stream stream;
   void* workspace;
@@ -50,6 +52,7 @@ struct BackwardCall : Call {
 };
 
 struct PackCall {
+  Precision precision;
   int device;
   Stream stream;
   index H;
@@ -73,6 +76,7 @@ struct CellEntry {
   std::string_view name;
   int gates;
   bool has_c;
+  int member;  // of its family, which shares the kernels
   Kernels (*kernels)(Precision);
 };
 

@@ -13,6 +13,8 @@
 #include "recurrence.h"
 #include "rows.h"
 
+#include <type_traits>
+
 namespace fusedrnn::cuda {
 
 // Hands out parts of one piece of memory; of none, to learn how large it must be.
@@ -32,45 +34,33 @@ class Carver {
   index used_ = 0;
 };
 
-template <class S>
-constexpr Element element_of();
-template <>
-constexpr Element element_of<float>() {
-  return Element::float32;
-}
-template <>
-constexpr Element element_of<double>() {
-  return Element::float64;
-}
-template <>
-constexpr Element element_of<BFloat16>() {
-  return Element::bfloat16;
-}
-template <>
-constexpr Element element_of<Float16>() {
-  return Element::float16;
+inline Element element_of(Precision precision) {
+  switch (precision) {
+    case Precision::float64:
+      return Element::float64;
+    case Precision::bfloat16:
+      return Element::bfloat16;
+    case Precision::float16:
+      return Element::float16;
+    default:
+      return Element::float32;
+  }
 }
 
-template <class S>
-Matrix matrix(const S* data, index rows, index columns, index stride,
-              bool transposed = false) {
-  return {data, element_of<S>(), rows, columns, stride, transposed};
-}
-
-template <template <class> class CellOf, class P>
+template <class Family, class P>
 class Layer {
   using S = typename P::Storage;
   using E = typename P::Operand;
   using A = typename P::State;
-  using Cell = CellOf<device::Vec<A>>;
+  using Cell = typename Family::template First<device::Vec<A>>;
   static constexpr int gates = Cell::gates, slots = Cell::slots;
   static constexpr int first_input = slots - gates;
   static constexpr bool tf32 = std::is_same_v<E, TensorFloat32>;
 
   template <int tiles, bool resident>
-  using Forwards = ForwardRecurrence<CellOf, P, tiles, resident>;
+  using Forwards = ForwardRecurrence<Family, P, tiles, resident>;
   template <int tiles, bool resident>
-  using Backwards = BackwardRecurrence<CellOf, P, tiles, resident>;
+  using Backwards = BackwardRecurrence<Family, P, tiles, resident>;
 
   // The recurrences that are compiled, f.operator()<tiles, resident>(): exact float64
   // takes the plain way, and weights stay in registers where the matrix units read them.
@@ -109,7 +99,8 @@ class Layer {
       weights.segments = gates;
     } else {
       using Engine = typename Forwards<1, false>::Engine;
-      PackBias<P> bias{static_cast<const S*>(call.bias_ih),
+      PackBias<P> bias{P::of(call.precision),
+                       static_cast<const S*>(call.bias_ih),
                        static_cast<const S*>(call.bias_hh),
                        carver.take<A>(slots * H),
                        H,
@@ -122,6 +113,7 @@ class Layer {
       weights.octets = gates;
       weights.segments = 1;
     }
+    weights.precision = P::of(call.precision);
     weights.weight_hh = static_cast<const S*>(call.weight_hh);
     weights.to = carver.take<Quad>(weights.quads);
     weights.H = H;
@@ -171,9 +163,12 @@ class Layer {
       const index end = begin + room.stretch < call.T ? begin + room.stretch : call.T;
       const index earliest = earliest_time(call, begin, end);
       const index rows = (end - begin) * call.B, width = gates * call.H;
-      matmul(matrix(x + earliest * call.B * x_b, rows, call.I, x_b),
-             matrix(static_cast<const S*>(call.weight_ih), width, call.I, call.I, true),
-             matrix(room.a_x, rows, width, width), false, tf32, room.matmul, call.stream);
+      const Element element = element_of(call.precision);
+      const Element sums = sizeof(A) == 8 ? Element::float64 : Element::float32;
+      matmul({x + earliest * call.B * x_b, element, rows, call.I, x_b, false},
+             {call.weight_ih, element, width, call.I, call.I, true},
+             {room.a_x, sums, rows, width, width, false}, false, tf32, room.matmul,
+             call.stream);
       const index turns = plan.exchange == Exchange::step ? 1 : end - begin;
       for (index n = begin; n < end; n += turns) {
         with_instance(plan, [&]<int tiles, bool resident>() {
@@ -224,6 +219,7 @@ class Layer {
     const index H = call.H, I = call.I, rows = call.T * call.B;
 
     Previous<P> previous{call,
+                         P::of(call.precision),
                          static_cast<const S*>(call.y),
                          call.y_t,
                          call.y_b,
@@ -263,6 +259,10 @@ class Layer {
       });
     }
 
+    const auto matrix = [&](const void* data, index height, index width, index stride,
+                            bool transposed = false) {
+      return Matrix{data, element_of(call.precision), height, width, stride, transposed};
+    };
     const auto multiply = [&](const Matrix& left, const Matrix& right, const Matrix& to,
                               bool adds = false) {
       matmul(left, right, to, adds, tf32, room.matmul, call.stream);
@@ -270,10 +270,10 @@ class Layer {
     const index da_stride = slots * H;
     const S* const of_input = room.da + first_input * H;
     multiply(matrix(of_input, rows, gates * H, da_stride),
-             matrix(static_cast<const S*>(call.weight_ih), gates * H, I, I),
-             matrix(static_cast<const S*>(call.dx), rows, I, call.dx_b), call.adds_dx);
+             matrix(call.weight_ih, gates * H, I, I), matrix(call.dx, rows, I, call.dx_b),
+             call.adds_dx);
     multiply(matrix(of_input, rows, gates * H, da_stride, true), matrix(x, rows, I, x_b),
-             matrix(static_cast<const S*>(call.dweight_ih), gates * H, I, I));
+             matrix(call.dweight_ih, gates * H, I, I));
     // Slots whose blocks of weight_hh follow one another take one product.
     for (int k = 0; k < gates;) {
       int end = k + 1;
@@ -284,11 +284,11 @@ class Layer {
       const S* const to =
           static_cast<const S*>(call.dweight_hh) + Cell::recurrent_gate[k] * H * H;
       multiply(matrix(room.da + k * H, rows, (end - k) * H, da_stride, true),
-               matrix(static_cast<const S*>(room.h_prev), rows, H, H),
-               matrix(to, (end - k) * H, H, H));
+               matrix(room.h_prev, rows, H, H), matrix(to, (end - k) * H, H, H));
       k = end;
     }
-    BiasGradients<P> bias{room.da,
+    BiasGradients<P> bias{P::of(call.precision),
+                          room.da,
                           rows,
                           H,
                           slots,
@@ -438,6 +438,7 @@ class Layer {
     }
     const index rows = Room::operand_rows(plan);
     const Prepare<P> start{call,
+                           P::of(call.precision),
                            from,
                            c_from,
                            state,
@@ -455,6 +456,8 @@ class Layer {
   static void fill(Recurrence<P>& p, const Call& call, const Plan& plan, const Room& room,
                    index begin, index end) {
     static_cast<Sizes&>(p) = call;
+    p.precision = P::of(call.precision);
+    p.member = call.member;
     p.plan = plan;
     p.begin = begin;
     p.end = end;

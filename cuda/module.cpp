@@ -246,6 +246,7 @@ class Kernel {
   void pack(const View& weight_hh, const MaybeView& bias_ih, const MaybeView& bias_hh,
             bool backward, const View& packed) const {
     PackCall call{};
+    call.precision = precision_;
     const index H = weight_hh.ndim() == 2 ? weight_hh.shape[1] : 0;
     call.device = device_;
     call.stream = stream_;
@@ -396,6 +397,8 @@ class Kernel {
     call.I = x.shape[2];
     call.H = like.shape[1];
     call.reverse = reverse;
+    call.member = cell_.member;
+    call.precision = precision_;
     if (call.I < 1 || call.H < 1) refuse("x");
     call.device = device_;
     call.stream = stream_;

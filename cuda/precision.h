@@ -1,73 +1,58 @@
-// The precisions a layer may compute in: the type of x, y and the weights in memory, that
-// of the products' operands, and that of states and sums.
+// The precisions a layer may compute in: the type of x, y and the weights in memory
+// (Storage), that of the products' operands, and that of states and sums. A value is an
+// object because bfloat16 and float16 share their code.
 #pragma once
 
 #include "device.h"
+#include "kernels.h"
 
 namespace fusedrnn::cuda {
 
-struct Float32Exact {
-  using Storage = float;
-  using Operand = float;
-  using State = float;
+template <class S>
+struct Exact {
+  using Storage = S;
+  using Operand = S;
+  using State = S;
   static constexpr bool on_matrix_units = false;
+
+  static Exact of(Precision) { return {}; }
+  FUSEDRNN_DEVICE S state(S x) const { return x; }
+  FUSEDRNN_DEVICE S storage(S x) const { return x; }
+  FUSEDRNN_DEVICE S operand(S x) const { return x; }
 };
-struct Float64Exact {
-  using Storage = double;
-  using Operand = double;
-  using State = double;
-  static constexpr bool on_matrix_units = false;
-};
+
 struct OnTensorFloat32 {
   using Storage = float;
   using Operand = TensorFloat32;
   using State = float;
   static constexpr bool on_matrix_units = true;
-};
-struct OnBFloat16 {
-  using Storage = BFloat16;
-  using Operand = BFloat16;
-  using State = float;
-  static constexpr bool on_matrix_units = true;
-};
-struct OnFloat16 {
-  using Storage = Float16;
-  using Operand = Float16;
-  using State = float;
-  static constexpr bool on_matrix_units = true;
+
+  static OnTensorFloat32 of(Precision) { return {}; }
+  FUSEDRNN_DEVICE float state(float x) const { return x; }
+  FUSEDRNN_DEVICE float storage(float x) const { return x; }
+  FUSEDRNN_DEVICE TensorFloat32 operand(float x) const { return to_tensor_float32(x); }
+  FUSEDRNN_DEVICE void mma(float (&d)[4], const std::uint32_t (&a)[4],
+                           const std::uint32_t (&b)[2]) const {
+    mma_tf32(d, a, b);
+  }
 };
 
-// From one element type to another, rounded to nearest.
-template <class To, class From>
-FUSEDRNN_DEVICE To convert(From x);
+struct OnHalf {
+  using Storage = Half;
+  using Operand = Half;
+  using State = float;
+  static constexpr bool on_matrix_units = true;
 
-template <>
-FUSEDRNN_DEVICE float convert(float x) {
-  return x;
-}
-template <>
-FUSEDRNN_DEVICE double convert(double x) {
-  return x;
-}
-template <>
-FUSEDRNN_DEVICE float convert(BFloat16 x) {
-  return as_float(x);
-}
-template <>
-FUSEDRNN_DEVICE float convert(Float16 x) {
-  return as_float(x);
-}
-template <>
-FUSEDRNN_DEVICE BFloat16 convert(float x) {
-  return as_bfloat16(x);
-}
-template <>
-FUSEDRNN_DEVICE Float16 convert(float x) {
-  return as_float16(x);
-}
-template <>
-FUSEDRNN_DEVICE TensorFloat32 convert(float x) {
-  return as_tensor_float32(x);
-}
+  bool bfloat;
+
+  static OnHalf of(Precision precision) { return {precision == Precision::bfloat16}; }
+  FUSEDRNN_DEVICE float state(Half x) const { return from_half(x, bfloat); }
+  FUSEDRNN_DEVICE Half storage(float x) const { return to_half(x, bfloat); }
+  FUSEDRNN_DEVICE Half operand(float x) const { return to_half(x, bfloat); }
+  FUSEDRNN_DEVICE void mma(float (&d)[4], const std::uint32_t (&a)[4],
+                           const std::uint32_t (&b)[2]) const {
+    mma_half(d, a, b, bfloat);
+  }
+};
 
 }  // namespace fusedrnn::cuda

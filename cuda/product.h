@@ -79,7 +79,7 @@ struct Product {
   }
 
   // One block of depth.
-  FUSEDRNN_DEVICE void add(const Quad (&weights)[octets],
+  FUSEDRNN_DEVICE void add(P precision, const Quad (&weights)[octets],
                            const Quad (&operand)[tiles][rows]) {
     if constexpr (P::on_matrix_units) {
 #pragma unroll
@@ -96,7 +96,7 @@ struct Product {
           for (int t = 0; t < tiles; ++t) {
             const Quad& of = operand[t][0];
             const std::uint32_t b[2] = {of.word[2 * half], of.word[2 * half + 1]};
-            mma<E>(sum[p][t], a, b);
+            precision.mma(sum[p][t], a, b);
           }
         }
       }

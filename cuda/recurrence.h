@@ -83,9 +83,10 @@ class Engine {
            stage_bytes(plan);
   }
 
-  FUSEDRNN_DEVICE Engine(const Plan& plan, const Quad* weights, E* operand,
+  FUSEDRNN_DEVICE Engine(P precision, const Plan& plan, const Quad* weights, E* operand,
                          unsigned* flags)
-      : plan_(plan),
+      : precision_(precision),
+        plan_(plan),
         operand_(operand),
         flags_(flags),
         group_(thread() / 32 / plan.splits),
@@ -208,7 +209,7 @@ class Engine {
   // Puts an element of the next turn's operand ready: row r of the item, in a segment.
   FUSEDRNN_DEVICE void stage(int segment, int unit_octet, int r, A value) {
     E* const to = staging() + (segment * unit_octets + unit_octet) * 64;
-    to[(lane_row() + r) * 8 + lane_unit()] = convert<E>(value);
+    to[(lane_row() + r) * 8 + lane_unit()] = precision_.operand(value);
   }
 
   // Sends what the warp staged in turn n to those who need it in the next.
@@ -284,7 +285,7 @@ class Engine {
 #pragma unroll
         for (int r = 0; r < Sums::rows; ++r) h[t][r] = load(at + (t * 8 + r) * row_size);
       }
-      product.add(weights, h);
+      product.add(precision_, weights, h);
     };
     if constexpr (resident) {
 #pragma unroll
@@ -324,6 +325,7 @@ class Engine {
     sync_warp();
   }
 
+  const P precision_;
   const Plan& plan_;
   E* const operand_;
   unsigned* const flags_;
@@ -343,12 +345,48 @@ struct Recurrence : Sizes {
   using E = typename P::Operand;
   using A = typename P::State;
 
+  P precision;
+  int member;  // of the cell's family
   Plan plan;
   index begin, end;
   const Quad* weights;
   E* operand;
   unsigned* flags;
   Masks masks;
+};
+
+// Cells of one shape, which share their kernels: a kernel is told which it runs.
+template <template <class> class FirstOf, template <class> class... RestOf>
+struct Family {
+  template <class V>
+  using First = FirstOf<V>;
+
+  template <class V, int slots>
+  FUSEDRNN_DEVICE static State<V> forward(int member, V (&a)[slots], State<V> prev) {
+    return member == 0 ? First<V>::forward(a, prev)
+                       : Family<RestOf...>::forward(member - 1, a, prev);
+  }
+  template <class V, int slots>
+  FUSEDRNN_DEVICE static State<V> backward(int member, V (&s)[slots], State<V> prev,
+                                           State<V> now, V dh, V dc) {
+    return member == 0 ? First<V>::backward(s, prev, now, dh, dc)
+                       : Family<RestOf...>::backward(member - 1, s, prev, now, dh, dc);
+  }
+};
+template <template <class> class OnlyOf>
+struct Family<OnlyOf> {
+  template <class V>
+  using First = OnlyOf<V>;
+
+  template <class V, int slots>
+  FUSEDRNN_DEVICE static State<V> forward(int, V (&a)[slots], State<V> prev) {
+    return First<V>::forward(a, prev);
+  }
+  template <class V, int slots>
+  FUSEDRNN_DEVICE static State<V> backward(int, V (&s)[slots], State<V> prev,
+                                           State<V> now, V dh, V dc) {
+    return First<V>::backward(s, prev, now, dh, dc);
+  }
 };
 
 // Whether the blocks of weight_ih stand in the order of the slots they feed, so that W x
@@ -361,14 +399,15 @@ constexpr bool feeds_in_order() {
   return true;
 }
 
-template <template <class> class CellOf, class P, int tiles_, bool resident_>
+template <class Family, class P, int tiles_, bool resident_>
 struct ForwardRecurrence : Recurrence<P> {
   using Base = Recurrence<P>;
-  using Base::B, Base::H, Base::T, Base::begin, Base::end, Base::masks, Base::plan;
+  using Base::B, Base::H, Base::T, Base::begin, Base::end, Base::masks, Base::plan,
+      Base::precision;
   using typename Base::A;
   using typename Base::S;
   using V = device::Vec<A>;
-  using Cell = CellOf<V>;
+  using Cell = typename Family::template First<V>;
   static constexpr int tiles = tiles_;
   static constexpr bool resident = resident_;
   static constexpr int gates = Cell::gates, slots = Cell::slots;
@@ -384,7 +423,7 @@ struct ForwardRecurrence : Recurrence<P> {
   A* saved_c;  // null in inference
 
   FUSEDRNN_DEVICE void operator()() const {
-    Engine engine(plan, this->weights, this->operand, this->flags);
+    Engine engine(precision, plan, this->weights, this->operand, this->flags);
     for (index g = block_y(); g < plan.row_groups; g += blocks_y()) {
       run(engine, g);
     }
@@ -456,29 +495,30 @@ struct ForwardRecurrence : Recurrence<P> {
 #pragma unroll
       for (int k = 0; k < slots; ++k) v[k] = {k < gates ? a[k] + sum(k) : a[k]};
       const State<V> prev{{is_reset ? A{0} : h_now}, {is_reset ? A{0} : c_now}};
-      const State<V> now = Cell::forward(v, prev);
+      const State<V> now = Family::forward(this->member, v, prev);
       h_now = now.h.value;
       c_now = now.c.value;
       if (Cell::saves && saved) {
         S* const to = saved + (n * B + b) * slots * H + unit;
 #pragma unroll
-        for (int k = 0; k < slots; ++k) to[k * H] = convert<S>(v[k].value);
+        for (int k = 0; k < slots; ++k) to[k * H] = precision.storage(v[k].value);
       }
     }
     // After a row's end its state stays, and backward finds c there.
     if (Cell::has_c && saved_c) saved_c[(n * B + b) * H + unit] = c_now;
-    y[t * y_t + b * y_b + unit] = convert<S>(active ? h_now : A{0});
+    y[t * y_t + b * y_b + unit] = precision.storage(active ? h_now : A{0});
   }
 };
 
-template <template <class> class CellOf, class P, int tiles_, bool resident_>
+template <class Family, class P, int tiles_, bool resident_>
 struct BackwardRecurrence : Recurrence<P> {
   using Base = Recurrence<P>;
-  using Base::B, Base::H, Base::T, Base::begin, Base::end, Base::masks, Base::plan;
+  using Base::B, Base::H, Base::T, Base::begin, Base::end, Base::masks, Base::plan,
+      Base::precision;
   using typename Base::A;
   using typename Base::S;
   using V = device::Vec<A>;
-  using Cell = CellOf<V>;
+  using Cell = typename Family::template First<V>;
   static constexpr int tiles = tiles_;
   static constexpr bool resident = resident_;
   static constexpr int gates = Cell::gates, slots = Cell::slots, octets = 2;
@@ -496,7 +536,7 @@ struct BackwardRecurrence : Recurrence<P> {
   S* da;
 
   FUSEDRNN_DEVICE void operator()() const {
-    Engine engine(plan, this->weights, this->operand, this->flags);
+    Engine engine(precision, plan, this->weights, this->operand, this->flags);
     for (index g = block_y(); g < plan.row_groups; g += blocks_y()) {
       run(engine, g);
     }
@@ -578,19 +618,19 @@ struct BackwardRecurrence : Recurrence<P> {
     if constexpr (Cell::saves) {
       const S* const from = saved + (step * B + b) * slots * H + unit;
 #pragma unroll
-      for (int k = 0; k < slots; ++k) in.slots_[k] = convert<A>(from[k * H]);
+      for (int k = 0; k < slots; ++k) in.slots_[k] = precision.state(from[k * H]);
     } else {
-      in.h = convert<A>(y[t * y_t + b * y_b + unit]);
+      in.h = precision.state(y[t * y_t + b * y_b + unit]);
     }
     if constexpr (Cell::has_direct)
-      in.prev_h = convert<A>(h_prev[(t * B + b) * H + unit]);
+      in.prev_h = precision.state(h_prev[(t * B + b) * H + unit]);
     if constexpr (Cell::has_c) {
       in.c = saved_c[at];
       if (!masks.is_reset(t, b)) {
         in.prev_c = step > 0 ? saved_c[at - B * H] : c0 ? c0[b * H + unit] : A{0};
       }
     }
-    in.dy = dy ? convert<A>(dy[t * dy_t + b * dy_b + unit]) : 0;
+    in.dy = dy ? precision.state(dy[t * dy_t + b * dy_b + unit]) : 0;
   }
 
   // Writes da into v and memory; `past` and dc become those of the state before. Returns
@@ -600,7 +640,7 @@ struct BackwardRecurrence : Recurrence<P> {
     S* const to = da + (t * B + b) * slots * H + unit;
     if (!masks.is_active(t, b)) {
 #pragma unroll
-      for (int k = 0; k < slots; ++k) to[k * H] = convert<S>(A{0});
+      for (int k = 0; k < slots; ++k) to[k * H] = precision.storage(A{0});
       return true;
     }
     if constexpr (Cell::saves) {
@@ -614,9 +654,10 @@ struct BackwardRecurrence : Recurrence<P> {
       now.c = {in.c};
     }
     if constexpr (!Cell::saves) now.h = {in.h};
-    const State<V> d = Cell::backward(v, prev, now, {past + in.dy}, {dc_now});
+    const State<V> d =
+        Family::backward(this->member, v, prev, now, {past + in.dy}, {dc_now});
 #pragma unroll
-    for (int k = 0; k < slots; ++k) to[k * H] = convert<S>(v[k].value);
+    for (int k = 0; k < slots; ++k) to[k * H] = precision.storage(v[k].value);
     const bool passes = !masks.is_reset(t, b);
     past = passes ? d.h.value : A{0};
     dc_now = passes ? d.c.value : A{0};

@@ -35,11 +35,10 @@ template void launch_each(const ReadLengths&, index, int, Stream);
   template void launch_each(const Previous<P>&, index, int, Stream);    \
   template void launch_each(const GatherRows<P>&, index, int, Stream);  \
   template void launch_columns(const BiasGradients<P>&, Stream);
-FUSEDRNN_ROWS(Float32Exact)
-FUSEDRNN_ROWS(Float64Exact)
+FUSEDRNN_ROWS(Exact<float>)
+FUSEDRNN_ROWS(Exact<double>)
 FUSEDRNN_ROWS(OnTensorFloat32)
-FUSEDRNN_ROWS(OnBFloat16)
-FUSEDRNN_ROWS(OnFloat16)
+FUSEDRNN_ROWS(OnHalf)
 #undef FUSEDRNN_ROWS
 
 }  // namespace fusedrnn::cuda

@@ -30,6 +30,7 @@ struct PackWeights {
   using A = typename P::State;
   using Block = DepthBlock<P>;
 
+  P precision;
   const S* weight_hh;
   Quad* to;
   index H, padded, quads;
@@ -54,9 +55,9 @@ struct PackWeights {
         if (unit < H && k < H) {
           const index row = backward ? recurrent_gate[segment] * H + k
                                      : recurrent_gate[octet] * H + unit;
-          weight = convert<A>(weight_hh[row * H + (backward ? unit : k)]);
+          weight = precision.state(weight_hh[row * H + (backward ? unit : k)]);
         }
-        value.at[e] = convert<E>(weight);
+        value.at[e] = precision.operand(weight);
       }
       __builtin_memcpy(to + i, &value, sizeof(value));
     });
@@ -69,6 +70,7 @@ struct PackBias {
   using S = typename P::Storage;
   using A = typename P::State;
 
+  P precision;
   const S *bias_ih, *bias_hh;  // or null
   A* to;
   index H;
@@ -80,10 +82,10 @@ struct PackBias {
       const index slot = i / H, unit = i % H;
       A bias = 0;
       if (bias_ih && input_block[slot] >= 0) {
-        bias += convert<A>(bias_ih[input_block[slot] * H + unit]);
+        bias += precision.state(bias_ih[input_block[slot] * H + unit]);
       }
       if (bias_hh && recurrent_block[slot] >= 0) {
-        bias += convert<A>(bias_hh[recurrent_block[slot] * H + unit]);
+        bias += precision.state(bias_hh[recurrent_block[slot] * H + unit]);
       }
       to[i] = bias;
     });
@@ -97,6 +99,7 @@ struct Prepare : Sizes {
   using E = typename P::Operand;
   using A = typename P::State;
 
+  P precision;
   const A *from, *c_from;  // h0, c0 or their like; null: zeros
   A *state, *c_state;      // null where the cell has none
   E* operand;              // (2, rows, width)
@@ -111,7 +114,7 @@ struct Prepare : Sizes {
       const index row = i / width, column = i % width;
       const bool real = with_state && from && row < B && column < H;
       const bool is_reset = real && T > 0 && masks.is_reset(time(0), row);
-      operand[i] = convert<E>(real && !is_reset ? from[row * H + column] : A{0});
+      operand[i] = precision.operand(real && !is_reset ? from[row * H + column] : A{0});
     });
     for_each(flag_count, [&](index i) { flags[i] = 0; });
     for_each(B * H, [&](index i) {
@@ -138,13 +141,14 @@ struct ReadLengths {
   }
 };
 
-// (T, B, H) the state that entered the step at each time: zero after a reset, and where no
-// step was taken.
+// (T, B, H) the state that entered the step at each time: zero after a reset, and where
+// no step was taken.
 template <class P>
 struct Previous : Sizes {
   using S = typename P::Storage;
   using A = typename P::State;
 
+  P precision;
   const S* y;
   index y_t, y_b;
   const A* h0;  // or null: zeros
@@ -155,9 +159,9 @@ struct Previous : Sizes {
     for_each(T * B * H, [&](index i) {
       const index unit = i % H, b = i / H % B, t = i / H / B, step = time(t);
       if (masks.is_reset(t, b) || !masks.is_active(t, b)) {
-        to[i] = convert<S>(A{0});
+        to[i] = precision.storage(A{0});
       } else if (step == 0 || !masks.is_active(time(step - 1), b)) {
-        to[i] = convert<S>(h0 ? h0[b * H + unit] : A{0});  // this row's first step
+        to[i] = precision.storage(h0 ? h0[b * H + unit] : A{0});  // this row's first step
       } else {
         to[i] = y[time(step - 1) * y_t + b * y_b + unit];
       }
@@ -196,6 +200,7 @@ struct BiasGradients {
   using S = typename P::Storage;
   using A = typename P::State;
 
+  P precision;
   const S* da;
   index rows, H;
   int slots;
@@ -210,7 +215,7 @@ struct BiasGradients {
     if (column < columns) {
 #pragma unroll 8
       for (index row = warp; row < rows; row += warps) {
-        sum += convert<A>(da[row * columns + column]);
+        sum += precision.state(da[row * columns + column]);
       }
     }
     sums[thread()] = sum;
@@ -220,10 +225,10 @@ struct BiasGradients {
     const int slot = static_cast<int>(column / H);
     const index unit = column % H;
     if (input_block[slot] >= 0) {
-      dbias_ih[input_block[slot] * H + unit] = convert<S>(sum);
+      dbias_ih[input_block[slot] * H + unit] = precision.storage(sum);
     }
     if (recurrent_block[slot] >= 0) {
-      dbias_hh[recurrent_block[slot] * H + unit] = convert<S>(sum);
+      dbias_hh[recurrent_block[slot] * H + unit] = precision.storage(sum);
     }
   }
 };

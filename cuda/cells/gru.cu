@@ -1,6 +1,9 @@
 #include "../instance.h"
 
 namespace fusedrnn::cuda {
+
+using Cells = Family<device::Gru>;
 extern const CellEntry gru;
-const CellEntry gru = cell<device::Gru>("gru");
+const CellEntry gru = cell<Cells>("gru");
+
 }  // namespace fusedrnn::cuda

@@ -38,15 +38,9 @@ inline void wait_for(const unsigned* flag, unsigned value) {
   while (static_cast<int>(*flag - value) < 0) twin::yield_waiting();
 }
 
-inline float as_float(BFloat16 x) {
-  return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
-}
-inline BFloat16 as_bfloat16(float x) {
-  const auto bits = std::bit_cast<std::uint32_t>(x);
-  if (std::isnan(x)) return {0x7fff};
-  return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-inline float as_float(Float16 x) {
+// Halves by hand: not every host has them.
+inline float from_half(Half x, bool bfloat) {
+  if (bfloat) return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
   const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
   const float size =
       exponent == 31 ? (mantissa ? NAN : INFINITY)
@@ -54,10 +48,14 @@ inline float as_float(Float16 x) {
                      : std::ldexp(static_cast<float>(mantissa), -24);
   return x.bits & 0x8000 ? -size : size;
 }
-inline Float16 as_float16(float x) {
+inline Half to_half(float x, bool bfloat) {
+  if (std::isnan(x)) return {0x7fff};
+  if (bfloat) {
+    const auto bits = std::bit_cast<std::uint32_t>(x);
+    return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  }
   const int sign = std::signbit(x) ? 0x8000 : 0;
   const float size = std::fabs(x);
-  if (std::isnan(x)) return {0x7fff};
   if (size < 0x1p-26f) return {static_cast<std::uint16_t>(sign)};
   if (size >= 65520) return {static_cast<std::uint16_t>(sign | 0x7c00)};
   int exponent;
@@ -68,42 +66,44 @@ inline Float16 as_float16(float x) {
   const int bits = last == -24 ? steps : ((last + 25) << 10) + steps - 1024;
   return {static_cast<std::uint16_t>(sign | bits)};
 }
-inline TensorFloat32 as_tensor_float32(float x) {
+inline TensorFloat32 to_tensor_float32(float x) {
   const auto bits = std::bit_cast<std::uint32_t>(x);
   if (std::isnan(x)) return {x};
   return {std::bit_cast<float>((bits + 0x1000) & ~0x1fffu)};
 }
 
-// The warp's fragments as PTX lays them out, multiplied by each lane for its own sums.
-template <class E>
-void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-  constexpr int in_word = sizeof(std::uint32_t) / sizeof(E);
+// The warp's fragments as PTX lays them out, multiplied by each lane for its own sums;
+// element(word, e) is the e-th of the in_word values of a fragment's word.
+template <int in_word, class Element>
+void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
+         const Element& element) {
   twin::Here& here = twin::here();
   auto& fragments = own_warp().fragments[here.products++ % 2];
   const int lane = here.thread % 32;
   std::memcpy(fragments[lane].a, a, sizeof(a));
   std::memcpy(fragments[lane].b, b, sizeof(b));
   own_warp().barrier.meet();
-  const auto element = [](std::uint32_t word, int e) {
-    E value[in_word];
-    std::memcpy(value, &word, sizeof(word));
-    if constexpr (std::is_same_v<E, TensorFloat32>) {
-      return value[e].value;
-    } else {
-      return as_float(value[e]);
-    }
-  };
   const int row = lane / 4, column = lane % 4 * 2;
   for (int i = 0; i < 4; ++i) {
     const int r = row + (i >= 2 ? 8 : 0), c = column + i % 2;
     for (int quarter = 0; quarter < 4; ++quarter) {
       for (int half = 0; half < 2; ++half) {
-        const auto& left = fragments[r % 8 * 4 + quarter].a[r / 8 + 2 * half];
-        const auto& right = fragments[c * 4 + quarter].b[half];
+        const auto left = fragments[r % 8 * 4 + quarter].a[r / 8 + 2 * half];
+        const auto right = fragments[c * 4 + quarter].b[half];
         for (int e = 0; e < in_word; ++e) d[i] += element(left, e) * element(right, e);
       }
     }
   }
+}
+inline void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4],
+                     const std::uint32_t (&b)[2]) {
+  mma<1>(d, a, b, [](std::uint32_t word, int) { return std::bit_cast<float>(word); });
+}
+inline void mma_half(float (&d)[4], const std::uint32_t (&a)[4],
+                     const std::uint32_t (&b)[2], bool bfloat) {
+  mma<2>(d, a, b, [=](std::uint32_t word, int e) {
+    return from_half({static_cast<std::uint16_t>(word >> 16 * e)}, bfloat);
+  });
 }
 
 inline float multiply_add(float a, float b, float c) { return a * b + c; }

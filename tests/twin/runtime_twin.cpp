@@ -5,7 +5,7 @@
 #include <cstring>
 #include <random>
 
-#include "../../cuda/precision.h"
+#include "../../cuda/device.h"
 #include "launch_twin.h"
 
 namespace fusedrnn::cuda {
@@ -20,9 +20,9 @@ double value_at(const Matrix& m, index i) {
     case Element::float64:
       return static_cast<const double*>(m.data)[i];
     case Element::bfloat16:
-      return as_float(static_cast<const BFloat16*>(m.data)[i]);
+      return from_half(static_cast<const Half*>(m.data)[i], true);
     case Element::float16:
-      return as_float(static_cast<const Float16*>(m.data)[i]);
+      return from_half(static_cast<const Half*>(m.data)[i], false);
     default:
       return static_cast<const float*>(m.data)[i];
   }
@@ -40,10 +40,10 @@ void set(const Matrix& m, index i, double value) {
       static_cast<double*>(data)[i] = value;
       break;
     case Element::bfloat16:
-      static_cast<BFloat16*>(data)[i] = as_bfloat16(single);
+      static_cast<Half*>(data)[i] = to_half(single, true);
       break;
     case Element::float16:
-      static_cast<Float16*>(data)[i] = as_float16(single);
+      static_cast<Half*>(data)[i] = to_half(single, false);
       break;
     default:
       static_cast<float*>(data)[i] = single;

@@ -1,0 +1,593 @@
+// What it costs thread blocks to meet: the time of a step that is nothing but a meeting.
+//
+//   nvcc -O3 -std=c++20 -gencode arch=compute_90a,code=sm_90a -o meetings meetings.cu
+//   ./meetings        one line of JSON: nanoseconds a meeting, median and quartiles
+//
+// A recurrence's blocks meet once per step, and what a meeting costs bounds the step from
+// below. Here blocks of 256 threads, one on each multiprocessor, do nothing else: in step
+// n every block has 128 bytes (a tile of 8 rows × 8 units of 16 bits) for all others, and
+// the step ends when it has read theirs. The ways, each with what its time holds:
+//
+//   block barrier      one block, through its own shared memory: the base, as every way
+//                      below has such a barrier or a dearer one in its step
+//   cluster barrier    stores into the peers' shared memory, then barrier.cluster; also
+//                      with nothing sent
+//   cluster mbarrier   st.async into the peers' shared memory, which completes bytes of a
+//                      transaction barrier there
+//   grid flags         stores to memory, a flag released by one thread of each block, all
+//                      flags acquired by all blocks, each warp those whose data it reads
+//   grid sentinel      no flags: the data itself is polled until none of it is the
+//                      sentinel. With 3 buffers a place is cleared and written again with
+//                      nothing but time between, as such schemes are found in practice;
+//                      with 4 there is room for a fence that has nothing to wait for
+//   grid.sync          that of cooperative groups
+//   graph launch       a launch for each step, in a CUDA graph, of a kernel that does
+//                      nothing or adds one to a number in memory
+//
+// Every word received is compared with what its sender must have written in that step of
+// that launch: `wrong` counts the threads that saw another one. A launch of 2 × N steps
+// less one of N gives the time of N, without what a launch costs. A wait of seconds ends
+// the program with an error; what could not be run says so in `note`.
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace {
+
+constexpr int threads = 256, warps = threads / 32;
+constexpr int meetings = 2000, repetitions = 11, warm_ups = 2;
+constexpr int quads = 8;  // of 16 bytes, that a block has for the others
+constexpr int largest_cluster = 16;
+// What a warp reads at once: 4 blocks, in as many rounds as the largest grid asks for.
+constexpr int most_blocks = 256, rounds = most_blocks / warps / 4;
+constexpr int most_buffers = 4;
+constexpr int reserved_bytes = 128 * 1024;  // so that a multiprocessor has one block
+constexpr unsigned sentinel = ~0u;
+
+// What a launch is given. data: (most_buffers, most_blocks, quads), flags: (most_blocks,)
+struct Exchange {
+  int steps;
+  unsigned salt;  // of the launch, above all other bits of a word
+  uint4* data;
+  unsigned* flags;
+  unsigned* wrong;
+};
+
+// Below 2³¹, so never the sentinel.
+__device__ uint4 payload(const Exchange& e, int n, int block, int quad) {
+  const unsigned word = e.salt | static_cast<unsigned>(n << 13 | block << 5 | quad << 2);
+  return {word, word | 1, word | 2, word | 3};
+}
+__device__ unsigned difference(const uint4& a, const uint4& b) {
+  return (a.x ^ b.x) | (a.y ^ b.y) | (a.z ^ b.z) | (a.w ^ b.w);
+}
+__device__ void report(const Exchange& e, unsigned wrong) {
+  if (wrong != 0) atomicAdd(e.wrong, 1u);
+}
+// Ends the program where a wait has no end.
+__device__ void tire(int& polls) {
+  if (++polls > 1 << 22) __trap();
+}
+
+__global__ void __launch_bounds__(threads) block_barrier(Exchange e) {
+  __shared__ uint4 slots[2][threads];
+  const int thread = static_cast<int>(threadIdx.x);
+  unsigned wrong = 0;
+  for (int n = 0; n < e.steps; ++n) {
+    slots[n & 1][thread] = payload(e, n, thread, 0);
+    __syncthreads();
+    const int other = thread ^ 32;
+    wrong |= difference(slots[n & 1][other], payload(e, n, other, 0));
+  }
+  report(e, wrong);
+}
+
+__device__ unsigned shared_address(const void* p) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+__device__ unsigned in_peer(const void* p, int rank) {
+  unsigned peer;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(peer)
+      : "r"(shared_address(p)), "r"(rank));
+  return peer;
+}
+__device__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ int cluster_size() {
+  int size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
+// A thread sends one quad to one peer and reads one that a peer sent.
+template <bool sends>
+__global__ void __launch_bounds__(threads) cluster_barrier(Exchange e) {
+  __shared__ uint4 slots[2][largest_cluster][quads];
+  const int peer = static_cast<int>(threadIdx.x) / quads;
+  const int quad = static_cast<int>(threadIdx.x) % quads;
+  const int own = cluster_rank();
+  const bool takes_part = sends && peer < cluster_size();
+  unsigned wrong = 0;
+  sync_cluster();
+  for (int n = 0; n < e.steps; ++n) {
+    if (takes_part) {
+      const uint4 value = payload(e, n, own, quad);
+      asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
+                       in_peer(&slots[n & 1][own][quad], peer)),
+                   "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+                   : "memory");
+    }
+    sync_cluster();
+    if (takes_part) {
+      wrong |= difference(slots[n & 1][peer][quad], payload(e, n, peer, quad));
+    }
+  }
+  sync_cluster();
+  report(e, wrong);
+}
+
+__device__ void expect(const unsigned long long* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+// Step n uses barrier n % 2, in its phase n / 2. A peer sends step n + 2 only after it
+// got our step n + 1, which we send after all our threads have read step n and the
+// barrier of step n was armed again.
+__global__ void __launch_bounds__(threads) cluster_mbarrier(Exchange e) {
+  __shared__ uint4 slots[2][largest_cluster][quads];
+  __shared__ unsigned long long barriers[2];
+  const int peer = static_cast<int>(threadIdx.x) / quads;
+  const int quad = static_cast<int>(threadIdx.x) % quads;
+  const int own = cluster_rank(), size = cluster_size();
+  const int bytes = size * quads * static_cast<int>(sizeof(uint4));
+  if (threadIdx.x == 0) {
+    for (const unsigned long long& barrier : barriers) {
+      asm volatile(
+          "mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier))
+          : "memory");
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (const unsigned long long& barrier : barriers) expect(&barrier, bytes);
+  }
+  unsigned wrong = 0;
+  sync_cluster();
+  for (int n = 0; n < e.steps; ++n) {
+    const unsigned long long* const barrier = &barriers[n & 1];
+    if (peer < size) {
+      const uint4 value = payload(e, n, own, quad);
+      asm volatile(
+          "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+          "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(in_peer(&slots[n & 1][own][quad], peer)),
+          "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w),
+          "r"(in_peer(barrier, peer))
+          : "memory");
+    }
+    const unsigned parity = static_cast<unsigned>(n >> 1 & 1);
+    unsigned done = 0;
+    for (int polls = 0; done == 0; tire(polls)) {
+      asm volatile(
+          "{\n\t"
+          ".reg .pred complete;\n\t"
+          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%1], "
+          "%2;\n\t"
+          "selp.u32 %0, 1, 0, complete;\n\t"
+          "}"
+          : "=r"(done)
+          : "r"(shared_address(barrier)), "r"(parity)
+          : "memory");
+    }
+    if (threadIdx.x == 0) expect(barrier, bytes);
+    if (peer < size) {
+      wrong |= difference(slots[n & 1][peer][quad], payload(e, n, peer, quad));
+    }
+    __syncthreads();
+  }
+  sync_cluster();
+  report(e, wrong);
+}
+
+// Round k of a warp's reading: the block and quad of this lane. Warp w reads what blocks
+// w, w + 8, … sent.
+__device__ int source(int round) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  return static_cast<int>(threadIdx.x) / 32 + warps * (lane / quads + 4 * round);
+}
+__device__ int source_quad() { return static_cast<int>(threadIdx.x) % quads; }
+
+__device__ uint4* place(const Exchange& e, int buffer, int block, int quad) {
+  return e.data + (buffer * most_blocks + block) * quads + quad;
+}
+
+// What all blocks sent in step n, which is there.
+__device__ unsigned receive(const Exchange& e, int n) {
+  const int blocks = static_cast<int>(gridDim.x);
+  uint4 got[rounds];
+#pragma unroll
+  for (int k = 0; k < rounds; ++k) {
+    if (source(k) < blocks) got[k] = __ldcg(place(e, n & 1, source(k), source_quad()));
+  }
+  unsigned wrong = 0;
+#pragma unroll
+  for (int k = 0; k < rounds; ++k) {
+    if (source(k) < blocks) {
+      wrong |= difference(got[k], payload(e, n, source(k), source_quad()));
+    }
+  }
+  return wrong;
+}
+
+__global__ void __launch_bounds__(threads) grid_flags(Exchange e) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const int own = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  const int watched = thread / 32 + warps * lane;
+  unsigned wrong = 0;
+  for (int n = 0; n < e.steps; ++n) {
+    const unsigned turn = static_cast<unsigned>(n + 1);
+    if (thread < 32) {
+      if (lane < quads) *place(e, n & 1, own, lane) = payload(e, n, own, lane);
+      __syncwarp();
+      if (lane == 0) {
+        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(e.flags + own), "r"(turn)
+                     : "memory");
+      }
+    }
+    if (watched < blocks) {
+      unsigned seen = 0;
+      for (int polls = 0; seen < turn; tire(polls)) {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                     : "=r"(seen)
+                     : "l"(e.flags + watched)
+                     : "memory");
+      }
+    }
+    __syncwarp();
+    wrong |= receive(e, n);
+    __syncthreads();  // all is read before the next flag tells so
+  }
+  report(e, wrong);
+}
+
+__device__ void store_relaxed(uint4* p, const uint4& value) {
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+__device__ uint4 load_relaxed(const uint4* p) {
+  uint4 value;
+  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(p)
+               : "memory");
+  return value;
+}
+__device__ bool has_sentinel(const uint4& value) {
+  return value.x == sentinel || value.y == sentinel || value.z == sentinel ||
+         value.w == sentinel;
+}
+
+// When a block has all of step n, all blocks have read step n - 1, and each clears its
+// own place of that step. With 4 buffers the next fence stands between this and the data
+// of step n + 2, which a reader has before it polls the place again for step n + 3; that
+// fence follows a wait longer than a store takes. Buffers are the sentinel at the start.
+template <int buffers, bool fenced>
+__global__ void __launch_bounds__(threads) grid_sentinel(Exchange e) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int own = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  unsigned wrong = 0;
+  for (int n = 0; n < e.steps; ++n) {
+    if (thread < quads) {
+      store_relaxed(place(e, n % buffers, own, thread), payload(e, n, own, thread));
+    }
+    uint4 got[rounds];
+    bool waits = true;
+    for (int polls = 0; waits; tire(polls)) {
+#pragma unroll
+      for (int k = 0; k < rounds; ++k) {
+        if (source(k) < blocks) {
+          got[k] = load_relaxed(place(e, n % buffers, source(k), source_quad()));
+        }
+      }
+      waits = false;
+#pragma unroll
+      for (int k = 0; k < rounds; ++k) {
+        if (source(k) < blocks) waits = waits || has_sentinel(got[k]);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < rounds; ++k) {
+      if (source(k) < blocks) {
+        wrong |= difference(got[k], payload(e, n, source(k), source_quad()));
+      }
+    }
+    if constexpr (fenced) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    __syncthreads();
+    if (thread < quads && n > 0) {
+      store_relaxed(place(e, (n - 1) % buffers, own, thread),
+                    {sentinel, sentinel, sentinel, sentinel});
+    }
+  }
+  report(e, wrong);
+}
+
+__global__ void __launch_bounds__(threads) grid_sync(Exchange e) {
+  const auto grid = cooperative_groups::this_grid();
+  const int thread = static_cast<int>(threadIdx.x), own = static_cast<int>(blockIdx.x);
+  unsigned wrong = 0;
+  for (int n = 0; n < e.steps; ++n) {
+    if (thread < quads) *place(e, n & 1, own, thread) = payload(e, n, own, thread);
+    grid.sync();
+    wrong |= receive(e, n);
+  }
+  report(e, wrong);
+}
+
+__global__ void __launch_bounds__(threads) nothing(unsigned*) {}
+__global__ void __launch_bounds__(threads) add_one(unsigned* number) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) ++*number;
+}
+
+void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+  }
+}
+
+struct Event {
+  cudaEvent_t event;
+  Event() { check(cudaEventCreate(&event), "cudaEventCreate"); }
+  ~Event() { cudaEventDestroy(event); }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+};
+
+struct Memory {
+  void* at;
+  std::size_t bytes;
+  explicit Memory(std::size_t size) : bytes(size) {
+    check(cudaMalloc(&at, size), "cudaMalloc");
+  }
+  ~Memory() { cudaFree(at); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  void fill(int byte) { check(cudaMemset(at, byte, bytes), "cudaMemset"); }
+};
+
+struct Bench {
+  using Kernel = void (*)(Exchange);
+
+  Event begin, end;
+  Memory data{most_buffers * most_blocks * quads * sizeof(uint4)};
+  Memory flags{most_blocks * sizeof(unsigned)};
+  Memory wrong{sizeof(unsigned)};
+  std::string rows;
+  unsigned launches = 0;
+  bool failed = false;
+
+  unsigned read_wrong() {
+    unsigned count;
+    check(cudaMemcpy(&count, wrong.at, sizeof count, cudaMemcpyDeviceToHost),
+          "cudaMemcpy");
+    return count;
+  }
+
+  // milliseconds(steps) of one launch; adds a row.
+  void measure(const std::string& meeting, int blocks, int groups,
+               const std::function<float(int)>& milliseconds) {
+    std::array<float, repetitions> ns{};
+    std::string note;
+    unsigned seen_wrong = 0;
+    try {
+      wrong.fill(0);
+      for (int i = -warm_ups; i < repetitions; ++i) {
+        const float shorter = milliseconds(meetings), longer = milliseconds(2 * meetings);
+        if (i >= 0) {
+          ns[static_cast<std::size_t>(i)] = (longer - shorter) / meetings * 1e6f;
+        }
+      }
+      std::sort(ns.begin(), ns.end());
+      seen_wrong = read_wrong();
+      failed = failed || seen_wrong > 0;
+    } catch (const std::runtime_error& error) {
+      note = error.what();
+      failed = true;
+    }
+    add(meeting, blocks, groups, note.empty() ? &ns : nullptr, seen_wrong, note);
+  }
+
+  void add(const std::string& meeting, int blocks, int groups,
+           const std::array<float, repetitions>* ns, unsigned seen_wrong,
+           const std::string& note) {
+    char numbers[160] = "\"ns\": null, \"quartiles\": null";
+    if (ns) {
+      std::snprintf(numbers, sizeof numbers, "\"ns\": %.1f, \"quartiles\": [%.1f, %.1f]",
+                    (*ns)[repetitions / 2], (*ns)[repetitions / 4],
+                    (*ns)[repetitions - 1 - repetitions / 4]);
+    }
+    rows += (rows.empty() ? "" : ", ") + std::string("{\"meeting\": \"") + meeting +
+            "\", \"blocks\": " + std::to_string(blocks) +
+            ", \"groups\": " + std::to_string(groups) + ", " + numbers +
+            ", \"wrong\": " + std::to_string(seen_wrong) + ", \"note\": \"" + note +
+            "\"}";
+  }
+
+  float launch(Kernel kernel, cudaLaunchConfig_t config, int steps) {
+    flags.fill(0);
+    data.fill(0xFF);
+    const Exchange exchange{steps, ++launches % 63 << 25, static_cast<uint4*>(data.at),
+                            static_cast<unsigned*>(flags.at),
+                            static_cast<unsigned*>(wrong.at)};
+    check(cudaEventRecord(begin.event), "cudaEventRecord");
+    check(cudaLaunchKernelEx(&config, kernel, exchange), "launch");
+    return finish();
+  }
+  float finish() {
+    check(cudaGetLastError(), "launch");
+    check(cudaEventRecord(end.event), "cudaEventRecord");
+    check(cudaEventSynchronize(end.event), "kernel");
+    float ms;
+    check(cudaEventElapsedTime(&ms, begin.event, end.event), "cudaEventElapsedTime");
+    return ms;
+  }
+
+  static cudaLaunchConfig_t configuration(int blocks, cudaLaunchAttribute* attribute) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = reserved_bytes;
+    config.attrs = attribute;
+    config.numAttrs = attribute ? 1 : 0;
+    return config;
+  }
+  static void reserve(Kernel kernel) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               reserved_bytes),
+          "shared memory");
+  }
+
+  // One cluster alone, then as many as run at once.
+  void measure_cluster(const std::string& meeting, Kernel kernel, int size) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+    int at_once = 0;
+    try {
+      reserve(kernel);
+      check(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+          "cluster size");
+      const cudaLaunchConfig_t config = configuration(size, &attribute);
+      check(cudaOccupancyMaxActiveClusters(&at_once, kernel, &config), "cluster size");
+    } catch (const std::runtime_error& error) {
+      cudaGetLastError();
+      add(meeting, size, 0, nullptr, 0, error.what());
+      return;
+    }
+    if (at_once == 0) {
+      add(meeting, size, 0, nullptr, 0, "no cluster of this size fits");
+      return;
+    }
+    for (const int groups : {1, at_once}) {
+      const cudaLaunchConfig_t config = configuration(size * groups, &attribute);
+      measure(meeting, size, groups,
+              [&](int steps) { return launch(kernel, config, steps); });
+      if (at_once == 1) break;
+    }
+  }
+
+  void measure_grid(const std::string& meeting, Kernel kernel, int blocks) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    const cudaLaunchConfig_t config = configuration(blocks, &attribute);
+    measure(meeting, blocks, 1, [&](int steps) {
+      reserve(kernel);
+      return launch(kernel, config, steps);
+    });
+  }
+
+  void measure_graph(const std::string& meeting, void (*kernel)(unsigned*), int blocks,
+                     bool adds) {
+    cudaStream_t stream{};
+    cudaGraphExec_t graphs[2] = {};  // of `meetings` launches and of twice as many
+    const auto capture = [&](int count) {
+      cudaGraph_t graph;
+      check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+      for (int i = 0; i < count; ++i) {
+        kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(
+            static_cast<unsigned*>(flags.at));
+      }
+      check(cudaStreamEndCapture(stream, &graph), "capture");
+      cudaGraphExec_t ready;
+      check(cudaGraphInstantiate(&ready, graph, 0), "cudaGraphInstantiate");
+      check(cudaGraphDestroy(graph), "cudaGraphDestroy");
+      return ready;
+    };
+    measure(meeting, blocks, 1, [&](int steps) {
+      if (!stream) check(cudaStreamCreate(&stream), "cudaStreamCreate");
+      cudaGraphExec_t& graph = graphs[steps / meetings - 1];
+      if (!graph) graph = capture(steps);
+      flags.fill(0);
+      check(cudaDeviceSynchronize(), "cudaMemset");
+      check(cudaEventRecord(begin.event, stream), "cudaEventRecord");
+      check(cudaGraphLaunch(graph, stream), "cudaGraphLaunch");
+      check(cudaEventRecord(end.event, stream), "cudaEventRecord");
+      check(cudaEventSynchronize(end.event), "graph");
+      unsigned sum;
+      check(cudaMemcpy(&sum, flags.at, sizeof sum, cudaMemcpyDeviceToHost), "cudaMemcpy");
+      if (adds && sum != static_cast<unsigned>(steps)) {
+        throw std::runtime_error(std::to_string(sum) + " launches ran of " +
+                                 std::to_string(steps));
+      }
+      float ms;
+      check(cudaEventElapsedTime(&ms, begin.event, end.event), "cudaEventElapsedTime");
+      return ms;
+    });
+    for (const cudaGraphExec_t graph : graphs) {
+      if (graph) cudaGraphExecDestroy(graph);
+    }
+    if (stream) cudaStreamDestroy(stream);
+  }
+
+  void measure_all(int multiprocessors) {
+    reserve(block_barrier);
+    measure("block barrier", 1, 1, [&](int steps) {
+      return launch(block_barrier, configuration(1, nullptr), steps);
+    });
+    for (int size = 2; size <= largest_cluster; size *= 2) {
+      measure_cluster("cluster barrier, nothing sent", cluster_barrier<false>, size);
+      measure_cluster("cluster barrier", cluster_barrier<true>, size);
+      measure_cluster("cluster mbarrier", cluster_mbarrier, size);
+    }
+    std::vector<int> grids;
+    for (const int blocks : {16, 32, 64, 128}) {
+      if (blocks < multiprocessors) grids.push_back(blocks);
+    }
+    grids.push_back(std::min(multiprocessors, most_blocks));
+    for (const int blocks : grids) {
+      measure_grid("grid flags", grid_flags, blocks);
+      measure_grid("grid sentinel, 3 buffers", grid_sentinel<3, false>, blocks);
+      measure_grid("grid sentinel, 4 buffers, fence", grid_sentinel<4, true>, blocks);
+      measure_grid("grid.sync", grid_sync, blocks);
+    }
+    for (const int blocks : {1, multiprocessors}) {
+      measure_graph("graph launch, nothing", nothing, blocks, false);
+      measure_graph("graph launch, adds one", add_one, blocks, true);
+    }
+  }
+};
+
+}  // namespace
+
+int main() {
+  try {
+    check(cudaSetDevice(0), "cudaSetDevice");
+    cudaDeviceProp device;
+    check(cudaGetDeviceProperties(&device, 0), "cudaGetDeviceProperties");
+    Bench bench;
+    bench.measure_all(device.multiProcessorCount);
+    std::printf("{\"device\": \"%s\", \"multiprocessors\": %d, \"rows\": [%s]}\n",
+                device.name, device.multiProcessorCount, bench.rows.c_str());
+    return bench.failed ? 1 : 0;
+  } catch (const std::runtime_error& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+}
