@@ -12,6 +12,14 @@ from fusedrnn.cells import Cell
 
 SHAPES = [Sizes(12, 1, 96, 160), Sizes(9, 13, 33, 100), Sizes(6, 70, 20, 48)]
 LARGE = Sizes(2, 40, 40, 340)  # beyond a core's caches
+MASKED = SHAPES[1]  # of which threads own rows or units, as many as they are
+
+
+def with_masks(sizes: list[Sizes]) -> pytest.MarkDecorator:
+    """All sizes without masks, one with them."""
+    cases = [*((s, False) for s in sizes), (MASKED, True)]
+    ids = [f"{s}-masked" if masked else str(s) for s, masked in cases]
+    return pytest.mark.parametrize(("sizes", "masked"), cases, ids=ids)
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +33,7 @@ def assert_identical(a, b) -> None:
         np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.parametrize("sizes", [*SHAPES, LARGE], ids=str)
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@with_masks([*SHAPES, LARGE])
 def test_any_number_of_threads(
     cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, masked: bool
 ) -> None:
@@ -40,8 +47,7 @@ def test_any_number_of_threads(
         assert_identical(other, everything[0])
 
 
-@pytest.mark.parametrize("sizes", [*SHAPES[1:], LARGE], ids=str)
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@with_masks([*SHAPES[1:], LARGE])
 def test_any_neighbours_in_the_batch(
     cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, threads: int, masked: bool
 ) -> None:
@@ -68,8 +74,7 @@ def test_any_neighbours_in_the_batch(
             )
 
 
-@pytest.mark.parametrize("sizes", SHAPES, ids=str)
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@with_masks(SHAPES)
 def test_chunks_equal_the_whole(
     cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, threads: int, masked: bool
 ) -> None:
@@ -90,15 +95,10 @@ def test_chunks_equal_the_whole(
     assert_identical(state, final)
 
 
-@pytest.mark.parametrize("sizes", SHAPES, ids=str)
-def test_masks_without_effect_change_nothing(
-    cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, threads: int
-) -> None:
-    values = arguments(cell, sizes, dtype)
-    none = {
-        "lengths": np.full(sizes.B, sizes.T),
-        "resets": np.zeros((sizes.T, sizes.B), bool),
-    }
+def test_masks_without_effect_change_nothing(cell: Cell, dtype: np.dtype, isa: str) -> None:
+    T, B, *_ = MASKED
+    values = arguments(cell, MASKED, dtype)
+    none = {"lengths": np.full(B, T), "resets": np.zeros((T, B), bool)}
     for reverse in (False, True):
         everything = []
         for given in ({}, {"lengths": none["lengths"]}, {"resets": none["resets"]}, none):
@@ -108,13 +108,10 @@ def test_masks_without_effect_change_nothing(
             assert_identical(other, everything[0])
 
 
-def test_a_short_row_equals_itself_alone(
-    cell: Cell, dtype: np.dtype, isa: str, threads: int
-) -> None:
+def test_a_short_row_equals_itself_alone(cell: Cell, dtype: np.dtype, isa: str) -> None:
     """A row among longer ones is what it is without its padding, and that is 0."""
-    sizes = Sizes(9, 13, 33, 100)
-    values = arguments(cell, sizes, dtype)
-    lengths = masks("lengths", sizes)["lengths"]
+    values = arguments(cell, MASKED, dtype)
+    lengths = masks("lengths", MASKED)["lengths"]
     for reverse in (False, True):
         y, *final = op(cell)(**values, lengths=lengths, reverse=reverse)
         for b, length in enumerate(lengths):
