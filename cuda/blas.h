@@ -24,11 +24,14 @@ enum DescriptionAttribute : int { desc_transa = 3, desc_transb = 4 };
 enum Transpose : std::int32_t { op_n = 0, op_t = 1 };
 enum PreferenceAttribute : int {
   pref_max_workspace_bytes = 1,
+  pref_reduction_scheme_mask = 3,
   pref_min_alignment_a_bytes = 5,
   pref_min_alignment_b_bytes = 6,
   pref_min_alignment_c_bytes = 7,
   pref_min_alignment_d_bytes = 8
 };
+
+constexpr std::uint32_t reduction_in_compute_type = 2;
 
 struct Algorithm {
   std::uint64_t data[8];

@@ -66,8 +66,10 @@ FUSEDRNN_DEVICE void sync_warp() { __syncwarp(); }
 FUSEDRNN_DEVICE void sync_block() { __syncthreads(); }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-FUSEDRNN_DEVICE void sync_cluster() {
+FUSEDRNN_DEVICE void arrive_at_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+FUSEDRNN_DEVICE void wait_for_cluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 FUSEDRNN_DEVICE void store_in_peer(Quad* p, int rank, const Quad& value) {
@@ -81,7 +83,8 @@ FUSEDRNN_DEVICE void store_in_peer(Quad* p, int rank, const Quad& value) {
 }
 #else
 // Before Hopper a cluster is one block.
-FUSEDRNN_DEVICE void sync_cluster() { __syncthreads(); }
+FUSEDRNN_DEVICE void arrive_at_cluster() {}
+FUSEDRNN_DEVICE void wait_for_cluster() { __syncthreads(); }
 FUSEDRNN_DEVICE void store_in_peer(Quad* p, int, const Quad& value) { *p = value; }
 #endif
 
@@ -107,30 +110,22 @@ FUSEDRNN_DEVICE void wait_for(const unsigned* flag, unsigned value) {
   } while (static_cast<int>(seen - value) < 0);
 }
 
-FUSEDRNN_DEVICE void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4],
-                              const std::uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-// Predicates and not a branch, so that loads can be moved past it.
-FUSEDRNN_DEVICE void mma_half(float (&d)[4], const std::uint32_t (&a)[4],
-                              const std::uint32_t (&b)[2], bool bfloat) {
-  asm volatile(
-      "{\n"
-      ".reg .pred bfloat;\n"
-      "setp.ne.u32 bfloat, %10, 0;\n"
-      "@bfloat mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
-      "@!bfloat mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
-      "}"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]),
-        "r"(static_cast<std::uint32_t>(bfloat)));
-}
+// The multiplications of two fragments, as types so that a product takes one of them.
+#define FUSEDRNN_MMA(Name, shape, type)                                         \
+  struct Name {                                                                 \
+    FUSEDRNN_DEVICE void operator()(float (&d)[4], const std::uint32_t (&a)[4], \
+                                    const std::uint32_t (&b)[2]) const {        \
+      asm("mma.sync.aligned." shape ".row.col.f32." type "." type               \
+          ".f32 "                                                               \
+          "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"     \
+          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                      \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));  \
+    }                                                                           \
+  };
+FUSEDRNN_MMA(MmaTensorFloat32, "m16n8k8", "tf32")
+FUSEDRNN_MMA(MmaBFloat16, "m16n8k16", "bf16")
+FUSEDRNN_MMA(MmaFloat16, "m16n8k16", "f16")
+#undef FUSEDRNN_MMA
 
 FUSEDRNN_DEVICE float from_half(Half x, bool bfloat) {
   return bfloat ? __uint_as_float(static_cast<unsigned>(x.bits) << 16)
@@ -152,7 +147,12 @@ FUSEDRNN_DEVICE float exp_of(float x) { return __expf(x); }
 FUSEDRNN_DEVICE double exp_of(double x) { return exp(x); }
 FUSEDRNN_DEVICE float tanh_of(float x) { return tanhf(x); }
 FUSEDRNN_DEVICE double tanh_of(double x) { return tanh(x); }
-FUSEDRNN_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
+// Not __frcp_rn, which calls a function for denormals: 1 ULP, 0 for inf.
+FUSEDRNN_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 FUSEDRNN_DEVICE double reciprocal(double x) { return 1 / x; }
 
 }  // namespace fusedrnn::cuda

@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+
 #include "runtime.h"
 #include "tuning.h"
 
@@ -44,27 +47,32 @@ inline cudaLaunchConfig_t configuration(const Launch& shape, Stream stream,
   return config;
 }
 
+// Lets a kernel have all of a device's shared memory and its largest clusters; once,
+// since the attributes are the kernel's and not a launch's.
 template <class Kernel>
-void allow(const Launch& shape) {
-  constexpr index always = 48 * 1024;
-  constexpr int portable_cluster = 8;
-  if (shape.shared_bytes > always) {
-    check(cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shape.shared_bytes)),
-          "shared memory of a kernel");
+cudaError_t allow(int ordinal) {
+  static std::mutex mutex;
+  static std::map<int, cudaError_t> allowed;
+  const std::lock_guard lock(mutex);
+  const auto known = allowed.find(ordinal);
+  if (known != allowed.end()) return known->second;
+  const Device& gpu = device(ordinal);
+  cudaError_t status =
+      cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(gpu.shared_bytes));
+  if (status == cudaSuccess && gpu.largest_cluster > 1) {
+    status = cudaFuncSetAttribute(entry<Kernel>,
+                                  cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
-  if (shape.clustered && shape.blocks_x > portable_cluster) {
-    check(cudaFuncSetAttribute(entry<Kernel>,
-                               cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-          "cluster of a kernel");
-  }
+  cudaGetLastError();
+  return allowed[ordinal] = status;
 }
 
 }  // namespace detail
 
 template <class Kernel>
 void launch(const Kernel& kernel, const Launch& shape, Stream stream) {
-  detail::allow<Kernel>(shape);
+  check(detail::allow<Kernel>(current_device()), "attributes of a kernel");
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = detail::configuration(shape, stream, attributes);
   check(cudaLaunchKernelEx(&config, entry<Kernel>, kernel), "launch of a kernel");
@@ -72,7 +80,7 @@ void launch(const Kernel& kernel, const Launch& shape, Stream stream) {
 
 template <class Kernel>
 int clusters_at_once(const Launch& shape) {
-  detail::allow<Kernel>(shape);
+  if (detail::allow<Kernel>(current_device()) != cudaSuccess) return 0;
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = detail::configuration(shape, nullptr, attributes);
   int clusters = 0;

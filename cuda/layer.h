@@ -13,6 +13,9 @@
 #include "recurrence.h"
 #include "rows.h"
 
+#include <map>
+#include <mutex>
+#include <tuple>
 #include <type_traits>
 
 namespace fusedrnn::cuda {
@@ -300,8 +303,21 @@ class Layer {
     launch_columns(bias, call.stream);
   }
 
-  // The plan that is estimated to be fastest among those a device can run.
+  // The plan that is estimated to be fastest among those a device can run; looked for
+  // once.
   static Plan choose(const Sizes& p, int ordinal, bool backward) {
+    static std::mutex mutex;
+    static std::map<std::tuple<int, index, index, bool, Wish>, Plan> chosen;
+    const std::lock_guard lock(mutex);
+    const auto key = std::tuple(ordinal, p.B, p.H, backward, wish);
+    const auto known = chosen.find(key);
+    if (known != chosen.end()) return known->second;
+    return chosen[key] = search(p, ordinal, backward);
+  }
+
+ private:
+  static Plan search(const Sizes& p, int ordinal, bool backward) {
+    const OnDevice current(ordinal);
     const Device& gpu = device(ordinal);
     const Work work{P::on_matrix_units,
                     sizeof(E),
@@ -321,7 +337,8 @@ class Layer {
         plan.shared_bytes = backward ? Mirror::Engine::shared_bytes(plan)
                                      : Kernel::Engine::shared_bytes(plan);
         if (plan.shared_bytes > gpu.shared_bytes) return;
-        int at_once = plan.blocks_y;
+        int at_once = gpu.multiprocessors / plan.blocks_x;
+        if (at_once < 1) at_once = 1;
         if (plan.exchange == Exchange::cluster) {
           const Launch shape = shape_of(plan);
           at_once = plan.blocks_x == 1 ? gpu.multiprocessors
@@ -340,7 +357,6 @@ class Layer {
     return best;
   }
 
- private:
   struct Saved {
     S* slots_;
     A* c;

@@ -8,6 +8,7 @@
 #include <array>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -149,6 +150,7 @@ class Memory {
   ~Memory() {
     try {
       const OnDevice current(device_);
+      for (const Stream user : users_) order(user, stream_);
       release(memory_, stream_);
     } catch (const Error&) {
       // The device is gone, and its memory with it.
@@ -157,10 +159,13 @@ class Memory {
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
   std::uintptr_t pointer() const { return reinterpret_cast<std::uintptr_t>(memory_); }
+  // Another stream reads it, and is waited for before it is given back.
+  void used_on(std::uintptr_t stream) { users_.insert(reinterpret_cast<Stream>(stream)); }
 
  private:
   int device_;
   Stream stream_;
+  std::set<Stream> users_;
   void* memory_;
 };
 
@@ -530,6 +535,7 @@ PYBIND11_MODULE(_cuda, m) {
                              [](const View& v) { return std::string(v.dtype->name); })
       .def_property_readonly("itemsize", [](const View& v) { return v.dtype->bytes; })
       .def_readonly("device", &View::device)
+      .def_readonly("owner", &View::owner)
       .def_property_readonly("ndim", &View::ndim)
       .def_property_readonly("size", &View::size)
       .def_property_readonly("is_contiguous", &View::is_contiguous)
@@ -541,7 +547,8 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<Memory>(m, "Memory")
       .def(py::init<index, int, std::uintptr_t>(), py::arg("bytes"), py::arg("device"),
            py::arg("stream"))
-      .def_property_readonly("pointer", &Memory::pointer);
+      .def_property_readonly("pointer", &Memory::pointer)
+      .def("used_on", &Memory::used_on);
   m.def("copy_from_host", &copy_from_host);
   m.def("copy_to_host", &copy_to_host);
   m.def("copy_on_device", &copy_on_device);
@@ -584,6 +591,10 @@ PYBIND11_MODULE(_cuda, m) {
   });
   m.def("runtime_version", &runtime_version);
   m.def("use_blas", &use_blas);
+  m.def("is_capturing", [](int ordinal, std::uintptr_t stream) {
+    const OnDevice current(ordinal);
+    return is_capturing(reinterpret_cast<Stream>(stream));
+  });
   m.def("order", [](int ordinal, std::uintptr_t before, std::uintptr_t after) {
     const OnDevice current(ordinal);
     order(reinterpret_cast<Stream>(before), reinterpret_cast<Stream>(after));

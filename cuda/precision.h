@@ -19,6 +19,11 @@ struct Exact {
   FUSEDRNN_DEVICE S state(S x) const { return x; }
   FUSEDRNN_DEVICE S storage(S x) const { return x; }
   FUSEDRNN_DEVICE S operand(S x) const { return x; }
+  // f(what multiplies fragments): nothing does here.
+  template <class F>
+  FUSEDRNN_DEVICE void with_mma(const F& f) const {
+    f(0);
+  }
 };
 
 struct OnTensorFloat32 {
@@ -31,9 +36,9 @@ struct OnTensorFloat32 {
   FUSEDRNN_DEVICE float state(float x) const { return x; }
   FUSEDRNN_DEVICE float storage(float x) const { return x; }
   FUSEDRNN_DEVICE TensorFloat32 operand(float x) const { return to_tensor_float32(x); }
-  FUSEDRNN_DEVICE void mma(float (&d)[4], const std::uint32_t (&a)[4],
-                           const std::uint32_t (&b)[2]) const {
-    mma_tf32(d, a, b);
+  template <class F>
+  FUSEDRNN_DEVICE void with_mma(const F& f) const {
+    f(MmaTensorFloat32{});
   }
 };
 
@@ -49,9 +54,13 @@ struct OnHalf {
   FUSEDRNN_DEVICE float state(Half x) const { return from_half(x, bfloat); }
   FUSEDRNN_DEVICE Half storage(float x) const { return to_half(x, bfloat); }
   FUSEDRNN_DEVICE Half operand(float x) const { return to_half(x, bfloat); }
-  FUSEDRNN_DEVICE void mma(float (&d)[4], const std::uint32_t (&a)[4],
-                           const std::uint32_t (&b)[2]) const {
-    mma_half(d, a, b, bfloat);
+  template <class F>
+  FUSEDRNN_DEVICE void with_mma(const F& f) const {
+    if (bfloat) {
+      f(MmaBFloat16{});
+    } else {
+      f(MmaFloat16{});
+    }
   }
 };
 

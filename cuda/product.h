@@ -79,7 +79,8 @@ struct Product {
   }
 
   // One block of depth.
-  FUSEDRNN_DEVICE void add(P precision, const Quad (&weights)[octets],
+  template <class Mma>
+  FUSEDRNN_DEVICE void add([[maybe_unused]] const Mma& mma, const Quad (&weights)[octets],
                            const Quad (&operand)[tiles][rows]) {
     if constexpr (P::on_matrix_units) {
 #pragma unroll
@@ -96,7 +97,7 @@ struct Product {
           for (int t = 0; t < tiles; ++t) {
             const Quad& of = operand[t][0];
             const std::uint32_t b[2] = {of.word[2 * half], of.word[2 * half + 1]};
-            precision.mma(sum[p][t], a, b);
+            mma(sum[p][t], a, b);
           }
         }
       }

@@ -155,16 +155,18 @@ class Engine {
   // The thread's item of the product of turn n; every thread of the block takes part.
   FUSEDRNN_DEVICE void multiply(index n, A (&sum)[pairs][4]) {
     Sums product;
-    if (clustered_) {
-      add_blocks(product, shared_operand(n), static_cast<int>(row_bytes(plan_)),
-                 [](const char* p) { return *reinterpret_cast<const Quad*>(p); });
-    } else {
-      if (n > begin_) wait_for_makers(n);
-      add_blocks(
-          product, reinterpret_cast<const char*>(global_operand(n, 0)),
-          static_cast<int>(segments * plan_.P * index{sizeof(E)}),
-          [](const char* p) { return load_fresh(reinterpret_cast<const Quad*>(p)); });
-    }
+    if (!clustered_ && n > begin_) wait_for_makers(n);
+    precision_.with_mma([&](const auto& mma) {
+      if (clustered_) {
+        add_blocks(product, mma, shared_operand(n), static_cast<int>(row_bytes(plan_)),
+                   [](const char* p) { return *reinterpret_cast<const Quad*>(p); });
+      } else {
+        add_blocks(
+            product, mma, reinterpret_cast<const char*>(global_operand(n, 0)),
+            static_cast<int>(segments * plan_.P * index{sizeof(E)}),
+            [](const char* p) { return load_fresh(reinterpret_cast<const Quad*>(p)); });
+      }
+    });
     if (plan_.splits == 1) {
 #pragma unroll
       for (int p = 0; p < pairs; ++p) {
@@ -195,7 +197,7 @@ class Engine {
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
       Four<A> total = *at(0, p, split_);
-#pragma unroll 1
+#pragma unroll 4
       for (int split = 1; split < plan_.splits; ++split) {
         const Four<A> other = *at(split, p, split_);
 #pragma unroll
@@ -217,8 +219,10 @@ class Engine {
     sync_warp();
     const bool to_peers = clustered_ && n + 1 < end_;
     const Quad* const from = reinterpret_cast<const Quad*>(staging());
+    const int quads = chunks * 8 * chunk_quads;
 #pragma unroll 1
-    for (int i = lane(); i < chunks * 8 * chunk_quads; i += 32) {
+    for (int at = lane(); at < (to_peers ? blocks_x() : 1) * quads; at += 32) {
+      const int i = at % quads, peer = at / quads;
       const int chunk = i / (8 * chunk_quads), row = i / chunk_quads % 8;
       const index column = chunk / unit_octets * plan_.P +
                            index{unit_group_} * group_units + chunk % unit_octets * 8;
@@ -226,10 +230,7 @@ class Engine {
       const int in_group = split_ * 8 + row;
       if (to_peers) {
         char* const to = shared_operand(n + 1) + in_group * row_bytes(plan_) + byte;
-#pragma unroll 1
-        for (int peer = 0; peer < blocks_x(); ++peer) {
-          store_in_peer(reinterpret_cast<Quad*>(to), peer, from[i]);
-        }
+        store_in_peer(reinterpret_cast<Quad*>(to), peer, from[i]);
       } else {
         char* const to = reinterpret_cast<char*>(global_operand(n + 1, in_group)) + byte;
         *reinterpret_cast<Quad*>(to) = from[i];
@@ -240,12 +241,20 @@ class Engine {
     if (lane() == 0) publish(flag(unit_group_, split_), static_cast<unsigned>(n + 1));
   }
 
-  // The end of turn n, for every thread.
-  FUSEDRNN_DEVICE void meet(index n) {
-    if (clustered_ && n + 1 < end_) sync_cluster();
+  // The end of turn n, for every thread. What it writes for others than the next turn
+  // stands between the two, where nobody waits for it.
+  FUSEDRNN_DEVICE void arrive(index n) const {
+    if (clustered_ && n + 1 < end_) arrive_at_cluster();
+  }
+  FUSEDRNN_DEVICE void wait(index n) const {
+    if (clustered_ && n + 1 < end_) wait_for_cluster();
   }
 
  private:
+  FUSEDRNN_DEVICE static void sync_cluster() {
+    arrive_at_cluster();
+    wait_for_cluster();
+  }
   FUSEDRNN_DEVICE E* global_operand(index n, index row_in_group) const {
     const index row = row_group_ * rows + row_in_group;
     return operand_ + (n % 2 * plan_.row_groups * rows + row) * segments * plan_.P;
@@ -273,26 +282,35 @@ class Engine {
   }
 
   // product += weights · operand over the warp's blocks of depth.
-  template <class Load>
-  FUSEDRNN_DEVICE void add_blocks(Sums& product, const char* operand, int row_size,
-                                  const Load& load) const {
-    [[maybe_unused]] constexpr int unrolled = tiles == 1 ? 4 : 1;
+  template <class Mma, class Load>
+  FUSEDRNN_DEVICE void add_blocks(Sums& product, const Mma& mma, const char* operand,
+                                  int row_size, const Load& load) const {
     operand += Sums::operand_row() * row_size + Sums::operand_byte();
-    const auto add = [&](const char* at, const Quad(&weights)[octets]) {
-      Quad h[tiles][Sums::rows];
+    const auto read = [&](const char* at, Quad(&to)[tiles][Sums::rows]) {
 #pragma unroll
       for (int t = 0; t < tiles; ++t) {
 #pragma unroll
-        for (int r = 0; r < Sums::rows; ++r) h[t][r] = load(at + (t * 8 + r) * row_size);
+        for (int r = 0; r < Sums::rows; ++r) to[t][r] = load(at + (t * 8 + r) * row_size);
       }
-      product.add(precision_, weights, h);
     };
     if constexpr (resident) {
+      // Everything is asked for before the first product waits.
+      constexpr int together = held < 8 ? held : 8;
 #pragma unroll
-      for (int b = 0; b < held; ++b) {
-        if (held_at_[b] >= 0) add(operand + held_at_[b] * Block::bytes, held_[b]);
+      for (int first = 0; first < held; first += together) {
+        Quad h[together][tiles][Sums::rows] = {};
+#pragma unroll
+        for (int b = 0; b < together; ++b) {
+          const int at = first + b < held ? held_at_[first + b] : -1;
+          if (at >= 0) read(operand + at * Block::bytes, h[b]);
+        }
+#pragma unroll
+        for (int b = 0; b < together; ++b) {
+          if (first + b < held) product.add(mma, held_[first + b], h[b]);
+        }
       }
     } else {
+      [[maybe_unused]] constexpr int unrolled = tiles == 1 ? 4 : 1;
       const Quad* const slice = plan_.on_chip ? reinterpret_cast<const Quad*>(shared()) +
                                                     group_ * weight_quads(plan_.P)
                                               : weights_;
@@ -302,9 +320,10 @@ class Engine {
         const char* at = operand + first * Block::bytes;
 #pragma unroll unrolled
         for (int b = 0; b < depth_blocks_; ++b) {
-          Quad weights[octets];
+          Quad weights[octets], h[tiles][Sums::rows];
           load_weights(of_weights, weights);
-          add(at, weights);
+          read(at, h);
+          product.add(mma, weights, h);
           of_weights += octets * Block::quads;
           at += Block::bytes;
         }
@@ -334,7 +353,7 @@ class Engine {
   const Quad* weights_;
   int first_, depth_blocks_;  // of a segment
   index row_group_ = 0, begin_ = 0, end_ = 0;
-  Quad held_[resident ? held : 1][octets];
+  Quad held_[resident ? held : 1][octets] = {};
   int held_at_[resident ? held : 1];
 };
 
@@ -445,18 +464,31 @@ struct ForwardRecurrence : Recurrence<P> {
       if constexpr (Cell::has_c) c_now[r] = c[(first_row + r) * H + unit];
     }
     const index earliest = this->reverse ? T - end : begin;
-    for (index n = begin; n < end; ++n) {
-      const index t = this->time(n);
-      // Asked for before the others' part of the operand is waited for.
-      A a[2][slots];
+    // W x of a turn, asked for a turn ahead.
+    A ahead[2][gates] = {};
+    const auto ask = [&](index n) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const A* const of = a_x + ((t - earliest) * B + first_row + r) * gates * H + unit;
+        const index row = (this->time(n) - earliest) * B + first_row + r;
+#pragma unroll
+        for (int k = 0; k < gates; ++k) {
+          if (real[r]) ahead[r][k] = a_x[(row * gates + k) * H + unit];
+        }
+      }
+    };
+    ask(begin);
+    for (index n = begin; n < end; ++n) {
+      const index t = this->time(n);
+      V v[2][slots];
+      bool active[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        active[r] = real[r] && masks.is_active(t, first_row + r);
+        if (active[r] && masks.is_reset(t, first_row + r)) h_now[r] = c_now[r] = 0;
 #pragma unroll
         for (int k = 0; k < slots; ++k) {
-          a[r][k] = of_bias[k];
           const int input = k - (slots - gates);
-          if (input >= 0 && real[r]) a[r][k] += of[input * H];
+          v[r][k] = {of_bias[k] + (input >= 0 ? ahead[r][input < 0 ? 0 : input] : A{0})};
         }
       }
       A sum[Engine::pairs][4];
@@ -464,10 +496,13 @@ struct ForwardRecurrence : Recurrence<P> {
       if (engine.has_item()) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          if (real[r]) {
-            step(
-                n, t, first_row + r, unit, a[r],
-                [&](int k) { return sum[k / 2][k % 2 * 2 + r]; }, h_now[r], c_now[r]);
+#pragma unroll
+          for (int k = 0; k < gates; ++k) v[r][k].value += sum[k / 2][k % 2 * 2 + r];
+          const State<V> now =
+              Family::forward(this->member, v[r], {{h_now[r]}, {c_now[r]}});
+          if (active[r]) {
+            h_now[r] = now.h.value;
+            c_now[r] = now.c.value;
           }
           const bool ends =
               real[r] && n + 1 < T && masks.is_reset(this->time(n + 1), first_row + r);
@@ -475,7 +510,14 @@ struct ForwardRecurrence : Recurrence<P> {
         }
         if (n + 1 < T) engine.send(n);
       }
-      engine.meet(n);
+      engine.arrive(n);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (real[r])
+          store(n, t, first_row + r, unit, active[r], v[r], h_now[r], c_now[r]);
+      }
+      if (n + 1 < end) ask(n + 1);
+      engine.wait(n);
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -485,28 +527,16 @@ struct ForwardRecurrence : Recurrence<P> {
     }
   }
 
-  template <class Sum>
-  FUSEDRNN_DEVICE void step(index n, index t, index b, index unit, const A (&a)[slots],
-                            const Sum& sum, A& h_now, A& c_now) const {
-    const bool active = masks.is_active(t, b);
-    if (active) {
-      const bool is_reset = masks.is_reset(t, b);
-      V v[slots];
+  FUSEDRNN_DEVICE void store(index n, index t, index b, index unit, bool active,
+                             const V (&v)[slots], A h_now, A c_now) const {
+    y[t * y_t + b * y_b + unit] = precision.storage(active ? h_now : A{0});
+    if (Cell::saves && saved && active) {
+      S* const to = saved + (n * B + b) * slots * H + unit;
 #pragma unroll
-      for (int k = 0; k < slots; ++k) v[k] = {k < gates ? a[k] + sum(k) : a[k]};
-      const State<V> prev{{is_reset ? A{0} : h_now}, {is_reset ? A{0} : c_now}};
-      const State<V> now = Family::forward(this->member, v, prev);
-      h_now = now.h.value;
-      c_now = now.c.value;
-      if (Cell::saves && saved) {
-        S* const to = saved + (n * B + b) * slots * H + unit;
-#pragma unroll
-        for (int k = 0; k < slots; ++k) to[k * H] = precision.storage(v[k].value);
-      }
+      for (int k = 0; k < slots; ++k) to[k * H] = precision.storage(v[k].value);
     }
     // After a row's end its state stays, and backward finds c there.
     if (Cell::has_c && saved_c) saved_c[(n * B + b) * H + unit] = c_now;
-    y[t * y_t + b * y_b + unit] = precision.storage(active ? h_now : A{0});
   }
 };
 
@@ -563,43 +593,58 @@ struct BackwardRecurrence : Recurrence<P> {
         dc_now[o][r] = Cell::has_c && real[o][r] ? dc[b * H + unit] : 0;
       }
     }
-    // Turn T is that of the initial state, which is left the product of step 0.
-    for (index n = begin; n < end; ++n) {
-      const index step = T - 1 - n, t = step >= 0 ? this->time(step) : 0;
-      Inputs in[octets][2] = {};
+    // What a turn reads, asked for a turn ahead. Turn T is that of the initial state,
+    // which is left the product of step 0.
+    Inputs ahead[octets][2] = {};
+    const auto ask = [&](index n) {
+      if (n == T) return;
 #pragma unroll
       for (int o = 0; o < octets; ++o) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          if (real[o][r] && step >= 0) {
-            read(in[o][r], step, t, first_row + r, engine.unit(o));
-          }
+          if (real[o][r]) read(ahead[o][r], T - 1 - n, first_row + r, engine.unit(o));
         }
       }
+    };
+    ask(begin);
+    for (index n = begin; n < end; ++n) {
+      const bool is_step = n < T;
+      const index t = is_step ? this->time(T - 1 - n) : 0;
       A sum[Engine::pairs][4] = {};
       if (n > 0) engine.multiply(n, sum);
+      V v[octets][2][slots] = {};
       if (engine.has_item()) {
 #pragma unroll
         for (int o = 0; o < octets; ++o) {
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            V v[slots] = {};
-            A& through = past[o][r];
-            through += sum[0][o * 2 + r];
+            past[o][r] += sum[0][o * 2 + r];
             bool passes = true;
-            if (real[o][r] && step >= 0) {
-              passes = take_step(in[o][r], t, first_row + r, engine.unit(o), v, through,
-                                 dc_now[o][r]);
+            if (real[o][r] && is_step && masks.is_active(t, first_row + r)) {
+              passes = !masks.is_reset(t, first_row + r);
+              take_step(ahead[o][r], passes, v[o][r], past[o][r], dc_now[o][r]);
             }
 #pragma unroll
             for (int k = 0; k < gates; ++k) {
-              engine.stage(k, o, r, passes ? v[k].value : A{0});
+              engine.stage(k, o, r, passes ? v[o][r][k].value : A{0});
             }
           }
         }
-        if (step >= 0) engine.send(n);
+        if (is_step) engine.send(n);
       }
-      engine.meet(n);
+      engine.arrive(n);
+#pragma unroll
+      for (int o = 0; o < octets; ++o) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          if (!real[o][r] || !is_step) continue;
+          S* const to = da + (t * B + first_row + r) * slots * H + engine.unit(o);
+#pragma unroll
+          for (int k = 0; k < slots; ++k) to[k * H] = precision.storage(v[o][r][k].value);
+        }
+      }
+      if (n + 1 < end) ask(n + 1);
+      engine.wait(n);
     }
 #pragma unroll
     for (int o = 0; o < octets; ++o) {
@@ -613,8 +658,8 @@ struct BackwardRecurrence : Recurrence<P> {
     }
   }
 
-  FUSEDRNN_DEVICE void read(Inputs& in, index step, index t, index b, index unit) const {
-    const index at = (step * B + b) * H + unit;
+  FUSEDRNN_DEVICE void read(Inputs& in, index step, index b, index unit) const {
+    const index t = this->time(step), at = (step * B + b) * H + unit;
     if constexpr (Cell::saves) {
       const S* const from = saved + (step * B + b) * slots * H + unit;
 #pragma unroll
@@ -626,6 +671,7 @@ struct BackwardRecurrence : Recurrence<P> {
       in.prev_h = precision.state(h_prev[(t * B + b) * H + unit]);
     if constexpr (Cell::has_c) {
       in.c = saved_c[at];
+      in.prev_c = 0;
       if (!masks.is_reset(t, b)) {
         in.prev_c = step > 0 ? saved_c[at - B * H] : c0 ? c0[b * H + unit] : A{0};
       }
@@ -633,16 +679,10 @@ struct BackwardRecurrence : Recurrence<P> {
     in.dy = dy ? precision.state(dy[t * dy_t + b * dy_b + unit]) : 0;
   }
 
-  // Writes da into v and memory; `past` and dc become those of the state before. Returns
-  // whether a gradient passes to it.
-  FUSEDRNN_DEVICE bool take_step(const Inputs& in, index t, index b, index unit,
-                                 V (&v)[slots], A& past, A& dc_now) const {
-    S* const to = da + (t * B + b) * slots * H + unit;
-    if (!masks.is_active(t, b)) {
-#pragma unroll
-      for (int k = 0; k < slots; ++k) to[k * H] = precision.storage(A{0});
-      return true;
-    }
+  // Writes da into v; `past` and dc become those of the state before, where a gradient
+  // passes to it.
+  FUSEDRNN_DEVICE void take_step(const Inputs& in, bool passes, V (&v)[slots], A& past,
+                                 A& dc_now) const {
     if constexpr (Cell::saves) {
 #pragma unroll
       for (int k = 0; k < slots; ++k) v[k] = {in.slots_[k]};
@@ -656,12 +696,8 @@ struct BackwardRecurrence : Recurrence<P> {
     if constexpr (!Cell::saves) now.h = {in.h};
     const State<V> d =
         Family::backward(this->member, v, prev, now, {past + in.dy}, {dc_now});
-#pragma unroll
-    for (int k = 0; k < slots; ++k) to[k * H] = precision.storage(v[k].value);
-    const bool passes = !masks.is_reset(t, b);
     past = passes ? d.h.value : A{0};
     dc_now = passes ? d.c.value : A{0};
-    return passes;
   }
 };
 

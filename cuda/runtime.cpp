@@ -65,13 +65,38 @@ const Device& device(int ordinal) {
   return *entry;
 }
 
-OnDevice::OnDevice(int ordinal) {
-  check(cudaGetDevice(&before_), "current device");
+int current_device() {
+  int ordinal = 0;
+  check(cudaGetDevice(&ordinal), "current device");
+  return ordinal;
+}
+
+OnDevice::OnDevice(int ordinal) : before_(current_device()) {
   if (before_ != ordinal) check(cudaSetDevice(ordinal), "choice of a device");
 }
 OnDevice::~OnDevice() { cudaSetDevice(before_); }
 
+namespace {
+
+// Lets the device's pool keep what is given back: scratch memory comes anew in each call.
+void keep_memory() {
+  static std::mutex mutex;
+  static std::map<int, bool> kept;
+  const std::lock_guard lock(mutex);
+  const int ordinal = current_device();
+  if (kept[ordinal]) return;
+  cudaMemPool_t pool;
+  check(cudaDeviceGetDefaultMemPool(&pool, ordinal), "memory pool");
+  std::uint64_t all = UINT64_MAX;
+  check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all),
+        "memory pool");
+  kept[ordinal] = true;
+}
+
+}  // namespace
+
 void* allocate(index bytes, Stream stream) {
+  keep_memory();
   void* memory = nullptr;
   if (bytes > 0) {
     check(cudaMallocAsync(&memory, static_cast<std::size_t>(bytes),
@@ -99,12 +124,16 @@ void synchronize(Stream stream) {
   check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "stream");
 }
 
+bool is_capturing(Stream stream) {
+  cudaStreamCaptureStatus status;
+  check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status), "stream");
+  return status != cudaStreamCaptureStatusNone;
+}
+
 void order(Stream before, Stream after) {
   // What a graph is captured from was waited for before; it cannot wait for a stream
   // beside it.
-  cudaStreamCaptureStatus capture;
-  check(cudaStreamIsCapturing(static_cast<cudaStream_t>(after), &capture), "stream");
-  if (capture != cudaStreamCaptureStatusNone) return;
+  if (is_capturing(after)) return;
   cudaEvent_t event;
   check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "event");
   const cudaError_t recorded = cudaEventRecord(event, static_cast<cudaStream_t>(before));
@@ -182,10 +211,8 @@ class Owned {
 Handle handle() {
   static std::mutex mutex;
   static std::map<int, Handle> handles;
-  int ordinal = 0;
-  cuda::check(cudaGetDevice(&ordinal), "current device");
   const std::lock_guard lock(mutex);
-  Handle& of_device = handles[ordinal];
+  Handle& of_device = handles[current_device()];
   if (!of_device) check(library().create(&of_device), "handle");
   return of_device;
 }
@@ -229,6 +256,8 @@ using Key = std::tuple<int, int, Element, Element, bool, bool, index, index, ind
 }  // namespace
 }  // namespace blas
 
+const index matmul_workspace = index{32} << 20;
+
 void matmul(const Matrix& left, const Matrix& right, const Matrix& to, bool adds,
             bool tf32, void* workspace, Stream stream) {
   using namespace blas;
@@ -252,8 +281,7 @@ void matmul(const Matrix& left, const Matrix& right, const Matrix& to, bool adds
 
   static std::mutex mutex;
   static std::map<Key, Algorithm> chosen;
-  int ordinal = 0;
-  check(cudaGetDevice(&ordinal), "current device");
+  const int ordinal = current_device();
   const std::uint32_t aligned[] = {alignment(right), alignment(left), alignment(to)};
   const index depth = left.transposed ? left.rows : left.columns;
   const Key key{ordinal,          compute,   left.element, to.element, left.transposed,
@@ -269,6 +297,8 @@ void matmul(const Matrix& left, const Matrix& right, const Matrix& to, bool adds
       blas::check(lt.preference_set(prefers, attribute, &value, sizeof(value)),
                   "preference");
     };
+    // Parts of a sum meet in float32 (float64), in order.
+    prefer(pref_reduction_scheme_mask, reduction_in_compute_type);
     prefer(pref_max_workspace_bytes, static_cast<std::uint64_t>(matmul_workspace));
     prefer(pref_min_alignment_a_bytes, aligned[0]);
     prefer(pref_min_alignment_b_bytes, aligned[1]);

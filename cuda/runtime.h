@@ -34,6 +34,7 @@ int device_count();  // throws Error where there is no driver
 const Device& device(int ordinal);
 int runtime_version();
 
+int current_device();
 // Makes a device the calling thread's, and the one before again.
 class OnDevice {
  public:
@@ -53,6 +54,7 @@ void clear(void* memory, index bytes, Stream stream);  // to zeros
 void synchronize(Stream stream);
 // What is queued on `after` from now on waits for what is queued on `before`.
 void order(Stream before, Stream after);
+bool is_capturing(Stream stream);  // a graph
 // The device whose memory this is; -1 where it is the host's.
 int device_of(const void* memory);
 
@@ -77,7 +79,7 @@ struct Matrix {
   bool transposed;              // what is meant is its transpose
 };
 
-constexpr index matmul_workspace = index{32} << 20;
+extern const index matmul_workspace;  // bytes of scratch memory of a product
 
 // Where cuBLASLt lies; without this it is looked for as the system does.
 void use_blas(const std::string& path);

@@ -10,6 +10,7 @@
 //   step      through the end of a launch: one launch for each step
 #pragma once
 
+#include <compare>
 #include <cstddef>
 
 namespace fusedrnn::cuda {
@@ -48,6 +49,7 @@ constexpr index padded_units(index H) { return round_up(H, 32); }
 // free.
 struct Wish {
   int exchange = -1, tiles = 0, resident = -1, groups = 0, splits = 0, blocks_x = 0;
+  auto operator<=>(const Wish&) const = default;
 };
 
 // What a recurrence's product is, per row group and step.
@@ -65,15 +67,15 @@ struct Work {
 // Estimates in cycles that the choice rests on, for a multiprocessor. From the tables of
 // the CUDA programming guide and published measurements of Hopper, not yet our own.
 struct Costs {
-  double cluster_alone = 100;    // a cluster of one block meets
-  double cluster_meets = 600;    // of several
-  double grid_meets = 1800;      // through L2
-  double step_launch = 4000;     // a launch for each step
-  double step_ends = 300;        // partial sums and cell
-  double shared_bytes = 128;     // per cycle
-  double l2_bytes = 24;          // per cycle and multiprocessor, all reading at once
-  double matrix_products = 400;  // multiply-adds of 16 bit per cycle, as issued here
-  double plain_products = 80;    // of float32
+  double cluster_alone = 100;     // a cluster of one block meets
+  double cluster_meets = 600;     // of several
+  double grid_meets = 1800;       // through L2
+  double step_launch = 4000;      // a launch for each step
+  double step_ends = 300;         // partial sums and cell
+  double shared_bytes = 128;      // per cycle
+  double l2_bytes = 24;           // per cycle and multiprocessor, all reading at once
+  double matrix_products = 1000;  // multiply-adds of 16 bit per cycle, as issued here
+  double plain_products = 80;     // of float32
 };
 
 // The cycles of a step of all row groups with this plan.
@@ -89,14 +91,16 @@ constexpr double estimate(const Plan& plan, const Work& work, int at_once) {
                           : costs.plain_products * 4 / static_cast<double>(width);
   const bool in_cluster = plan.exchange == Exchange::cluster;
   double step = costs.step_ends + weights * rows / rate;
-  if (!plan.resident) {
+  if (!plan.resident || plan.exchange == Exchange::step) {
     step += weights * width / (plan.on_chip ? costs.shared_bytes : costs.l2_bytes);
   }
   step += operand / (in_cluster ? costs.shared_bytes : costs.l2_bytes);
-  step += in_cluster ? (plan.blocks_x == 1 ? costs.cluster_alone : costs.cluster_meets)
-          : plan.exchange == Exchange::grid ? costs.grid_meets
-                                            : costs.step_launch;
-  return step * static_cast<double>(ceil_div(plan.row_groups, at_once));
+  const double waves = static_cast<double>(ceil_div(plan.row_groups, at_once));
+  if (plan.exchange == Exchange::step) return step * waves + costs.step_launch;
+  step += !in_cluster          ? costs.grid_meets
+          : plan.blocks_x == 1 ? costs.cluster_alone
+                               : costs.cluster_meets;
+  return step * waves;
 }
 
 // What the next choices of this thread must meet.
@@ -107,7 +111,7 @@ inline thread_local Wish wish;
 template <class Sizes, class Device, class F>
 void for_each_candidate(const Sizes& p, const Work& work, const Device& gpu, int tiles,
                         bool resident, const F& f) {
-  constexpr int most_warps = most_threads / 32;
+  constexpr int most_warps = most_threads / 32, most_blocks_y = 65535;
   const auto meets = [](int wished, int value) { return wished <= 0 || wished == value; };
   if (!meets(wish.tiles, tiles)) return;
   if (wish.resident >= 0 && (wish.resident > 0) != resident) return;
@@ -134,7 +138,7 @@ void for_each_candidate(const Sizes& p, const Work& work, const Device& gpu, int
            {Exchange::cluster, Exchange::grid, Exchange::step}) {
         if (wish.exchange >= 0 && wish.exchange != static_cast<int>(exchange)) continue;
         plan.exchange = exchange;
-        plan.blocks_y = plan.row_groups;
+        plan.blocks_y = plan.row_groups < most_blocks_y ? plan.row_groups : most_blocks_y;
         if (exchange == Exchange::cluster && plan.blocks_x > gpu.largest_cluster) {
           continue;
         }

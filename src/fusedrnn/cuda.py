@@ -216,8 +216,10 @@ class Array:
         return 2, self.device
 
     def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
-        if stream is not None and stream not in (-1, self._stream):
-            _module().order(self.device, self._stream, stream)
+        # -1 asks for no order; None stands for the default stream.
+        wanted = _DEFAULT_STREAM if stream in (None, 1) else stream
+        if wanted not in (-1, self._stream):
+            _module().order(self.device, self._stream, wanted)
         return self._view.to_dlpack()
 
     @property
@@ -314,12 +316,20 @@ class Library(Protocol):
     def give(self, a: Any) -> Any:
         """Return what the user gets for an array that `empty` made."""
 
+    def used_on(self, owner: Any, device: int, stream: int) -> None:
+        """Keep an array's memory until a stream that it was not made on is done with it."""
+
 
 class _Own:
     def view(self, a: Array, stream: int) -> View:
         if a._stream != stream:
             _module().order(a.device, a._stream, stream)
+            a._view.owner.used_on(stream)
         return a._view
+
+    def used_on(self, owner: Any, device: int, stream: int) -> None:
+        if hasattr(owner, "used_on"):
+            owner.used_on(stream)
 
     def stream(self, a: Array, device: int) -> int:
         return a._stream
@@ -344,6 +354,10 @@ class _Torch(_Own):
     def stream(self, a: Any, device: int) -> int:
         return int(self.torch.cuda.current_stream(device).cuda_stream)
 
+    def used_on(self, owner: Any, device: int, stream: int) -> None:
+        if isinstance(owner, self.torch.Tensor):
+            owner.record_stream(self.torch.cuda.current_stream(device))
+
     def empty(self, shape: tuple[int, ...], dtype: str, device: int, stream: int) -> Any:
         torch = self.torch
         return torch.empty(shape, dtype=getattr(torch, dtype), device=f"cuda:{device}")
@@ -360,7 +374,8 @@ class _CuPy(_Own):
         )
 
     def stream(self, a: Any, device: int) -> int:
-        return int(self.cupy.cuda.get_current_stream().ptr)
+        with self.cupy.cuda.Device(device):
+            return int(self.cupy.cuda.get_current_stream().ptr)
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int, stream: int) -> Any:
         with self.cupy.cuda.Device(device):

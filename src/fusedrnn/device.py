@@ -43,9 +43,16 @@ class Device:
     """One GPU, its current stream and the library of x."""
 
     def __init__(
-        self, library: cuda.Library, device: int, stream: int, dtype: str, precision: str
+        self,
+        x: Any,
+        library: cuda.Library,
+        device: int,
+        stream: int,
+        dtype: str,
+        precision: str,
     ) -> None:
         self._cuda = cuda._module()
+        self._x = x
         self.library = library
         self.device = device
         self.stream = stream
@@ -69,7 +76,15 @@ class Device:
                 f"got {capability / 10:.1f}"
             )
         stream = library.stream(x, seen.device)
-        return cls(library, seen.device, stream, seen.dtype, precision)
+        return cls(x, library, seen.device, stream, seen.dtype, precision)
+
+    def now(self) -> Device:
+        """Return this GPU on the stream that is current now, after what is queued here."""
+        stream = self.library.stream(self._x, self.device)
+        if stream == self.stream:
+            return self
+        self._cuda.order(self.device, self.stream, stream)
+        return Device(self._x, self.library, self.device, stream, self.dtype, self.precision)
 
     def __str__(self) -> str:
         return f"cuda:{self.device}"
@@ -84,6 +99,10 @@ class Device:
             kind = type(value).__name__
             raise TypeError(f"{name} must be on {self} like x, got {kind} on the host")
         view = library.view(value, self.stream)
+        if type(library) is not type(self.library):
+            made_on = library.stream(value, view.device)
+            if made_on != self.stream:
+                self._cuda.order(view.device, made_on, self.stream)
         if view.device != self.device:
             raise ValueError(f"{name} must be on {self} like x, got cuda:{view.device}")
         return view
@@ -131,7 +150,7 @@ class Device:
         """Return the rows' lengths; those on the GPU are not looked at, which would wait."""
         if cuda.library_of(value) is None:
             host = checks.lengths(value, T, batch).astype(np.int32)
-            return self._upload(host.reshape(-1), "int32")
+            return self._upload("lengths", host.reshape(-1), "int32")
         view = self._see("lengths", value)
         if view.dtype not in ("int32", "int64"):
             raise TypeError(f"lengths must be int32 or int64 on a GPU, got {view.dtype}")
@@ -142,7 +161,7 @@ class Device:
     def resets(self, value: Any, expected: tuple[int, ...], axes: str) -> View:
         """Return the resets."""
         if cuda.library_of(value) is None:
-            return self._upload(checks.resets(value, expected, axes), "bool")
+            return self._upload("resets", checks.resets(value, expected, axes), "bool")
         view = self._see("resets", value)
         if view.dtype != "bool":
             raise TypeError(f"resets must be bool, got {view.dtype}")
@@ -153,7 +172,12 @@ class Device:
         """Return both, for time-major resets."""
         return Masks(lengths, resets)
 
-    def _upload(self, values: Any, dtype: str) -> View:
+    def _upload(self, name: str, values: Any, dtype: str) -> View:
+        if self._cuda.is_capturing(self.device, self.stream):
+            raise RuntimeError(
+                f"{name} must be on {self} while a graph is captured: a graph would copy from "
+                "memory of the host that is gone"
+            )
         return cuda._upload(values, dtype, self.device, self.stream)._view
 
     # Results
@@ -167,8 +191,10 @@ class Device:
         return self.library.empty(shape, dtype, self.device, self.stream)
 
     def see(self, made: Any) -> View:
-        """Return what the kernels see of an array that `empty` made."""
-        return self.library.view(made, self.stream)
+        """Return what the kernels see of an array of this library or of our own."""
+        library = cuda.library_of(made)
+        assert library is not None
+        return library.view(made, self.stream)
 
     def give(self, made: Any) -> Any:
         """Return what the user gets of it."""
@@ -243,6 +269,21 @@ class Device:
         """Let this stream wait for another that packs the weights."""
         if weights.stream != self.stream:
             self._cuda.order(self.device, weights.stream, self.stream)
+            self._use(weights.packed, weights.weight_ih)
+
+    def _use(self, *views: View | None) -> None:
+        """Keep what another stream made until this one is done with it."""
+        for view in views:
+            if view is not None:
+                self.library.used_on(view.owner, self.device, self.stream)
+
+    def check_may_keep(self) -> None:
+        """Refuse to keep what only a graph would compute."""
+        if self._cuda.is_capturing(self.device, self.stream):
+            raise RuntimeError(
+                "a layer packs its weights in the first call after they changed: make that "
+                "call before a graph is captured"
+            )
 
     def tape(self, *recorded: Any) -> Tape:
         """Return what leads back from a training forward; see `Tape`."""
@@ -275,7 +316,9 @@ class Tape:
 
         Return the gradients of the parameters.
         """
-        on = self.on
+        on = self.on.now()
+        if on is not self.on:
+            on._use(self.x, *self.state, self.y, self.saved, *self.masks)
         I, H = self.x.shape[2], self.y.shape[2]
         gates_H = len(self.cell.gates) * H
         shapes = ((gates_H, I), (gates_H, H), (gates_H,), (gates_H,))

@@ -165,10 +165,11 @@ def _vjp(call: _Call) -> tuple[tuple[Any, ...], Callable[..., tuple[Any, ...]]]:
     H = call.y.shape[-1]
 
     def pullback(*d_results: Any) -> tuple[Any, ...]:
+        on = call.on.now()
         names = tuple(f"d{letter}_n" for letter in call.cell.states)
-        dy = _gradient("dy", d_results[0], (T, B, H), call)
+        dy = _gradient(on, "dy", d_results[0], (T, B, H), call)
         d_final = tuple(
-            _gradient(name, value, (B, H), call)
+            _gradient(on, name, value, (B, H), call)
             for name, value in zip(names, d_results[1:], strict=True)
         )
         dx = on.empty((T, B, I), call.x.dtype)
@@ -187,15 +188,15 @@ def _vjp(call: _Call) -> tuple[tuple[Any, ...], Callable[..., tuple[Any, ...]]]:
     return call.results(), pullback
 
 
-def _gradient(name: str, value: Any, shape: tuple[int, ...], call: _Call) -> Any:
+def _gradient(on: Any, name: str, value: Any, shape: tuple[int, ...], call: _Call) -> Any:
     """Check the gradient of a result, None for zeros."""
     if value is None:
         return None
     dtype = call.x.dtype
     if len(shape) == 3:
-        value = call.on.array(name, value, dtype)
+        value = on.array(name, value, dtype)
     else:
-        value = call.on.state(name, value, call.on.state_dtype(dtype))
+        value = on.state(name, value, on.state_dtype(dtype))
     axes = "(T, B, H)" if len(shape) == 3 else "(B, H)"
     if call.unbatched:
         axes = axes.replace("B, ", "") if len(shape) == 3 else "(H,)"

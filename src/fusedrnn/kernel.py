@@ -182,6 +182,13 @@ class Host:
         """Keep what backward reads from changes."""
         y.flags.writeable = False
 
+    def now(self) -> Host:
+        """Return itself: there is one CPU."""
+        return self
+
+    def check_may_keep(self) -> None:
+        """Do nothing: what is packed here stays."""
+
     def state_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         """Return the dtype of states for x of `dtype`."""
         return dtype

@@ -303,6 +303,7 @@ class _Layer(Generic[StateT]):
         key = (suffix, forward is not None)
         packed = cache.get(key)
         if packed is None or (forward is not None and packed.isa != forward.isa):
+            on.check_may_keep()
             parameters = (None if p is None else on.see(p) for p in self._of(suffix))
             packed = on.pack(self._cell, *parameters, forward)
             cache[key] = packed
@@ -489,21 +490,21 @@ class _Layer(Generic[StateT]):
         on.freeze(y)
         y_user = self._user_sequence(on.give(y), unbatched)
         state_shape = self._state_shape(y, unbatched)
+        names = [f"d{letter}_n" for letter in self._cell.states]
 
         def pullback(dy: Any = None, d_state: Any = None) -> LayerGrads[StateT]:
+            now = on.now()
             if dy is not None:
-                dy = on.array("dy", dy, self.dtype)
+                dy = now.array("dy", dy, self.dtype)
                 axes = "(B, T, directions*H)" if self.batch_first else "(T, B, directions*H)"
                 axes = "(T, directions*H)" if unbatched else axes
                 checks.shape("dy", dy, y_user.shape, axes)
                 dy = self._time_major(dy)
             d_final = tuple(
-                None if d is None else self._state(on, f"d_state, d{letter}_n,", d, state_shape)
-                for letter, d in zip(
-                    self._cell.states, self._split_state("d_state", d_state), strict=True
-                )
+                None if d is None else self._state(now, f"d_state, {name},", d, state_shape)
+                for name, d in zip(names, self._split_state("d_state", d_state), strict=True)
             )
-            return self._backward(on, tapes, dy, d_final, unbatched)
+            return self._backward(now, tapes, dy, d_final, unbatched)
 
         return (y_user, self._user_state(final, unbatched)), pullback
 

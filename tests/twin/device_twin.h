@@ -22,7 +22,8 @@ inline twin::Warp& own_warp() {
 }
 inline void sync_warp() { own_warp().barrier.meet(); }
 inline void sync_block() { twin::here().block->barrier.meet(); }
-inline void sync_cluster() { twin::here().block->cluster->barrier.meet(); }
+inline void arrive_at_cluster() { twin::here().block->cluster->barrier.arrive(); }
+inline void wait_for_cluster() { twin::here().block->cluster->barrier.wait(); }
 
 inline void store_in_peer(Quad* p, int rank, const Quad& value) {
   twin::Block& peer =
@@ -95,16 +96,23 @@ void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]
     }
   }
 }
-inline void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4],
-                     const std::uint32_t (&b)[2]) {
-  mma<1>(d, a, b, [](std::uint32_t word, int) { return std::bit_cast<float>(word); });
-}
-inline void mma_half(float (&d)[4], const std::uint32_t (&a)[4],
-                     const std::uint32_t (&b)[2], bool bfloat) {
-  mma<2>(d, a, b, [=](std::uint32_t word, int e) {
-    return from_half({static_cast<std::uint16_t>(word >> 16 * e)}, bfloat);
-  });
-}
+struct MmaTensorFloat32 {
+  void operator()(float (&d)[4], const std::uint32_t (&a)[4],
+                  const std::uint32_t (&b)[2]) const {
+    mma<1>(d, a, b, [](std::uint32_t word, int) { return std::bit_cast<float>(word); });
+  }
+};
+template <bool bfloat>
+struct MmaHalf {
+  void operator()(float (&d)[4], const std::uint32_t (&a)[4],
+                  const std::uint32_t (&b)[2]) const {
+    mma<2>(d, a, b, [](std::uint32_t word, int e) {
+      return from_half({static_cast<std::uint16_t>(word >> 16 * e)}, bfloat);
+    });
+  }
+};
+using MmaBFloat16 = MmaHalf<true>;
+using MmaFloat16 = MmaHalf<false>;
 
 inline float multiply_add(float a, float b, float c) { return a * b + c; }
 inline double multiply_add(double a, double b, double c) { return a * b + c; }

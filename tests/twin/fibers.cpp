@@ -1,5 +1,6 @@
 #include "fibers.h"
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -19,7 +20,9 @@ constexpr std::size_t stack_bytes = 128 * 1024;
 constexpr int blocks_at_a_time = 3;
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // to start it
+  jmp_buf place;       // where it waits
+  bool started = false;
   char* stack;
   Here here;
   bool done = false;
@@ -27,7 +30,7 @@ struct Fiber {
   void* fake_stack = nullptr;      // AddressSanitizer's
 };
 
-ucontext_t scheduler;
+jmp_buf scheduler;
 Fiber* running = nullptr;
 const std::function<void()>* body = nullptr;
 std::vector<char*> free_stacks;
@@ -49,11 +52,10 @@ char* take_stack() {
 
 void to_scheduler([[maybe_unused]] bool for_good) {
 #if defined(__SANITIZE_ADDRESS__)
-  Fiber* const own = running;
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &own->fake_stack, scheduler_stack,
-                                 scheduler_stack_bytes);
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &running->fake_stack,
+                                 scheduler_stack, scheduler_stack_bytes);
 #endif
-  swapcontext(&running->context, &scheduler);
+  if (_setjmp(running->place) == 0) _longjmp(scheduler, 1);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(running->fake_stack, &scheduler_stack,
                                   &scheduler_stack_bytes);
@@ -66,7 +68,12 @@ void to_fiber(Fiber* fiber) {
   void* fake_stack = nullptr;
   __sanitizer_start_switch_fiber(&fake_stack, fiber->stack, stack_bytes);
 #endif
-  swapcontext(&scheduler, &fiber->context);
+  // Jumps are fast; only a fiber's first is a switch of contexts, which asks the kernel.
+  if (_setjmp(scheduler) == 0) {
+    if (fiber->started) _longjmp(fiber->place, 1);
+    fiber->started = true;
+    setcontext(&fiber->context);
+  }
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
@@ -133,13 +140,9 @@ std::vector<std::pair<const Barrier*, Fiber*>> waiting;
 
 }  // namespace
 
-void Barrier::meet() {
-  if (++arrived_ < members_) {
-    running->waits = this;
-    waiting.emplace_back(this, running);
-    to_scheduler(false);
-    return;
-  }
+void Barrier::arrive() {
+  running->here.arrived = round_;
+  if (++arrived_ < members_) return;
   arrived_ = 0;
   ++round_;
   std::size_t kept = 0;
@@ -151,6 +154,13 @@ void Barrier::meet() {
     }
   }
   waiting.resize(kept);
+}
+
+void Barrier::wait() {
+  if (running->here.arrived != round_) return;
+  running->waits = this;
+  waiting.emplace_back(this, running);
+  to_scheduler(false);
 }
 
 Block::Block(int x_, int y_, int threads, std::size_t shared_bytes)
@@ -191,7 +201,7 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
     for (std::size_t b = next; b < next + count; ++b) {
       for (int t = 0; t < grid.threads; ++t) {
         fibers.push_back(
-            new_fiber({blocks[b], t, grid.threads, grid.blocks_x, grid.blocks_y, 0}));
+            new_fiber({blocks[b], t, grid.threads, grid.blocks_x, grid.blocks_y, 0, 0}));
       }
     }
     run_all(fibers, random);

@@ -19,7 +19,12 @@ namespace twin {
 class Barrier {
  public:
   explicit Barrier(int members) : members_(members) {}
-  void meet();
+  void meet() {
+    arrive();
+    wait();
+  }
+  void arrive();
+  void wait();  // for the round that the fiber arrived in
 
  private:
   int members_, arrived_ = 0;
@@ -55,6 +60,7 @@ struct Here {
   Block* block;
   int thread, threads, blocks_x, blocks_y;
   unsigned products;  // of the matrix unit, so far
+  unsigned arrived;   // in this round of a barrier
 };
 Here& here();
 

@@ -71,6 +71,7 @@ void check_launch(const Launch& shape) {
 int device_count() { return 1; }
 const Device& device(int) { return twin_device; }
 int runtime_version() { return 0; }
+int current_device() { return 0; }
 OnDevice::OnDevice(int) : before_(0) {}
 OnDevice::~OnDevice() { (void)before_; }
 
@@ -94,8 +95,11 @@ void clear(void* memory, index bytes, Stream) {
 }
 void synchronize(Stream) {}
 void order(Stream, Stream) {}
+bool is_capturing(Stream) { return false; }
 void use_blas(const std::string&) {}
 int device_of(const void*) { return 0; }
+
+const index matmul_workspace = 256;
 
 void matmul(const Matrix& left, const Matrix& right, const Matrix& to, bool adds, bool,
             void*, Stream) {
