@@ -321,7 +321,6 @@ class Layer {
     const Device& gpu = device(ordinal);
     const Work work{P::on_matrix_units,
                     sizeof(E),
-                    sizeof(A),
                     backward ? Backwards<1, false>::octets : gates,
                     backward ? Backwards<1, false>::Engine::group_units
                              : Forwards<1, false>::Engine::group_units,

@@ -56,7 +56,6 @@ struct Wish {
 struct Work {
   bool on_matrix_units;
   index operand_bytes;  // of an element
-  index state_bytes;    // of a sum
   int octets;           // of weights to a group of units
   int group_units;
   int segments;     // of the depth

@@ -532,6 +532,93 @@ def test_arrays_of_any_library(library: Any) -> None:
     gc.collect()
 
 
+def test_a_layer_takes_arrays_of_any_library() -> None:
+    layer = fr.GRU(3, 4, bidirectional=True, rng=0).to("cuda")
+    x = cuda.array(np.random.default_rng(0).normal(size=(5, 2, 3)), "float32")
+    (y, h_n), pullback = layer.vjp(x)
+    (same_y, _), same_pullback = layer.vjp(OnlyDLPack(x))
+    np.testing.assert_array_equal(y.numpy(), same_y.numpy())
+    gradients, same = pullback(y, h_n), same_pullback(OnlyDLPack(y), OnlyDLPack(h_n))
+    for name, value in gradients.parameters.items():
+        np.testing.assert_array_equal(value.numpy(), same.parameters[name].numpy())
+
+
+class HostTorch:
+    """PyTorch on the twin, whose memory is the host's."""
+
+    def __init__(self, torch: Any) -> None:
+        self.torch = torch
+        self.cuda = self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.torch, name)
+
+    def current_stream(self, device: int) -> Any:
+        return type("Stream", (), {"cuda_stream": 0})
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, device: str) -> Any:
+        assert device == "cuda:0"
+        return self.torch.empty(shape, dtype=dtype)
+
+
+@pytest.mark.skipif(not TWIN, reason="a real GPU has test_torch_tensors")
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
+def test_torch_tensors_on_the_twin(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    plain = cuda.library_of
+    library = cuda._Torch(HostTorch(torch))
+    monkeypatch.setattr(
+        cuda, "library_of", lambda a: library if isinstance(a, torch.Tensor) else plain(a)
+    )
+    values = put(arguments(CELLS["lstm"], Sizes(5, 4, 3, 6)), dtype)
+    tensors = {
+        k: torch.tensor(v.numpy()).to(getattr(torch, v.dtype)) for k, v in values.items()
+    }
+    results, pullback = fr.lstm_vjp(**values)
+    same, same_pullback = fr.lstm_vjp(**tensors)
+    for a, b in itertools.chain(
+        zip(results, same, strict=True),
+        zip(pullback(*results), same_pullback(*same), strict=True),
+    ):
+        assert isinstance(b, torch.Tensor)
+        np.testing.assert_array_equal(a.numpy(), b.to(torch.float64).numpy())
+
+
+# Streams and captures
+
+
+def test_a_pullback_runs_on_the_stream_that_is_current(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not TWIN:
+        pytest.skip("streams are made up here")
+    given = put(arguments(CELLS["lstm"], Sizes(5, 4, 3, 6)), "float32")
+    results, pullback = fr.lstm_vjp(**given)
+    expected = pullback(*results)
+    ordered = []
+    monkeypatch.setattr(cuda._module(), "order", lambda *args: ordered.append(args))
+    monkeypatch.setattr(cuda._Own, "stream", lambda self, a, device: 7)
+    for a, b in zip(expected, pullback(*results), strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+    assert (0, 0, 7) in ordered
+
+
+def test_a_capture_refuses_what_it_cannot_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = fr.LSTM(3, 4).to("cuda")
+    x = cuda.array(np.zeros((5, 2, 3), np.float32))
+    monkeypatch.setattr(cuda._module(), "is_capturing", lambda device, stream: True)
+    with pytest.raises(RuntimeError, match="make that call before a graph is captured"):
+        layer(x)
+    monkeypatch.undo()
+    layer(x)
+    monkeypatch.setattr(cuda._module(), "is_capturing", lambda device, stream: True)
+    layer(x)
+    with pytest.raises(RuntimeError, match="lengths must be on cuda:0 while a graph"):
+        layer(x, lengths=[5, 4])
+    with pytest.raises(RuntimeError, match="resets must be on cuda:0 while a graph"):
+        layer(x, resets=np.zeros((5, 2), bool))
+
+
 @pytest.mark.parametrize("dtype", cuda.DTYPES)
 def test_array_goes_there_and_back(dtype: str) -> None:
     values = np.array([[0, 1, -2.5], [1e-3, 3.1415927, 65000]])

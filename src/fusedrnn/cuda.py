@@ -91,7 +91,9 @@ def status() -> str:
     if module is None or problem is not None:
         return f"off: {problem}"
     names = (module.device(i) for i in range(module.device_count()))
-    return ", ".join(f"{d['name']} (sm_{d['capability']})" for d in names)
+    found = ", ".join(f"{d['name']} (sm_{d['capability']})" for d in names)
+    version = module.runtime_version()
+    return f"{found}; CUDA {version // 1000}.{version % 1000 // 10}"
 
 
 def explain(

@@ -230,6 +230,8 @@ def lstm(
     Parameters
     ----------
     x: (T, B, I) or (T, I), float32 or float64, any strides; every other array has its dtype.
+        On a GPU, where all arrays must be (`fusedrnn.cuda`), bfloat16 and float16, too, with
+        float32 states; rows of x and everything else contiguous.
     weight_ih: (4*H, I), gates in the order i f g o.
     weight_hh: (4*H, H).
     bias_ih, bias_hh: (4*H,), or None for none.
@@ -254,10 +256,11 @@ def lstm(
 
     Notes
     -----
-    Results do not depend on the number of threads or on the other rows of the batch, and a
-    sequence fed in parts, state carried over, equals the whole, bit for bit on one machine
-    and ISA. Denormal numbers count as zero. Source: Hochreiter & Schmidhuber 1997; forget
-    gate: Gers, Schmidhuber & Cummins 2000.
+    On the CPU results do not depend on the number of threads or on the other rows of the
+    batch, and a sequence fed in parts, state carried over, equals the whole, bit for bit on one
+    machine and ISA; denormal numbers count as zero. On a GPU the same call gives the same bits
+    again. Gradients come from `lstm_vjp`: PyTorch's autograd does not see an op. Source:
+    Hochreiter & Schmidhuber 1997; forget gate: Gers, Schmidhuber & Cummins 2000.
 
     >>> import numpy as np, fusedrnn as fr
     >>> rng = np.random.default_rng(0)
@@ -369,6 +372,8 @@ def gru(
     Parameters
     ----------
     x: (T, B, I) or (T, I), float32 or float64, any strides; every other array has its dtype.
+        On a GPU, where all arrays must be (`fusedrnn.cuda`), bfloat16 and float16, too, with
+        float32 states; rows of x and everything else contiguous.
     weight_ih: (3*H, I), gates in the order r z n.
     weight_hh: (3*H, H).
     bias_ih, bias_hh: (3*H,), or None for none.
@@ -492,6 +497,8 @@ def rnn(
     Parameters
     ----------
     x: (T, B, I) or (T, I), float32 or float64, any strides; every other array has its dtype.
+        On a GPU, where all arrays must be (`fusedrnn.cuda`), bfloat16 and float16, too, with
+        float32 states; rows of x and everything else contiguous.
     weight_ih: (H, I).
     weight_hh: (H, H).
     bias_ih, bias_hh: (H,), or None for none.

@@ -51,9 +51,6 @@ class Masks(NamedTuple):
         return T, self.lengths, None if resets is None else np.ascontiguousarray(resets[:T])
 
 
-NO_MASKS = Masks(None, None)
-
-
 @dataclass(frozen=True)
 class Tape:
     """What the training forward of one layer in one direction leaves to its backward."""
