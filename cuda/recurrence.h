@@ -485,11 +485,6 @@ struct ForwardRecurrence : Recurrence<P> {
       for (int r = 0; r < 2; ++r) {
         active[r] = real[r] && masks.is_active(t, first_row + r);
         if (active[r] && masks.is_reset(t, first_row + r)) h_now[r] = c_now[r] = 0;
-#pragma unroll
-        for (int k = 0; k < slots; ++k) {
-          const int input = k - (slots - gates);
-          v[r][k] = {of_bias[k] + (input >= 0 ? ahead[r][input < 0 ? 0 : input] : A{0})};
-        }
       }
       A sum[Engine::pairs][4];
       engine.multiply(n, sum);
@@ -497,7 +492,12 @@ struct ForwardRecurrence : Recurrence<P> {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
 #pragma unroll
-          for (int k = 0; k < gates; ++k) v[r][k].value += sum[k / 2][k % 2 * 2 + r];
+          for (int k = 0; k < slots; ++k) {
+            constexpr int first_input = slots - gates;
+            v[r][k] = {of_bias[k]};
+            if (k >= first_input) v[r][k].value += ahead[r][k - first_input];
+            if (k < gates) v[r][k].value += sum[k / 2][k % 2 * 2 + r];
+          }
           const State<V> now =
               Family::forward(this->member, v[r], {{h_now[r]}, {c_now[r]}});
           if (active[r]) {

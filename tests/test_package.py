@@ -221,3 +221,22 @@ def test_demo_data_are_aligned() -> None:
     x, change, known = next(demo.batches([samples], 6000, np.random.default_rng(0)))
     assert x.shape == (demo.WINDOW, demo.BATCH, 8)
     assert change.shape == known.shape == (demo.WINDOW - demo.WARM_UP, demo.BATCH, 24)
+
+
+def test_a_missing_cuda_runtime_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fr.cuda, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "fusedrnn._cuda", None)
+    monkeypatch.delattr(fr, "_cuda", raising=False)
+    module, problem = fr.cuda._load.__wrapped__()
+    assert module is None
+    assert problem is not None
+    assert problem.endswith('install it with: pip install "fusedrnn[cuda13]"')
+
+
+def test_config_says_why_cuda_is_off() -> None:
+    told = fr.show_config("dict")["cuda"]
+    assert told == fr.cuda.status()
+    assert told.startswith("off: ") != fr.cuda.is_available()
+    if not fr.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA cannot be used: "):
+            fr.LSTM(3, 4).to("cuda")
