@@ -549,6 +549,13 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("stream"))
       .def_property_readonly("pointer", &Memory::pointer)
       .def("used_on", &Memory::used_on);
+  py::class_<Event>(m, "Event")
+      .def(py::init([](int ordinal, std::uintptr_t stream) {
+             const OnDevice current(ordinal);
+             return std::make_unique<Event>(reinterpret_cast<Stream>(stream));
+           }),
+           py::arg("device"), py::arg("stream"))
+      .def_property_readonly("is_done", &Event::is_done);
   m.def("copy_from_host", &copy_from_host);
   m.def("copy_to_host", &copy_to_host);
   m.def("copy_on_device", &copy_on_device);

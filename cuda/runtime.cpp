@@ -130,17 +130,27 @@ bool is_capturing(Stream stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+Event::Event(Stream stream) {
+  cudaEvent_t event;
+  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "event");
+  event_ = event;
+  const cudaError_t status = cudaEventRecord(event, static_cast<cudaStream_t>(stream));
+  if (status != cudaSuccess) cudaEventDestroy(event);
+  check(status, "event");
+}
+Event::~Event() { cudaEventDestroy(static_cast<cudaEvent_t>(event_)); }
+bool Event::is_done() const {
+  return cudaEventQuery(static_cast<cudaEvent_t>(event_)) != cudaErrorNotReady;
+}
+
 void order(Stream before, Stream after) {
   // What a graph is captured from was waited for before; it cannot wait for a stream
   // beside it.
   if (is_capturing(after)) return;
-  cudaEvent_t event;
-  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "event");
-  const cudaError_t recorded = cudaEventRecord(event, static_cast<cudaStream_t>(before));
-  const cudaError_t waits =
-      recorded ? recorded : cudaStreamWaitEvent(static_cast<cudaStream_t>(after), event);
-  cudaEventDestroy(event);  // once it has come
-  check(waits, "order of streams");
+  const Event queued(before);
+  check(cudaStreamWaitEvent(static_cast<cudaStream_t>(after),
+                            static_cast<cudaEvent_t>(queued.get())),
+        "order of streams");
 }
 
 int device_of(const void* memory) {

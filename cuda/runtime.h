@@ -55,6 +55,20 @@ void synchronize(Stream stream);
 // What is queued on `after` from now on waits for what is queued on `before`.
 void order(Stream before, Stream after);
 bool is_capturing(Stream stream);  // a graph
+
+// What is queued on a stream at some moment.
+class Event {
+ public:
+  explicit Event(Stream stream);
+  ~Event();
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  bool is_done() const;
+  void* get() const { return event_; }
+
+ private:
+  void* event_;
+};
 // The device whose memory this is; -1 where it is the host's.
 int device_of(const void* memory);
 

@@ -52,6 +52,13 @@ class Memory:
     def pointer(self) -> int: ...
     def used_on(self, stream: int, /) -> None: ...
 
+class Event:
+    """What is queued on a stream at some moment."""
+
+    def __init__(self, device: int, stream: int) -> None: ...
+    @property
+    def is_done(self) -> bool: ...
+
 class Kernel:
     """A cell in a precision, on a device and stream."""
 

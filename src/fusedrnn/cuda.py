@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections import deque
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -306,6 +307,8 @@ def _upload(values: HostArray, dtype: str, device: int, stream: int) -> Array:
 class Library(Protocol):
     """What an array's library is asked for."""
 
+    keeps_nothing: bool  # it may use memory again that a stream it does not know still reads
+
     def view(self, a: Any, stream: int) -> View:
         """See an array that is ready on a stream."""
 
@@ -323,6 +326,8 @@ class Library(Protocol):
 
 
 class _Own:
+    keeps_nothing = False
+
     def view(self, a: Array, stream: int) -> View:
         if a._stream != stream:
             _module().order(a.device, a._stream, stream)
@@ -384,11 +389,22 @@ class _CuPy(_Own):
             return self.cupy.empty(shape, dtype)
 
 
+# Events and what must live until they have come.
+_held: deque[tuple[Any, Any]] = deque()
+
+
 class _Exchange(_Own):
     """Any library, by DLPack or else by `__cuda_array_interface__`."""
 
+    keeps_nothing = True
+
     def __init__(self, back: Callable[[Array], Any] | None = None) -> None:
         self.back = back
+
+    def used_on(self, owner: Any, device: int, stream: int) -> None:
+        _held.append((_module().Event(device, stream), owner))
+        while _held and _held[0][0].is_done:
+            _held.popleft()
 
     def view(self, a: Any, stream: int) -> View:
         module = _module()

@@ -227,6 +227,7 @@ class Device:
         backward = forward is not None
         packed = self._bytes(kernel.packed_bytes(weight_hh.shape[1], backward))
         kernel.pack(weight_hh, bias_ih, bias_hh, backward, packed)
+        self._keep(weight_ih, weight_hh, bias_ih, bias_hh)
         return Weights(cell, weight_ih, packed, self.stream)
 
     def forward(
@@ -263,6 +264,7 @@ class Device:
             saved,
             self._bytes,
         )
+        self._keep(x, *state, *masks)
         return saved
 
     def _await(self, weights: Weights) -> None:
@@ -276,6 +278,11 @@ class Device:
         for view in views:
             if view is not None:
                 self.library.used_on(view.owner, self.device, self.stream)
+
+    def _keep(self, *views: View | None) -> None:
+        """Keep a call's arrays until it is done, where their library does not."""
+        if self.library.keeps_nothing:
+            self._use(*views)
 
     def check_may_keep(self) -> None:
         """Refuse to keep what only a graph would compute."""
@@ -351,6 +358,7 @@ class Tape:
             dc0,
             on._bytes,
         )
+        on._keep(self.x, *self.state, dy, *d_final)
         return dW, dR, db_ih, db_hh
 
 
