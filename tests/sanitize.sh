@@ -2,6 +2,7 @@
 # Builds the kernels with sanitizers and runs the tests of what they compute on them:
 #   tests/sanitize.sh asan     AddressSanitizer and UndefinedBehaviorSanitizer
 #   tests/sanitize.sh tsan     ThreadSanitizer, on the tests that use threads
+# on portable kernels and one more instruction set each, AVX-512 and AVX2, for the time it takes.
 # Run it in an environment where the dev extra is installed (pip install ".[dev]").
 set -euo pipefail
 cd "$(dirname "$0")/.."
