@@ -2,19 +2,20 @@
 // matrix units. Kernels use nothing else of CUDA, so that they also compile for the host,
 // where tests/twin/device_twin.h defines the same names over fibers.
 //
-//   thread(), block_x(), blocks_x(), …   the thread in its block, the block in its grid;
-//                                        a cluster is all blocks of one y
-//   shared()                             the block's dynamic shared memory
-//   in_peer(p, rank)                     the same place of it in block `rank` of the
-//   cluster sync_warp(), sync_block(), sync_cluster()
-//                                        barriers; what was written before is seen after
-//   load_constant(p)                     16 bytes that nobody writes
-//   load_fresh(p)                        16 bytes that another block may have written
-//   publish(flag, value)                 what the warp wrote before is seen by whom …
-//   wait_for(flag, value)                … waits until the flag is at least that value
-//   mma<E>(d, a, b)                      d += a·b of one warp: 16 rows × 8 columns, 32
-//   bytes
-//                                        of depth; fragments as in PTX's m16n8k16 (k8)
+//   thread(), block_x(), blocks_x(), …  the thread in its block, the block in its grid
+//   shared()                 the block's dynamic shared memory
+//   store_in_peer(p, rank)   the same place of it in block `rank` of the cluster, which
+//   is
+//                            all blocks of one y
+//   sync_warp(), sync_block(), arrive_at_cluster() and then wait_for_cluster()
+//                            barriers; what was written before is seen after
+//   load_constant(p)         16 bytes that nobody writes
+//   load_fresh(p)            16 bytes that another block may have written
+//   publish(flag, value)     what the warp wrote before is seen by whom …
+//   wait_for(flag, value)    … waits until the flag is at least that value
+//   MmaTensorFloat32, MmaBFloat16, MmaFloat16
+//                            (d, a, b): d += a·b of one warp, 16 rows × 8 columns, 32
+//                            bytes of depth; fragments as in PTX's m16n8k8 and m16n8k16
 #pragma once
 
 #include <cstddef>

@@ -8,15 +8,15 @@
 // have rows at one distance (y_t = B y_b). Everything is queued on the call's stream.
 #pragma once
 
-#include "kernels.h"
-#include "launches.h"
-#include "recurrence.h"
-#include "rows.h"
-
 #include <map>
 #include <mutex>
 #include <tuple>
 #include <type_traits>
+
+#include "kernels.h"
+#include "launches.h"
+#include "recurrence.h"
+#include "rows.h"
 
 namespace fusedrnn::cuda {
 
@@ -64,10 +64,12 @@ class Layer {
   using Forwards = ForwardRecurrence<Family, P, tiles, resident>;
   template <int tiles, bool resident>
   using Backwards = BackwardRecurrence<Family, P, tiles, resident>;
+  // What packed weights and the estimate of a plan ask of is alike in all of them.
+  using ForwardEngine = typename Forwards<1, false>::Engine;
+  using BackwardEngine = typename Backwards<1, false>::Engine;
 
   // The recurrences that are compiled, f.operator()<tiles, resident>(): exact float64
   // takes the plain way, and weights stay in registers where the matrix units read them.
-  static constexpr int kept = P::on_matrix_units && gates > 1 ? 4 : 0;
   template <class F>
   static void for_each_instance(const F& f) {
     f.template operator()<1, false>();
@@ -77,31 +79,17 @@ class Layer {
 
  public:
   static index packed_bytes(index H, bool backward) {
-    const index padded = padded_units(H);
     Carver carver(nullptr);
-    if (backward) {
-      const index groups = ceil_div(H, Backwards<1, false>::Engine::group_units);
-      carver.take<Quad>(groups * Backwards<1, false>::Engine::weight_quads(padded));
-    } else {
-      const index groups = ceil_div(H, Forwards<1, false>::Engine::group_units);
-      carver.take<A>(slots * H);
-      carver.take<Quad>(groups * Forwards<1, false>::Engine::weight_quads(padded));
-    }
+    if (!backward) carver.take<A>(slots * H);
+    carver.take<Quad>(packed_quads(H, backward));
     return carver.used();
   }
 
   static void pack(const PackCall& call) {
     const OnDevice current(call.device);
-    const index H = call.H, padded = padded_units(H);
+    const index H = call.H;
     Carver carver(call.packed);
-    PackWeights<P> weights{};
-    if (call.backward) {
-      using Engine = typename Backwards<1, false>::Engine;
-      weights.quads = ceil_div(H, Engine::group_units) * Engine::weight_quads(padded);
-      weights.octets = Backwards<1, false>::octets;
-      weights.segments = gates;
-    } else {
-      using Engine = typename Forwards<1, false>::Engine;
+    if (!call.backward) {
       PackBias<P> bias{P::of(call.precision),
                        static_cast<const S*>(call.bias_ih),
                        static_cast<const S*>(call.bias_hh),
@@ -112,18 +100,21 @@ class Layer {
                        {}};
       blocks_of_slots(bias.input_block, bias.recurrent_block);
       launch_each(bias, slots * H, call.device, call.stream);
-      weights.quads = ceil_div(H, Engine::group_units) * Engine::weight_quads(padded);
-      weights.octets = gates;
-      weights.segments = 1;
     }
-    weights.precision = P::of(call.precision);
-    weights.weight_hh = static_cast<const S*>(call.weight_hh);
-    weights.to = carver.take<Quad>(weights.quads);
-    weights.H = H;
-    weights.padded = padded;
-    weights.backward = call.backward;
+    const index quads = packed_quads(H, call.backward);
+    PackWeights<P> weights{
+        P::of(call.precision),
+        static_cast<const S*>(call.weight_hh),
+        carver.take<Quad>(quads),
+        H,
+        padded_units(H),
+        quads,
+        call.backward ? BackwardEngine::octets : ForwardEngine::octets,
+        call.backward ? BackwardEngine::segments : ForwardEngine::segments,
+        call.backward,
+        {}};
     for (int k = 0; k < gates; ++k) weights.recurrent_gate[k] = Cell::recurrent_gate[k];
-    launch_each(weights, weights.quads, call.device, call.stream);
+    launch_each(weights, quads, call.device, call.stream);
   }
 
   // What backward needs beside x and y: slots as stored, c as a state.
@@ -186,9 +177,9 @@ class Layer {
           p.y = static_cast<S*>(call.y);
           p.y_t = call.y_t;
           p.y_b = call.y_b;
-          p.saved = saved.slots_;
+          p.saved = saved.slots;
           p.saved_c = saved.c;
-          run(p, plan, call.stream);
+          launch(p, shape_of(plan), call.stream);
         });
       }
     }
@@ -250,7 +241,7 @@ class Layer {
         p.y_t = call.y_t;
         p.y_b = call.y_b;
         p.c0 = static_cast<const A*>(call.c0);
-        p.saved = saved.slots_;
+        p.saved = saved.slots;
         p.saved_c = saved.c;
         p.dy = static_cast<const S*>(call.dy);
         p.dy_t = call.dy_t;
@@ -258,7 +249,7 @@ class Layer {
         p.dh = dh;
         p.dc = dc;
         p.da = room.da;
-        run(p, plan, call.stream);
+        launch(p, shape_of(plan), call.stream);
       });
     }
 
@@ -316,17 +307,21 @@ class Layer {
   }
 
  private:
+  static index packed_quads(index H, bool backward) {
+    return backward ? BackwardEngine::packed_quads(H) : ForwardEngine::packed_quads(H);
+  }
+
+  template <class Engine>
+  static Work work_of() {
+    return {P::on_matrix_units,  sizeof(E),        Engine::octets,
+            Engine::group_units, Engine::segments, DepthBlock<P>::depth,
+            Engine::held};
+  }
+
   static Plan search(const Sizes& p, int ordinal, bool backward) {
     const OnDevice current(ordinal);
     const Device& gpu = device(ordinal);
-    const Work work{P::on_matrix_units,
-                    sizeof(E),
-                    backward ? Backwards<1, false>::octets : gates,
-                    backward ? Backwards<1, false>::Engine::group_units
-                             : Forwards<1, false>::Engine::group_units,
-                    backward ? gates : 1,
-                    DepthBlock<P>::depth,
-                    32 / (backward ? Backwards<1, false>::octets : gates)};
+    const Work work = backward ? work_of<BackwardEngine>() : work_of<ForwardEngine>();
     Plan best{};
     double least = 0;
     for_each_instance([&]<int tiles, bool resident>() {
@@ -357,10 +352,10 @@ class Layer {
   }
 
   struct Saved {
-    S* slots_;
+    S* slots;
     A* c;
     Saved(const Sizes& p, Carver& carver)
-        : slots_(carver.take<S>(Cell::saves ? p.T * p.B * slots * p.H : 0)),
+        : slots(carver.take<S>(Cell::saves ? p.T * p.B * Layer::slots * p.H : 0)),
           c(carver.take<A>(Cell::has_c ? p.T * p.B * p.H : 0)) {}
   };
 
@@ -488,10 +483,6 @@ class Layer {
             plan.shared_bytes,
             plan.exchange == Exchange::cluster,
             plan.exchange == Exchange::grid};
-  }
-  template <class Kernel>
-  static void run(const Kernel& kernel, const Plan& plan, Stream stream) {
-    launch(kernel, shape_of(plan), stream);
   }
   template <class F>
   static void with_instance(const Plan& plan, const F& f) {

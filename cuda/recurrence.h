@@ -36,25 +36,28 @@ struct alignas(16) Four {
 
 // Product and exchange of a plan, seen by one thread. A group of units has `octets`
 // octets of weights and `unit_octets` × 8 units.
-template <class P, int octets, int segments, int unit_octets, int tiles, bool resident>
+template <class P, int octets_, int segments_, int unit_octets, int tiles, bool resident>
 class Engine {
   using E = typename P::Operand;
   using A = typename P::State;
-  using Sums = Product<P, octets, tiles>;
+  using Sums = Product<P, octets_, tiles>;
   using Block = DepthBlock<P>;
   static constexpr int chunk_quads = 8 * sizeof(E) / 16;  // 8 units of a row
 
  public:
-  static constexpr int pairs = Sums::pairs;
+  static constexpr int octets = octets_, segments = segments_, pairs = Sums::pairs;
   static constexpr int group_units = 8 * unit_octets;
   static constexpr int chunks = segments * unit_octets;  // that a group makes for a row
   static constexpr int rows = 8 * tiles;
   // Blocks of depth whose weights a warp can keep in registers: half of what it has.
-  static constexpr int held = resident ? 32 / octets : 0;
+  static constexpr int held = 32 / octets;
 
-  // Quads of packed weights, per group of units.
+  // Quads of packed weights, per group of units and in all.
   static constexpr index weight_quads(index padded) {
     return segments * (padded / Block::depth) * octets * Block::quads;
+  }
+  static constexpr index packed_quads(index H) {
+    return ceil_div(H, group_units) * weight_quads(padded_units(H));
   }
 
   // A block's shared memory: its weights, two operands, two sets of partial sums,
@@ -125,8 +128,9 @@ class Engine {
   FUSEDRNN_DEVICE index unit(int unit_octet) const {
     return index{unit_group_} * group_units + unit_octet * 8 + lane_unit();
   }
-  FUSEDRNN_DEVICE index row(int r) const {
-    return row_group_ * rows + split_ * 8 + lane_row() + r;
+  // The first of its two rows.
+  FUSEDRNN_DEVICE index row() const {
+    return row_group_ * rows + split_ * 8 + lane_row();
   }
 
   FUSEDRNN_DEVICE void start(index row_group, index begin, index end) {
@@ -372,6 +376,15 @@ struct Recurrence : Sizes {
   E* operand;
   unsigned* flags;
   Masks masks;
+
+  template <class Engine, class F>
+  FUSEDRNN_DEVICE void for_each_row_group(const F& f) const {
+    Engine engine(precision, plan, weights, operand, flags);
+    for (index group = block_y(); group < plan.row_groups; group += blocks_y()) {
+      engine.start(group, begin, end);
+      f(engine);
+    }
+  }
 };
 
 // Cells of one shape, which share their kernels: a kernel is told which it runs.
@@ -418,17 +431,14 @@ constexpr bool feeds_in_order() {
   return true;
 }
 
-template <class Family, class P, int tiles_, bool resident_>
+template <class Family, class P, int tiles, bool resident>
 struct ForwardRecurrence : Recurrence<P> {
   using Base = Recurrence<P>;
-  using Base::B, Base::H, Base::T, Base::begin, Base::end, Base::masks, Base::plan,
-      Base::precision;
+  using Base::B, Base::H, Base::T, Base::begin, Base::end, Base::masks, Base::precision;
   using typename Base::A;
   using typename Base::S;
   using V = device::Vec<A>;
   using Cell = typename Family::template First<V>;
-  static constexpr int tiles = tiles_;
-  static constexpr bool resident = resident_;
   static constexpr int gates = Cell::gates, slots = Cell::slots;
   using Engine = cuda::Engine<P, gates, 1, 1, tiles, resident>;
   static_assert(feeds_in_order<Cell>());
@@ -442,16 +452,12 @@ struct ForwardRecurrence : Recurrence<P> {
   A* saved_c;  // null in inference
 
   FUSEDRNN_DEVICE void operator()() const {
-    Engine engine(precision, plan, this->weights, this->operand, this->flags);
-    for (index g = block_y(); g < plan.row_groups; g += blocks_y()) {
-      run(engine, g);
-    }
+    this->template for_each_row_group<Engine>([&](Engine& engine) { run(engine); });
   }
 
  private:
-  FUSEDRNN_DEVICE void run(Engine& engine, index row_group) const {
-    engine.start(row_group, begin, end);
-    const index unit = engine.unit(0), first_row = engine.row(0);
+  FUSEDRNN_DEVICE void run(Engine& engine) const {
+    const index unit = engine.unit(0), first_row = engine.row();
     const bool mine = engine.has_item() && unit < H;
     const bool real[2] = {mine && first_row < B, mine && first_row + 1 < B};
     A of_bias[slots], h_now[2] = {0, 0}, c_now[2] = {0, 0};
@@ -513,8 +519,8 @@ struct ForwardRecurrence : Recurrence<P> {
       engine.arrive(n);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        if (real[r])
-          store(n, t, first_row + r, unit, active[r], v[r], h_now[r], c_now[r]);
+        if (!real[r]) continue;
+        store(n, t, first_row + r, unit, active[r], v[r], h_now[r], c_now[r]);
       }
       if (n + 1 < end) ask(n + 1);
       engine.wait(n);
@@ -540,17 +546,14 @@ struct ForwardRecurrence : Recurrence<P> {
   }
 };
 
-template <class Family, class P, int tiles_, bool resident_>
+template <class Family, class P, int tiles, bool resident>
 struct BackwardRecurrence : Recurrence<P> {
   using Base = Recurrence<P>;
-  using Base::B, Base::H, Base::T, Base::begin, Base::end, Base::masks, Base::plan,
-      Base::precision;
+  using Base::B, Base::H, Base::T, Base::begin, Base::end, Base::masks, Base::precision;
   using typename Base::A;
   using typename Base::S;
   using V = device::Vec<A>;
   using Cell = typename Family::template First<V>;
-  static constexpr int tiles = tiles_;
-  static constexpr bool resident = resident_;
   static constexpr int gates = Cell::gates, slots = Cell::slots, octets = 2;
   using Engine = cuda::Engine<P, octets, gates, octets, tiles, resident>;
 
@@ -566,10 +569,7 @@ struct BackwardRecurrence : Recurrence<P> {
   S* da;
 
   FUSEDRNN_DEVICE void operator()() const {
-    Engine engine(precision, plan, this->weights, this->operand, this->flags);
-    for (index g = block_y(); g < plan.row_groups; g += blocks_y()) {
-      run(engine, g);
-    }
+    this->template for_each_row_group<Engine>([&](Engine& engine) { run(engine); });
   }
 
  private:
@@ -578,9 +578,8 @@ struct BackwardRecurrence : Recurrence<P> {
     A slots_[slots], prev_h, h, prev_c, c, dy;
   };
 
-  FUSEDRNN_DEVICE void run(Engine& engine, index row_group) const {
-    engine.start(row_group, begin, end);
-    const index first_row = engine.row(0);
+  FUSEDRNN_DEVICE void run(Engine& engine) const {
+    const index first_row = engine.row();
     bool real[octets][2];
     A past[octets][2], dc_now[octets][2];
 #pragma unroll
@@ -667,8 +666,9 @@ struct BackwardRecurrence : Recurrence<P> {
     } else {
       in.h = precision.state(y[t * y_t + b * y_b + unit]);
     }
-    if constexpr (Cell::has_direct)
+    if constexpr (Cell::has_direct) {
       in.prev_h = precision.state(h_prev[(t * B + b) * H + unit]);
+    }
     if constexpr (Cell::has_c) {
       in.c = saved_c[at];
       in.prev_c = 0;

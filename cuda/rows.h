@@ -191,11 +191,6 @@ struct GatherRows {
 // The sums of each column of (rows, slots·H), to the biases that a slot belongs to. A
 // block sums 32 columns: each warp some rows, in order, then all warps' sums in order.
 template <class P>
-struct BiasGradients;
-template <class P>
-void launch_columns(const BiasGradients<P>& kernel, Stream stream);
-
-template <class P>
 struct BiasGradients {
   using S = typename P::Storage;
   using A = typename P::State;
@@ -232,5 +227,8 @@ struct BiasGradients {
     }
   }
 };
+
+template <class P>
+void launch_columns(const BiasGradients<P>& kernel, Stream stream);
 
 }  // namespace fusedrnn::cuda

@@ -1,4 +1,4 @@
-// The host's side of a GPU: devices, memory, launches, matrix products. runtime.cu does
+// The host's side of a GPU: devices, memory, launches, matrix products. runtime.cpp does
 // it with the CUDA runtime and cuBLASLt; tests/twin/runtime_twin.cpp with the host's
 // memory.
 //
@@ -47,6 +47,9 @@ class OnDevice {
   int before_;
 };
 
+// The device whose memory this is; -1 where it is the host's.
+int device_of(const void* memory);
+
 void* allocate(index bytes, Stream stream);
 void release(void* memory, Stream stream) noexcept;
 void copy(void* to, const void* from, index bytes, Stream stream);
@@ -69,8 +72,6 @@ class Event {
  private:
   void* event_;
 };
-// The device whose memory this is; -1 where it is the host's.
-int device_of(const void* memory);
 
 struct Launch {
   int blocks_x, blocks_y, threads;

@@ -85,9 +85,8 @@ constexpr double estimate(const Plan& plan, const Work& work, int at_once) {
   const double width = static_cast<double>(work.operand_bytes);
   const double weights = 8.0 * work.octets * depth * plan.groups;
   const double operand = rows * depth * width * plan.groups;
-  const double rate = work.on_matrix_units
-                          ? costs.matrix_products * 2 / width
-                          : costs.plain_products * 4 / static_cast<double>(width);
+  const double rate = work.on_matrix_units ? costs.matrix_products * 2 / width
+                                           : costs.plain_products * 4 / width;
   const bool in_cluster = plan.exchange == Exchange::cluster;
   double step = costs.step_ends + weights * rows / rate;
   if (!plan.resident || plan.exchange == Exchange::step) {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import itertools
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -80,6 +79,11 @@ def got(values: dict[str, Any]) -> dict[str, Any]:
         k: v.numpy().astype(np.float64) if isinstance(v, cuda.Array) else v
         for k, v in values.items()
     }
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a.numpy(), e.numpy())
 
 
 def norm_error(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -230,10 +234,7 @@ def test_missing_states_and_gradients_are_zeros(cell: Cell) -> None:
     weights = [cuda.array(w) for w in cotangents(tuple(r.numpy() for r in results))]
     partial = [weights[0], *(None for _ in weights[1:])]
     filled = [weights[0], *(cuda.array(np.zeros(w.shape, np.float32)) for w in weights[1:])]
-    for a, b in zip(
-        (*results, *pullback(*partial)), (*same, *same_pullback(*filled)), strict=True
-    ):
-        np.testing.assert_array_equal(a.numpy(), b.numpy())
+    assert_same_bits((*results, *pullback(*partial)), (*same, *same_pullback(*filled)))
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -273,10 +274,7 @@ def test_strided_input_and_gradient(cell: Cell) -> None:
     same, same_pullback = op(cell, "_vjp")(**strided)
     dy = np.random.default_rng(2).normal(size=(5, 4, 18)).astype(np.float32)
     sideways = cuda.array(dy.swapaxes(0, 1)).swapaxes(0, 1)
-    for a, b in zip(
-        (*results, *pullback(cuda.array(dy))), (*same, *same_pullback(sideways)), strict=True
-    ):
-        np.testing.assert_array_equal(a.numpy(), b.numpy())
+    assert_same_bits((*results, *pullback(cuda.array(dy))), (*same, *same_pullback(sideways)))
 
 
 def test_masks_may_be_on_the_gpu() -> None:
@@ -379,7 +377,7 @@ def test_layers_take_new_parameters() -> None:
         (("cpu", "bfloat16"), TypeError, "dtype must be one of float32, float64, got"),
         (("cuda", None, "fast"), ValueError, 'precision must be "exact" or "tf32"'),
         (("cuda", "float64", "tf32"), ValueError, '"tf32" is for float32 on a GPU'),
-        (("cpu", None, "tf32"), ValueError, '"tf32" is for float32 on a GPU'),
+        (("cpu", None, "tf32"), ValueError, 'precision must be "exact" on the CPU, got "tf32"'),
     ],
 )
 def test_layers_refuse_places(arguments: Any, error: type[Exception], message: str) -> None:
@@ -479,7 +477,7 @@ def test_wrong_arguments_are_refused(kind: str) -> None:
 
 def test_tf32_is_for_float32() -> None:
     values = put(arguments(CELLS["lstm"], Sizes(2, 2, 3, 4)), "bfloat16")
-    with pytest.raises(ValueError, match='"tf32" is for float32, got x of bfloat16'):
+    with pytest.raises(ValueError, match='"tf32" is for float32 on a GPU, got bfloat16'):
         fr.lstm(**values, precision="tf32")
 
 
@@ -522,12 +520,9 @@ def test_arrays_of_any_library(library: Any) -> None:
     foreign = {k: library(v) for k, v in given.items()}
     results, pullback = fr.lstm_vjp(**given)
     same, same_pullback = fr.lstm_vjp(**foreign)
-    for a, b in itertools.chain(
-        zip(results, same, strict=True),
-        zip(pullback(*results), same_pullback(*same), strict=True),
-    ):
-        assert isinstance(b, cuda.Array)
-        np.testing.assert_array_equal(a.numpy(), b.numpy())
+    gradients, same_gradients = pullback(*results), same_pullback(*same)
+    assert all(isinstance(a, cuda.Array) for a in (*same, *same_gradients))
+    assert_same_bits((*results, *gradients), (*same, *same_gradients))
     del foreign, same, same_pullback
     gc.collect()
 
@@ -537,10 +532,8 @@ def test_a_layer_takes_arrays_of_any_library() -> None:
     x = cuda.array(np.random.default_rng(0).normal(size=(5, 2, 3)), "float32")
     (y, h_n), pullback = layer.vjp(x)
     (same_y, _), same_pullback = layer.vjp(OnlyDLPack(x))
-    np.testing.assert_array_equal(y.numpy(), same_y.numpy())
     gradients, same = pullback(y, h_n), same_pullback(OnlyDLPack(y), OnlyDLPack(h_n))
-    for name, value in gradients.parameters.items():
-        np.testing.assert_array_equal(value.numpy(), same.parameters[name].numpy())
+    assert_same_bits((y, *gradients.parameters.values()), (same_y, *same.parameters.values()))
 
 
 class HostTorch:
@@ -565,10 +558,10 @@ class HostTorch:
 @pytest.mark.parametrize("dtype", cuda.DTYPES)
 def test_torch_tensors_on_the_twin(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    plain = cuda.library_of
-    library = cuda._Torch(HostTorch(torch))
+    plain = cuda.framework_of
+    framework = cuda._Torch(HostTorch(torch))
     monkeypatch.setattr(
-        cuda, "library_of", lambda a: library if isinstance(a, torch.Tensor) else plain(a)
+        cuda, "framework_of", lambda a: framework if isinstance(a, torch.Tensor) else plain(a)
     )
     values = put(arguments(CELLS["lstm"], Sizes(5, 4, 3, 6)), dtype)
     tensors = {
@@ -576,10 +569,8 @@ def test_torch_tensors_on_the_twin(dtype: str, monkeypatch: pytest.MonkeyPatch) 
     }
     results, pullback = fr.lstm_vjp(**values)
     same, same_pullback = fr.lstm_vjp(**tensors)
-    for a, b in itertools.chain(
-        zip(results, same, strict=True),
-        zip(pullback(*results), same_pullback(*same), strict=True),
-    ):
+    gradients, same_gradients = pullback(*results), same_pullback(*same)
+    for a, b in zip((*results, *gradients), (*same, *same_gradients), strict=True):
         assert isinstance(b, torch.Tensor)
         np.testing.assert_array_equal(a.numpy(), b.to(torch.float64).numpy())
 
@@ -598,8 +589,7 @@ def test_a_pullback_runs_on_the_stream_that_is_current(
     ordered = []
     monkeypatch.setattr(cuda._module(), "order", lambda *args: ordered.append(args))
     monkeypatch.setattr(cuda._Own, "stream", lambda self, a, device: 7)
-    for a, b in zip(expected, pullback(*results), strict=True):
-        np.testing.assert_array_equal(a.numpy(), b.numpy())
+    assert_same_bits(pullback(*results), expected)
     assert (0, 0, 7) in ordered
 
 
@@ -635,8 +625,31 @@ def test_array_goes_there_and_back(dtype: str) -> None:
 def test_explain_tells_the_plan() -> None:
     told = cuda.explain("lstm", 100, 16, 64, 64, "bfloat16")
     assert told["exchange"] in EXCHANGES
-    with pytest.raises(ValueError, match="cell must be one of lstm, gru"):
-        cuda.explain("gated", 1, 1, 1, 1)
+    for wrong, message in (
+        (("gated", 1, 1, 1, 1), "cell must be one of lstm, gru"),
+        (("lstm", 1, 0, 1, 1), "B must be from 1 to"),
+        (("lstm", 1, 1, 1, 1, "int8"), "dtype must be one of float32"),
+        (("lstm", 1, 1, 1, 1, "bfloat16", "tf32"), '"tf32" is for float32 on a GPU'),
+        (("lstm", 1, 1, 1, 1, "float32", "half"), 'precision must be "exact" or "tf32"'),
+        (("lstm", 1, 1, 1, 1, "float32", "exact", False, 99), "device must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cuda.explain(*wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([[1.0], [1.0, 2.0]],), TypeError, "a must be an array"),
+        ((["x"],), TypeError, "a must be an array of numbers"),
+        (([1.0], "int8"), TypeError, "dtype must be one of float32"),
+        (([1.0], "float32", "cuda"), TypeError, "device must be an integer, got str"),
+        (([1.0], "float32", -1), ValueError, "device must be one of"),
+    ],
+)
+def test_array_refuses(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        cuda.array(*arguments)
 
 
 # With PyTorch, on a real GPU

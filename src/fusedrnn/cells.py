@@ -1,7 +1,8 @@
 """The cells that the kernels know, one row each.
 
-To add a cell: its definition in `reference.py`, a row here, a header in `csrc/cells/` and a
-line in `csrc/cpu/kernels.cpp`. Tests and benchmarks iterate over `CELLS`.
+To add a cell: its definition in `reference.py`, a row here, a header in `csrc/cells/`, a
+line in `csrc/cpu/kernels.cpp`, and for GPUs a file in `cuda/cells/` and a line in
+`cuda/cells.cpp`. Tests and benchmarks iterate over `CELLS`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ class Cell:
     def states(self) -> tuple[str, ...]:
         """The states it carries: ("h", "c") or ("h",)."""
         return self.reference.states
+
+    def parameter_shapes(self, I: int, H: int) -> tuple[tuple[int, ...], ...]:
+        """Return those of weight_ih, weight_hh, bias_ih and bias_hh."""
+        rows = len(self.gates) * H
+        return (rows, I), (rows, H), (rows,), (rows,)
 
 
 CELLS = {

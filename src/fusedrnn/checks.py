@@ -12,7 +12,8 @@ from .reference import Array
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-def _as_array(name: str, value: Any) -> Array:
+def as_array(name: str, value: Any) -> Array:
+    """Return `value` as NumPy sees it."""
     try:
         found: Array = np.asarray(value)
     except ValueError as error:  # ragged lists
@@ -24,7 +25,7 @@ def array(name: str, value: Any, dtype: np.dtype[Any] | None = None) -> Array:
     """Return `value` as an array of float32 or float64, or of `dtype` where that is given."""
     if value is None:
         raise TypeError(f"{name} must be an array, got None")
-    found = _as_array(name, value)
+    found = as_array(name, value)
     if dtype is not None:
         if found.dtype != dtype:
             raise TypeError(f"{name} must be {dtype} like x, got {found.dtype}")
@@ -74,7 +75,7 @@ def flag(name: str, value: Any) -> bool:
 
 def lengths(value: Any, T: int, batch: tuple[int, ...]) -> Array:
     """Return a copy of the rows' lengths as intp."""
-    found = _as_array("lengths", value)
+    found = as_array("lengths", value)
     if found.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got {found.dtype}")
     if not batch and found.ndim:
@@ -88,7 +89,7 @@ def lengths(value: Any, T: int, batch: tuple[int, ...]) -> Array:
 
 def resets(value: Any, expected: tuple[int, ...], axes: str) -> Array:
     """Return a copy of the resets."""
-    found = _as_array("resets", value)
+    found = as_array("resets", value)
     if found.dtype != bool:
         raise TypeError(f"resets must be bool, got {found.dtype}")
     shape("resets", found, expected, axes)

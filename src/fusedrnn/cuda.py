@@ -1,7 +1,7 @@
 """Arrays on NVIDIA GPUs: how they go in and out of the ops, and an array of our own.
 
 Anything that speaks DLPack or `__cuda_array_interface__` may be an argument; PyTorch's and
-CuPy's arrays are read directly. What an op returns is of the library of its x. It runs on
+CuPy's arrays are read directly. What an op returns is of the framework of its x. It runs on
 the stream that is current there and never waits for it.
 """
 
@@ -15,14 +15,19 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from . import checks
 from .reference import Array as HostArray
 
 if TYPE_CHECKING:
     from ._cuda import View
+
+__all__ = ["Array", "array", "count", "explain", "is_available", "status"]
+
+Precision = Literal["exact", "tf32"]
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -73,12 +78,20 @@ def _module() -> Any:
 
 
 def is_available() -> bool:
-    """Return whether there is a GPU that this build can use."""
+    """Return whether there is a GPU that this build can use.
+
+    >>> is_available() == (not status().startswith("off"))
+    True
+    """
     return _load()[1] is None
 
 
 def count() -> int:
-    """Return how many GPUs there are; raise RuntimeError where none can be used."""
+    """Return how many GPUs there are; raise RuntimeError where none can be used.
+
+    >>> not is_available() or count() > 0
+    True
+    """
     return int(_module().device_count())
 
 
@@ -104,7 +117,7 @@ def explain(
     I: int,
     H: int,
     dtype: str = "float32",
-    precision: str = "exact",
+    precision: Precision = "exact",
     backward: bool = False,
     device: int = 0,
 ) -> dict[str, Any]:
@@ -124,17 +137,48 @@ def explain(
 
     Raises
     ------
-    ValueError: a wrong name. RuntimeError: no GPU can be used.
+    TypeError: a size is not an integer. ValueError: a wrong name, size or number. RuntimeError:
+        no GPU can be used.
+
+    >>> if is_available():
+    ...     assert explain("lstm", 100, 16, 64, 64, "bfloat16")["threads"] % 32 == 0
     """
     module = _module()
     cells = module.cells()
     if cell not in cells:
         raise ValueError(f"cell must be one of {', '.join(cells)}, got {cell!r}")
+    for name, size in (("T", T), ("B", B), ("I", I), ("H", H)):
+        checks.positive(name, size)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    kernel = module.Kernel(cell, "tf32" if precision == "tf32" else dtype, device, 0)
+    check_device(device)
+    kernel = module.Kernel(cell, precision_of(dtype, precision), device, _DEFAULT_STREAM)
     told: dict[str, Any] = kernel.explain(T, B, I, H, backward)
     return told
+
+
+def check_precision(precision: Any) -> None:
+    """Refuse what is no precision."""
+    if precision not in ("exact", "tf32"):
+        raise ValueError(f'precision must be "exact" or "tf32", got {precision!r}')
+
+
+def precision_of(dtype: str, precision: Any) -> str:
+    """Return what the kernels call the precision of a dtype."""
+    check_precision(precision)
+    if precision == "exact":
+        return dtype
+    if dtype != "float32":
+        raise ValueError(f'precision "tf32" is for float32 on a GPU, got {dtype}')
+    return "tf32"
+
+
+def check_device(device: Any) -> None:
+    """Refuse what is not the number of a GPU."""
+    if isinstance(device, bool) or not isinstance(device, int):
+        raise TypeError(f"device must be an integer, got {type(device).__name__}")
+    if not 0 <= device < count():
+        raise ValueError(f"device must be one of {count()} GPUs, got {device}")
 
 
 # Arrays
@@ -152,15 +196,18 @@ def _from_bfloat16(bits: HostArray) -> HostArray:
 
 
 class Array:
-    """An array on a GPU, to be handed to any library by DLPack without a copy.
+    """An array on a GPU, to be handed to any framework by DLPack without a copy.
 
-    Made by `array`, and by ops whose x is one or of a library that they do not know. Its
+    Made by `array`, and by ops whose x is one or of a framework that they do not know. Its
     values cannot be changed.
 
     Attributes
     ----------
     shape: a tuple. dtype: "float32", "float64", "bfloat16", "float16" or another's name.
     device: the number of the GPU.
+
+    >>> if is_available():
+    ...     assert array([[1.0, 2.0]])[:, 1:].numpy().tolist() == [[2.0]]
     """
 
     def __init__(self, view: View, stream: int) -> None:
@@ -211,7 +258,7 @@ class Array:
     def _permuted(self) -> HostArray:
         """Copy a view whose axes are in another order, or that leaves elements out."""
         view = self._view
-        if view.ndim > 1 and view.shape[0] > 0:
+        if view.ndim > 1:
             return np.stack([self[i].numpy() for i in range(view.shape[0])])
         return np.concatenate([self[i : i + 1].numpy() for i in range(view.shape[0])])
 
@@ -254,24 +301,31 @@ def array(a: Any, dtype: str | None = None, device: int = 0) -> Array:
 
     Parameters
     ----------
-    a: anything NumPy can see as an array of floats.
+    a: anything NumPy can see as an array of numbers.
     dtype: "float32", "float64", "bfloat16" or "float16"; None for that of a.
     device: the number of the GPU.
 
     Raises
     ------
-    TypeError: a wrong dtype. RuntimeError: no GPU can be used. MemoryError: it is full.
+    TypeError: a wrong dtype. ValueError: no such GPU. RuntimeError: no GPU can be used.
+        MemoryError: it is full.
+
+    >>> if is_available():
+    ...     assert array([0.5, 1.5], "bfloat16").numpy().tolist() == [0.5, 1.5]
     """
-    host = np.asarray(a)
+    host = checks.as_array("a", a)
+    if host.dtype.kind not in "fiu":
+        raise TypeError(f"a must be an array of numbers, got {host.dtype}")
     name = str(host.dtype) if dtype is None else dtype
     if name not in DTYPES:
         raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {name}")
+    check_device(device)
     values = _to_bfloat16(host) if name == "bfloat16" else host.astype(name)
     return _upload(values, name, device, _DEFAULT_STREAM)
 
 
 def dtype_name(dtype: Any) -> str:
-    """Return a dtype's name: NumPy's, a string, or another library's."""
+    """Return a dtype's name: NumPy's, a string, or another framework's."""
     if isinstance(dtype, str):
         return dtype
     try:
@@ -280,18 +334,21 @@ def dtype_name(dtype: Any) -> str:
         return str(dtype).rpartition(".")[2]
 
 
-def copy_of(name: str, a: Any, library: Library, dtype: Any, place: str) -> Array:
+def copy_of(name: str, a: Any, framework: Framework, dtype: Any, place: str) -> Array:
     """Copy an array on a GPU that must have a dtype and be on the GPU `place`."""
-    view = library.view(a, _DEFAULT_STREAM)
-    stream = library.stream(a, view.device)
-    if f"cuda:{view.device}" != place:
-        raise ValueError(f"{name} must be on {place} like the layer, got cuda:{view.device}")
+    device = framework.device(a)
+    if f"cuda:{device}" != place:
+        raise ValueError(f"{name} must be on {place} like the layer, got cuda:{device}")
+    stream = framework.stream(a, device)
+    view = framework.view(a, stream)
     if view.dtype != dtype:
         raise TypeError(f"{name} must be {dtype} like the layer, got {view.dtype}")
     if not view.is_contiguous:
         raise ValueError(f"{name} must be contiguous on a GPU, got strides {view.strides}")
-    made = _empty(view.shape, view.dtype, view.device, stream)
+    made = _empty(view.shape, view.dtype, device, stream)
     _module().copy_on_device(made._view, view, stream)
+    if framework.keeps_nothing:
+        framework.used_on(view.owner, device, stream)
     return made
 
 
@@ -301,13 +358,16 @@ def _upload(values: HostArray, dtype: str, device: int, stream: int) -> Array:
     return made
 
 
-# Libraries
+# Frameworks
 
 
-class Library(Protocol):
-    """What an array's library is asked for."""
+class Framework(Protocol):
+    """What an array's framework is asked for."""
 
     keeps_nothing: bool  # it may use memory again that a stream it does not know still reads
+
+    def device(self, a: Any) -> int:
+        """Return the number of the GPU that an array is on."""
 
     def view(self, a: Any, stream: int) -> View:
         """See an array that is ready on a stream."""
@@ -327,6 +387,9 @@ class Library(Protocol):
 
 class _Own:
     keeps_nothing = False
+
+    def device(self, a: Array) -> int:
+        return a.device
 
     def view(self, a: Array, stream: int) -> View:
         if a._stream != stream:
@@ -352,10 +415,13 @@ class _Torch(_Own):
     def __init__(self, torch: Any) -> None:
         self.torch = torch
 
+    def device(self, a: Any) -> int:
+        return a.device.index or 0
+
     def view(self, a: Any, stream: int) -> View:
         dtype = str(a.dtype).removeprefix("torch.")
         return _module().View(  # type: ignore[no-any-return]
-            a.data_ptr(), a.shape, a.stride(), dtype, a.device.index or 0, a
+            a.data_ptr(), a.shape, a.stride(), dtype, self.device(a), a
         )
 
     def stream(self, a: Any, device: int) -> int:
@@ -374,10 +440,13 @@ class _CuPy(_Own):
     def __init__(self, cupy: Any) -> None:
         self.cupy = cupy
 
+    def device(self, a: Any) -> int:
+        return int(a.device.id)
+
     def view(self, a: Any, stream: int) -> View:
         strides = [s // a.itemsize for s in a.strides]
         return _module().View(  # type: ignore[no-any-return]
-            a.data.ptr, a.shape, strides, str(a.dtype), a.device.id, a
+            a.data.ptr, a.shape, strides, str(a.dtype), self.device(a), a
         )
 
     def stream(self, a: Any, device: int) -> int:
@@ -394,7 +463,7 @@ _held: deque[tuple[Any, Any]] = deque()
 
 
 class _Exchange(_Own):
-    """Any library, by DLPack or else by `__cuda_array_interface__`."""
+    """Any framework, by DLPack or else by `__cuda_array_interface__`."""
 
     keeps_nothing = True
 
@@ -406,6 +475,11 @@ class _Exchange(_Own):
         while _held and _held[0][0].is_done:
             _held.popleft()
 
+    def device(self, a: Any) -> int:
+        if hasattr(a, "__dlpack__"):
+            return int(a.__dlpack_device__()[1])
+        return int(_module().device_of(a.__cuda_array_interface__["data"][0]))
+
     def view(self, a: Any, stream: int) -> View:
         module = _module()
         if hasattr(a, "__dlpack__"):
@@ -415,9 +489,8 @@ class _Exchange(_Own):
         dtype = np.dtype(face["typestr"])
         strides = face.get("strides")
         steps = None if strides is None else [s // dtype.itemsize for s in strides]
-        pointer = face["data"][0]
         return module.View(  # type: ignore[no-any-return]
-            pointer, face["shape"], steps, str(dtype), module.device_of(pointer), a
+            face["data"][0], face["shape"], steps, str(dtype), self.device(a), a
         )
 
     def stream(self, a: Any, device: int) -> int:
@@ -429,8 +502,8 @@ class _Exchange(_Own):
         return a if self.back is None else self.back(a)
 
 
-def library_of(a: Any) -> Library | None:
-    """Return the library of an array on a GPU, None for everything else."""
+def framework_of(a: Any) -> Framework | None:
+    """Return the framework of an array on a GPU, None for everything else."""
     if isinstance(a, Array):
         return _Own()
     root = type(a).__module__.partition(".")[0]

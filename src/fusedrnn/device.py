@@ -1,24 +1,23 @@
 """The kernels on an NVIDIA GPU, for one call: the counterpart of `kernel.Host`.
 
-What is computed with is seen as a `_cuda.View`; what the user gets is an array of the
-library of x.
+What is computed with is seen as a `_cuda.View`; what the user gets is an array of x's
+framework.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from . import checks, cuda
 from .cells import Cell
-from .kernel import HOST
+from .kernel import HOST, h_and_c
 
 if TYPE_CHECKING:
     from ._cuda import Kernel, View
-
-Precision = Literal["exact", "tf32"]
 
 
 class Masks(NamedTuple):
@@ -36,55 +35,40 @@ class Weights:
     weight_ih: View
     packed: View
     stream: int  # that packs them
-    isa: str = "cuda"
+    isa: str = "cuda"  # as a layer asks of packed weights
 
 
 class Device:
-    """One GPU, its current stream and the library of x."""
+    """The GPU that x is on, its current stream, and x's framework."""
 
-    def __init__(
-        self,
-        x: Any,
-        library: cuda.Library,
-        device: int,
-        stream: int,
-        dtype: str,
-        precision: str,
-    ) -> None:
+    def __init__(self, x: Any, framework: cuda.Framework, precision: str) -> None:
         self._cuda = cuda._module()
         self._x = x
-        self.library = library
-        self.device = device
-        self.stream = stream
-        self.dtype = dtype
-        self.precision = "tf32" if precision == "tf32" else dtype
-
-    @classmethod
-    def of(cls, x: Any, library: cuda.Library, precision: str) -> Device:
-        """Return the GPU that x is on."""
-        module = cuda._module()
-        seen = library.view(x, cuda._DEFAULT_STREAM)
-        if seen.dtype not in cuda.DTYPES:
+        self.framework = framework
+        self.device = framework.device(x)
+        self.stream = framework.stream(x, self.device)
+        self._seen = framework.view(x, self.stream)
+        self.dtype = self._seen.dtype
+        if self.dtype not in cuda.DTYPES:
             known = ", ".join(cuda.DTYPES)
-            raise TypeError(f"x must be one of {known} on a GPU, got {seen.dtype}")
-        if precision == "tf32" and seen.dtype != "float32":
-            raise ValueError(f'precision "tf32" is for float32, got x of {seen.dtype}')
-        capability = module.device(seen.device)["capability"]
+            raise TypeError(f"x must be one of {known} on a GPU, got {self.dtype}")
+        self._precision = cuda.precision_of(self.dtype, precision)
+        capability = self._cuda.device(self.device)["capability"]
         if capability < 80:
             raise RuntimeError(
                 f"x must be on a GPU of compute capability 8.0 or newer, "
                 f"got {capability / 10:.1f}"
             )
-        stream = library.stream(x, seen.device)
-        return cls(x, library, seen.device, stream, seen.dtype, precision)
 
     def now(self) -> Device:
         """Return this GPU on the stream that is current now, after what is queued here."""
-        stream = self.library.stream(self._x, self.device)
+        stream = self.framework.stream(self._x, self.device)
         if stream == self.stream:
             return self
         self._cuda.order(self.device, self.stream, stream)
-        return Device(self._x, self.library, self.device, stream, self.dtype, self.precision)
+        later = copy(self)
+        later.stream = stream
+        return later
 
     def __str__(self) -> str:
         return f"cuda:{self.device}"
@@ -92,20 +76,22 @@ class Device:
     # Arguments
 
     def _see(self, name: str, value: Any) -> View:
+        if value is self._x:
+            return self._seen
         if value is None:
             raise TypeError(f"{name} must be an array, got None")
-        library = cuda.library_of(value)
-        if library is None:
+        framework = cuda.framework_of(value)
+        if framework is None:
             kind = type(value).__name__
             raise TypeError(f"{name} must be on {self} like x, got {kind} on the host")
-        view = library.view(value, self.stream)
-        if type(library) is not type(self.library):
-            made_on = library.stream(value, view.device)
+        device = framework.device(value)
+        if device != self.device:
+            raise ValueError(f"{name} must be on {self} like x, got cuda:{device}")
+        if type(framework) is not type(self.framework):
+            made_on = framework.stream(value, device)
             if made_on != self.stream:
-                self._cuda.order(view.device, made_on, self.stream)
-        if view.device != self.device:
-            raise ValueError(f"{name} must be on {self} like x, got cuda:{view.device}")
-        return view
+                self._cuda.order(device, made_on, self.stream)
+        return framework.view(value, self.stream)
 
     def array(
         self, name: str, value: Any, dtype: str | None = None, whole: bool = False
@@ -148,7 +134,7 @@ class Device:
 
     def lengths(self, value: Any, T: int, batch: tuple[int, ...]) -> View:
         """Return the rows' lengths; those on the GPU are not looked at, which would wait."""
-        if cuda.library_of(value) is None:
+        if cuda.framework_of(value) is None:
             host = checks.lengths(value, T, batch).astype(np.int32)
             return self._upload("lengths", host.reshape(-1), "int32")
         view = self._see("lengths", value)
@@ -160,7 +146,7 @@ class Device:
 
     def resets(self, value: Any, expected: tuple[int, ...], axes: str) -> View:
         """Return the resets."""
-        if cuda.library_of(value) is None:
+        if cuda.framework_of(value) is None:
             return self._upload("resets", checks.resets(value, expected, axes), "bool")
         view = self._see("resets", value)
         if view.dtype != "bool":
@@ -187,18 +173,18 @@ class Device:
         raise ValueError(f"out must be None for arrays on a GPU, got {type(out).__name__}")
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """Make an uninitialised array of the library of x."""
-        return self.library.empty(shape, dtype, self.device, self.stream)
+        """Make an uninitialised array of x's framework."""
+        return self.framework.empty(shape, dtype, self.device, self.stream)
 
     def see(self, made: Any) -> View:
-        """Return what the kernels see of an array of this library or of our own."""
-        library = cuda.library_of(made)
-        assert library is not None
-        return library.view(made, self.stream)
+        """Return what the kernels see of an array that `empty` made, or of our own."""
+        framework = cuda.framework_of(made)
+        assert framework is not None
+        return framework.view(made, self.stream)
 
     def give(self, made: Any) -> Any:
         """Return what the user gets of it."""
-        return self.library.give(made)
+        return self.framework.give(made)
 
     def freeze(self, y: Any) -> None:
         """Do nothing: arrays on a GPU cannot be frozen."""
@@ -209,7 +195,7 @@ class Device:
     # Calls
 
     def _kernel(self, cell: Cell) -> Kernel:
-        kernel: Kernel = self._cuda.Kernel(cell.name, self.precision, self.device, self.stream)
+        kernel: Kernel = self._cuda.Kernel(cell.name, self._precision, self.device, self.stream)
         return kernel
 
     def pack(
@@ -247,8 +233,8 @@ class Device:
         T, B, _ = x.shape
         size = kernel.saved_bytes(T, B, y.shape[2]) if save else 0
         saved = self._bytes(size) if size else None
-        h0, c0 = state if len(state) == 2 else (state[0], None)
-        h_n, c_n = final if len(final) == 2 else (final[0], None)
+        h0, c0 = h_and_c(state)
+        h_n, c_n = h_and_c(final)
         kernel.forward(
             x,
             weights.weight_ih,
@@ -264,7 +250,7 @@ class Device:
             saved,
             self._bytes,
         )
-        self._keep(x, *state, *masks)
+        self._keep(x, weights.weight_ih, *state, *masks)
         return saved
 
     def _await(self, weights: Weights) -> None:
@@ -277,11 +263,11 @@ class Device:
         """Keep what another stream made until this one is done with it."""
         for view in views:
             if view is not None:
-                self.library.used_on(view.owner, self.device, self.stream)
+                self.framework.used_on(view.owner, self.device, self.stream)
 
     def _keep(self, *views: View | None) -> None:
-        """Keep a call's arrays until it is done, where their library does not."""
-        if self.library.keeps_nothing:
+        """Keep a call's arrays until it is done, where their framework does not."""
+        if self.framework.keeps_nothing:
             self._use(*views)
 
     def check_may_keep(self) -> None:
@@ -326,13 +312,11 @@ class Tape:
         on = self.on.now()
         if on is not self.on:
             on._use(self.x, *self.state, self.y, self.saved, *self.masks)
-        I, H = self.x.shape[2], self.y.shape[2]
-        gates_H = len(self.cell.gates) * H
-        shapes = ((gates_H, I), (gates_H, H), (gates_H,), (gates_H,))
+        shapes = self.cell.parameter_shapes(self.x.shape[2], self.y.shape[2])
         dW, dR, db_ih, db_hh = (on.empty(shape, self.x.dtype) for shape in shapes)
-        h0, c0 = self.state if len(self.state) == 2 else (self.state[0], None)
-        dh_n, dc_n = d_final if len(d_final) == 2 else (d_final[0], None)
-        dh0, dc0 = d_state if len(d_state) == 2 else (d_state[0], None)
+        h0, c0 = h_and_c(self.state)
+        dh_n, dc_n = h_and_c(d_final)
+        dh0, dc0 = h_and_c(d_state)
         on._await(self.weights)
         on._kernel(self.cell).backward(
             self.x,
@@ -358,17 +342,16 @@ class Tape:
             dc0,
             on._bytes,
         )
-        on._keep(self.x, *self.state, dy, *d_final)
+        on._keep(self.x, self.weights.weight_ih, *self.state, *self.masks, dy, *d_final)
         return dW, dR, db_ih, db_hh
 
 
 def backend_of(x: Any, precision: Any = "exact") -> Any:
     """Return where an op on x runs: a `Device` for the GPU that it is on, or the `Host`."""
-    if precision not in ("exact", "tf32"):
-        raise ValueError(f'precision must be "exact" or "tf32", got {precision!r}')
-    library = cuda.library_of(x)
-    if library is not None:
-        return Device.of(x, library, precision)
+    cuda.check_precision(precision)
+    framework = cuda.framework_of(x)
+    if framework is not None:
+        return Device(x, framework, precision)
     if precision != "exact":
         raise ValueError(f'precision must be "exact" on the CPU, got "{precision}"')
     return HOST

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from . import checks
 from .cells import CELLS, Cell
-from .device import Precision, backend_of
+from .cuda import Precision
+from .device import backend_of
 from .kernel import FEW_ROWS
 from .reference import Array, Grads, LSTMGrads, Nonlinearity
 
@@ -304,7 +305,8 @@ def lstm_vjp(
     """Run `lstm` and return a function that computes its gradients.
 
     The arguments are those of `lstm`. 5·H values a step and row are kept beside x and y; the
-    arguments are kept by reference and y is read-only, because the pullback reads them.
+    arguments are kept by reference and y is read-only, because the pullback reads them; on a
+    GPU leave y as it is until then.
 
     Returns
     -------
@@ -441,7 +443,8 @@ def gru_vjp(
     """Run `gru` and return a function that computes its gradients.
 
     The arguments are those of `gru`. 4·H values a step and row are kept beside x and y; the
-    arguments are kept by reference and y is read-only, because the pullback reads them.
+    arguments are kept by reference and y is read-only, because the pullback reads them; on a
+    GPU leave y as it is until then.
 
     Returns
     -------
@@ -567,7 +570,8 @@ def rnn_vjp(
     """Run `rnn` and return a function that computes its gradients.
 
     The arguments are those of `rnn`. Nothing is kept beside x and y; the arguments are kept
-    by reference and y is read-only, because the pullback reads them.
+    by reference and y is read-only, because the pullback reads them; on a GPU leave y as it is
+    until then.
 
     Returns
     -------

@@ -9,6 +9,7 @@ row.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +32,12 @@ def _rows(a: Array) -> Array:
     if a.flags.aligned and whole and (a.strides[-1] == a.itemsize or a.shape[-1] == 1):
         return a
     return contiguous(a)
+
+
+def h_and_c(state: Sequence[Any]) -> tuple[Any, Any]:
+    """Return h and c of a cell's state or the like, None for the c that it has not."""
+    h, *c = state
+    return h, c[0] if c else None
 
 
 # Up to this many rows the kernels read the weights as they are: packing costs more.
@@ -82,23 +89,22 @@ class Tape:
             dx += own
             return d_parameters
         x, y = self.x, self.y
-        (_, B, I), H = x.shape, y.shape[-1]
+        _, B, I = x.shape
         T, lengths, resets = self.masks.within(len(x))
         if len(x) > T:
             dx[T:] = 0
             x, y, dx, dy = x[:T], y[:T], dx[:T], None if dy is None else dy[:T]
         dtype = x.dtype
-        gates_H = len(self.cell.gates) * H
-        shapes = ((gates_H, I), (gates_H, H), (gates_H,), (gates_H,))
+        shapes = self.cell.parameter_shapes(I, y.shape[-1])
         if T == 0 or B == 0:
             for d0, dn in zip(d_state, d_final, strict=True):
                 d0[...] = 0 if dn is None else dn
             dW, dR, db_ih, db_hh = (np.zeros(shape, dtype) for shape in shapes)
             return dW, dR, db_ih, db_hh
         dW, dR, db_ih, db_hh = (HOST.empty(shape, dtype) for shape in shapes)
-        h0, c0 = self.state if len(self.state) == 2 else (self.state[0], None)
-        dh_n, dc_n = d_final if len(d_final) == 2 else (d_final[0], None)
-        dh0, dc0 = d_state if len(d_state) == 2 else (d_state[0], None)
+        h0, c0 = h_and_c(self.state)
+        dh_n, dc_n = h_and_c(d_final)
+        dh0, dc0 = h_and_c(d_state)
         self.weights.backward(
             _rows(x),
             h0,
@@ -239,8 +245,8 @@ class Host:
         saved = None
         if save and weights.saved_size:
             saved = allocate((T, B, weights.saved_size), x.dtype)
-        h0, c0 = state if len(state) == 2 else (state[0], None)
-        h_n, c_n = final if len(final) == 2 else (final[0], None)
+        h0, c0 = h_and_c(state)
+        h_n, c_n = h_and_c(final)
         weights.forward(_rows(x), h0, c0, lengths, resets, reverse, y, h_n, c_n, saved)
         return saved
 

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from . import checks, cuda
 from .cells import CELLS, Cell
-from .device import Precision, backend_of
+from .cuda import Precision
+from .device import backend_of
 from .functional import rnn_cell
 from .kernel import FEW_ROWS, HOST
 from .reference import Array, Nonlinearity
@@ -35,12 +36,22 @@ _FIXED = (
     "device",
     "precision",
 )
-_PARAMETERS = ("weight_ih_l", "weight_hh_l", "bias_ih_l", "bias_hh_l")
+_KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_PARAMETERS = tuple(f"{kind}_l" for kind in _KINDS)
 
 
 def _on_host(value: Any) -> Array:
     """Return a parameter's values; a GPU is waited for."""
     return value.numpy() if isinstance(value, cuda.Array) else value
+
+
+def _placed(array: Array, dtype: str, place: str) -> Any:
+    """Return a copy of a host's array on the CPU or a GPU, not to be written to."""
+    if place != "cpu":
+        return cuda.array(array, dtype, int(place.partition(":")[2]))
+    copy: Array = array.astype(dtype, order="C")
+    copy.flags.writeable = False
+    return copy
 
 
 class LayerGrads(NamedTuple, Generic[StateT]):
@@ -97,9 +108,8 @@ class _Layer(Generic[StateT]):
         generator = np.random.default_rng(rng)
         bound = self.hidden_size**-0.5
         for name, shape in self._shapes().items():
-            value = generator.uniform(-bound, bound, shape).astype(self.dtype)
-            value.flags.writeable = False
-            self._parameters[name] = value
+            value = generator.uniform(-bound, bound, shape)
+            self._parameters[name] = _placed(value, str(self.dtype), self.device)
 
     # Parameters
 
@@ -110,15 +120,14 @@ class _Layer(Generic[StateT]):
                 yield layer, direction, f"l{layer}" + "_reverse" * direction
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        H, rows = self.hidden_size, len(self._cell.gates) * self.hidden_size
+        H = self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {}
         for layer, _, suffix in self._directions():
             I = self.input_size if layer == 0 else H * (1 + self.bidirectional)
-            shapes[f"weight_ih_{suffix}"] = (rows, I)
-            shapes[f"weight_hh_{suffix}"] = (rows, H)
-            if self.bias:
-                shapes[f"bias_ih_{suffix}"] = (rows,)
-                shapes[f"bias_hh_{suffix}"] = (rows,)
+            of_kinds = zip(_KINDS, self._cell.parameter_shapes(I, H), strict=True)
+            for kind, shape in of_kinds:
+                if self.bias or kind.startswith("weight"):
+                    shapes[f"{kind}_{suffix}"] = shape
         return shapes
 
     def to(
@@ -140,49 +149,46 @@ class _Layer(Generic[StateT]):
         Raises
         ------
         TypeError, ValueError: an argument of a wrong type or value. RuntimeError: no GPU can
-            be used.
+            be used. MemoryError: it is full. The layer is then as it was.
+
+        >>> import fusedrnn as fr
+        >>> fr.LSTM(3, 4).to("cuda" if fr.cuda.is_available() else "cpu").hidden_size
+        4
         """
-        name = self._dtype_on(device, dtype)
-        if precision not in ("exact", "tf32"):
-            raise ValueError(f'precision must be "exact" or "tf32", got {precision!r}')
-        if precision == "tf32" and not (name == "float32" and device != "cpu"):
-            raise ValueError(
-                f'precision "tf32" is for float32 on a GPU, got {name} on {device}'
-            )
-        before = dict(self.__dict__)
+        place, name = self._place(device, dtype)
+        cuda.check_precision(precision)
+        if precision != "exact" and place == "cpu":
+            raise ValueError(f'precision must be "exact" on the CPU, got "{precision}"')
+        cuda.precision_of(name, precision)
+        values = {k: _on_host(v) for k, v in self._parameters.items()}
+        moved = {k: _placed(v, name, place) for k, v in values.items()}
         self.__dict__.update(
-            device="cuda:0" if device == "cuda" else device,
-            dtype=np.dtype(name) if device == "cpu" else name,
+            device=place,
+            dtype=np.dtype(name) if place == "cpu" else name,
             precision=precision,
-            _is_simple=device == "cpu" and self._has_simple_calls(),
+            _is_simple=place == "cpu" and self._has_simple_calls(),
         )
-        try:
-            moved = {k: self._placed(_on_host(v)) for k, v in self._parameters.items()}
-        except BaseException:
-            self.__dict__.update(before)
-            raise
         self._parameters.update(moved)
         self._forget_packed()
         return self
 
-    def _dtype_on(self, device: Any, dtype: Any) -> str:
-        """Check where to move to and return the name of the dtype there."""
+    def _place(self, device: Any, dtype: Any) -> tuple[str, str]:
+        """Check where to move to; return its name and that of the dtype there."""
         if not isinstance(device, str):
             raise TypeError(f"device must be a string, got {type(device).__name__}")
         kind, _, number = device.partition(":")
-        if device != "cpu" and (kind != "cuda" or (":" in device and not number.isdecimal())):
+        on_cpu = device == "cpu"
+        if not on_cpu and (kind != "cuda" or (":" in device and not number.isdecimal())):
             raise ValueError(f'device must be "cpu", "cuda" or "cuda:<number>", got {device!r}')
-        if device != "cpu":
-            count = cuda.count()
-            if number and int(number) >= count:
-                raise ValueError(f"device must be one of {count} GPUs, got {device!r}")
-        known = ("float32", "float64") if device == "cpu" else cuda.DTYPES
+        if not on_cpu:
+            cuda.check_device(int(number or 0))
+        known = ("float32", "float64") if on_cpu else cuda.DTYPES
         name = str(self.dtype) if dtype is None else cuda.dtype_name(dtype)
         if dtype is None and name not in known:
             name = "float32"
         if name not in known:
             raise TypeError(f"dtype must be one of {', '.join(known)}, got {name}")
-        return name
+        return device if on_cpu else f"cuda:{int(number or 0)}", name
 
     def _has_simple_calls(self) -> bool:
         return self.num_layers == 1 and not (self.batch_first or self.bidirectional)
@@ -216,23 +222,15 @@ class _Layer(Generic[StateT]):
 
     def _checked(self, name: str, value: Any) -> Any:
         """Return a copy of a new parameter where the layer is."""
-        library = cuda.library_of(value)
-        array = checks.array(name, value) if library is None else value
+        framework = cuda.framework_of(value)
+        array = checks.array(name, value) if framework is None else value
         expected = self._parameters[name].shape
         checks.shape(
             name, array, expected, "(rows, columns)" if len(expected) == 2 else "(rows,)"
         )
-        if library is not None:
-            return cuda.copy_of(name, array, library, self.dtype, self.device)
-        return self._placed(array)
-
-    def _placed(self, array: Array) -> Any:
-        """Return a copy of a host's array where the layer is."""
-        if self.device != "cpu":
-            return cuda.array(array, self.dtype, int(self.device.partition(":")[2]))
-        copy: Array = array.astype(self.dtype, order="C")
-        copy.flags.writeable = False
-        return copy
+        if framework is not None:
+            return cuda.copy_of(name, array, framework, self.dtype, self.device)
+        return _placed(array, str(self.dtype), self.device)
 
     def __getattr__(self, name: str) -> Any:
         parameters = self.__dict__.get("_parameters", {})
@@ -260,7 +258,9 @@ class _Layer(Generic[StateT]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _cell=CELLS[state["_cell"]])
-        self._parameters = {k: self._placed(v) for k, v in state["_parameters"].items()}
+        self._parameters = {
+            k: _placed(v, str(self.dtype), self.device) for k, v in state["_parameters"].items()
+        }
 
     def __repr__(self) -> str:
         extra = [f"{self.input_size}, {self.hidden_size}"]
@@ -317,7 +317,7 @@ class _Layer(Generic[StateT]):
 
     def _input(self, x: Any) -> tuple[Any, Any, bool]:
         """Return where to run, x as (T, B, I), and whether it came without B."""
-        on = backend_of(x, self.precision if self.device != "cpu" else "exact")
+        on = backend_of(x, self.precision if cuda.framework_of(x) else "exact")
         if str(on) != self.device:
             raise ValueError(f"x must be on {self.device} like the layer, got one on {on}")
         x = on.array("x", x)
@@ -476,7 +476,8 @@ class _Layer(Generic[StateT]):
         """Run the layer and return a function that computes its gradients.
 
         x is kept by reference and y is read-only, because the pullback reads both; the rest is
-        copied. Assigning new parameters in between does not disturb it.
+        copied. On a GPU everything is kept by reference, y too: leave it as it is until the
+        pullback was called. Assigning new parameters in between does not disturb it.
 
         Returns
         -------
@@ -537,9 +538,8 @@ class _Layer(Generic[StateT]):
                 tuple(d[at] for d in d_starts),
                 adds=direction < D - 1,
             )
-            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            for name, gradient in zip(names, d_parameters, strict=True):
-                gradients[f"{name}_{suffix}"] = on.give(gradient)
+            for kind, gradient in zip(_KINDS, d_parameters, strict=True):
+                gradients[f"{kind}_{suffix}"] = on.give(gradient)
             if direction == 0:
                 dy = on.see(dx)
         return LayerGrads(
