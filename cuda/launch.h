@@ -21,6 +21,11 @@ __global__ void __launch_bounds__(most_threads, 1)
 
 namespace detail {
 
+inline dim3 grid_of(const Launch& shape) {
+  return dim3(static_cast<unsigned>(shape.blocks_x),
+              static_cast<unsigned>(shape.blocks_y), 1);
+}
+
 inline cudaLaunchConfig_t configuration(const Launch& shape, Stream stream,
                                         cudaLaunchAttribute (&attributes)[2]) {
   unsigned count = 0;
@@ -37,8 +42,7 @@ inline cudaLaunchConfig_t configuration(const Launch& shape, Stream stream,
     ++count;
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks_x),
-                        static_cast<unsigned>(shape.blocks_y), 1);
+  config.gridDim = grid_of(shape);
   config.blockDim = dim3(static_cast<unsigned>(shape.threads), 1, 1);
   config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
@@ -68,6 +72,51 @@ cudaError_t allow(int ordinal) {
   return allowed[ordinal] = status;
 }
 
+// Launches of one kernel, each after the end of the one before, as a graph: the driver is
+// handed all of them at once. A device keeps its graph and gives it other arguments for
+// each use, which what is queued already does not see.
+template <class Kernel>
+class Chain {
+ public:
+  static constexpr int length = 64;
+
+  template <class F>
+  void launch(const F& of, const Launch& shape, Stream stream) {
+    if (!ready_) {
+      if (graph_) cudaGraphDestroy(graph_);  // of a try that failed
+      graph_ = nullptr;
+      check(cudaGraphCreate(&graph_, 0), "graph");
+    }
+    for (int i = 0; i < length; ++i) set(i, of(i), shape);
+    if (!ready_) check(cudaGraphInstantiate(&ready_, graph_, 0), "graph");
+    check(cudaGraphLaunch(ready_, static_cast<cudaStream_t>(stream)),
+          "launch of a graph");
+  }
+
+ private:
+  void set(int i, Kernel kernel, const Launch& shape) {
+    void* argument = &kernel;
+    cudaKernelNodeParams node{};
+    node.func = reinterpret_cast<void*>(entry<Kernel>);
+    node.gridDim = grid_of(shape);
+    node.blockDim = dim3(static_cast<unsigned>(shape.threads), 1, 1);
+    node.sharedMemBytes = static_cast<unsigned>(shape.shared_bytes);
+    node.kernelParams = &argument;
+    if (ready_) {
+      check(cudaGraphExecKernelNodeSetParams(ready_, nodes_[i], &node),
+            "arguments of a graph");
+    } else {
+      check(cudaGraphAddKernelNode(&nodes_[i], graph_, i > 0 ? &nodes_[i - 1] : nullptr,
+                                   i > 0 ? 1 : 0, &node),
+            "graph");
+    }
+  }
+
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t ready_ = nullptr;
+  cudaGraphNode_t nodes_[length] = {};
+};
+
 }  // namespace detail
 
 template <class Kernel>
@@ -76,6 +125,25 @@ void launch(const Kernel& kernel, const Launch& shape, Stream stream) {
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = detail::configuration(shape, stream, attributes);
   check(cudaLaunchKernelEx(&config, entry<Kernel>, kernel), "launch of a kernel");
+}
+
+template <class F>
+void launch_in_turn(index count, const F& of, const Launch& shape, Stream stream) {
+  using Kernel = decltype(of(0));
+  using Chain = detail::Chain<Kernel>;
+  // In a graph of the caller's they are nodes like all others. What does not fill a chain
+  // goes first, so that the device has work while the host fills one.
+  const index alone = is_capturing(stream) ? count : count % Chain::length;
+  for (index i = 0; i < alone; ++i) launch(of(i), shape, stream);
+  if (alone == count) return;
+  static std::mutex mutex;
+  static std::map<int, Chain> chains;
+  const std::lock_guard lock(mutex);
+  const int ordinal = current_device();
+  check(detail::allow<Kernel>(ordinal), "attributes of a kernel");
+  for (index first = alone; first < count; first += Chain::length) {
+    chains[ordinal].launch([&](int i) { return of(first + i); }, shape, stream);
+  }
 }
 
 template <class Kernel>

@@ -163,15 +163,13 @@ class Layer {
              {call.weight_ih, element, width, call.I, call.I, true},
              {room.a_x, sums, rows, width, width, false}, false, tf32, room.matmul,
              call.stream);
-      const index turns = plan.exchange == Exchange::step ? 1 : end - begin;
-      for (index n = begin; n < end; n += turns) {
-        with_instance(plan, [&]<int tiles, bool resident>() {
+      with_instance(plan, [&]<int tiles, bool resident>() {
+        launch_turns(call, plan, begin, end, [&](index from, index to) {
           Forwards<tiles, resident> p{};
-          fill(p, call, plan, room, n, n + turns);
+          fill(p, call, plan, room, from, to);
           p.weights = quads;
           p.bias = bias;
-          p.a_x =
-              room.a_x + (earliest_time(call, n, n + turns) - earliest) * call.B * width;
+          p.a_x = room.a_x + (earliest_time(call, from, to) - earliest) * call.B * width;
           p.h = static_cast<A*>(call.h_n);
           p.c = static_cast<A*>(call.c_n);
           p.y = static_cast<S*>(call.y);
@@ -179,9 +177,9 @@ class Layer {
           p.y_b = call.y_b;
           p.saved = saved.slots;
           p.saved_c = saved.c;
-          launch(p, shape_of(plan), call.stream);
+          return p;
         });
-      }
+      });
     }
   }
 
@@ -230,11 +228,10 @@ class Layer {
     }
     Carver saving(const_cast<void*>(call.saved));
     const Saved saved(call, saving);
-    const index turns = plan.exchange == Exchange::step ? 1 : call.T + 1;
-    for (index n = 0; n <= call.T; n += turns) {
-      with_instance(plan, [&]<int tiles, bool resident>() {
+    with_instance(plan, [&]<int tiles, bool resident>() {
+      launch_turns(call, plan, 0, call.T + 1, [&](index from, index to) {
         Backwards<tiles, resident> p{};
-        fill(p, call, plan, room, n, n + turns);
+        fill(p, call, plan, room, from, to);
         p.weights = static_cast<const Quad*>(call.packed);
         p.h_prev = room.h_prev;
         p.y = static_cast<const S*>(call.y);
@@ -249,9 +246,9 @@ class Layer {
         p.dh = dh;
         p.dc = dc;
         p.da = room.da;
-        launch(p, shape_of(plan), call.stream);
+        return p;
       });
-    }
+    });
 
     const auto matrix = [&](const void* data, index height, index width, index stride,
                             bool transposed = false) {
@@ -474,6 +471,19 @@ class Layer {
     p.operand = room.operand;
     p.flags = room.flags;
     p.masks = masks_of(call, room);
+  }
+
+  // Queues turns [begin, end): kernel(begin, end), or for each turn a launch of its own.
+  template <class F>
+  static void launch_turns(const Call& call, const Plan& plan, index begin, index end,
+                           const F& kernel) {
+    const Launch shape = shape_of(plan);
+    if (plan.exchange == Exchange::step) {
+      const auto turn = [&](index i) { return kernel(begin + i, begin + i + 1); };
+      launch_in_turn(end - begin, turn, shape, call.stream);
+    } else {
+      launch(kernel(begin, end), shape, call.stream);
+    }
   }
 
   static Launch shape_of(const Plan& plan) {

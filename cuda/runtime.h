@@ -81,6 +81,9 @@ struct Launch {
 };
 template <class Kernel>
 void launch(const Kernel& kernel, const Launch& shape, Stream stream);
+// of(0) to of(count - 1), kernels of one type, each after the end of the one before.
+template <class F>
+void launch_in_turn(index count, const F& of, const Launch& shape, Stream stream);
 // How many clusters of this shape run at once; 0 where none does.
 template <class Kernel>
 int clusters_at_once(const Launch& shape);

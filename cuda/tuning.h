@@ -7,7 +7,7 @@
 //
 //   cluster   through each other's shared memory, meeting at the cluster's barrier
 //   grid      through L2, each warp waiting for those who made what it reads
-//   step      through the end of a launch: one launch for each step
+//   step      through the end of a launch: one for each step, many to a graph
 #pragma once
 
 #include <compare>

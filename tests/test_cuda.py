@@ -251,6 +251,23 @@ def test_repetitions_are_bit_identical(precision: str, exchange: str) -> None:
         assert bits == first
 
 
+def test_exchanges_give_the_same_bits(precision: str) -> None:
+    """Over more steps than a graph of launches holds, several calls queued at once."""
+    mode = "tf32" if precision == "tf32" else "exact"
+    calls = [
+        put(arguments(CELLS["gru"], Sizes(150, 3, 2, 20), seed=n), precision) for n in (1, 2)
+    ]
+
+    def run(exchange: str) -> list[Any]:
+        wish(exchange=exchange, tiles=1, groups=1, splits=1, resident=0)
+        queued = [fr.gru_vjp(**given, precision=mode) for given in calls]
+        return [a for results, pullback in queued for a in (*results, *pullback(*results))]
+
+    expected = run("step")
+    for exchange in ("grid", "cluster"):
+        assert_same_bits(run(exchange), expected)
+
+
 def test_unbatched_is_a_batch_of_one(cell: Cell) -> None:
     values = arguments(cell, Sizes(5, 1, 3, 18), np.float32)
     alone = {k: v[..., 0, :] if k in ("x", "h0", "c0") else v for k, v in values.items()}

@@ -19,6 +19,11 @@ void launch(const Kernel& kernel, const Launch& shape, Stream) {
             [&] { kernel(); });
 }
 
+template <class F>
+void launch_in_turn(index count, const F& of, const Launch& shape, Stream stream) {
+  for (index i = 0; i < count; ++i) launch(of(i), shape, stream);
+}
+
 template <class Kernel>
 int clusters_at_once(const Launch& shape) {
   return device(0).multiprocessors / shape.blocks_x;
