@@ -10,9 +10,13 @@
 //   sync_warp(), sync_block(), arrive_at_cluster() and then wait_for_cluster()
 //                            barriers; what was written before is seen after
 //   load_constant(p)         16 bytes that nobody writes
-//   load_fresh(p)            16 bytes that another block may have written
-//   publish(flag, value)     what the warp wrote before is seen by whom …
-//   wait_for(flag, value)    … waits until the flag is at least that value
+//   load_exchanged(p), store_exchanged(p, value)
+//                            16 bytes that blocks exchange through L2, each 8 of them at
+//                            once, in no order with others but that of fence()
+//   fence()                  what the thread read and wrote before is before what it
+//                            reads and writes after, for all blocks that keep to this
+//   wait_until(ready)        asks ready() until it is true in the whole warp, which it
+//                            synchronizes
 //   MmaTensorFloat32, MmaBFloat16, MmaFloat16
 //                            (d, a, b): d += a·b of one warp, 16 rows × 8 columns, 32
 //                            bytes of depth; fragments as in PTX's m16n8k8 and m16n8k16
@@ -93,22 +97,27 @@ FUSEDRNN_DEVICE Quad load_constant(const Quad* p) {
   const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
   return {v.x, v.y, v.z, v.w};
 }
-FUSEDRNN_DEVICE Quad load_fresh(const Quad* p) {
-  const uint4 v = __ldcg(reinterpret_cast<const uint4*>(p));
-  return {v.x, v.y, v.z, v.w};
+FUSEDRNN_DEVICE Quad load_exchanged(const Quad* p) {
+  ulonglong2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
+               : "=l"(v.x), "=l"(v.y)
+               : "l"(p));
+  Quad quad;
+  __builtin_memcpy(&quad, &v, sizeof(quad));
+  return quad;
 }
-// Called by one thread after sync_warp(), which the fence carries on to other blocks.
-FUSEDRNN_DEVICE void publish(unsigned* flag, unsigned value) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+FUSEDRNN_DEVICE void store_exchanged(Quad* p, const Quad& value) {
+  ulonglong2 v;
+  __builtin_memcpy(&v, &value, sizeof(v));
+  asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(p), "l"(v.x), "l"(v.y)
+               : "memory");
 }
-FUSEDRNN_DEVICE void wait_for(const unsigned* flag, unsigned value) {
-  unsigned seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                 : "=r"(seen)
-                 : "l"(flag)
-                 : "memory");
-  } while (static_cast<int>(seen - value) < 0);
+FUSEDRNN_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+template <class F>
+FUSEDRNN_DEVICE void wait_until(const F& ready) {
+  while (!__all_sync(~0u, ready())) {
+  }
+  __syncwarp();
 }
 
 // The multiplications of two fragments, as types so that a product takes one of them.

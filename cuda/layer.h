@@ -139,7 +139,7 @@ class Layer {
     const ForwardRoom room(call, plan, carver);
     prepare(call, plan, room, static_cast<const A*>(call.h0),
             static_cast<const A*>(call.c0), static_cast<A*>(call.h_n),
-            static_cast<A*>(call.c_n), true, 1);
+            static_cast<A*>(call.c_n), true);
     const S* x = static_cast<const S*>(call.x);
     index x_b = row_stride(call);
     if (room.x) {
@@ -206,7 +206,7 @@ class Layer {
     A* const dh = static_cast<A*>(call.dh0);
     A* const dc = static_cast<A*>(call.dc0);
     prepare(call, plan, room, static_cast<const A*>(call.dh_n),
-            static_cast<const A*>(call.dc_n), dh, dc, false, gates);
+            static_cast<const A*>(call.dc_n), dh, dc, false);
     if (call.T == 0) return;
     const index H = call.H, I = call.I, rows = call.T * call.B;
 
@@ -359,21 +359,15 @@ class Layer {
   // Scratch memory that both directions have.
   struct Room {
     E* operand;
-    unsigned* flags;
-    index flag_count;
     int* lengths;
     void* matmul;
     Room(const Call& call, const Plan& plan, int segments, Carver& carver)
-        : operand(carver.take<E>(2 * operand_rows(plan) * segments * plan.P)),
-          flags(carver.take<unsigned>(flags_of(plan))),
-          flag_count(flags_of(plan)),
+        : operand(
+              carver.take<E>(operands_in_turn * operand_rows(plan) * segments * plan.P)),
           lengths(call.lengths ? carver.take<int>(call.B) : nullptr),
           matmul(carver.take<char>(matmul_workspace)) {}
     static index operand_rows(const Plan& plan) {
       return index{plan.row_groups} * plan.tiles * 8;
-    }
-    static index flags_of(const Plan& plan) {
-      return index{plan.row_groups} * plan.unit_groups * plan.tiles;
     }
   };
   struct ForwardRoom : Room {
@@ -436,14 +430,16 @@ class Layer {
   }
 
   static void prepare(const Call& call, const Plan& plan, const Room& room, const A* from,
-                      const A* c_from, A* state, A* c_state, bool with_state,
-                      int segments) {
+                      const A* c_from, A* state, A* c_state, bool forward) {
     if (call.lengths) {
       const ReadLengths read{call.lengths, call.wide_lengths, room.lengths, call.T,
                              call.B};
       launch_each(read, call.B, call.device, call.stream);
     }
     const index rows = Room::operand_rows(plan);
+    const index segments = forward ? 1 : gates;
+    const int group_units =
+        forward ? ForwardEngine::group_units : BackwardEngine::group_units;
     const Prepare<P> start{call,
                            P::of(call.precision),
                            from,
@@ -452,12 +448,13 @@ class Layer {
                            Cell::has_c ? c_state : nullptr,
                            room.operand,
                            rows,
-                           segments * plan.P,
-                           with_state,
-                           room.flags,
-                           room.flag_count,
+                           segments,
+                           plan.P,
+                           index{plan.unit_groups} * group_units,
+                           forward,
                            masks_of(call, room)};
-    launch_each(start, 2 * rows * segments * plan.P, call.device, call.stream);
+    launch_each(start, operands_in_turn * rows * segments * plan.P, call.device,
+                call.stream);
   }
 
   static void fill(Recurrence<P>& p, const Call& call, const Plan& plan, const Room& room,
@@ -469,7 +466,6 @@ class Layer {
     p.begin = begin;
     p.end = end;
     p.operand = room.operand;
-    p.flags = room.flags;
     p.masks = masks_of(call, room);
   }
 

@@ -8,6 +8,12 @@
 
 namespace fusedrnn::cuda {
 
+// A NaN becomes the usual one: what has all bits set stands for nothing (product.h).
+template <class A>
+FUSEDRNN_DEVICE A with_usual_nan(A x) {
+  return x == x ? x : static_cast<A>(__builtin_nanf(""));
+}
+
 template <class S>
 struct Exact {
   using Storage = S;
@@ -18,7 +24,7 @@ struct Exact {
   static Exact of(Precision) { return {}; }
   FUSEDRNN_DEVICE S state(S x) const { return x; }
   FUSEDRNN_DEVICE S storage(S x) const { return x; }
-  FUSEDRNN_DEVICE S operand(S x) const { return x; }
+  FUSEDRNN_DEVICE S operand(S x) const { return with_usual_nan(x); }
   // f(what multiplies fragments): nothing does here.
   template <class F>
   FUSEDRNN_DEVICE void with_mma(const F& f) const {
@@ -35,7 +41,9 @@ struct OnTensorFloat32 {
   static OnTensorFloat32 of(Precision) { return {}; }
   FUSEDRNN_DEVICE float state(float x) const { return x; }
   FUSEDRNN_DEVICE float storage(float x) const { return x; }
-  FUSEDRNN_DEVICE TensorFloat32 operand(float x) const { return to_tensor_float32(x); }
+  FUSEDRNN_DEVICE TensorFloat32 operand(float x) const {
+    return to_tensor_float32(with_usual_nan(x));
+  }
   template <class F>
   FUSEDRNN_DEVICE void with_mma(const F& f) const {
     f(MmaTensorFloat32{});

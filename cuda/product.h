@@ -45,6 +45,19 @@ FUSEDRNN_DEVICE Elements<E> elements(const Quad& quad) {
   return e;
 }
 
+// Operands that blocks exchange lie in memory in turn. Where one is not written yet,
+// words have all bits set, which is a NaN that no precision makes; a double has both.
+constexpr int operands_in_turn = 4;
+constexpr std::uint32_t nothing = 0xffffffff;
+// Is nothing where an element is not written, else less.
+template <class E>
+FUSEDRNN_DEVICE std::uint32_t fullest_word(const Quad& quad) {
+  const auto larger = [](std::uint32_t a, std::uint32_t b) { return a > b ? a : b; };
+  const auto [a, b, c, d] = quad.word;
+  if constexpr (sizeof(E) == 8) return larger(a & b, c & d);
+  return larger(larger(a, b), larger(c, d));
+}
+
 template <class P, int octets, int tiles>
 struct Product {
   using E = typename P::Operand;
@@ -53,17 +66,16 @@ struct Product {
   static constexpr int pairs = (octets + 1) / 2;
   static constexpr int rows = P::on_matrix_units ? 1 : 2;  // operand rows a lane reads
 
-  A sum[pairs][tiles][4];
+  // A warp that has but one sum for the matrix units, which take long, has it in two.
+  static constexpr int chains = P::on_matrix_units && pairs * tiles == 1 ? 2 : 1;
 
-  FUSEDRNN_DEVICE Product() {
+  A sums[chains][pairs][tiles][4] = {};
+
+  FUSEDRNN_DEVICE A sum(int pair, int tile, int i) const {
+    A sum = sums[0][pair][tile][i];
 #pragma unroll
-    for (int p = 0; p < pairs; ++p) {
-#pragma unroll
-      for (int t = 0; t < tiles; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[p][t][i] = 0;
-      }
-    }
+    for (int chain = 1; chain < chains; ++chain) sum += sums[chain][pair][tile][i];
+    return sum;
   }
 
   // The lane's quad of a block's first octet in packed weights of one group.
@@ -97,7 +109,7 @@ struct Product {
           for (int t = 0; t < tiles; ++t) {
             const Quad& of = operand[t][0];
             const std::uint32_t b[2] = {of.word[2 * half], of.word[2 * half + 1]};
-            mma(sum[p][t], a, b);
+            mma(sums[half % chains][p][t], a, b);
           }
         }
       }
@@ -110,7 +122,7 @@ struct Product {
 #pragma unroll
           for (int o = 0; o < octets; ++o) {
             const auto w = elements<E>(weights[o]);
-            A& to = sum[o / 2][t][o % 2 * 2 + r];
+            A& to = sums[0][o / 2][t][o % 2 * 2 + r];
 #pragma unroll
             for (int k = 0; k < Block::depth; ++k) {
               to = multiply_add(w.at[k], h.at[k], to);

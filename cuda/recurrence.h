@@ -6,11 +6,12 @@
 // (rows past their length, whose state stays). Who makes a part of the next step's
 // operand applies its before, so the product needs to know of nothing.
 //
-//   operand   (2, rows, segments, P), rows padded to whole row groups: turn n reads
-//             [n % 2] and writes the other. Forward one segment, h'; backward one for
-//             each gate, da of the recurrent part. Padding is finite.
-//   flags     (row groups, groups of units, tiles): n + 1 once that part of turn n's
-//             operand is written; 0 before the first turn
+//   operand   (4, rows, segments, P), rows padded to whole row groups: turn n reads
+//             [n % 4] and writes the next. Forward one segment, h'; backward one for
+//             each gate, da of the recurrent part. Padding is finite. In a grid a warp
+//             waits for what it reads to be written (product.h), and makers take back
+//             in turn n what they wrote for turn n - 2: all of the operand of turn n - 1
+//             has come, so nobody reads that any more.
 //   state     h and c forward, the gradients that pass the product by backward, (B, H),
 //             in place from launch to launch
 //   a_x       (times, B, gates, H) W x for the times of these turns, the earliest first
@@ -49,8 +50,9 @@ class Engine {
   static constexpr int group_units = 8 * unit_octets;
   static constexpr int chunks = segments * unit_octets;  // that a group makes for a row
   static constexpr int rows = 8 * tiles;
-  // Blocks of depth whose weights a warp can keep in registers: half of what it has.
-  static constexpr int held = 32 / octets;
+  static constexpr int own_quads = chunks * 8 * chunk_quads;  // that a warp makes
+  // Blocks of depth whose weights a warp can keep in half of its registers.
+  static constexpr int held = 32 / octets / 8 * 8;
 
   // Quads of packed weights, per group of units and in all.
   static constexpr index weight_quads(index padded) {
@@ -86,12 +88,10 @@ class Engine {
            stage_bytes(plan);
   }
 
-  FUSEDRNN_DEVICE Engine(P precision, const Plan& plan, const Quad* weights, E* operand,
-                         unsigned* flags)
+  FUSEDRNN_DEVICE Engine(P precision, const Plan& plan, const Quad* weights, E* operand)
       : precision_(precision),
         plan_(plan),
         operand_(operand),
-        flags_(flags),
         group_(thread() / 32 / plan.splits),
         split_(thread() / 32 % plan.splits),
         unit_group_(block_x() * plan.groups + group_),
@@ -104,11 +104,9 @@ class Engine {
     if constexpr (resident) {
 #pragma unroll
       for (int b = 0; b < held; ++b) {
-        const int segment = depth_blocks_ > 0 ? b / depth_blocks_ : segments;
-        held_at_[b] = segment < segments ? block_at(segment, b % depth_blocks_) : -1;
-        if (held_at_[b] >= 0) {
-          load_weights(weights_ + Sums::weight_quad(held_at_[b]), held_[b]);
-        }
+        if (b >= segments * depth_blocks_) continue;
+        const int block = block_at(b / depth_blocks_, b % depth_blocks_);
+        load_weights(weights_ + Sums::weight_quad(block), held_[b]);
       }
     }
     if (plan.on_chip) {
@@ -135,20 +133,19 @@ class Engine {
 
   FUSEDRNN_DEVICE void start(index row_group, index begin, index end) {
     row_group_ = row_group;
-    begin_ = begin;
     end_ = end;
     if (clustered_) {
-      // Nobody reads or sends any more of the row group before. Both operands are taken
-      // over, for their padding.
+      // Nobody reads or sends any more of the row group before. The operand after the
+      // first is written over, but for its padding.
       sync_cluster();
       const int quads = static_cast<int>(segments * plan_.P * index{sizeof(E)} / 16);
 #pragma unroll 1
-      for (int i = thread(); i < 2 * rows * quads; i += threads()) {
-        const int n = i / (rows * quads), row = i / quads % rows, quad = i % quads;
-        Quad* const to =
-            reinterpret_cast<Quad*>(shared_operand(n) + row * row_bytes(plan_));
-        to[quad] =
-            load_fresh(reinterpret_cast<const Quad*>(global_operand(n, row)) + quad);
+      for (int i = thread(); i < rows * quads; i += threads()) {
+        const int row = i / quads, byte = i % quads * 16;
+        const Quad value = load_exchanged(at_byte(global_operand(begin, row), byte));
+        for (const index n : {begin, begin + 1}) {
+          *at_byte(shared_operand(n), row * row_bytes(plan_) + byte) = value;
+        }
       }
       sync_cluster();
     } else {
@@ -159,23 +156,24 @@ class Engine {
   // The thread's item of the product of turn n; every thread of the block takes part.
   FUSEDRNN_DEVICE void multiply(index n, A (&sum)[pairs][4]) {
     Sums product;
-    if (!clustered_ && n > begin_) wait_for_makers(n);
+    if (plan_.exchange == Exchange::grid) take_back(n);
     precision_.with_mma([&](const auto& mma) {
       if (clustered_) {
-        add_blocks(product, mma, shared_operand(n), static_cast<int>(row_bytes(plan_)),
-                   [](const char* p) { return *reinterpret_cast<const Quad*>(p); });
+        add_blocks<false>(product, mma, shared_operand(n),
+                          static_cast<int>(row_bytes(plan_)));
       } else {
-        add_blocks(
-            product, mma, reinterpret_cast<const char*>(global_operand(n, 0)),
-            static_cast<int>(segments * plan_.P * index{sizeof(E)}),
-            [](const char* p) { return load_fresh(reinterpret_cast<const Quad*>(p)); });
+        add_blocks<true>(product, mma, global_operand(n, 0),
+                         static_cast<int>(segments * plan_.P * index{sizeof(E)}));
       }
     });
+    // Between what others wrote and what they shall see; and between taking back and
+    // sending, so that nobody finds what was there before.
+    if (plan_.exchange == Exchange::grid) fence();
     if (plan_.splits == 1) {
 #pragma unroll
       for (int p = 0; p < pairs; ++p) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum[p][i] = product.sum[p][0][i];
+        for (int i = 0; i < 4; ++i) sum[p][i] = product.sum(p, 0, i);
       }
       return;
     }
@@ -192,7 +190,7 @@ class Engine {
       for (int t = 0; t < tiles; ++t) {
         Four<A> own;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) own.at[i] = product.sum[p][t][i];
+        for (int i = 0; i < 4; ++i) own.at[i] = product.sum(p, t, i);
         *at(split_, p, t) = own;
       }
     }
@@ -221,28 +219,17 @@ class Engine {
   // Sends what the warp staged in turn n to those who need it in the next.
   FUSEDRNN_DEVICE void send(index n) {
     sync_warp();
-    const bool to_peers = clustered_ && n + 1 < end_;
     const Quad* const from = reinterpret_cast<const Quad*>(staging());
-    const int quads = chunks * 8 * chunk_quads;
+    if (clustered_ && n + 1 < end_) {
 #pragma unroll 1
-    for (int at = lane(); at < (to_peers ? blocks_x() : 1) * quads; at += 32) {
-      const int i = at % quads, peer = at / quads;
-      const int chunk = i / (8 * chunk_quads), row = i / chunk_quads % 8;
-      const index column = chunk / unit_octets * plan_.P +
-                           index{unit_group_} * group_units + chunk % unit_octets * 8;
-      const index byte = column * index{sizeof(E)} + i % chunk_quads * 16;
-      const int in_group = split_ * 8 + row;
-      if (to_peers) {
-        char* const to = shared_operand(n + 1) + in_group * row_bytes(plan_) + byte;
-        store_in_peer(reinterpret_cast<Quad*>(to), peer, from[i]);
-      } else {
-        char* const to = reinterpret_cast<char*>(global_operand(n + 1, in_group)) + byte;
-        *reinterpret_cast<Quad*>(to) = from[i];
+      for (int at = lane(); at < blocks_x() * own_quads; at += 32) {
+        const int i = at % own_quads, peer = at / own_quads;
+        char* const row = shared_operand(n + 1) + own_row(i) * row_bytes(plan_);
+        store_in_peer(at_byte(row, own_byte(i)), peer, from[i]);
       }
+    } else {
+      write_own(n + 1, [&](int i) { return from[i]; });
     }
-    if (plan_.exchange != Exchange::grid) return;
-    sync_warp();
-    if (lane() == 0) publish(flag(unit_group_, split_), static_cast<unsigned>(n + 1));
   }
 
   // The end of turn n, for every thread. What it writes for others than the next turn
@@ -259,20 +246,42 @@ class Engine {
     arrive_at_cluster();
     wait_for_cluster();
   }
-  FUSEDRNN_DEVICE E* global_operand(index n, index row_in_group) const {
+  FUSEDRNN_DEVICE char* global_operand(index n, index row_in_group) const {
     const index row = row_group_ * rows + row_in_group;
-    return operand_ + (n % 2 * plan_.row_groups * rows + row) * segments * plan_.P;
+    const index of = n % operands_in_turn * plan_.row_groups * rows + row;
+    return reinterpret_cast<char*>(operand_ + of * segments * plan_.P);
   }
   FUSEDRNN_DEVICE char* shared_operand(index n) const {
     return shared() + weight_bytes(plan_) + n % 2 * rows * row_bytes(plan_);
+  }
+  FUSEDRNN_DEVICE static Quad* at_byte(char* p, index byte) {
+    return reinterpret_cast<Quad*>(p + byte);
+  }
+  // The quads of an operand that the warp makes: their row in the row group, their place
+  // in the row.
+  FUSEDRNN_DEVICE int own_row(int i) const { return split_ * 8 + i / chunk_quads % 8; }
+  FUSEDRNN_DEVICE index own_byte(int i) const {
+    const int chunk = i / (8 * chunk_quads);
+    const index column = chunk / unit_octets * plan_.P +
+                         index{unit_group_} * group_units + chunk % unit_octets * 8;
+    return column * index{sizeof(E)} + i % chunk_quads * 16;
+  }
+  template <class F>
+  FUSEDRNN_DEVICE void write_own(index n, const F& value) const {
+#pragma unroll 1
+    for (int i = lane(); i < own_quads; i += 32) {
+      store_exchanged(at_byte(global_operand(n, own_row(i)), own_byte(i)), value(i));
+    }
+  }
+  FUSEDRNN_DEVICE void take_back(index n) const {
+    if (has_item()) {
+      write_own(n + 2, [](int) { return Quad{nothing, nothing, nothing, nothing}; });
+    }
   }
   FUSEDRNN_DEVICE E* staging() const {
     char* const all =
         shared() + weight_bytes(plan_) + operand_bytes(plan_) + partial_bytes(plan_);
     return reinterpret_cast<E*>(all) + (group_ * tiles + split_) * chunks * 64;
-  }
-  FUSEDRNN_DEVICE unsigned* flag(index unit_group, int tile) const {
-    return flags_ + (row_group_ * plan_.unit_groups + unit_group) * tiles + tile;
   }
 
   // The b-th of the warp's blocks of depth in a segment, among all of a group.
@@ -285,80 +294,95 @@ class Engine {
     for (int o = 0; o < octets; ++o) to[o] = block[o * Block::quads];
   }
 
-  // product += weights · operand over the warp's blocks of depth.
-  template <class Mma, class Load>
-  FUSEDRNN_DEVICE void add_blocks(Sums& product, const Mma& mma, const char* operand,
-                                  int row_size, const Load& load) const {
+  // product += weights · operand over the warp's blocks of depth. As much of the operand
+  // as registers have room for is asked for before the first product waits.
+  template <bool exchanged, class Mma>
+  FUSEDRNN_DEVICE void add_blocks(Sums& product, const Mma& mma, char* operand,
+                                  int row_size) const {
+    constexpr int fit = (exchanged && !resident ? 12 : 8) / (tiles * Sums::rows);
+    constexpr int together = fit < 1 ? 1 : fit;
+    static_assert(!resident || held % together == 0);
+    [[maybe_unused]] constexpr int unrolled = resident ? held : 1;
+    const Quad* const slice = plan_.on_chip ? reinterpret_cast<const Quad*>(shared()) +
+                                                  group_ * weight_quads(plan_.P)
+                                            : weights_;
     operand += Sums::operand_row() * row_size + Sums::operand_byte();
-    const auto read = [&](const char* at, Quad(&to)[tiles][Sums::rows]) {
-#pragma unroll
-      for (int t = 0; t < tiles; ++t) {
-#pragma unroll
-        for (int r = 0; r < Sums::rows; ++r) to[t][r] = load(at + (t * 8 + r) * row_size);
-      }
-    };
-    if constexpr (resident) {
-      // Everything is asked for before the first product waits.
-      constexpr int together = held < 8 ? held : 8;
-#pragma unroll
-      for (int first = 0; first < held; first += together) {
-        Quad h[together][tiles][Sums::rows] = {};
-#pragma unroll
-        for (int b = 0; b < together; ++b) {
-          const int at = first + b < held ? held_at_[first + b] : -1;
-          if (at >= 0) read(operand + at * Block::bytes, h[b]);
-        }
-#pragma unroll
-        for (int b = 0; b < together; ++b) {
-          if (first + b < held) product.add(mma, held_[first + b], h[b]);
-        }
-      }
-    } else {
-      [[maybe_unused]] constexpr int unrolled = tiles == 1 ? 4 : 1;
-      const Quad* const slice = plan_.on_chip ? reinterpret_cast<const Quad*>(shared()) +
-                                                    group_ * weight_quads(plan_.P)
-                                              : weights_;
-      for (int segment = 0; segment < segments; ++segment) {
-        const int first = block_at(segment, 0);
-        const Quad* of_weights = slice + Sums::weight_quad(first);
-        const char* at = operand + first * Block::bytes;
+    const int count = segments * depth_blocks_;
+    int segment = 0, in_segment = 0;
 #pragma unroll unrolled
-        for (int b = 0; b < depth_blocks_; ++b) {
-          Quad weights[octets], h[tiles][Sums::rows];
-          load_weights(of_weights, weights);
-          read(at, h);
-          product.add(mma, weights, h);
-          of_weights += octets * Block::quads;
-          at += Block::bytes;
+    for (int first = 0; first < (resident ? held : count); first += together) {
+      int block[together];  // or -1
+#pragma unroll
+      for (int b = 0; b < together; ++b) {
+        block[b] = -1;
+        if (first + b >= count) continue;
+        block[b] = block_at(segment, in_segment);
+        if (++in_segment == depth_blocks_) {
+          in_segment = 0;
+          ++segment;
+        }
+      }
+      // Weights are asked for a block ahead.
+      Quad weights[2][octets], h[together][tiles][Sums::rows] = {};
+      const auto ask = [&](int b) {
+        if (!resident && b < together && block[b] >= 0) {
+          load_weights(slice + Sums::weight_quad(block[b]), weights[b % 2]);
+        }
+      };
+      ask(0);
+      const auto for_each_quad = [&](const auto& f) {
+#pragma unroll
+        for (int b = 0; b < together; ++b) {
+#pragma unroll
+          for (int t = 0; t < tiles; ++t) {
+#pragma unroll
+            for (int r = 0; r < Sums::rows; ++r) {
+              const int byte = (t * 8 + r) * row_size + block[b] * Block::bytes;
+              f(block[b] >= 0, at_byte(operand, byte), h[b][t][r]);
+            }
+          }
+        }
+      };
+      for_each_quad([](bool exists, const Quad* from, Quad& to) {
+        if (exists) to = exchanged ? load_exchanged(from) : *from;
+      });
+      if constexpr (exchanged) {
+        // What is not there is asked for anew, all of it before any is looked at.
+        wait_until([&] {
+          std::uint32_t fullest = 0;
+          for_each_quad([&](bool, const Quad*, const Quad& of) {
+            const std::uint32_t word = fullest_word<E>(of);
+            fullest = word > fullest ? word : fullest;
+          });
+          if (fullest != nothing) return true;
+          for_each_quad([](bool, const Quad* from, Quad& to) {
+            if (fullest_word<E>(to) == nothing) to = load_exchanged(from);
+          });
+          return false;
+        });
+      }
+#pragma unroll
+      for (int b = 0; b < together; ++b) {
+        ask(b + 1);
+        if (block[b] < 0) continue;
+        if constexpr (resident) {
+          product.add(mma, held_[first + b], h[b]);
+        } else {
+          product.add(mma, weights[b % 2], h[b]);
         }
       }
     }
-  }
-
-  // Waits for the makers of the units that the warp's blocks of depth cover.
-  FUSEDRNN_DEVICE void wait_for_makers(index n) const {
-    const int first = first_ * Block::depth / group_units;
-    const int end = (first_ + depth_blocks_) * Block::depth;
-    int last = (end + group_units - 1) / group_units;
-    if (last > plan_.unit_groups) last = plan_.unit_groups;
-#pragma unroll 1
-    for (int i = first * tiles + lane(); i < last * tiles; i += 32) {
-      wait_for(flag(i / tiles, i % tiles), static_cast<unsigned>(n));
-    }
-    sync_warp();
   }
 
   const P precision_;
   const Plan& plan_;
   E* const operand_;
-  unsigned* const flags_;
   const int group_, split_, unit_group_;
   const bool clustered_;
   const Quad* weights_;
   int first_, depth_blocks_;  // of a segment
-  index row_group_ = 0, begin_ = 0, end_ = 0;
+  index row_group_ = 0, end_ = 0;
   Quad held_[resident ? held : 1][octets] = {};
-  int held_at_[resident ? held : 1];
 };
 
 // What both directions know of a layer.
@@ -374,12 +398,11 @@ struct Recurrence : Sizes {
   index begin, end;
   const Quad* weights;
   E* operand;
-  unsigned* flags;
   Masks masks;
 
   template <class Engine, class F>
   FUSEDRNN_DEVICE void for_each_row_group(const F& f) const {
-    Engine engine(precision, plan, weights, operand, flags);
+    Engine engine(precision, plan, weights, operand);
     for (index group = block_y(); group < plan.row_groups; group += blocks_y()) {
       engine.start(group, begin, end);
       f(engine);

@@ -92,8 +92,9 @@ struct PackBias {
   }
 };
 
-// What turn 0 finds: its operand (the state that enters it, or nothing backward),
-// padding, flags, and the state where the recurrence keeps it.
+// What turn 0 finds: its operand (the state that enters it, or nothing backward), those
+// of the turns after it, unwritten but for padding that nobody writes, and the state
+// where the recurrence keeps it.
 template <class P>
 struct Prepare : Sizes {
   using E = typename P::Operand;
@@ -102,21 +103,24 @@ struct Prepare : Sizes {
   P precision;
   const A *from, *c_from;  // h0, c0 or their like; null: zeros
   A *state, *c_state;      // null where the cell has none
-  E* operand;              // (2, rows, width)
-  index rows, width;
+  E* operand;              // (operands_in_turn, rows, segments, padded)
+  index rows, segments, padded;
+  index made;       // units of a segment that are written
   bool with_state;  // whether the operand of turn 0 is that state
-  unsigned* flags;
-  index flag_count;
   Masks masks;
 
   FUSEDRNN_DEVICE void operator()() const {
-    for_each(2 * rows * width, [&](index i) {
-      const index row = i / width, column = i % width;
-      const bool real = with_state && from && row < B && column < H;
+    const index width = segments * padded, size = rows * width;
+    for_each(operands_in_turn * size, [&](index i) {
+      const index row = i / width, unit = i % padded;
+      if (i >= size && unit < made) {
+        __builtin_memset(operand + i, nothing & 0xff, sizeof(E));
+        return;
+      }
+      const bool real = i < size && with_state && from && row < B && unit < H;
       const bool is_reset = real && T > 0 && masks.is_reset(time(0), row);
-      operand[i] = precision.operand(real && !is_reset ? from[row * H + column] : A{0});
+      operand[i] = precision.operand(real && !is_reset ? from[row * H + unit] : A{0});
     });
-    for_each(flag_count, [&](index i) { flags[i] = 0; });
     for_each(B * H, [&](index i) {
       state[i] = from ? from[i] : A{0};
       if (c_state) c_state[i] = c_from ? c_from[i] : A{0};

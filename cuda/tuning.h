@@ -6,7 +6,7 @@
 // depth. Per step they exchange the operand in one of three ways:
 //
 //   cluster   through each other's shared memory, meeting at the cluster's barrier
-//   grid      through L2, each warp waiting for those who made what it reads
+//   grid      through L2, each warp waiting for what it reads to be there
 //   step      through the end of a launch: one for each step, many to a graph
 #pragma once
 
@@ -68,7 +68,7 @@ struct Work {
 struct Costs {
   double cluster_alone = 100;     // a cluster of one block meets
   double cluster_meets = 600;     // of several
-  double grid_meets = 1800;       // through L2
+  double grid_meets = 900;        // through L2
   double step_launch = 4000;      // a launch for each step
   double step_ends = 300;         // partial sums and cell
   double shared_bytes = 128;      // per cycle

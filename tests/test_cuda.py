@@ -268,6 +268,26 @@ def test_exchanges_give_the_same_bits(precision: str) -> None:
         assert_same_bits(run(exchange), expected)
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_no_nan_is_taken_for_nothing(precision: str, exchange: str) -> None:
+    """Blocks wait until words have not all bits set, which a state that is NaN may have."""
+    wish(exchange=exchange, tiles=1)
+    values = arguments(CELLS["gru"], Sizes(6, 4, 2, 20))
+    values["h0"][1:3] = np.uint64(2**64 - 1).view(np.float64)
+    given = put(values, precision)
+    if precision != "float64":
+        bits = given["h0"].numpy().view(np.uint32)
+        bits[1:3] = 2**32 - 1
+        given["h0"] = cuda.array(bits.view(np.float32))
+    mode = "tf32" if precision == "tf32" else "exact"
+    (y, h_n), pullback = fr.gru_vjp(**given, precision=mode, lengths=np.array([6, 6, 0, 2]))
+    dx = pullback(y, h_n).x
+    assert np.isnan(h_n.numpy()).any(axis=1).tolist() == [False, True, True, False]
+    for a in (y, dx):
+        is_nan = np.isnan(a.numpy().astype(np.float32)).any(axis=(0, 2))
+        assert is_nan.tolist() == [False, True, False, False]
+
+
 def test_unbatched_is_a_batch_of_one(cell: Cell) -> None:
     values = arguments(cell, Sizes(5, 1, 3, 18), np.float32)
     alone = {k: v[..., 0, :] if k in ("x", "h0", "c0") else v for k, v in values.items()}

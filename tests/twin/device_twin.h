@@ -33,10 +33,13 @@ inline void store_in_peer(Quad* p, int rank, const Quad& value) {
 }
 
 inline Quad load_constant(const Quad* p) { return *p; }
-inline Quad load_fresh(const Quad* p) { return *p; }
-inline void publish(unsigned* flag, unsigned value) { *flag = value; }
-inline void wait_for(const unsigned* flag, unsigned value) {
-  while (static_cast<int>(*flag - value) < 0) twin::yield_waiting();
+inline Quad load_exchanged(const Quad* p) { return *p; }
+inline void store_exchanged(Quad* p, const Quad& value) { *p = value; }
+inline void fence() {}
+template <class F>
+void wait_until(const F& ready) {
+  while (!ready()) twin::yield_waiting();
+  sync_warp();
 }
 
 // Halves by hand: not every host has them.
