@@ -4,11 +4,16 @@
 //
 //   thread(), block_x(), blocks_x(), …  the thread in its block, the block in its grid
 //   shared()                 the block's dynamic shared memory
-//   store_in_peer(p, rank)   the same place of it in block `rank` of the cluster, which
-//   is
-//                            all blocks of one y
-//   sync_warp(), sync_block(), arrive_at_cluster() and then wait_for_cluster()
-//                            barriers; what was written before is seen after
+//   sync_warp(), sync_block(), sync_cluster()
+//                            barriers; what was written before is seen after. A cluster
+//                            is all blocks of one y
+//   store_in_peer(p, rank, value, arrivals)
+//                            16 bytes at the same place of shared memory in block `rank`
+//                            of the cluster, some time, and then 16 to its `arrivals`
+//   clear(arrivals)          by one thread, before a sync_cluster()
+//   expect(arrivals, bytes)  by one thread, once in each round: a round ends when it has
+//                            been told how much must come and all that has come
+//   wait_for(arrivals, odd)  the end of a round, numbered from 0, by whole warps
 //   load_constant(p)         16 bytes that nobody writes
 //   load_exchanged(p), store_exchanged(p, value)
 //                            16 bytes that blocks exchange through L2, each 8 of them at
@@ -44,6 +49,11 @@ struct TensorFloat32 {
   float value;
 };
 
+// Bytes that the peers of a cluster send, counted in shared memory.
+struct alignas(8) Arrivals {
+  std::uint32_t state[2];
+};
+
 }  // namespace fusedrnn::cuda
 
 #ifndef __CUDACC__
@@ -71,26 +81,61 @@ FUSEDRNN_DEVICE void sync_warp() { __syncwarp(); }
 FUSEDRNN_DEVICE void sync_block() { __syncthreads(); }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-FUSEDRNN_DEVICE void arrive_at_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+FUSEDRNN_DEVICE std::uint32_t shared_address(const void* p) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
-FUSEDRNN_DEVICE void wait_for_cluster() {
+FUSEDRNN_DEVICE std::uint32_t in_peer(const void* p, int rank) {
+  std::uint32_t peer;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(peer)
+      : "r"(shared_address(p)), "r"(rank));
+  return peer;
+}
+FUSEDRNN_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-FUSEDRNN_DEVICE void store_in_peer(Quad* p, int rank, const Quad& value) {
-  const auto own = static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
-  std::uint32_t peer;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(own), "r"(rank));
-  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(peer),
-               "r"(value.word[0]), "r"(value.word[1]), "r"(value.word[2]),
-               "r"(value.word[3])
+FUSEDRNN_DEVICE void store_in_peer(Quad* p, int rank, const Quad& value, Arrivals* a) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+      "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(in_peer(p, rank)),
+      "r"(value.word[0]), "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3]),
+      "r"(in_peer(a, rank))
+      : "memory");
+}
+FUSEDRNN_DEVICE void clear(Arrivals* a) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(a))
+               : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+FUSEDRNN_DEVICE void expect(Arrivals* a, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   shared_address(a)),
+               "r"(bytes)
                : "memory");
 }
+FUSEDRNN_DEVICE void wait_for(Arrivals* a, bool odd) {
+  std::uint32_t done;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred complete;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, complete;\n"
+        "}"
+        : "=r"(done)
+        : "r"(shared_address(a)), "r"(static_cast<std::uint32_t>(odd))
+        : "memory");
+  } while (!done);
+  __syncwarp();
+}
 #else
-// Before Hopper a cluster is one block.
-FUSEDRNN_DEVICE void arrive_at_cluster() {}
-FUSEDRNN_DEVICE void wait_for_cluster() { __syncthreads(); }
-FUSEDRNN_DEVICE void store_in_peer(Quad* p, int, const Quad& value) { *p = value; }
+// Before Hopper a cluster is one block, which has no peers.
+FUSEDRNN_DEVICE void sync_cluster() { __syncthreads(); }
+FUSEDRNN_DEVICE void store_in_peer(Quad*, int, const Quad&, Arrivals*) {}
+FUSEDRNN_DEVICE void clear(Arrivals*) {}
+FUSEDRNN_DEVICE void expect(Arrivals*, int) {}
+FUSEDRNN_DEVICE void wait_for(Arrivals*, bool) {}
 #endif
 
 FUSEDRNN_DEVICE Quad load_constant(const Quad* p) {

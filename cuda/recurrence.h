@@ -63,7 +63,7 @@ class Engine {
   }
 
   // A block's shared memory: its weights, two operands, two sets of partial sums,
-  // staging.
+  // staging, what has arrived of the two operands.
   static constexpr index weight_bytes(const Plan& plan) {
     return plan.on_chip ? plan.groups * weight_quads(plan.P) * 16 : 0;
   }
@@ -85,7 +85,7 @@ class Engine {
   }
   static constexpr index shared_bytes(const Plan& plan) {
     return weight_bytes(plan) + operand_bytes(plan) + partial_bytes(plan) +
-           stage_bytes(plan);
+           stage_bytes(plan) + 2 * index{sizeof(Arrivals)};
   }
 
   FUSEDRNN_DEVICE Engine(P precision, const Plan& plan, const Quad* weights, E* operand)
@@ -95,7 +95,8 @@ class Engine {
         group_(thread() / 32 / plan.splits),
         split_(thread() / 32 % plan.splits),
         unit_group_(block_x() * plan.groups + group_),
-        clustered_(plan.exchange == Exchange::cluster) {
+        clustered_(plan.exchange == Exchange::cluster),
+        has_peers_(clustered_ && blocks_x() > 1) {
     const index blocks = plan.P / Block::depth;
     first_ = static_cast<int>(blocks * split_ / plan.splits);
     depth_blocks_ = static_cast<int>(blocks * (split_ + 1) / plan.splits) - first_;
@@ -108,6 +109,10 @@ class Engine {
         const int block = block_at(b / depth_blocks_, b % depth_blocks_);
         load_weights(weights_ + Sums::weight_quad(block), held_[b]);
       }
+    }
+    if (has_peers_ && thread() == 0) {
+      clear(arrivals(0));
+      clear(arrivals(1));
     }
     if (plan.on_chip) {
       const int own = block_x() * plan.groups, left = plan.unit_groups - own;
@@ -133,6 +138,7 @@ class Engine {
 
   FUSEDRNN_DEVICE void start(index row_group, index begin, index end) {
     row_group_ = row_group;
+    begin_ = begin;
     end_ = end;
     if (clustered_) {
       // Nobody reads or sends any more of the row group before. The operand after the
@@ -156,6 +162,7 @@ class Engine {
   // The thread's item of the product of turn n; every thread of the block takes part.
   FUSEDRNN_DEVICE void multiply(index n, A (&sum)[pairs][4]) {
     Sums product;
+    if (clustered_ && n > begin_) receive(n);
     if (plan_.exchange == Exchange::grid) take_back(n);
     precision_.with_mma([&](const auto& mma) {
       if (clustered_) {
@@ -225,27 +232,19 @@ class Engine {
       for (int at = lane(); at < blocks_x() * own_quads; at += 32) {
         const int i = at % own_quads, peer = at / own_quads;
         char* const row = shared_operand(n + 1) + own_row(i) * row_bytes(plan_);
-        store_in_peer(at_byte(row, own_byte(i)), peer, from[i]);
+        Quad* const to = at_byte(row, own_byte(i));
+        if (has_peers_) {
+          store_in_peer(to, peer, from[i], arrivals(n + 1));
+        } else {
+          *to = from[i];
+        }
       }
     } else {
       write_own(n + 1, [&](int i) { return from[i]; });
     }
   }
 
-  // The end of turn n, for every thread. What it writes for others than the next turn
-  // stands between the two, where nobody waits for it.
-  FUSEDRNN_DEVICE void arrive(index n) const {
-    if (clustered_ && n + 1 < end_) arrive_at_cluster();
-  }
-  FUSEDRNN_DEVICE void wait(index n) const {
-    if (clustered_ && n + 1 < end_) wait_for_cluster();
-  }
-
  private:
-  FUSEDRNN_DEVICE static void sync_cluster() {
-    arrive_at_cluster();
-    wait_for_cluster();
-  }
   FUSEDRNN_DEVICE char* global_operand(index n, index row_in_group) const {
     const index row = row_group_ * rows + row_in_group;
     const index of = n % operands_in_turn * plan_.row_groups * rows + row;
@@ -272,6 +271,19 @@ class Engine {
     for (int i = lane(); i < own_quads; i += 32) {
       store_exchanged(at_byte(global_operand(n, own_row(i)), own_byte(i)), value(i));
     }
+  }
+  FUSEDRNN_DEVICE Arrivals* arrivals(index n) const {
+    const index bytes = shared_bytes(plan_) - (2 - n % 2) * index{sizeof(Arrivals)};
+    return reinterpret_cast<Arrivals*>(shared() + bytes);
+  }
+  // Waits for all of the operand of turn n, for every thread. A warp without units, which
+  // nobody waits for, could come so late that it took one round for another.
+  FUSEDRNN_DEVICE void receive(index n) {
+    if (!has_peers_) return sync_block();
+    if (thread() == 0) expect(arrivals(n), plan_.unit_groups * tiles * own_quads * 16);
+    if (!has_units()) return;
+    wait_for(arrivals(n), rounds_ >> n % 2 & 1);
+    rounds_ ^= 1u << n % 2;
   }
   FUSEDRNN_DEVICE void take_back(index n) const {
     if (has_item()) {
@@ -378,10 +390,11 @@ class Engine {
   const Plan& plan_;
   E* const operand_;
   const int group_, split_, unit_group_;
-  const bool clustered_;
+  const bool clustered_, has_peers_;
   const Quad* weights_;
   int first_, depth_blocks_;  // of a segment
-  index row_group_ = 0, end_ = 0;
+  index row_group_ = 0, begin_ = 0, end_ = 0;
+  unsigned rounds_ = 0;  // of arrivals: bit n % 2 is whether that of turn n is odd
   Quad held_[resident ? held : 1][octets] = {};
 };
 
@@ -539,14 +552,12 @@ struct ForwardRecurrence : Recurrence<P> {
         }
         if (n + 1 < T) engine.send(n);
       }
-      engine.arrive(n);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (!real[r]) continue;
         store(n, t, first_row + r, unit, active[r], v[r], h_now[r], c_now[r]);
       }
       if (n + 1 < end) ask(n + 1);
-      engine.wait(n);
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -654,7 +665,6 @@ struct BackwardRecurrence : Recurrence<P> {
         }
         if (is_step) engine.send(n);
       }
-      engine.arrive(n);
 #pragma unroll
       for (int o = 0; o < octets; ++o) {
 #pragma unroll
@@ -666,7 +676,6 @@ struct BackwardRecurrence : Recurrence<P> {
         }
       }
       if (n + 1 < end) ask(n + 1);
-      engine.wait(n);
     }
 #pragma unroll
     for (int o = 0; o < octets; ++o) {

@@ -67,7 +67,7 @@ struct Work {
 // the CUDA programming guide and published measurements of Hopper, not yet our own.
 struct Costs {
   double cluster_alone = 100;     // a cluster of one block meets
-  double cluster_meets = 600;     // of several
+  double cluster_meets = 400;     // of several
   double grid_meets = 900;        // through L2
   double step_launch = 4000;      // a launch for each step
   double step_ends = 300;         // partial sums and cell

@@ -22,14 +22,30 @@ inline twin::Warp& own_warp() {
 }
 inline void sync_warp() { own_warp().barrier.meet(); }
 inline void sync_block() { twin::here().block->barrier.meet(); }
-inline void arrive_at_cluster() { twin::here().block->cluster->barrier.arrive(); }
-inline void wait_for_cluster() { twin::here().block->cluster->barrier.wait(); }
+inline void sync_cluster() { twin::here().block->cluster->barrier.meet(); }
 
-inline void store_in_peer(Quad* p, int rank, const Quad& value) {
-  twin::Block& peer =
-      *twin::here().block->cluster->blocks[static_cast<std::size_t>(rank)];
-  const auto offset = reinterpret_cast<char*>(p) - shared();
-  *reinterpret_cast<Quad*>(peer.shared.data() + offset) = value;
+// Of Arrivals: the round times two, and one more once it is told what must come; bytes
+// that have yet to come, or less than none.
+inline void count(Arrivals* a, bool told, int bytes) {
+  a->state[0] += told;
+  a->state[1] += static_cast<std::uint32_t>(bytes);
+  a->state[0] += a->state[0] % 2 == 1 && a->state[1] == 0;
+}
+inline void clear(Arrivals* a) { *a = {}; }
+inline void expect(Arrivals* a, int bytes) { count(a, true, bytes); }
+inline void wait_for(const Arrivals* a, bool odd) {
+  while (a->state[0] / 2 % 2 == odd) twin::yield_waiting();
+  sync_warp();
+}
+inline void store_in_peer(Quad* p, int rank, const Quad& value, Arrivals* arrivals) {
+  const auto peer = static_cast<std::size_t>(rank);
+  char* const there = twin::here().block->cluster->blocks[peer]->shared.data();
+  const auto in_peer = [&](auto* own) {
+    return reinterpret_cast<decltype(own)>(there +
+                                           (reinterpret_cast<char*>(own) - shared()));
+  };
+  *in_peer(p) = value;
+  count(in_peer(arrivals), false, -static_cast<int>(sizeof(value)));
 }
 
 inline Quad load_constant(const Quad* p) { return *p; }

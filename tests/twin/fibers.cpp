@@ -25,8 +25,8 @@ struct Fiber {
   bool started = false;
   char* stack;
   Here here;
-  bool done = false;
-  const Barrier* waits = nullptr;  // for this barrier's round to end
+  bool done = false, slow = false;
+  const Barrier* waits = nullptr;  // for all to meet here
   void* fake_stack = nullptr;      // AddressSanitizer's
 };
 
@@ -101,7 +101,8 @@ std::unique_ptr<Fiber> new_fiber(const Here& at) {
   return fiber;
 }
 
-// Until all are done, a random one of those that can run.
+// Until all are done, a random one of those that can run; those of some warps much more
+// seldom than others.
 void run_all(std::vector<std::unique_ptr<Fiber>>& fibers, std::mt19937& random) {
   std::vector<Fiber*> ready;
   for (const auto& fiber : fibers) ready.push_back(fiber.get());
@@ -111,7 +112,8 @@ void run_all(std::vector<std::unique_ptr<Fiber>>& fibers, std::mt19937& random) 
       std::fprintf(stderr, "twin: a barrier waits for threads that never come\n");
       std::abort();
     }
-    const std::size_t at = random() % ready.size();
+    std::size_t at = random() % ready.size();
+    while (ready[at]->slow && random() % 8 != 0) at = random() % ready.size();
     Fiber* const fiber = ready[at];
     ready[at] = ready.back();
     ready.pop_back();
@@ -140,11 +142,14 @@ std::vector<std::pair<const Barrier*, Fiber*>> waiting;
 
 }  // namespace
 
-void Barrier::arrive() {
-  running->here.arrived = round_;
-  if (++arrived_ < members_) return;
+void Barrier::meet() {
+  if (++arrived_ < members_) {
+    running->waits = this;
+    waiting.emplace_back(this, running);
+    to_scheduler(false);
+    return;
+  }
   arrived_ = 0;
-  ++round_;
   std::size_t kept = 0;
   for (const auto& entry : waiting) {
     if (entry.first == this) {
@@ -154,13 +159,6 @@ void Barrier::arrive() {
     }
   }
   waiting.resize(kept);
-}
-
-void Barrier::wait() {
-  if (running->here.arrived != round_) return;
-  running->waits = this;
-  waiting.emplace_back(this, running);
-  to_scheduler(false);
 }
 
 Block::Block(int x_, int y_, int threads, std::size_t shared_bytes)
@@ -199,9 +197,12 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
                      : std::min<std::size_t>(blocks_at_a_time, blocks.size() - next);
     std::vector<std::unique_ptr<Fiber>> fibers;
     for (std::size_t b = next; b < next + count; ++b) {
+      bool slow = false;
       for (int t = 0; t < grid.threads; ++t) {
+        if (t % 32 == 0) slow = random() % 4 == 0;
         fibers.push_back(
-            new_fiber({blocks[b], t, grid.threads, grid.blocks_x, grid.blocks_y, 0, 0}));
+            new_fiber({blocks[b], t, grid.threads, grid.blocks_x, grid.blocks_y, 0}));
+        fibers.back()->slow = slow;
       }
     }
     run_all(fibers, random);

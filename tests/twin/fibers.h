@@ -1,8 +1,8 @@
 // Threads of a grid as fibers of one CPU thread: the kernels of cuda/ compile for the
 // host against device_twin.h, which is written over this. A test tool: it finds wrong
 // indices (with AddressSanitizer), missing barriers and hand-shakes that depend on an
-// order, for it takes the fibers in an order drawn from a seed; it says nothing of time,
-// and it does not reorder a thread's own accesses.
+// order, for it takes the fibers in an order drawn from a seed, where some warps are
+// slow; it says nothing of time, and it does not reorder a thread's own accesses.
 //
 // A fiber runs until it waits. Shared memory of every block starts as NaN.
 #pragma once
@@ -19,16 +19,10 @@ namespace twin {
 class Barrier {
  public:
   explicit Barrier(int members) : members_(members) {}
-  void meet() {
-    arrive();
-    wait();
-  }
-  void arrive();
-  void wait();  // for the round that the fiber arrived in
+  void meet();
 
  private:
   int members_, arrived_ = 0;
-  unsigned round_ = 0;
 };
 
 struct Warp {
@@ -60,7 +54,6 @@ struct Here {
   Block* block;
   int thread, threads, blocks_x, blocks_y;
   unsigned products;  // of the matrix unit, so far
-  unsigned arrived;   // in this round of a barrier
 };
 Here& here();
 
