@@ -84,23 +84,21 @@ FUSEDRNN_DEVICE void sync_block() { __syncthreads(); }
 FUSEDRNN_DEVICE std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
-FUSEDRNN_DEVICE std::uint32_t in_peer(const void* p, int rank) {
-  std::uint32_t peer;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(peer)
-      : "r"(shared_address(p)), "r"(rank));
-  return peer;
-}
 FUSEDRNN_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 FUSEDRNN_DEVICE void store_in_peer(Quad* p, int rank, const Quad& value, Arrivals* a) {
+  std::uint32_t arrivals;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(arrivals)
+      : "r"(shared_address(a)), "r"(rank));
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
-      "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(in_peer(p, rank)),
+      "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(arrivals + shared_address(p) -
+                                            shared_address(a)),
       "r"(value.word[0]), "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3]),
-      "r"(in_peer(a, rank))
+      "r"(arrivals)
       : "memory");
 }
 FUSEDRNN_DEVICE void clear(Arrivals* a) {

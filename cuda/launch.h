@@ -5,6 +5,7 @@
 
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include "runtime.h"
 #include "tuning.h"
@@ -73,8 +74,9 @@ cudaError_t allow(int ordinal) {
 }
 
 // Launches of one kernel, each after the end of the one before, as a graph: the driver is
-// handed all of them at once. A device keeps its graph and gives it other arguments for
-// each use, which what is queued already does not see.
+// handed all of them at once. A stream keeps its graph and gives it other arguments for
+// each use, which what is queued already does not see. (Uses of a graph wait for each
+// other, so streams must not share one.)
 template <class Kernel>
 class Chain {
  public:
@@ -137,12 +139,13 @@ void launch_in_turn(index count, const F& of, const Launch& shape, Stream stream
   for (index i = 0; i < alone; ++i) launch(of(i), shape, stream);
   if (alone == count) return;
   static std::mutex mutex;
-  static std::map<int, Chain> chains;
+  static std::map<std::pair<int, Stream>, Chain> chains;
   const std::lock_guard lock(mutex);
   const int ordinal = current_device();
   check(detail::allow<Kernel>(ordinal), "attributes of a kernel");
+  Chain& chain = chains[{ordinal, stream}];
   for (index first = alone; first < count; first += Chain::length) {
-    chains[ordinal].launch([&](int i) { return of(first + i); }, shape, stream);
+    chain.launch([&](int i) { return of(first + i); }, shape, stream);
   }
 }
 

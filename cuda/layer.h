@@ -328,8 +328,9 @@ class Layer {
         plan.shared_bytes = backward ? Mirror::Engine::shared_bytes(plan)
                                      : Kernel::Engine::shared_bytes(plan);
         if (plan.shared_bytes > gpu.shared_bytes) return;
-        int at_once = gpu.multiprocessors / plan.blocks_x;
-        if (at_once < 1) at_once = 1;
+        // Row groups, or single blocks of a step.
+        int at_once = gpu.multiprocessors;
+        if (plan.exchange == Exchange::grid) at_once /= plan.blocks_x;
         if (plan.exchange == Exchange::cluster) {
           const Launch shape = shape_of(plan);
           at_once = plan.blocks_x == 1 ? gpu.multiprocessors

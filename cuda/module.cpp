@@ -345,6 +345,8 @@ class Kernel {
     told["threads"] = plan.threads();
     told["warps to a group of units"] = plan.splits;
     told["weights"] = plan.resident ? "registers" : plan.on_chip ? "shared memory" : "L2";
+    const bool shares = plan.exchange == Exchange::cluster || plan.staged;
+    told["operand"] = shares ? "shared memory" : "L2";
     told["shared bytes"] = plan.shared_bytes;
     told["launches"] = plan.exchange == Exchange::step ? T + (backward ? 1 : 0) : 1;
     return told;
@@ -573,11 +575,13 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.def(
       "wish",
-      [](int exchange, int tiles, int resident, int groups, int splits, int blocks_x) {
-        wish = {exchange, tiles, resident, groups, splits, blocks_x};
+      [](int exchange, int tiles, int resident, int staged, int groups, int splits,
+         int blocks_x) {
+        wish = {exchange, tiles, resident, staged, groups, splits, blocks_x};
       },
       py::arg("exchange") = -1, py::arg("tiles") = 0, py::arg("resident") = -1,
-      py::arg("groups") = 0, py::arg("splits") = 0, py::arg("blocks_x") = 0);
+      py::arg("staged") = -1, py::arg("groups") = 0, py::arg("splits") = 0,
+      py::arg("blocks_x") = 0);
   m.def("cells", [] {
     py::list names;
     for (const CellEntry* cell : cells()) names.append(std::string(cell->name));

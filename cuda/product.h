@@ -90,10 +90,10 @@ struct Product {
     return P::on_matrix_units ? lane() % 4 * 16 : 0;
   }
 
-  // One block of depth.
+  // One block of depth: tiles × rows quads of the operand.
   template <class Mma>
   FUSEDRNN_DEVICE void add([[maybe_unused]] const Mma& mma, const Quad (&weights)[octets],
-                           const Quad (&operand)[tiles][rows]) {
+                           const Quad* operand) {
     if constexpr (P::on_matrix_units) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -107,7 +107,7 @@ struct Product {
                                       odd ? other.word[2 * half + 1] : 0};
 #pragma unroll
           for (int t = 0; t < tiles; ++t) {
-            const Quad& of = operand[t][0];
+            const Quad& of = operand[t];
             const std::uint32_t b[2] = {of.word[2 * half], of.word[2 * half + 1]};
             mma(sums[half % chains][p][t], a, b);
           }
@@ -118,7 +118,7 @@ struct Product {
       for (int t = 0; t < tiles; ++t) {
 #pragma unroll
         for (int r = 0; r < rows; ++r) {
-          const auto h = elements<E>(operand[t][r]);
+          const auto h = elements<E>(operand[t * rows + r]);
 #pragma unroll
           for (int o = 0; o < octets; ++o) {
             const auto w = elements<E>(weights[o]);

@@ -10,8 +10,8 @@
 //             [n % 4] and writes the next. Forward one segment, h'; backward one for
 //             each gate, da of the recurrent part. Padding is finite. In a grid a warp
 //             waits for what it reads to be written (product.h), and makers take back
-//             in turn n what they wrote for turn n - 2: all of the operand of turn n - 1
-//             has come, so nobody reads that any more.
+//             in turn n what they wrote for turn n - 1: all of the operand of turn n has
+//             come, so nobody reads that any more.
 //   state     h and c forward, the gradients that pass the product by backward, (B, H),
 //             in place from launch to launch
 //   a_x       (times, B, gates, H) W x for the times of these turns, the earliest first
@@ -62,8 +62,8 @@ class Engine {
     return ceil_div(H, group_units) * weight_quads(padded_units(H));
   }
 
-  // A block's shared memory: its weights, two operands, two sets of partial sums,
-  // staging, what has arrived of the two operands.
+  // A block's shared memory: its weights, one or two operands, two sets of partial sums,
+  // staging, what has arrived of two operands.
   static constexpr index weight_bytes(const Plan& plan) {
     return plan.on_chip ? plan.groups * weight_quads(plan.P) * 16 : 0;
   }
@@ -71,8 +71,15 @@ class Engine {
   static constexpr index row_bytes(const Plan& plan) {
     return round_up(segments * plan.P * index{sizeof(E)}, 128) + Block::bytes;
   }
+  static constexpr bool shares_operand(const Plan& plan) {
+    return plan.exchange == Exchange::cluster || (!resident && plan.staged);
+  }
+  // One is enough where all warps meet after the product.
+  static constexpr int operands(const Plan& plan) {
+    return plan.exchange == Exchange::cluster || plan.splits == 1 ? 2 : 1;
+  }
   static constexpr index operand_bytes(const Plan& plan) {
-    return plan.exchange == Exchange::cluster ? 2 * rows * row_bytes(plan) : 0;
+    return shares_operand(plan) ? operands(plan) * rows * row_bytes(plan) : 0;
   }
   static constexpr index partial_count(const Plan& plan) {
     return plan.splits > 1 ? index{plan.groups} * plan.splits * pairs * tiles * 32 : 0;
@@ -162,10 +169,11 @@ class Engine {
   // The thread's item of the product of turn n; every thread of the block takes part.
   FUSEDRNN_DEVICE void multiply(index n, A (&sum)[pairs][4]) {
     Sums product;
+    sync_warp();
     if (clustered_ && n > begin_) receive(n);
-    if (plan_.exchange == Exchange::grid) take_back(n);
+    if (!resident && plan_.staged) fetch(n);
     precision_.with_mma([&](const auto& mma) {
-      if (clustered_) {
+      if (shares_operand(plan_)) {
         add_blocks<false>(product, mma, shared_operand(n),
                           static_cast<int>(row_bytes(plan_)));
       } else {
@@ -173,8 +181,8 @@ class Engine {
                          static_cast<int>(segments * plan_.P * index{sizeof(E)}));
       }
     });
-    // Between what others wrote and what they shall see; and between taking back and
-    // sending, so that nobody finds what was there before.
+    // Between what others wrote and what they shall see; and between what was taken back
+    // in the turn before and what is sent, so that nobody finds what was there.
     if (plan_.exchange == Exchange::grid) fence();
     if (plan_.splits == 1) {
 #pragma unroll
@@ -228,19 +236,25 @@ class Engine {
     sync_warp();
     const Quad* const from = reinterpret_cast<const Quad*>(staging());
     if (clustered_ && n + 1 < end_) {
+      constexpr int together = own_quads < 32 ? own_quads : 32;  // lanes of one peer
 #pragma unroll 1
-      for (int at = lane(); at < blocks_x() * own_quads; at += 32) {
-        const int i = at % own_quads, peer = at / own_quads;
+      for (int i = lane() % together; i < own_quads; i += together) {
         char* const row = shared_operand(n + 1) + own_row(i) * row_bytes(plan_);
         Quad* const to = at_byte(row, own_byte(i));
-        if (has_peers_) {
-          store_in_peer(to, peer, from[i], arrivals(n + 1));
-        } else {
-          *to = from[i];
+        const Quad value = from[i];
+        if (!has_peers_) {
+          *to = value;
+          continue;
+        }
+        Arrivals* const there = arrivals(n + 1);
+#pragma unroll 4
+        for (int peer = lane() / together; peer < blocks_x(); peer += 32 / together) {
+          store_in_peer(to, peer, value, there);
         }
       }
     } else {
       write_own(n + 1, [&](int i) { return from[i]; });
+      if (plan_.exchange == Exchange::grid) take_back(n - 1);
     }
   }
 
@@ -251,7 +265,8 @@ class Engine {
     return reinterpret_cast<char*>(operand_ + of * segments * plan_.P);
   }
   FUSEDRNN_DEVICE char* shared_operand(index n) const {
-    return shared() + weight_bytes(plan_) + n % 2 * rows * row_bytes(plan_);
+    const index of = n % operands(plan_);
+    return shared() + weight_bytes(plan_) + of * rows * row_bytes(plan_);
   }
   FUSEDRNN_DEVICE static Quad* at_byte(char* p, index byte) {
     return reinterpret_cast<Quad*>(p + byte);
@@ -286,9 +301,8 @@ class Engine {
     rounds_ ^= 1u << n % 2;
   }
   FUSEDRNN_DEVICE void take_back(index n) const {
-    if (has_item()) {
-      write_own(n + 2, [](int) { return Quad{nothing, nothing, nothing, nothing}; });
-    }
+    const Quad unwritten{nothing, nothing, nothing, nothing};
+    write_own(n + operands_in_turn, [&](int) { return unwritten; });
   }
   FUSEDRNN_DEVICE E* staging() const {
     char* const all =
@@ -304,6 +318,54 @@ class Engine {
   FUSEDRNN_DEVICE static void load_weights(const Quad* block, Quad (&to)[octets]) {
 #pragma unroll
     for (int o = 0; o < octets; ++o) to[o] = block[o * Block::quads];
+  }
+
+  // Reads from(i) of an operand that others write, where it is not null, into zeros, once
+  // it is written.
+  template <int count, class F>
+  FUSEDRNN_DEVICE static void load_written(Quad (&to)[count], const F& from) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      if (const Quad* const quad = from(i)) to[i] = load_exchanged(quad);
+    }
+    // What is not there is asked for anew, all of it before any is looked at.
+    wait_until([&] {
+      std::uint32_t fullest = 0;
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        const std::uint32_t word = fullest_word<E>(to[i]);
+        fullest = word > fullest ? word : fullest;
+      }
+      if (fullest != nothing) return true;
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        if (fullest_word<E>(to[i]) == nothing) to[i] = load_exchanged(from(i));
+      }
+      return false;
+    });
+  }
+
+  // Brings the operand of turn n from L2 into shared memory, where groups share it.
+  FUSEDRNN_DEVICE void fetch(index n) const {
+    constexpr int together = 8;
+    char* const all = global_operand(n, 0);
+    const int row_quads = static_cast<int>(segments * plan_.P * index{sizeof(E)} / 16);
+    const int count = rows * row_quads;
+#pragma unroll 1
+    for (int first = thread(); first - thread() < count; first += together * threads()) {
+      const auto number = [&](int k) { return first + k * threads(); };
+      Quad part[together] = {};
+      load_written(part, [&](int k) -> const Quad* {
+        return number(k) < count ? at_byte(all, number(k) * index{16}) : nullptr;
+      });
+#pragma unroll
+      for (int k = 0; k < together; ++k) {
+        const int row = number(k) / row_quads, byte = number(k) % row_quads * 16;
+        if (row < rows)
+          *at_byte(shared_operand(n), row * row_bytes(plan_) + byte) = part[k];
+      }
+    }
+    sync_block();
   }
 
   // product += weights · operand over the warp's blocks of depth. As much of the operand
@@ -335,52 +397,35 @@ class Engine {
         }
       }
       // Weights are asked for a block ahead.
-      Quad weights[2][octets], h[together][tiles][Sums::rows] = {};
+      constexpr int quads = tiles * Sums::rows;  // of the operand in a block
+      Quad weights[2][octets], h[together * quads] = {};
       const auto ask = [&](int b) {
         if (!resident && b < together && block[b] >= 0) {
           load_weights(slice + Sums::weight_quad(block[b]), weights[b % 2]);
         }
       };
       ask(0);
-      const auto for_each_quad = [&](const auto& f) {
-#pragma unroll
-        for (int b = 0; b < together; ++b) {
-#pragma unroll
-          for (int t = 0; t < tiles; ++t) {
-#pragma unroll
-            for (int r = 0; r < Sums::rows; ++r) {
-              const int byte = (t * 8 + r) * row_size + block[b] * Block::bytes;
-              f(block[b] >= 0, at_byte(operand, byte), h[b][t][r]);
-            }
-          }
-        }
+      const auto from = [&](int i) -> const Quad* {
+        const int row = i % quads / Sums::rows * 8 + i % Sums::rows, b = i / quads;
+        if (block[b] < 0) return nullptr;
+        return at_byte(operand, row * row_size + block[b] * Block::bytes);
       };
-      for_each_quad([](bool exists, const Quad* from, Quad& to) {
-        if (exists) to = exchanged ? load_exchanged(from) : *from;
-      });
       if constexpr (exchanged) {
-        // What is not there is asked for anew, all of it before any is looked at.
-        wait_until([&] {
-          std::uint32_t fullest = 0;
-          for_each_quad([&](bool, const Quad*, const Quad& of) {
-            const std::uint32_t word = fullest_word<E>(of);
-            fullest = word > fullest ? word : fullest;
-          });
-          if (fullest != nothing) return true;
-          for_each_quad([](bool, const Quad* from, Quad& to) {
-            if (fullest_word<E>(to) == nothing) to = load_exchanged(from);
-          });
-          return false;
-        });
+        load_written(h, from);
+      } else {
+#pragma unroll
+        for (int i = 0; i < together * quads; ++i) {
+          if (const Quad* const quad = from(i)) h[i] = *quad;
+        }
       }
 #pragma unroll
       for (int b = 0; b < together; ++b) {
         ask(b + 1);
         if (block[b] < 0) continue;
         if constexpr (resident) {
-          product.add(mma, held_[first + b], h[b]);
+          product.add(mma, held_[first + b], h + b * quads);
         } else {
-          product.add(mma, weights[b % 2], h[b]);
+          product.add(mma, weights[b % 2], h + b * quads);
         }
       }
     }

@@ -27,6 +27,7 @@ struct Plan {
   int tiles;        // of 8 rows to a row group
   bool resident;    // weights in registers
   bool on_chip;     // weights in shared memory
+  bool staged;      // a grid's operand by way of shared memory, for all groups of a block
   int groups;       // of units to a block
   int splits;       // warps to a group of units
   int unit_groups;  // in all
@@ -48,7 +49,8 @@ constexpr index padded_units(index H) { return round_up(H, 32); }
 // What a user of the private interface (tests, benchmarks) may ask for; 0 or less is
 // free.
 struct Wish {
-  int exchange = -1, tiles = 0, resident = -1, groups = 0, splits = 0, blocks_x = 0;
+  int exchange = -1, tiles = 0, resident = -1, staged = -1;
+  int groups = 0, splits = 0, blocks_x = 0;
   auto operator<=>(const Wish&) const = default;
 };
 
@@ -63,42 +65,75 @@ struct Work {
   int held;         // blocks of depth that a warp's registers hold
 };
 
-// Estimates in cycles that the choice rests on, for a multiprocessor. From the tables of
-// the CUDA programming guide and published measurements of Hopper, not yet our own.
+// Cycles of a multiprocessor that the choice rests on: estimates from the CUDA
+// programming guide and from published measurements of Hopper, not yet our own.
 struct Costs {
-  double cluster_alone = 100;     // a cluster of one block meets
-  double cluster_meets = 400;     // of several
-  double grid_meets = 900;        // through L2
-  double step_launch = 4000;      // a launch for each step
-  double step_ends = 300;         // partial sums and cell
-  double shared_bytes = 128;      // per cycle
-  double l2_bytes = 24;           // per cycle and multiprocessor, all reading at once
-  double matrix_products = 1000;  // multiply-adds of 16 bit per cycle, as issued here
-  double plain_products = 80;     // of float32
+  double cluster_alone = 100;    // a cluster of one block meets
+  double cluster_meets = 400;    // of several
+  double grid_meets = 900;       // through L2
+  double step_launch = 4000;     // a launch for each step
+  double step_ends = 250;        // the cell and what it reads
+  double staging = 100;          // an operand goes through shared memory
+  double joins = 60, join = 10;  // partial sums of the warps of a group, and of each
+  double matrix_issue = 8;       // of a scheduler, 16 × 8 × 32 bytes on the matrix units
+  double matrix_latency = 33;    // until the next product may add to the same sum
+  double shared_quad = 4;        // 16 bytes for each lane of a warp
+  double l2_latency = 600;
+  double l2_bytes = 24;  // per cycle, all multiprocessors reading at once
 };
 
 // The cycles of a step of all row groups with this plan.
 constexpr double estimate(const Plan& plan, const Work& work, int at_once) {
+  const auto most = [](double a, double b) { return a > b ? a : b; };
   const Costs costs;
-  const double rows = 8.0 * plan.tiles;
-  const double depth = static_cast<double>(work.segments * plan.P);
-  const double width = static_cast<double>(work.operand_bytes);
-  const double weights = 8.0 * work.octets * depth * plan.groups;
-  const double operand = rows * depth * width * plan.groups;
-  const double rate = work.on_matrix_units ? costs.matrix_products * 2 / width
-                                           : costs.plain_products * 4 / width;
   const bool in_cluster = plan.exchange == Exchange::cluster;
-  double step = costs.step_ends + weights * rows / rate;
-  if (!plan.resident || plan.exchange == Exchange::step) {
-    step += weights * width / (plan.on_chip ? costs.shared_bytes : costs.l2_bytes);
+  const bool steps = plan.exchange == Exchange::step;
+  const bool shared_operand = in_cluster || plan.staged;
+  const bool weights_from_l2 = steps || (!plan.resident && !plan.on_chip);
+  const int warps = plan.groups * plan.splits, lane_rows = work.on_matrix_units ? 1 : 2;
+  const double turns = static_cast<double>(ceil_div(warps, 4));  // of a scheduler
+  const double block_bytes =
+      8.0 * static_cast<double>(work.block_depth * work.operand_bytes);
+
+  // One block of depth in all warps: the slowest of what takes part.
+  double block = 0;
+  if (work.on_matrix_units) {
+    const int sums = (work.octets + 1) / 2 * plan.tiles;
+    block = most(2 * sums * costs.matrix_issue * turns,
+                 (sums == 1 ? 1 : 2) * costs.matrix_latency);
+  } else {
+    block = 2.0 * work.octets * plan.tiles * work.block_depth * turns *
+            static_cast<double>(work.operand_bytes) / 4;
   }
-  step += operand / (in_cluster ? costs.shared_bytes : costs.l2_bytes);
-  const double waves = static_cast<double>(ceil_div(plan.row_groups, at_once));
-  if (plan.exchange == Exchange::step) return step * waves + costs.step_launch;
+  const int quads =
+      (plan.on_chip ? work.octets : 0) + (shared_operand ? plan.tiles * lane_rows : 0);
+  block = most(block, quads * costs.shared_quad * warps);
+  const int octets =
+      (weights_from_l2 ? work.octets : 0) + (shared_operand ? 0 : plan.tiles);
+  block = most(block, octets * block_bytes * warps / costs.l2_bytes);
+  if (weights_from_l2 && !plan.resident) block = most(block, costs.l2_latency / 2);
+
+  const index blocks = work.segments * ceil_div(plan.P / work.block_depth, plan.splits);
+  double step = costs.step_ends + static_cast<double>(blocks) * block;
+  if (plan.splits > 1) step += costs.joins + costs.join * plan.splits;
+  if (!in_cluster) {  // the operand comes in parts, of which a meeting has the first
+    index parts = ceil_div(blocks * plan.tiles * lane_rows, plan.resident ? 8 : 12);
+    if (plan.staged) {
+      const index bytes = 8 * plan.tiles * work.segments * plan.P * work.operand_bytes;
+      step += costs.staging + static_cast<double>(bytes) / costs.l2_bytes;
+      parts = ceil_div(bytes, index{8 * 16} * plan.threads());
+    }
+    step += static_cast<double>(parts - 1) * costs.l2_latency;
+  }
+  if (steps) {
+    const index blocks_in_all = index{plan.blocks_x} * plan.row_groups;
+    return costs.step_launch +
+           step * static_cast<double>(ceil_div(blocks_in_all, at_once));
+  }
   step += !in_cluster          ? costs.grid_meets
           : plan.blocks_x == 1 ? costs.cluster_alone
                                : costs.cluster_meets;
-  return step * waves;
+  return step * static_cast<double>(ceil_div(plan.row_groups, at_once));
 }
 
 // What the next choices of this thread must meet.
@@ -146,11 +181,18 @@ void for_each_candidate(const Sizes& p, const Work& work, const Device& gpu, int
           if (fit < plan.blocks_y) plan.blocks_y = fit;
         }
         // For one turn weights are not worth a place on chip.
-        plan.on_chip = !resident && exchange != Exchange::step;
-        f(plan);
-        if (exchange == Exchange::grid && plan.on_chip) {
-          plan.on_chip = false;
-          f(plan);
+        const bool in_grid = exchange == Exchange::grid;
+        for (const bool on_chip : {false, true}) {
+          if (on_chip && (resident || exchange == Exchange::step)) continue;
+          if (!on_chip && !resident && exchange == Exchange::cluster) continue;
+          for (const bool staged : {false, true}) {
+            // Beside weights in registers there are none left to bring it.
+            if (staged && (!in_grid || groups == 1 || resident)) continue;
+            if (wish.staged >= 0 && (wish.staged > 0) != staged) continue;
+            plan.on_chip = on_chip;
+            plan.staged = staged;
+            f(plan);
+          }
         }
       }
     }

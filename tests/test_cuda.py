@@ -181,6 +181,7 @@ def test_masks(cell: Cell, precision: str, kind: str, reverse: bool) -> None:
     exchange=st.sampled_from(list(EXCHANGES)),
     tiles=st.sampled_from([0, 1, 4]),
     resident=st.sampled_from([-1, 0, 1]),
+    staged=st.sampled_from([-1, -1, 0, 1]),
     groups=st.sampled_from([0, 1, 2, 4]),
     splits=st.sampled_from([0, 1, 2, 4]),
     reverse=st.booleans(),
@@ -259,12 +260,20 @@ def test_exchanges_give_the_same_bits(precision: str) -> None:
     ]
 
     def run(exchange: str) -> list[Any]:
-        wish(exchange=exchange, tiles=1, groups=2, splits=1, resident=0)
+        staged = exchange == "staged grid"
+        wish(
+            exchange="grid" if staged else exchange,
+            staged=staged,
+            tiles=1,
+            groups=2,
+            splits=1,
+            resident=0,
+        )
         queued = [fr.gru_vjp(**given, precision=mode) for given in calls]
         return [a for results, pullback in queued for a in (*results, *pullback(*results))]
 
     expected = run("step")
-    for exchange in ("grid", "cluster"):
+    for exchange in ("grid", "staged grid", "cluster"):
         assert_same_bits(run(exchange), expected)
 
 

@@ -128,6 +128,7 @@ def wish(
     exchange: int = -1,
     tiles: int = 0,
     resident: int = -1,
+    staged: int = -1,
     groups: int = 0,
     splits: int = 0,
     blocks_x: int = 0,
