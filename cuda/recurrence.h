@@ -373,7 +373,10 @@ class Engine {
   template <bool exchanged, class Mma>
   FUSEDRNN_DEVICE void add_blocks(Sums& product, const Mma& mma, char* operand,
                                   int row_size) const {
-    constexpr int fit = (exchanged && !resident ? 12 : 8) / (tiles * Sums::rows);
+    constexpr int fit = (resident                  ? 4
+                         : exchanged && tiles == 1 ? 12
+                                                   : 8) /
+                        (tiles * Sums::rows);
     constexpr int together = fit < 1 ? 1 : fit;
     static_assert(!resident || held % together == 0);
     [[maybe_unused]] constexpr int unrolled = resident ? held : 1;
@@ -541,12 +544,17 @@ struct ForwardRecurrence : Recurrence<P> {
     const index unit = engine.unit(0), first_row = engine.row();
     const bool mine = engine.has_item() && unit < H;
     const bool real[2] = {mine && first_row < B, mine && first_row + 1 < B};
+    // What masks say is read before it is needed: nobody waits for it.
+    int length[2] = {0, 0};
+    bool resets[2] = {false, false};
     A of_bias[slots], h_now[2] = {0, 0}, c_now[2] = {0, 0};
 #pragma unroll
     for (int k = 0; k < slots; ++k) of_bias[k] = mine ? bias[k * H + unit] : 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (!real[r]) continue;
+      length[r] = masks.length(first_row + r);
+      resets[r] = masks.is_reset(this->time(begin), first_row + r);
       h_now[r] = h[(first_row + r) * H + unit];
       if constexpr (Cell::has_c) c_now[r] = c[(first_row + r) * H + unit];
     }
@@ -570,8 +578,11 @@ struct ForwardRecurrence : Recurrence<P> {
       bool active[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        active[r] = real[r] && masks.is_active(t, first_row + r);
-        if (active[r] && masks.is_reset(t, first_row + r)) h_now[r] = c_now[r] = 0;
+        active[r] = real[r] && masks.is_within(t, length[r]);
+        if (active[r] && resets[r]) h_now[r] = c_now[r] = 0;
+        if (real[r] && n + 1 < T) {
+          resets[r] = masks.is_reset(this->time(n + 1), first_row + r);
+        }
       }
       A sum[Engine::pairs][4];
       engine.multiply(n, sum);
@@ -591,9 +602,7 @@ struct ForwardRecurrence : Recurrence<P> {
             h_now[r] = now.h.value;
             c_now[r] = now.c.value;
           }
-          const bool ends =
-              real[r] && n + 1 < T && masks.is_reset(this->time(n + 1), first_row + r);
-          engine.stage(0, 0, r, ends ? A{0} : h_now[r]);
+          engine.stage(0, 0, r, resets[r] ? A{0} : h_now[r]);
         }
         if (n + 1 < T) engine.send(n);
       }
@@ -659,6 +668,13 @@ struct BackwardRecurrence : Recurrence<P> {
 
   FUSEDRNN_DEVICE void run(Engine& engine) const {
     const index first_row = engine.row();
+    const bool mine = engine.has_item();
+    int length[2];
+    bool resets[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      length[r] = mine && first_row + r < B ? masks.length(first_row + r) : 0;
+    }
     bool real[octets][2];
     A past[octets][2], dc_now[octets][2];
 #pragma unroll
@@ -666,7 +682,7 @@ struct BackwardRecurrence : Recurrence<P> {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const index unit = engine.unit(o), b = first_row + r;
-        real[o][r] = engine.has_item() && unit < H && b < B;
+        real[o][r] = mine && unit < H && b < B;
         past[o][r] = real[o][r] ? dh[b * H + unit] : 0;
         dc_now[o][r] = Cell::has_c && real[o][r] ? dc[b * H + unit] : 0;
       }
@@ -676,6 +692,10 @@ struct BackwardRecurrence : Recurrence<P> {
     Inputs ahead[octets][2] = {};
     const auto ask = [&](index n) {
       if (n == T) return;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        resets[r] = real[0][r] && masks.is_reset(this->time(T - 1 - n), first_row + r);
+      }
 #pragma unroll
       for (int o = 0; o < octets; ++o) {
 #pragma unroll
@@ -698,8 +718,8 @@ struct BackwardRecurrence : Recurrence<P> {
           for (int r = 0; r < 2; ++r) {
             past[o][r] += sum[0][o * 2 + r];
             bool passes = true;
-            if (real[o][r] && is_step && masks.is_active(t, first_row + r)) {
-              passes = !masks.is_reset(t, first_row + r);
+            if (real[o][r] && is_step && masks.is_within(t, length[r])) {
+              passes = !resets[r];
               take_step(ahead[o][r], passes, v[o][r], past[o][r], dc_now[o][r]);
             }
 #pragma unroll
@@ -748,10 +768,7 @@ struct BackwardRecurrence : Recurrence<P> {
     }
     if constexpr (Cell::has_c) {
       in.c = saved_c[at];
-      in.prev_c = 0;
-      if (!masks.is_reset(t, b)) {
-        in.prev_c = step > 0 ? saved_c[at - B * H] : c0 ? c0[b * H + unit] : A{0};
-      }
+      in.prev_c = step > 0 ? saved_c[at - B * H] : c0 ? c0[b * H + unit] : A{0};
     }
     in.dy = dy ? precision.state(dy[t * dy_t + b * dy_b + unit]) : 0;
   }
@@ -767,7 +784,7 @@ struct BackwardRecurrence : Recurrence<P> {
     State<V> prev{}, now{};
     if constexpr (Cell::has_direct) prev.h = {in.prev_h};
     if constexpr (Cell::has_c) {
-      prev.c = {in.prev_c};
+      prev.c = {passes ? in.prev_c : A{0}};
       now.c = {in.c};
     }
     if constexpr (!Cell::saves) now.h = {in.h};

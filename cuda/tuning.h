@@ -27,7 +27,7 @@ struct Plan {
   int tiles;        // of 8 rows to a row group
   bool resident;    // weights in registers
   bool on_chip;     // weights in shared memory
-  bool staged;      // a grid's operand by way of shared memory, for all groups of a block
+  bool staged;      // the operand from L2 by way of shared memory
   int groups;       // of units to a block
   int splits;       // warps to a group of units
   int unit_groups;  // in all
@@ -70,6 +70,7 @@ struct Work {
 struct Costs {
   double cluster_alone = 100;    // a cluster of one block meets
   double cluster_meets = 400;    // of several
+  double cluster_bytes = 32;     // per cycle, that a block receives
   double grid_meets = 900;       // through L2
   double step_launch = 4000;     // a launch for each step
   double step_ends = 250;        // the cell and what it reads
@@ -116,10 +117,16 @@ constexpr double estimate(const Plan& plan, const Work& work, int at_once) {
   const index blocks = work.segments * ceil_div(plan.P / work.block_depth, plan.splits);
   double step = costs.step_ends + static_cast<double>(blocks) * block;
   if (plan.splits > 1) step += costs.joins + costs.join * plan.splits;
-  if (!in_cluster) {  // the operand comes in parts, of which a meeting has the first
-    index parts = ceil_div(blocks * plan.tiles * lane_rows, plan.resident ? 8 : 12);
+  const index bytes = 8 * plan.tiles * work.segments * plan.P * work.operand_bytes;
+  if (in_cluster && plan.blocks_x > 1) {
+    step += static_cast<double>(bytes) / costs.cluster_bytes;
+  } else if (!in_cluster) {  // the operand comes in parts, a meeting has the first
+    const int fit = (plan.resident     ? 4
+                     : plan.tiles == 1 ? 12
+                                       : 8) /
+                    (plan.tiles * lane_rows);
+    index parts = ceil_div(blocks, fit < 1 ? 1 : fit);
     if (plan.staged) {
-      const index bytes = 8 * plan.tiles * work.segments * plan.P * work.operand_bytes;
       step += costs.staging + static_cast<double>(bytes) / costs.l2_bytes;
       parts = ceil_div(bytes, index{8 * 16} * plan.threads());
     }
@@ -181,13 +188,12 @@ void for_each_candidate(const Sizes& p, const Work& work, const Device& gpu, int
           if (fit < plan.blocks_y) plan.blocks_y = fit;
         }
         // For one turn weights are not worth a place on chip.
-        const bool in_grid = exchange == Exchange::grid;
         for (const bool on_chip : {false, true}) {
           if (on_chip && (resident || exchange == Exchange::step)) continue;
           if (!on_chip && !resident && exchange == Exchange::cluster) continue;
           for (const bool staged : {false, true}) {
             // Beside weights in registers there are none left to bring it.
-            if (staged && (!in_grid || groups == 1 || resident)) continue;
+            if (staged && (resident || exchange == Exchange::cluster)) continue;
             if (wish.staged >= 0 && (wish.staged > 0) != staged) continue;
             plan.on_chip = on_chip;
             plan.staged = staged;

@@ -133,7 +133,7 @@ def explain(
     -------
     A dict: "exchange" is "cluster" (blocks that share memory), "grid" (all blocks at once, by
     way of L2) or "step" (a launch for each step); "weights" says where the recurrent weights
-    stay, "operand" from where warps read h (backward: da); the rest are the sizes of the launch.
+    stay, "operand" from where warps read h (backward: da); the rest is the launch.
 
     Raises
     ------
