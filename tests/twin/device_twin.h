@@ -44,14 +44,24 @@ inline void store_in_peer(Quad* p, int rank, const Quad& value, Arrivals* arriva
     return reinterpret_cast<decltype(own)>(there +
                                            (reinterpret_cast<char*>(own) - shared()));
   };
-  *in_peer(p) = value;
-  count(in_peer(arrivals), false, -static_cast<int>(sizeof(value)));
+  Quad* const to = in_peer(p);
+  twin::later(to, [=, a = in_peer(arrivals)] {
+    *to = value;
+    count(a, false, -static_cast<int>(sizeof(value)));
+  });
 }
 
 inline Quad load_constant(const Quad* p) { return *p; }
 inline Quad load_exchanged(const Quad* p) { return *p; }
-inline void store_exchanged(Quad* p, const Quad& value) { *p = value; }
-inline void fence() {}
+inline void store_exchanged(Quad* p, const Quad& value) {
+  for (int half = 0; half < 4; half += 2) {
+    std::uint32_t* const to = p->word + half;
+    const std::uint64_t both =
+        value.word[half] | static_cast<std::uint64_t>(value.word[half + 1]) << 32;
+    twin::later(to, [=] { std::memcpy(to, &both, sizeof(both)); });
+  }
+}
+inline void fence() { twin::settle(); }
 template <class F>
 void wait_until(const F& ready) {
   while (!ready()) twin::yield_waiting();

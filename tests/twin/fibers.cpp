@@ -101,6 +101,24 @@ std::unique_ptr<Fiber> new_fiber(const Here& at) {
   return fiber;
 }
 
+// Stores that are still to come, as they were made.
+struct Store {
+  const Fiber* by;
+  const void* place;
+  std::function<void()> make;
+  unsigned number;
+};
+std::vector<Store> stores;
+unsigned stores_made = 0;
+
+void make_store(std::size_t at) {
+  for (std::size_t before = 0; before < at; ++before) {
+    if (stores[before].place == stores[at].place) at = before;
+  }
+  stores[at].make();
+  stores.erase(stores.begin() + static_cast<std::ptrdiff_t>(at));
+}
+
 // Until all are done, a random one of those that can run; those of some warps much more
 // seldom than others.
 void run_all(std::vector<std::unique_ptr<Fiber>>& fibers, std::mt19937& random) {
@@ -117,6 +135,12 @@ void run_all(std::vector<std::unique_ptr<Fiber>>& fibers, std::mt19937& random) 
     Fiber* const fiber = ready[at];
     ready[at] = ready.back();
     ready.pop_back();
+    if (!stores.empty()) {
+      const std::size_t one = random() % stores.size();
+      // One in eight is kept back until the others all wait.
+      const bool comes = stores[one].number % 8 ? random() % 4 == 0 : idle > 2 * left;
+      if (comes) make_store(one);
+    }
     const std::size_t before = left;
     bool polled = false;
     fiber->waits = nullptr;
@@ -173,6 +197,20 @@ Here& here() { return running->here; }
 
 void yield_waiting() { to_scheduler(false); }
 
+void later(const void* place, std::function<void()> store) {
+  stores.push_back({running, place, std::move(store), ++stores_made});
+}
+void settle() {
+  for (std::size_t at = 0; at < stores.size();) {
+    if (stores[at].by != running) {
+      ++at;
+      continue;
+    }
+    stores[at].make();
+    stores.erase(stores.begin() + static_cast<std::ptrdiff_t>(at));
+  }
+}
+
 void run(const Grid& grid, const std::function<void()>& kernel) {
   std::mt19937 random(grid.seed);
   body = &kernel;
@@ -206,6 +244,7 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
       }
     }
     run_all(fibers, random);
+    while (!stores.empty()) make_store(0);
     for (const auto& fiber : fibers) free_stacks.push_back(fiber->stack);
     next += count;
   }

@@ -1,8 +1,9 @@
 // Threads of a grid as fibers of one CPU thread: the kernels of cuda/ compile for the
 // host against device_twin.h, which is written over this. A test tool: it finds wrong
 // indices (with AddressSanitizer), missing barriers and hand-shakes that depend on an
-// order, for it takes the fibers in an order drawn from a seed, where some warps are
-// slow; it says nothing of time, and it does not reorder a thread's own accesses.
+// order, for it takes the fibers in an order drawn from a seed, some warps seldom, and
+// stores that other blocks wait for come later, in any order. It says nothing of time,
+// and it does not reorder a thread's other accesses.
 //
 // A fiber runs until it waits. Shared memory of every block starts as NaN.
 #pragma once
@@ -56,6 +57,11 @@ struct Here {
   unsigned products;  // of the matrix unit, so far
 };
 Here& here();
+
+// Makes a store later, but after those to the same place before it; a fiber's own no
+// later than when it calls settle().
+void later(const void* place, std::function<void()> store);
+void settle();
 
 // Lets the others run. What waits for memory to change calls it again and again; where
 // all fibers do so for long, the program ends with a message.
