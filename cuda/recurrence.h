@@ -72,7 +72,7 @@ class Engine {
     return round_up(segments * plan.P * index{sizeof(E)}, 128) + Block::bytes;
   }
   static constexpr bool shares_operand(const Plan& plan) {
-    return plan.exchange == Exchange::cluster || (!resident && plan.staged);
+    return plan.exchange == Exchange::cluster || plan.staged;
   }
   // One is enough where all warps meet after the product.
   static constexpr int operands(const Plan& plan) {
@@ -104,9 +104,9 @@ class Engine {
         unit_group_(block_x() * plan.groups + group_),
         clustered_(plan.exchange == Exchange::cluster),
         has_peers_(clustered_ && blocks_x() > 1) {
-    const index blocks = plan.P / Block::depth;
-    first_ = static_cast<int>(blocks * split_ / plan.splits);
-    depth_blocks_ = static_cast<int>(blocks * (split_ + 1) / plan.splits) - first_;
+    const int blocks = static_cast<int>(plan.P / Block::depth);
+    first_ = blocks * split_ / plan.splits;
+    depth_blocks_ = blocks * (split_ + 1) / plan.splits - first_;
     if (!has_units()) depth_blocks_ = 0;
     weights_ = weights + unit_group_ * weight_quads(plan.P);
     if constexpr (resident) {
@@ -151,13 +151,14 @@ class Engine {
       // Nobody reads or sends any more of the row group before. The operand after the
       // first is written over, but for its padding.
       sync_cluster();
-      const int quads = static_cast<int>(segments * plan_.P * index{sizeof(E)} / 16);
 #pragma unroll 1
-      for (int i = thread(); i < rows * quads; i += threads()) {
-        const int row = i / quads, byte = i % quads * 16;
-        const Quad value = load_exchanged(at_byte(global_operand(begin, row), byte));
-        for (const index n : {begin, begin + 1}) {
-          *at_byte(shared_operand(n), row * row_bytes(plan_) + byte) = value;
+      for (int row = 0; row < rows; ++row) {
+#pragma unroll 1
+        for (int byte = thread() * 16; byte < row_quads() * 16; byte += threads() * 16) {
+          const Quad value = load_exchanged(at_byte(global_operand(begin, row), byte));
+          for (const index n : {begin, begin + 1}) {
+            *at_byte(shared_operand(n), row * row_bytes(plan_) + byte) = value;
+          }
         }
       }
       sync_cluster();
@@ -171,16 +172,12 @@ class Engine {
     Sums product;
     sync_warp();
     if (clustered_ && n > begin_) receive(n);
-    if (!resident && plan_.staged) fetch(n);
-    precision_.with_mma([&](const auto& mma) {
-      if (shares_operand(plan_)) {
-        add_blocks<false>(product, mma, shared_operand(n),
-                          static_cast<int>(row_bytes(plan_)));
-      } else {
-        add_blocks<true>(product, mma, global_operand(n, 0),
-                         static_cast<int>(segments * plan_.P * index{sizeof(E)}));
-      }
-    });
+    if (plan_.staged) fetch(n);
+    if (resident || shares_operand(plan_)) {
+      add_blocks<false>(product, shared_operand(n), static_cast<int>(row_bytes(plan_)));
+    } else if constexpr (!resident) {
+      add_blocks<true>(product, global_operand(n, 0), row_quads() * 16);
+    }
     // Between what others wrote and what they shall see; and between what was taken back
     // in the turn before and what is sent, so that nobody finds what was there.
     if (plan_.exchange == Exchange::grid) fence();
@@ -247,14 +244,23 @@ class Engine {
           continue;
         }
         Arrivals* const there = arrivals(n + 1);
-#pragma unroll 4
+#pragma unroll 2
         for (int peer = lane() / together; peer < blocks_x(); peer += 32 / together) {
           store_in_peer(to, peer, value, there);
         }
       }
     } else {
-      write_own(n + 1, [&](int i) { return from[i]; });
-      if (plan_.exchange == Exchange::grid) take_back(n - 1);
+      const bool takes_back = plan_.exchange == Exchange::grid;
+#pragma unroll 1
+      for (int i = lane(); i < own_quads; i += 32) {
+        const int row = own_row(i);
+        const index byte = own_byte(i);
+        store_exchanged(at_byte(global_operand(n + 1, row), byte), from[i]);
+        if (takes_back) {
+          char* const before = global_operand(n - 1 + operands_in_turn, row);
+          store_exchanged(at_byte(before, byte), {nothing, nothing, nothing, nothing});
+        }
+      }
     }
   }
 
@@ -265,7 +271,7 @@ class Engine {
     return reinterpret_cast<char*>(operand_ + of * segments * plan_.P);
   }
   FUSEDRNN_DEVICE char* shared_operand(index n) const {
-    const index of = n % operands(plan_);
+    const index of = n % 2 * (operands(plan_) - 1);
     return shared() + weight_bytes(plan_) + of * rows * row_bytes(plan_);
   }
   FUSEDRNN_DEVICE static Quad* at_byte(char* p, index byte) {
@@ -280,13 +286,6 @@ class Engine {
                          index{unit_group_} * group_units + chunk % unit_octets * 8;
     return column * index{sizeof(E)} + i % chunk_quads * 16;
   }
-  template <class F>
-  FUSEDRNN_DEVICE void write_own(index n, const F& value) const {
-#pragma unroll 1
-    for (int i = lane(); i < own_quads; i += 32) {
-      store_exchanged(at_byte(global_operand(n, own_row(i)), own_byte(i)), value(i));
-    }
-  }
   FUSEDRNN_DEVICE Arrivals* arrivals(index n) const {
     const index bytes = shared_bytes(plan_) - (2 - n % 2) * index{sizeof(Arrivals)};
     return reinterpret_cast<Arrivals*>(shared() + bytes);
@@ -299,10 +298,6 @@ class Engine {
     if (!has_units()) return;
     wait_for(arrivals(n), rounds_ >> n % 2 & 1);
     rounds_ ^= 1u << n % 2;
-  }
-  FUSEDRNN_DEVICE void take_back(index n) const {
-    const Quad unwritten{nothing, nothing, nothing, nothing};
-    write_own(n + operands_in_turn, [&](int) { return unwritten; });
   }
   FUSEDRNN_DEVICE E* staging() const {
     char* const all =
@@ -320,49 +315,48 @@ class Engine {
     for (int o = 0; o < octets; ++o) to[o] = block[o * Block::quads];
   }
 
-  // Reads from(i) of an operand that others write, where it is not null, into zeros, once
-  // it is written.
+  // Reads from(i) of an operand that others write, where it is not null, into zeros,
+  // until all is written.
   template <int count, class F>
   FUSEDRNN_DEVICE static void load_written(Quad (&to)[count], const F& from) {
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      if (const Quad* const quad = from(i)) to[i] = load_exchanged(quad);
-    }
-    // What is not there is asked for anew, all of it before any is looked at.
     wait_until([&] {
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        if (const Quad* const quad = from(i)) to[i] = load_exchanged(quad);
+      }
       std::uint32_t fullest = 0;
 #pragma unroll
       for (int i = 0; i < count; ++i) {
         const std::uint32_t word = fullest_word<E>(to[i]);
         fullest = word > fullest ? word : fullest;
       }
-      if (fullest != nothing) return true;
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        if (fullest_word<E>(to[i]) == nothing) to[i] = load_exchanged(from(i));
-      }
-      return false;
+      return fullest != nothing;
     });
   }
 
-  // Brings the operand of turn n from L2 into shared memory, where groups share it.
+  FUSEDRNN_DEVICE int row_quads() const {
+    return static_cast<int>(segments * plan_.P * index{sizeof(E)} / 16);
+  }
+  // Brings the operand of turn n from L2 into shared memory, where all groups read it.
   FUSEDRNN_DEVICE void fetch(index n) const {
-    constexpr int together = 8;
-    char* const all = global_operand(n, 0);
-    const int row_quads = static_cast<int>(segments * plan_.P * index{sizeof(E)} / 16);
-    const int count = rows * row_quads;
+    constexpr int at_once = 4;  // rows
 #pragma unroll 1
-    for (int first = thread(); first - thread() < count; first += together * threads()) {
-      const auto number = [&](int k) { return first + k * threads(); };
-      Quad part[together] = {};
-      load_written(part, [&](int k) -> const Quad* {
-        return number(k) < count ? at_byte(all, number(k) * index{16}) : nullptr;
-      });
+    for (int first_row = 0; first_row < rows; first_row += at_once) {
+#pragma unroll 1
+      for (int first = 0; first < row_quads(); first += threads()) {
+        const int quad = first + thread();
+        const bool exists = quad < row_quads();
+        Quad part[at_once] = {};
+        load_written(part, [&](int row) -> const Quad* {
+          return exists ? at_byte(global_operand(n, first_row + row), quad * 16)
+                        : nullptr;
+        });
+        if (!exists) continue;
+        char* const to = shared_operand(n) + first_row * row_bytes(plan_) + quad * 16;
 #pragma unroll
-      for (int k = 0; k < together; ++k) {
-        const int row = number(k) / row_quads, byte = number(k) % row_quads * 16;
-        if (row < rows)
-          *at_byte(shared_operand(n), row * row_bytes(plan_) + byte) = part[k];
+        for (int row = 0; row < at_once; ++row) {
+          *at_byte(to, row * row_bytes(plan_)) = part[row];
+        }
       }
     }
     sync_block();
@@ -370,13 +364,10 @@ class Engine {
 
   // product += weights · operand over the warp's blocks of depth. As much of the operand
   // as registers have room for is asked for before the first product waits.
-  template <bool exchanged, class Mma>
-  FUSEDRNN_DEVICE void add_blocks(Sums& product, const Mma& mma, char* operand,
-                                  int row_size) const {
-    constexpr int fit = (resident                  ? 4
-                         : exchanged && tiles == 1 ? 12
-                                                   : 8) /
-                        (tiles * Sums::rows);
+  template <bool exchanged>
+  FUSEDRNN_DEVICE void add_blocks(Sums& product, char* operand, int row_size) const {
+    constexpr int most_quads = exchanged ? 8 : 4;
+    constexpr int fit = most_quads / (tiles * Sums::rows);
     constexpr int together = fit < 1 ? 1 : fit;
     static_assert(!resident || held % together == 0);
     [[maybe_unused]] constexpr int unrolled = resident ? held : 1;
@@ -421,16 +412,18 @@ class Engine {
           if (const Quad* const quad = from(i)) h[i] = *quad;
         }
       }
+      precision_.with_mma([&](const auto& mma) {
 #pragma unroll
-      for (int b = 0; b < together; ++b) {
-        ask(b + 1);
-        if (block[b] < 0) continue;
-        if constexpr (resident) {
-          product.add(mma, held_[first + b], h + b * quads);
-        } else {
-          product.add(mma, weights[b % 2], h + b * quads);
+        for (int b = 0; b < together; ++b) {
+          ask(b + 1);
+          if (block[b] < 0) continue;
+          if constexpr (resident) {
+            product.add(mma, held_[first + b], h + b * quads);
+          } else {
+            product.add(mma, weights[b % 2], h + b * quads);
+          }
         }
-      }
+      });
     }
   }
 

@@ -121,14 +121,11 @@ constexpr double estimate(const Plan& plan, const Work& work, int at_once) {
   if (in_cluster && plan.blocks_x > 1) {
     step += static_cast<double>(bytes) / costs.cluster_bytes;
   } else if (!in_cluster) {  // the operand comes in parts, a meeting has the first
-    const int fit = (plan.resident     ? 4
-                     : plan.tiles == 1 ? 12
-                                       : 8) /
-                    (plan.tiles * lane_rows);
+    const int fit = 8 / (plan.tiles * lane_rows);
     index parts = ceil_div(blocks, fit < 1 ? 1 : fit);
     if (plan.staged) {
       step += costs.staging + static_cast<double>(bytes) / costs.l2_bytes;
-      parts = ceil_div(bytes, index{8 * 16} * plan.threads());
+      parts = 2 * plan.tiles * ceil_div(bytes / (128 * plan.tiles), plan.threads());
     }
     step += static_cast<double>(parts - 1) * costs.l2_latency;
   }
@@ -188,12 +185,14 @@ void for_each_candidate(const Sizes& p, const Work& work, const Device& gpu, int
           if (fit < plan.blocks_y) plan.blocks_y = fit;
         }
         // For one turn weights are not worth a place on chip.
+        const bool in_cluster = exchange == Exchange::cluster;
+        if (resident && exchange == Exchange::step) continue;
         for (const bool on_chip : {false, true}) {
           if (on_chip && (resident || exchange == Exchange::step)) continue;
-          if (!on_chip && !resident && exchange == Exchange::cluster) continue;
+          if (!on_chip && !resident && in_cluster) continue;
           for (const bool staged : {false, true}) {
-            // Beside weights in registers there are none left to bring it.
-            if (staged && (resident || exchange == Exchange::cluster)) continue;
+            // Weights in registers meet an operand in shared memory alone.
+            if (staged ? in_cluster : resident && !in_cluster) continue;
             if (wish.staged >= 0 && (wish.staged > 0) != staged) continue;
             plan.on_chip = on_chip;
             plan.staged = staged;
