@@ -90,7 +90,7 @@ constexpr double estimate(const Plan& plan, const Work& work, int at_once) {
   const bool in_cluster = plan.exchange == Exchange::cluster;
   const bool steps = plan.exchange == Exchange::step;
   const bool shared_operand = in_cluster || plan.staged;
-  const bool weights_from_l2 = steps || (!plan.resident && !plan.on_chip);
+  const bool weights_from_l2 = !plan.resident && !plan.on_chip;
   const int warps = plan.groups * plan.splits, lane_rows = work.on_matrix_units ? 1 : 2;
   const double turns = static_cast<double>(ceil_div(warps, 4));  // of a scheduler
   const double block_bytes =
@@ -112,7 +112,7 @@ constexpr double estimate(const Plan& plan, const Work& work, int at_once) {
   const int octets =
       (weights_from_l2 ? work.octets : 0) + (shared_operand ? 0 : plan.tiles);
   block = most(block, octets * block_bytes * warps / costs.l2_bytes);
-  if (weights_from_l2 && !plan.resident) block = most(block, costs.l2_latency / 2);
+  if (weights_from_l2) block = most(block, costs.l2_latency / 2);
 
   const index blocks = work.segments * ceil_div(plan.P / work.block_depth, plan.splits);
   double step = costs.step_ends + static_cast<double>(blocks) * block;
@@ -184,11 +184,12 @@ void for_each_candidate(const Sizes& p, const Work& work, const Device& gpu, int
           if (fit == 0) continue;
           if (fit < plan.blocks_y) plan.blocks_y = fit;
         }
-        // For one turn weights are not worth a place on chip.
         const bool in_cluster = exchange == Exchange::cluster;
-        if (resident && exchange == Exchange::step) continue;
+        // For one turn weights are not worth a place on chip.
+        const bool steps = exchange == Exchange::step;
+        if (resident && steps) continue;
         for (const bool on_chip : {false, true}) {
-          if (on_chip && (resident || exchange == Exchange::step)) continue;
+          if (on_chip && (resident || steps)) continue;
           if (!on_chip && !resident && in_cluster) continue;
           for (const bool staged : {false, true}) {
             // Weights in registers meet an operand in shared memory alone.
