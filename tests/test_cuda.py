@@ -253,7 +253,7 @@ def test_repetitions_are_bit_identical(precision: str, exchange: str) -> None:
 
 
 def test_exchanges_give_the_same_bits(precision: str) -> None:
-    """Over more steps than a graph holds, calls queued at once, warps without a unit."""
+    """Over more steps than a graph holds, calls queued at once, some warps without a unit."""
     mode = "tf32" if precision == "tf32" else "exact"
     calls = [
         put(arguments(CELLS["gru"], Sizes(70, 3, 2, 40), seed=n), precision) for n in (1, 2)
@@ -265,7 +265,7 @@ def test_exchanges_give_the_same_bits(precision: str) -> None:
             exchange="grid" if staged else exchange,
             staged=staged,
             tiles=1,
-            groups=2,
+            groups=2 if precision == "float64" else 4,  # 4 do not fit the twin
             splits=1,
             resident=0,
         )

@@ -106,7 +106,7 @@ struct Store {
   const Fiber* by;
   const void* place;
   std::function<void()> make;
-  unsigned number;
+  bool kept;  // until the others all wait
 };
 std::vector<Store> stores;
 unsigned stores_made = 0;
@@ -137,9 +137,7 @@ void run_all(std::vector<std::unique_ptr<Fiber>>& fibers, std::mt19937& random) 
     ready.pop_back();
     if (!stores.empty()) {
       const std::size_t one = random() % stores.size();
-      // One in eight is kept back until the others all wait.
-      const bool comes = stores[one].number % 8 ? random() % 4 == 0 : idle > 2 * left;
-      if (comes) make_store(one);
+      if (stores[one].kept ? idle > 2 * left : random() % 4 == 0) make_store(one);
     }
     const std::size_t before = left;
     bool polled = false;
@@ -198,7 +196,11 @@ Here& here() { return running->here; }
 void yield_waiting() { to_scheduler(false); }
 
 void later(const void* place, std::function<void()> store) {
-  stores.push_back({running, place, std::move(store), ++stores_made});
+  // What makers take back alternates with what they send, in two halves each: for some
+  // time all of one is kept, then all of the other, then none.
+  const unsigned number = stores_made++;
+  const bool kept = number / 2 % 2 == number / 512 % 4;
+  stores.push_back({running, place, std::move(store), kept});
 }
 void settle() {
   for (std::size_t at = 0; at < stores.size();) {
