@@ -345,8 +345,7 @@ class Kernel {
     told["threads"] = plan.threads();
     told["warps to a group of units"] = plan.splits;
     told["weights"] = plan.resident ? "registers" : plan.on_chip ? "shared memory" : "L2";
-    const bool shares = plan.exchange == Exchange::cluster || plan.staged;
-    told["operand"] = shares ? "shared memory" : "L2";
+    told["operand"] = plan.shares_operand() ? "shared memory" : "L2";
     told["shared bytes"] = plan.shared_bytes;
     told["launches"] = plan.exchange == Exchange::step ? T + (backward ? 1 : 0) : 1;
     return told;

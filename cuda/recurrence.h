@@ -71,15 +71,12 @@ class Engine {
   static constexpr index row_bytes(const Plan& plan) {
     return round_up(segments * plan.P * index{sizeof(E)}, 128) + Block::bytes;
   }
-  static constexpr bool shares_operand(const Plan& plan) {
-    return plan.exchange == Exchange::cluster || plan.staged;
-  }
   // One is enough where all warps meet after the product.
   static constexpr int operands(const Plan& plan) {
     return plan.exchange == Exchange::cluster || plan.splits == 1 ? 2 : 1;
   }
   static constexpr index operand_bytes(const Plan& plan) {
-    return shares_operand(plan) ? operands(plan) * rows * row_bytes(plan) : 0;
+    return plan.shares_operand() ? operands(plan) * rows * row_bytes(plan) : 0;
   }
   static constexpr index partial_count(const Plan& plan) {
     return plan.splits > 1 ? index{plan.groups} * plan.splits * pairs * tiles * 32 : 0;
@@ -173,7 +170,7 @@ class Engine {
     sync_warp();
     if (clustered_ && n > begin_) receive(n);
     if (plan_.staged) fetch(n);
-    if (resident || shares_operand(plan_)) {
+    if (resident || plan_.shares_operand()) {
       add_blocks<false>(product, shared_operand(n), static_cast<int>(row_bytes(plan_)));
     } else if constexpr (!resident) {
       add_blocks<true>(product, global_operand(n, 0), row_quads() * 16);

@@ -37,6 +37,10 @@ struct Plan {
   index shared_bytes;  // of a block
 
   constexpr int threads() const { return groups * splits * 32; }
+  // Whether warps read the operand from shared memory.
+  constexpr bool shares_operand() const {
+    return exchange == Exchange::cluster || staged;
+  }
 };
 
 constexpr index round_up(index n, index multiple) {
@@ -89,7 +93,6 @@ constexpr double estimate(const Plan& plan, const Work& work, int at_once) {
   const Costs costs;
   const bool in_cluster = plan.exchange == Exchange::cluster;
   const bool steps = plan.exchange == Exchange::step;
-  const bool shared_operand = in_cluster || plan.staged;
   const bool weights_from_l2 = !plan.resident && !plan.on_chip;
   const int warps = plan.groups * plan.splits, lane_rows = work.on_matrix_units ? 1 : 2;
   const double turns = static_cast<double>(ceil_div(warps, 4));  // of a scheduler
@@ -106,11 +109,11 @@ constexpr double estimate(const Plan& plan, const Work& work, int at_once) {
     block = 2.0 * work.octets * plan.tiles * work.block_depth * turns *
             static_cast<double>(work.operand_bytes) / 4;
   }
-  const int quads =
-      (plan.on_chip ? work.octets : 0) + (shared_operand ? plan.tiles * lane_rows : 0);
+  const int quads = (plan.on_chip ? work.octets : 0) +
+                    (plan.shares_operand() ? plan.tiles * lane_rows : 0);
   block = most(block, quads * costs.shared_quad * warps);
   const int octets =
-      (weights_from_l2 ? work.octets : 0) + (shared_operand ? 0 : plan.tiles);
+      (weights_from_l2 ? work.octets : 0) + (plan.shares_operand() ? 0 : plan.tiles);
   block = most(block, octets * block_bytes * warps / costs.l2_bytes);
   if (weights_from_l2) block = most(block, costs.l2_latency / 2);
 
