@@ -8,12 +8,12 @@ import platform
 import subprocess
 from collections.abc import Iterator
 
-import floor
 import numpy as np
 import pytest
 from cases import CASES, CONTENDERS, Case
 
 import fusedrnn as fr
+from fusedrnn import floor
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,11 +4,12 @@
 
 namespace fusedrnn::cuda {
 
-extern const CellEntry lstm, gru, rnn_tanh, rnn_relu, rnn_identity;
+extern const CellEntry lstm, lstm_coupled, gru, gru_before, rnn_tanh, rnn_relu,
+    rnn_identity;
 
 std::span<const CellEntry* const> cells() {
-  static const CellEntry* const all[] = {&lstm, &gru, &rnn_tanh, &rnn_relu,
-                                         &rnn_identity};
+  static const CellEntry* const all[] = {
+      &lstm, &lstm_coupled, &gru, &gru_before, &rnn_tanh, &rnn_relu, &rnn_identity};
   return all;
 }
 

@@ -1,38 +1,55 @@
-// The kernels of a family of cells, for every precision. A family has a translation unit
-// of its own, cuda/cells/<family>.cu, so that they compile side by side.
+// The kernels of cells that share them, for every precision. They have a translation unit
+// of their own, cuda/cells/<cell>.cu, so that they compile side by side.
 #pragma once
 
 #include "layer.h"
+#include "rowwise.h"
 
 namespace fusedrnn::cuda {
 
-template <class Family, class P>
+template <template <class> class CellOf, class P>
 constexpr Kernels kernels_in() {
-  using L = Layer<Family, P>;
+  using L = Layer<CellOf, P>;
   return {L::packed_bytes,      L::pack,    L::saved_bytes,
           L::forward_workspace, L::forward, L::backward_workspace,
           L::backward,          L::choose};
 }
 
-template <class Family>
+template <template <class> class CellOf>
 Kernels kernels_of(Precision precision) {
   switch (precision) {
     case Precision::float64:
-      return kernels_in<Family, Exact<double>>();
+      return kernels_in<CellOf, Exact<double>>();
     case Precision::tf32:
-      return kernels_in<Family, OnTensorFloat32>();
+      return kernels_in<CellOf, OnTensorFloat32>();
     case Precision::bfloat16:
     case Precision::float16:
-      return kernels_in<Family, OnHalf>();
+      return kernels_in<CellOf, OnHalf>();
     default:
-      return kernels_in<Family, Exact<float>>();
+      return kernels_in<CellOf, Exact<float>>();
   }
 }
 
-template <class Family>
-constexpr CellEntry cell(std::string_view name, int member = 0) {
-  using Cell = typename Family::template First<device::Vec<float>>;
-  return {name, Cell::gates, Cell::has_c, member, kernels_of<Family>};
+template <template <class> class CellOf, class A>
+constexpr RowKernels<A> row_kernels_of() {
+  using L = RowLayer<CellOf, A>;
+  return {L::saved_bytes, L::forward_workspace, L::forward, L::backward_workspace,
+          L::backward};
+}
+
+template <template <class> class CellOf>
+constexpr CellEntry cell(std::string_view name, int variant = 0) {
+  using Cell = CellOf<device::Vec<float>>;
+  int peepholes = 0;
+  if constexpr (Cell::has_c) peepholes = Cell::peepholes;
+  return {name,
+          Cell::gates,
+          Cell::has_c,
+          peepholes,
+          variant,
+          kernels_of<CellOf>,
+          row_kernels_of<CellOf, float>(),
+          row_kernels_of<CellOf, double>()};
 }
 
 }  // namespace fusedrnn::cuda

@@ -20,23 +20,6 @@
 
 namespace fusedrnn::cuda {
 
-// Hands out parts of one piece of memory; of none, to learn how large it must be.
-class Carver {
- public:
-  explicit Carver(void* memory) : memory_(static_cast<char*>(memory)) {}
-  template <class E>
-  E* take(index count) {
-    E* const part = memory_ ? reinterpret_cast<E*>(memory_ + used_) : nullptr;
-    used_ += round_up(count * index{sizeof(E)}, 256);
-    return part;
-  }
-  index used() const { return used_; }
-
- private:
-  char* memory_;
-  index used_ = 0;
-};
-
 inline Element element_of(Precision precision) {
   switch (precision) {
     case Precision::float64:
@@ -50,20 +33,20 @@ inline Element element_of(Precision precision) {
   }
 }
 
-template <class Family, class P>
+template <template <class> class CellOf, class P>
 class Layer {
   using S = typename P::Storage;
   using E = typename P::Operand;
   using A = typename P::State;
-  using Cell = typename Family::template First<device::Vec<A>>;
+  using Cell = CellOf<device::Vec<A>>;
   static constexpr int gates = Cell::gates, slots = Cell::slots;
   static constexpr int first_input = slots - gates;
   static constexpr bool tf32 = std::is_same_v<E, TensorFloat32>;
 
   template <int tiles, bool resident>
-  using Forwards = ForwardRecurrence<Family, P, tiles, resident>;
+  using Forwards = ForwardRecurrence<CellOf, P, tiles, resident>;
   template <int tiles, bool resident>
-  using Backwards = BackwardRecurrence<Family, P, tiles, resident>;
+  using Backwards = BackwardRecurrence<CellOf, P, tiles, resident>;
   // What packed weights and the estimate of a plan ask of is alike in all of them.
   using ForwardEngine = typename Forwards<1, false>::Engine;
   using BackwardEngine = typename Backwards<1, false>::Engine;
@@ -246,6 +229,7 @@ class Layer {
         p.dh = dh;
         p.dc = dc;
         p.da = room.da;
+        p.bptt = call.bptt;
         return p;
       });
     });
@@ -397,13 +381,6 @@ class Layer {
                 : carver.take<S>(call.T * call.B * call.I)) {}
   };
 
-  // From one row of x to the next, by time and then by batch; 0 where that is no
-  // constant.
-  static index row_stride(const Call& call) {
-    const index stride = call.B > 1 ? call.x_b : call.T > 1 ? call.x_t : call.I;
-    const bool constant = call.T == 1 || call.x_t == call.B * stride;
-    return constant && stride >= call.I ? stride : 0;
-  }
   static Masks masks_of(const Call& call, const Room& room) {
     return {room.lengths, call.resets, call.resets_t, call.resets_b};
   }
@@ -462,7 +439,7 @@ class Layer {
                    index begin, index end) {
     static_cast<Sizes&>(p) = call;
     p.precision = P::of(call.precision);
-    p.member = call.member;
+    p.variant = call.variant;
     p.plan = plan;
     p.begin = begin;
     p.end = end;

@@ -6,13 +6,16 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
 #include <memory>
 #include <optional>
 #include <set>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "../csrc/vec/random.h"
 #include "dlpack.h"
 #include "kernels.h"
 
@@ -230,6 +233,13 @@ ElementNames elements_of(Precision precision) {
   }
 }
 
+// What a call is asked for beside its arrays.
+struct CallOptions {
+  Options values;
+  bool adds_dx;
+};
+using RowArrays = std::map<std::string, MaybeView>;
+
 // What a layer is called with: a cell in a precision, on a device and stream.
 class Kernel {
  public:
@@ -266,7 +276,7 @@ class Kernel {
   }
 
   index saved_bytes(index T, index B, index H) const {
-    return kernels_.saved_bytes({T, B, 0, H, false});
+    return kernels_.saved_bytes({T, B, 0, H, H, false});
   }
 
   void forward(const View& x, const View& weight_ih, const View& packed,
@@ -295,7 +305,7 @@ class Kernel {
                 const MaybeView& h0, const MaybeView& c0, const MaybeView& lengths,
                 const MaybeView& resets, bool reverse, const View& y,
                 const MaybeView& saved, const MaybeView& dy, const MaybeView& dh_n,
-                const MaybeView& dc_n, const View& dx, bool adds_dx,
+                const MaybeView& dc_n, const View& dx, bool adds_dx, index bptt,
                 const View& dweight_ih, const View& dweight_hh, const View& dbias_ih,
                 const View& dbias_hh, const View& dh0, const MaybeView& dc0,
                 const py::function& workspace) const {
@@ -320,6 +330,7 @@ class Kernel {
     call.dx_b = dx.strides[1];
     if (call.T > 1 && call.B > 0 && dx.strides[0] != call.B * dx.strides[1]) refuse("dx");
     call.adds_dx = adds_dx;
+    call.bptt = static_cast<int>(bptt < call.T ? bptt : 0);
     call.dweight_ih = whole(dweight_ih, "dweight_ih", {GH, call.I});
     call.dweight_hh = whole(dweight_hh, "dweight_hh", {GH, call.H});
     call.dbias_ih = whole(dbias_ih, "dbias_ih", {GH});
@@ -334,8 +345,37 @@ class Kernel {
     kernels_.backward(call);
   }
 
+  // With options: arrays by name, those that there are.
+  index row_saved_bytes(index T, index B, index H, index R, bool projects,
+                        bool norm) const {
+    const Sizes p{T, B, 0, H, R, false};
+    const Model m{0, H, R, cell_.variant, projects, norm};
+    return is_double() ? cell_.rows64.saved_bytes(p, m) : cell_.rows32.saved_bytes(p, m);
+  }
+  void row_forward(const RowArrays& arrays, const CallOptions& options, bool reverse,
+                   const py::function& workspace) const {
+    if (is_double()) {
+      run_rows<RowCall<double>>(cell_.rows64.forward_workspace, cell_.rows64.forward,
+                                arrays, options, reverse, workspace);
+    } else {
+      run_rows<RowCall<float>>(cell_.rows32.forward_workspace, cell_.rows32.forward,
+                               arrays, options, reverse, workspace);
+    }
+  }
+  void row_backward(const RowArrays& arrays, const CallOptions& options, bool reverse,
+                    const py::function& workspace) const {
+    if (is_double()) {
+      run_rows<RowBackCall<double>>(cell_.rows64.backward_workspace,
+                                    cell_.rows64.backward, arrays, options, reverse,
+                                    workspace);
+    } else {
+      run_rows<RowBackCall<float>>(cell_.rows32.backward_workspace, cell_.rows32.backward,
+                                   arrays, options, reverse, workspace);
+    }
+  }
+
   py::dict explain(index T, index B, index I, index H, bool backward) const {
-    const Plan plan = kernels_.choose({T, B, I, H, false}, device_, backward);
+    const Plan plan = kernels_.choose({T, B, I, H, H, false}, device_, backward);
     constexpr const char* exchanges[] = {"cluster", "grid", "step"};
     py::dict told;
     told["exchange"] = exchanges[static_cast<int>(plan.exchange)];
@@ -394,6 +434,147 @@ class Kernel {
     return reinterpret_cast<void*>(v.pointer);
   }
 
+  bool is_double() const { return precision_ == Precision::float64; }
+
+  // An array by name, or null; of which only the last axis must be contiguous if `rows`.
+  template <class A>
+  A* find(const RowArrays& arrays, const char* name, const std::vector<index>& shape,
+          bool rows = false) const {
+    const auto found = arrays.find(name);
+    if (found == arrays.end() || !found->second) return nullptr;
+    const View& v = *found->second;
+    if (!rows && !v.is_contiguous()) refuse(name);
+    if (rows && v.size() > 0 && v.shape.back() > 1 && v.strides.back() != 1) refuse(name);
+    return static_cast<A*>(checked(v, name, shape, elements_.storage));
+  }
+  static index stride(const RowArrays& arrays, const char* name, int axis) {
+    const auto found = arrays.find(name);
+    return found == arrays.end() || !found->second
+               ? 0
+               : found->second->strides[static_cast<std::size_t>(axis)];
+  }
+
+  template <class C, class Workspace, class Run>
+  void run_rows(const Workspace& needs, const Run& run, const RowArrays& arrays,
+                const CallOptions& options, bool reverse,
+                const py::function& workspace) const {
+    using A = std::remove_const_t<std::remove_pointer_t<decltype(C::x)>>;
+    const auto shape_of = [&](const char* name, std::size_t rank) {
+      const auto found = arrays.find(name);
+      if (found == arrays.end() || !found->second) refuse(name);
+      if (found->second->shape.size() != rank) refuse(name);
+      return found->second->shape;
+    };
+    const auto of_x = shape_of("x", 3), of_R = shape_of("weight_hh", 2);
+    C call{};
+    call.T = of_x[0];
+    call.B = of_x[1];
+    call.I = of_x[2];
+    call.H = shape_of("weight_ih", 2)[0] / cell_.gates;
+    call.R = of_R[1];
+    call.reverse = reverse;
+    const index T = call.T, B = call.B, I = call.I, H = call.H, R = call.R;
+    const index GH = cell_.gates * H;
+    if (I < 1 || H < 1 || R < 1 || R > H) refuse("weight_hh");
+    const auto get = [&](const char* name, const std::vector<index>& shape,
+                         bool rows = false) {
+      return find<A>(arrays, name, shape, rows);
+    };
+    call.weight_ih = get("weight_ih", {GH, I});
+    call.weight_hh = get("weight_hh", {GH, R});
+    call.bias_ih = get("bias_ih", {GH});
+    call.bias_hh = get("bias_hh", {GH});
+    call.weight_hr = get("weight_hr", {R, H});
+    call.vectors = {get("weight_ch", {cell_.peepholes * H}), get("gamma_ih", {GH}),
+                    get("gamma_hh", {GH}), get("gamma_c", {H}), get("beta_c", {H})};
+    call.model = {I,
+                  H,
+                  R,
+                  cell_.variant,
+                  call.weight_hr != nullptr,
+                  call.vectors.gamma_ih != nullptr};
+    if (!call.model.projects && R != H) refuse("weight_hr");
+    if (call.model.norm && !call.vectors.gamma_hh) refuse("gamma_hh");
+    if (call.model.norm && cell_.has_c &&
+        !(call.vectors.gamma_c && call.vectors.beta_c)) {
+      refuse("gamma_c");
+    }
+    call.options = options.values;
+    call.device = device_;
+    call.stream = stream_;
+    call.tf32 = precision_ == Precision::tf32;
+    call.x = get("x", {T, B, I}, true);
+    call.x_t = stride(arrays, "x", 0);
+    call.x_b = stride(arrays, "x", 1);
+    call.h0 = get("h0", {B, R});
+    call.c0 = get("c0", {B, H});
+    if (const auto lengths = arrays.find("lengths");
+        lengths != arrays.end() && lengths->second) {
+      const View& v = *lengths->second;
+      call.wide_lengths = v.dtype->name == "int64";
+      if (!v.is_contiguous()) refuse("lengths");
+      call.lengths = checked(v, "lengths", {B}, call.wide_lengths ? "int64" : "int32");
+    }
+    if (const auto resets = arrays.find("resets");
+        resets != arrays.end() && resets->second) {
+      const View& v = *resets->second;
+      call.resets = static_cast<const bool*>(checked(v, "resets", {T, B}, "bool"));
+      call.resets_t = v.strides[0];
+      call.resets_b = v.strides[1];
+    }
+    call.y = get("y", {T, B, R}, true);
+    call.y_b = stride(arrays, "y", 1);
+    if (!call.y || (T > 1 && B > 0 && stride(arrays, "y", 0) != B * call.y_b))
+      refuse("y");
+    call.cells = get("cells", {T, B, H}, true);
+    call.cells_t = stride(arrays, "cells", 0);
+    call.cells_b = stride(arrays, "cells", 1);
+    call.trace = get("trace", {T, B, cell_.gates, H});
+    const bool is_double_ = is_double();
+    const index saved = is_double_ ? cell_.rows64.saved_bytes(call, call.model)
+                                   : cell_.rows32.saved_bytes(call, call.model);
+    if (const auto found = arrays.find("saved"); found != arrays.end() && found->second) {
+      call.saved = static_cast<A*>(bytes(*found->second, "saved", saved));
+    }
+    if constexpr (std::is_same_v<C, RowBackCall<A>>) {
+      call.dy = get("dy", {T, B, R}, true);
+      call.dy_t = stride(arrays, "dy", 0);
+      call.dy_b = stride(arrays, "dy", 1);
+      call.dh_n = get("dh_n", {B, R});
+      call.dc_n = get("dc_n", {B, H});
+      call.dcells = get("dcells", {T, B, H}, true);
+      call.dcells_t = stride(arrays, "dcells", 0);
+      call.dcells_b = stride(arrays, "dcells", 1);
+      call.dx = get("dx", {T, B, I}, true);
+      call.dx_b = stride(arrays, "dx", 1);
+      if (!call.dx || (T > 1 && B > 0 && stride(arrays, "dx", 0) != B * call.dx_b)) {
+        refuse("dx");
+      }
+      call.adds_dx = options.adds_dx;
+      call.dweight_ih = get("dweight_ih", {GH, I});
+      call.dweight_hh = get("dweight_hh", {GH, R});
+      call.dbias_ih = get("dbias_ih", {GH});
+      call.dbias_hh = get("dbias_hh", {GH});
+      call.dweight_hr = get("dweight_hr", {R, H});
+      call.dvectors = {get("dweight_ch", {cell_.peepholes * H}), get("dgamma_ih", {GH}),
+                       get("dgamma_hh", {GH}), get("dgamma_c", {H}), get("dbeta_c", {H})};
+      call.dh0 = get("dh0", {B, R});
+      call.dc0 = get("dc0", {B, H});
+      if (!call.dweight_ih || !call.dweight_hh || !call.dh0) refuse("dweight_ih");
+      if (cell_.has_c && !call.dc0) refuse("dc0");
+      if (!call.saved && cell_.has_c && !call.cells) refuse("cells");
+    } else {
+      call.h_n = get("h_n", {B, R});
+      call.c_n = get("c_n", {B, H});
+      if (!call.h_n || (cell_.has_c && !call.c_n)) refuse("h_n");
+    }
+    const index needed = needs(call);
+    const auto room = workspace(needed).cast<View>();
+    call.workspace = bytes(room, "workspace", needed);
+    const py::gil_scoped_release release;
+    run(call);
+  }
+
   void start(Call& call, const View& x, const View& weight_ih, const View& like,
              const MaybeView& h0, const MaybeView& c0, const MaybeView& lengths,
              const MaybeView& resets, bool reverse) const {
@@ -402,8 +583,9 @@ class Kernel {
     call.B = x.shape[1];
     call.I = x.shape[2];
     call.H = like.shape[1];
+    call.R = call.H;
     call.reverse = reverse;
-    call.member = cell_.member;
+    call.variant = cell_.variant;
     call.precision = precision_;
     if (call.I < 1 || call.H < 1) refuse("x");
     call.device = device_;
@@ -435,6 +617,100 @@ class Kernel {
   const int device_;
   const Stream stream_;
 };
+
+// Three axes, those that are missing of length 1.
+struct Cube {
+  index T = 1, B = 1, N = 1, t = 0, b = 0;
+  explicit Cube(const View& v) {
+    const std::size_t rank = v.shape.size();
+    if (rank > 3 || (rank && v.shape[rank - 1] > 1 && v.strides[rank - 1] != 1)) {
+      refuse("array");
+    }
+    if (rank > 0) N = v.shape[rank - 1];
+    if (rank > 1) B = v.shape[rank - 2];
+    if (rank > 1) b = v.strides[rank - 2];
+    if (rank > 2) T = v.shape[0];
+    if (rank > 2) t = v.strides[0];
+  }
+};
+
+template <class S>
+void drop_as(const View& from, double p, std::uint64_t seed, std::uint32_t draw,
+             std::uint32_t where, const View& to, Stream stream) {
+  const Cube in(from), out(to);
+  const Dropout<S> problem{out.T,
+                           out.B,
+                           out.N,
+                           reinterpret_cast<const S*>(from.pointer),
+                           in.t,
+                           in.b,
+                           reinterpret_cast<S*>(to.pointer),
+                           out.t,
+                           out.b,
+                           p,
+                           seed,
+                           draw,
+                           where};
+  const py::gil_scoped_release release;
+  const OnDevice current(to.device);
+  drop_out(problem, to.device, stream);
+}
+// Dropout of (T, B, n) in float32 or float64, of "weights" or "between" layers.
+void drop(const View& from, double p, std::uint64_t seed, const std::string& what,
+          std::uint32_t where, const View& to, std::uintptr_t stream) {
+  if (from.shape != to.shape || from.dtype != to.dtype) refuse("drop");
+  const auto draw =
+      static_cast<std::uint32_t>(what == "weights" ? Draw::weights : Draw::between);
+  const auto on = reinterpret_cast<Stream>(stream);
+  if (to.dtype->name == "float32") {
+    drop_as<float>(from, p, seed, draw, where, to, on);
+  } else if (to.dtype->name == "float64") {
+    drop_as<double>(from, p, seed, draw, where, to, on);
+  } else {
+    refuse("drop");
+  }
+}
+
+Element element_of(const View& v) {
+  constexpr std::pair<std::string_view, Element> known[] = {
+      {"float32", Element::float32},
+      {"float64", Element::float64},
+      {"bfloat16", Element::bfloat16},
+      {"float16", Element::float16}};
+  for (const auto& [name, element] : known) {
+    if (v.dtype->name == name) return element;
+  }
+  refuse("array");
+}
+
+// Copies from one element to another, where one of the two is float32 or both are alike.
+void convert_view(const View& from, const View& to, std::uintptr_t stream) {
+  const Element in = element_of(from), out = element_of(to);
+  const bool known = in == out || in == Element::float32 || out == Element::float32;
+  const bool mixed = in != out && (in == Element::float64 || out == Element::float64);
+  if (from.shape != to.shape || !known || mixed) refuse("convert");
+  const Cube a(from), b(to);
+  const Conversion problem{reinterpret_cast<const void*>(from.pointer),
+                           a.t,
+                           a.b,
+                           reinterpret_cast<void*>(to.pointer),
+                           b.t,
+                           b.b,
+                           b.T,
+                           b.B,
+                           b.N,
+                           in,
+                           out};
+  const py::gil_scoped_release release;
+  const OnDevice current(to.device);
+  convert(problem, to.device, reinterpret_cast<Stream>(stream));
+}
+void clear_view(const View& to, std::uintptr_t stream) {
+  if (!to.is_contiguous()) refuse("clear");
+  const OnDevice current(to.device);
+  clear(reinterpret_cast<void*>(to.pointer), to.size() * to.dtype->bytes,
+        reinterpret_cast<Stream>(stream));
+}
 
 // DLPack (https://dmlc.github.io/dlpack): how libraries hand each other arrays.
 
@@ -561,6 +837,20 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("copy_to_host", &copy_to_host);
   m.def("copy_on_device", &copy_on_device);
 
+  py::class_<CallOptions>(m, "Options")
+      .def(py::init([](double clip, double cell_clip, double zoneout_h, double zoneout_c,
+                       double recurrent_dropout, bool training, std::uint64_t seed,
+                       std::uint32_t where, index bptt, bool adds_dx) {
+             return CallOptions{{clip, cell_clip, zoneout_h, zoneout_c, recurrent_dropout,
+                                 training, seed, where, bptt},
+                                adds_dx};
+           }),
+           py::arg("clip"), py::arg("cell_clip"), py::arg("zoneout_h"),
+           py::arg("zoneout_c"), py::arg("recurrent_dropout"), py::arg("training"),
+           py::arg("seed"), py::arg("where"), py::arg("bptt"), py::arg("adds_dx"));
+  m.def("drop", &drop);
+  m.def("convert", &convert_view);
+  m.def("clear", &clear_view);
   py::class_<Kernel>(m, "Kernel")
       .def(py::init<const std::string&, const std::string&, int, std::uintptr_t>(),
            py::arg("cell"), py::arg("precision"), py::arg("device"), py::arg("stream"))
@@ -570,6 +860,9 @@ PYBIND11_MODULE(_cuda, m) {
       .def("saved_bytes", &Kernel::saved_bytes)
       .def("forward", &Kernel::forward)
       .def("backward", &Kernel::backward)
+      .def("row_saved_bytes", &Kernel::row_saved_bytes)
+      .def("row_forward", &Kernel::row_forward)
+      .def("row_backward", &Kernel::row_backward)
       .def("explain", &Kernel::explain);
 
   m.def(

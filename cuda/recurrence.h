@@ -444,7 +444,7 @@ struct Recurrence : Sizes {
   using A = typename P::State;
 
   P precision;
-  int member;  // of the cell's family
+  int variant;  // of cells that share their kernels
   Plan plan;
   index begin, end;
   const Quad* weights;
@@ -461,40 +461,6 @@ struct Recurrence : Sizes {
   }
 };
 
-// Cells of one shape, which share their kernels: a kernel is told which it runs.
-template <template <class> class FirstOf, template <class> class... RestOf>
-struct Family {
-  template <class V>
-  using First = FirstOf<V>;
-
-  template <class V, int slots>
-  FUSEDRNN_DEVICE static State<V> forward(int member, V (&a)[slots], State<V> prev) {
-    return member == 0 ? First<V>::forward(a, prev)
-                       : Family<RestOf...>::forward(member - 1, a, prev);
-  }
-  template <class V, int slots>
-  FUSEDRNN_DEVICE static State<V> backward(int member, V (&s)[slots], State<V> prev,
-                                           State<V> now, V dh, V dc) {
-    return member == 0 ? First<V>::backward(s, prev, now, dh, dc)
-                       : Family<RestOf...>::backward(member - 1, s, prev, now, dh, dc);
-  }
-};
-template <template <class> class OnlyOf>
-struct Family<OnlyOf> {
-  template <class V>
-  using First = OnlyOf<V>;
-
-  template <class V, int slots>
-  FUSEDRNN_DEVICE static State<V> forward(int, V (&a)[slots], State<V> prev) {
-    return First<V>::forward(a, prev);
-  }
-  template <class V, int slots>
-  FUSEDRNN_DEVICE static State<V> backward(int, V (&s)[slots], State<V> prev,
-                                           State<V> now, V dh, V dc) {
-    return First<V>::backward(s, prev, now, dh, dc);
-  }
-};
-
 // Whether the blocks of weight_ih stand in the order of the slots they feed, so that W x
 // and the input part of da are as a product reads or writes them.
 template <class Cell>
@@ -505,14 +471,14 @@ constexpr bool feeds_in_order() {
   return true;
 }
 
-template <class Family, class P, int tiles, bool resident>
+template <template <class> class CellOf, class P, int tiles, bool resident>
 struct ForwardRecurrence : Recurrence<P> {
   using Base = Recurrence<P>;
   using Base::B, Base::H, Base::T, Base::begin, Base::end, Base::masks, Base::precision;
   using typename Base::A;
   using typename Base::S;
   using V = device::Vec<A>;
-  using Cell = typename Family::template First<V>;
+  using Cell = CellOf<V>;
   static constexpr int gates = Cell::gates, slots = Cell::slots;
   using Engine = cuda::Engine<P, gates, 1, 1, tiles, resident>;
   static_assert(feeds_in_order<Cell>());
@@ -586,8 +552,8 @@ struct ForwardRecurrence : Recurrence<P> {
             if (k >= first_input) v[r][k].value += ahead[r][k - first_input];
             if (k < gates) v[r][k].value += sum[k / 2][k % 2 * 2 + r];
           }
-          const State<V> now =
-              Family::forward(this->member, v[r], {{h_now[r]}, {c_now[r]}});
+          const State<V> now = Cell::forward(v[r], {{h_now[r]}, {c_now[r]}},
+                                             Plain<V, true>{this->variant});
           if (active[r]) {
             h_now[r] = now.h.value;
             c_now[r] = now.c.value;
@@ -624,14 +590,14 @@ struct ForwardRecurrence : Recurrence<P> {
   }
 };
 
-template <class Family, class P, int tiles, bool resident>
+template <template <class> class CellOf, class P, int tiles, bool resident>
 struct BackwardRecurrence : Recurrence<P> {
   using Base = Recurrence<P>;
   using Base::B, Base::H, Base::T, Base::begin, Base::end, Base::masks, Base::precision;
   using typename Base::A;
   using typename Base::S;
   using V = device::Vec<A>;
-  using Cell = typename Family::template First<V>;
+  using Cell = CellOf<V>;
   static constexpr int gates = Cell::gates, slots = Cell::slots, octets = 2;
   using Engine = cuda::Engine<P, octets, gates, octets, tiles, resident>;
 
@@ -645,6 +611,7 @@ struct BackwardRecurrence : Recurrence<P> {
   index dy_t, dy_b;
   A *dh, *dc;  // what reaches the state before past the product; at the end dh0, dc0
   S* da;
+  int bptt;  // 0: gradients pass everywhere
 
   FUSEDRNN_DEVICE void operator()() const {
     this->template for_each_row_group<Engine>([&](Engine& engine) { run(engine); });
@@ -660,7 +627,7 @@ struct BackwardRecurrence : Recurrence<P> {
     const index first_row = engine.row();
     const bool mine = engine.has_item();
     int length[2];
-    bool resets[2];
+    bool resets[2], cuts[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       length[r] = mine && first_row + r < B ? masks.length(first_row + r) : 0;
@@ -684,7 +651,9 @@ struct BackwardRecurrence : Recurrence<P> {
       if (n == T) return;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        resets[r] = real[0][r] && masks.is_reset(this->time(T - 1 - n), first_row + r);
+        const int t = static_cast<int>(this->time(T - 1 - n));
+        resets[r] = real[0][r] && masks.is_reset(t, first_row + r);
+        cuts[r] = resets[r] || (bptt && begins_chunk(t, length[r]));
       }
 #pragma unroll
       for (int o = 0; o < octets; ++o) {
@@ -709,8 +678,9 @@ struct BackwardRecurrence : Recurrence<P> {
             past[o][r] += sum[0][o * 2 + r];
             bool passes = true;
             if (real[o][r] && is_step && masks.is_within(t, length[r])) {
-              passes = !resets[r];
-              take_step(ahead[o][r], passes, v[o][r], past[o][r], dc_now[o][r]);
+              passes = !cuts[r];
+              take_step(ahead[o][r], resets[r], passes, v[o][r], past[o][r],
+                        dc_now[o][r]);
             }
 #pragma unroll
             for (int k = 0; k < gates; ++k) {
@@ -744,6 +714,12 @@ struct BackwardRecurrence : Recurrence<P> {
     }
   }
 
+  // Whether a row's step at a time is the first of a chunk, but not of all.
+  FUSEDRNN_DEVICE bool begins_chunk(int t, int length) const {
+    const int last = (masks.lengths ? length : static_cast<int>(T)) - 1;
+    return (t + this->reverse) % bptt == 0 && t != (this->reverse ? last : 0);
+  }
+
   FUSEDRNN_DEVICE void read(Inputs& in, index step, index b, index unit) const {
     const index t = this->time(step), at = (step * B + b) * H + unit;
     if constexpr (Cell::saves) {
@@ -765,21 +741,22 @@ struct BackwardRecurrence : Recurrence<P> {
 
   // Writes da into v; `past` and dc become those of the state before, where a gradient
   // passes to it.
-  FUSEDRNN_DEVICE void take_step(const Inputs& in, bool passes, V (&v)[slots], A& past,
-                                 A& dc_now) const {
+  FUSEDRNN_DEVICE void take_step(const Inputs& in, bool is_reset, bool passes,
+                                 V (&v)[slots], A& past, A& dc_now) const {
     if constexpr (Cell::saves) {
 #pragma unroll
       for (int k = 0; k < slots; ++k) v[k] = {in.slots_[k]};
     }
-    State<V> prev{}, now{};
+    State<V> prev{};
+    V c{};
     if constexpr (Cell::has_direct) prev.h = {in.prev_h};
     if constexpr (Cell::has_c) {
-      prev.c = {passes ? in.prev_c : A{0}};
-      now.c = {in.c};
+      prev.c = {is_reset ? A{0} : in.prev_c};
+      c = {in.c};
     }
-    if constexpr (!Cell::saves) now.h = {in.h};
-    const State<V> d =
-        Family::backward(this->member, v, prev, now, {past + in.dy}, {dc_now});
+    if constexpr (!Cell::saves) v[0] = {in.h};
+    const State<V> d = Cell::backward(v, prev, c, {past + in.dy}, {dc_now},
+                                      Plain<V, true>{this->variant});
     past = passes ? d.h.value : A{0};
     dc_now = passes ? d.c.value : A{0};
   }

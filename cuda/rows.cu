@@ -28,6 +28,17 @@ void launch_columns(const BiasGradients<P>& kernel, Stream stream) {
 
 template void launch_each(const ReadLengths&, index, int, Stream);
 
+template <class S>
+void drop_out(const Dropout<S>& problem, int ordinal, Stream stream) {
+  launch_each(DropOut<S>{problem}, problem.T * problem.B * problem.N, ordinal, stream);
+}
+template void drop_out(const Dropout<float>&, int, Stream);
+template void drop_out(const Dropout<double>&, int, Stream);
+
+void convert(const Conversion& problem, int ordinal, Stream stream) {
+  launch_each(Convert{problem}, problem.T * problem.B * problem.N, ordinal, stream);
+}
+
 #define FUSEDRNN_ROWS(P)                                                \
   template void launch_each(const PackWeights<P>&, index, int, Stream); \
   template void launch_each(const PackBias<P>&, index, int, Stream);    \

@@ -3,11 +3,25 @@
 #pragma once
 
 #include "../csrc/problem.h"
+#include "../csrc/vec/random.h"
+#include "kernels.h"
 #include "masks.h"
 #include "product.h"
 #include "runtime.h"
 
 namespace fusedrnn::cuda {
+
+// 0 where element n of row (i, j) is dropped, else 1 / (1 - p).
+FUSEDRNN_DEVICE double dropout_factor(std::uint64_t seed, std::uint32_t draw,
+                                      std::uint32_t where, double p, index i, index j,
+                                      index n) {
+  constexpr index block = Generator::block;
+  std::uint32_t words[4][1];
+  Generator(seed, draw, where)
+      .words(static_cast<std::uint32_t>(n / (4 * block) * block + n % block),
+             static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(j), words);
+  return words[n / block % 4][0] < Generator::threshold(p) ? 0 : 1 / (1 - p);
+}
 
 // Queues a kernel of so many independent elements.
 template <class Kernel>
@@ -188,6 +202,43 @@ struct GatherRows {
     for_each(T * B * width, [&](index i) {
       const index column = i % width, b = i / width % B, t = i / width / B;
       to[i] = masks.is_active(t, b) ? from[t * from_t + b * from_b + column] : S{};
+    });
+  }
+};
+
+// Dropout of (T, B, N), as Dropout in csrc/problem.h says.
+template <class S>
+struct DropOut : Dropout<S> {
+  FUSEDRNN_DEVICE void operator()() const {
+    for_each(this->T * this->B * this->N, [&](index at) {
+      const index n = at % this->N, j = at / this->N % this->B,
+                  i = at / this->N / this->B;
+      const double factor =
+          dropout_factor(this->seed, this->draw, this->where, this->p, i, j, n);
+      const S value = this->from[i * this->from_t + j * this->from_b + n];
+      this->to[i * this->to_t + j * this->to_b + n] = value * static_cast<S>(factor);
+    });
+  }
+};
+
+struct Convert : Conversion {
+  FUSEDRNN_DEVICE void operator()() const {
+    for_each(T * B * N, [&](index at) {
+      const index n = at % N, j = at / N % B, i = at / N / B;
+      const index in = i * from_t + j * from_b + n, out = i * to_t + j * to_b + n;
+      if (to_element == Element::float64) {
+        static_cast<double*>(to)[out] = static_cast<const double*>(from)[in];
+        return;
+      }
+      const float value = from_element == Element::float32
+                              ? static_cast<const float*>(from)[in]
+                              : from_half(static_cast<const Half*>(from)[in],
+                                          from_element == Element::bfloat16);
+      if (to_element == Element::float32) {
+        static_cast<float*>(to)[out] = value;
+      } else {
+        static_cast<Half*>(to)[out] = to_half(value, to_element == Element::bfloat16);
+      }
     });
   }
 };

@@ -24,6 +24,9 @@ struct Vec {
   FUSEDRNN_DEVICE friend Vec fma(Vec a, Vec b, Vec c) {
     return {cuda::multiply_add(a.value, b.value, c.value)};
   }
+  FUSEDRNN_DEVICE friend Vec min(Vec a, Vec b) {
+    return {a.value < b.value ? a.value : b.value};
+  }
   FUSEDRNN_DEVICE friend Vec max(Vec a, Vec b) {
     return {a.value > b.value ? a.value : b.value};
   }

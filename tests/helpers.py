@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import fusedrnn as fr
-from fusedrnn.cells import Cell
+from fusedrnn import reference
+from fusedrnn.cells import CELLS, Cell
 
 # Largest error against float64 on the inputs as rounded, relative to the scale of the
 # expected array. Gradients sum over T·B terms.
 TOLERANCE = {np.dtype(np.float32): 2e-5, np.dtype(np.float64): 1e-12}
 
-NAMES = ("x", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "h0", "c0")
+PARAMETERS = reference.Parameters._fields
+NAMES = ("x", *PARAMETERS[:4], "h0", "c0")
 
 
 class Sizes(NamedTuple):
@@ -44,6 +49,70 @@ def arguments(
     return {k: None if v is None else v.astype(dtype) for k, v in values.items()}
 
 
+# What a call may be asked for, beside masks. `OPTIONS` of a cell: the names it knows.
+OPTIONS = {
+    "projection": "c",
+    "peephole": "c",
+    "clip": "h",
+    "cell_clip": "c",
+    "layer_norm": "n",
+    "zoneout": "h",
+    "zoneout in inference": "h",
+    "recurrent_dropout": "h",
+    "weight_dropout": "h",
+    "return_cells": "c",
+    "trace": "h",
+    "bptt": "h",
+    "recompute": "h",
+}
+
+
+def options_of(cell: Cell) -> list[str]:
+    """The options that a cell knows: c those of an LSTM, n those of cells with gates."""
+    kinds = "h" + "c" * ("c" in cell.states) + "n" * (len(cell.gates) > 1)
+    return [name for name, kind in OPTIONS.items() if kind in kinds]
+
+
+def with_options(
+    cell: Cell, sizes: Sizes, names: Iterable[str], dtype: Any = np.float64, seed: int = 0
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The array arguments of an op called with these options, and its other arguments."""
+    rng = np.random.default_rng([seed, *sizes])
+    T, H = sizes.T, sizes.H
+    values = arguments(cell, sizes, np.float64, seed)
+    given: dict[str, Any] = {"seed": 2**40 + seed, "training": True}
+    for name in names:
+        if name == "projection":
+            R = H // 2 + 1
+            values["weight_hr"] = rng.normal(size=(R, H)) / np.sqrt(H)
+            values["weight_hh"] = values["weight_hh"][:, :R].copy()
+            values["h0"] = values["h0"][:, :R].copy()
+        elif name == "peephole":
+            values["weight_ch"] = rng.normal(size=len(cell.peepholes) * H) / 2
+        elif name == "layer_norm":
+            for which in ("gamma_ih", "gamma_hh"):
+                values[which] = 0.7 + rng.random(len(cell.gates) * H) / 2
+            if "c" in cell.states:
+                values["gamma_c"] = 0.5 + rng.random(H)
+                values["beta_c"] = rng.normal(size=H) / 4
+        elif name == "clip":
+            given["clip"] = 0.8
+        elif name == "cell_clip":
+            given["cell_clip"] = 0.5
+        elif name.startswith("zoneout"):
+            given["zoneout"] = (0.25, 0.4) if "c" in cell.states else 0.25
+            given["training"] &= name == "zoneout"
+        elif name.endswith("dropout"):
+            given[name] = 0.3
+        elif name == "bptt":
+            given[name] = max(T // 3, 1)
+        elif name in MASKS:
+            given |= masks(name, sizes, seed)
+        else:
+            given[name] = True
+    return {k: None if v is None else v.astype(dtype) for k, v in values.items()}, given
+
+
 MASKS = ("lengths", "resets", "both")
 
 
@@ -66,17 +135,27 @@ def spoil_padding(a: np.ndarray, masks: dict[str, np.ndarray]) -> None:
 
 
 def op(cell: Cell, suffix: str = "", module: Any = fr) -> Any:
-    """The functional op of a cell, its options bound: lstm, gru_vjp, rnn of a nonlinearity."""
-    name, _, nonlinearity = cell.name.partition("_")
-    function = getattr(module, name + suffix)
-    if not nonlinearity:
-        return function
-    return lambda *args, **kwargs: function(*args, nonlinearity=nonlinearity, **kwargs)
+    """The functional op of a cell, the arguments that select it bound."""
+    return functools.partial(getattr(module, cell.op + suffix), **cell.arguments)
 
 
-def cotangents(results: tuple[np.ndarray, ...], seed: int = 1) -> list[np.ndarray]:
+def cotangents(results: tuple[Any, ...], seed: int = 1) -> list[np.ndarray]:
+    """Gradients of an op's results, of which a trace has none."""
     rng = np.random.default_rng(seed)
-    return [rng.normal(size=r.shape).astype(r.dtype) for r in results]
+    arrays = [r for r in results if not isinstance(r, dict)]
+    return [rng.normal(size=r.shape).astype(r.dtype) for r in arrays]
+
+
+def present(gradients: Any) -> list[Any]:
+    """Those that there are."""
+    return [g for g in gradients if g is not None]
+
+
+def pulled(cell: Cell, pullback: Any, weights: list[np.ndarray]) -> Any:
+    """The gradients, by name and without those that there are none of."""
+    names = ["dy", *(f"d{letter}_n" for letter in cell.states), "d_cells"]
+    given = dict(zip(names, weights, strict=False))
+    return {k: v for k, v in pullback(**given)._asdict().items() if v is not None}
 
 
 def double(values: dict[str, Any]) -> dict[str, Any]:
@@ -96,3 +175,54 @@ def assert_close(actual: Any, expected: Any, dtype: Any, what: str) -> None:
     scale = 1 + np.abs(expected).max()
     error = np.abs(actual - expected).max() / scale
     assert error <= TOLERANCE[np.dtype(dtype)], f"{what}: error {error:.2e}"
+
+
+def pairwise(columns: list[list[Any]], seed: int = 0) -> list[tuple[Any, ...]]:
+    """Few rows in which every pair of values of two columns stands together (AETG's greedy)."""
+    rng = np.random.default_rng(seed)
+    left = {
+        (i, a, j, b)
+        for (i, first), (j, second) in itertools.combinations(enumerate(columns), 2)
+        for a in range(len(first))
+        for b in range(len(second))
+    }
+    rows = []
+    while left:
+        best: tuple[int, list[int]] = (-1, [])
+        for _ in range(30):
+            i, a, j, b = sorted(left)[rng.integers(len(left))]
+            row = [int(rng.integers(len(c))) for c in columns]
+            row[i], row[j] = a, b
+            for k in rng.permutation(len(columns)):
+                if k in (i, j):
+                    continue
+                gains = []
+                for value in range(len(columns[k])):
+                    row[k] = value
+                    gains.append(len(covered(row) & left))
+                row[k] = int(np.argmax(gains))
+            best = max(best, (len(covered(row) & left), row))
+        rows.append(tuple(c[v] for c, v in zip(columns, best[1], strict=True)))
+        left -= covered(best[1])
+    return rows
+
+
+def covered(row: list[int]) -> set[tuple[int, int, int, int]]:
+    return {(i, row[i], j, row[j]) for i, j in itertools.combinations(range(len(row)), 2)}
+
+
+def matrix(name: str) -> list[tuple[Any, ...]]:
+    """Options on or off, and direction, dtype, shape and threads, in all pairs."""
+    flags = [n for n in options_of(CELLS[name]) if n != "zoneout in inference"]
+    columns = [
+        *([None, flag] for flag in [*flags, *MASKS[:2]]),
+        [False, True],
+        ["float32", "float64"],
+        [Sizes(5, 3, 4, 7), Sizes(4, 40, 7, 50), Sizes(40, 13, 3, 16), Sizes(9, 1, 6, 33)],
+        [1, 2, 3],
+    ]
+    return pairwise(columns)
+
+
+CASES = [(name, row) for name in CELLS for row in matrix(name)]
+CASE_IDS = [f"{name}-{i}" for i, (name, _) in enumerate(CASES)]

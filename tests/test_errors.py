@@ -316,3 +316,131 @@ def test_unknown_isa() -> None:
     assert fr.get_isa() == before
     with refused(ValueError, 'mode must be "print" or "dict", got \'json\''):
         fr.show_config("json")
+
+
+WRONG_OPTIONS = [
+    ("lstm", {"clip": 0}, ValueError, "clip must be greater than 0 or None, got 0"),
+    (
+        "lstm",
+        {"clip": float("nan")},
+        ValueError,
+        "clip must be greater than 0 or None, got nan",
+    ),
+    ("gru", {"clip": "1"}, TypeError, "clip must be a number, got str"),
+    ("lstm", {"cell_clip": -1.0}, ValueError, "cell_clip must be greater than 0"),
+    ("gru", {"cell_clip": 1.0}, TypeError, "gru has no option 'cell_clip': that of an LSTM"),
+    ("gru", {"return_cells": True}, TypeError, "gru has no option 'return_cells'"),
+    (
+        "lstm",
+        {"zoneout": 1.0},
+        ValueError,
+        "zoneout must be a probability p, 0 <= p < 1, got 1.0",
+    ),
+    ("lstm", {"zoneout": (0.1, 1)}, ValueError, "zoneout[1] must be a probability"),
+    (
+        "lstm",
+        {"zoneout": (0.1,)},
+        ValueError,
+        "zoneout must be a pair (p_h, p_c), got 1 values",
+    ),
+    ("gru", {"zoneout": (0.1, 0.2)}, ValueError, "zoneout must be one probability, got 2"),
+    (
+        "lstm",
+        {"recurrent_dropout": -0.1},
+        ValueError,
+        "recurrent_dropout must be a probability",
+    ),
+    (
+        "lstm",
+        {"recurrent_dropout": True},
+        TypeError,
+        "recurrent_dropout must be a number, got bool",
+    ),
+    ("lstm", {"weight_dropout": 2}, ValueError, "weight_dropout must be a probability"),
+    ("lstm", {"seed": -1}, ValueError, "seed must be from 0 to 2**64 - 1, got -1"),
+    ("lstm", {"seed": 2**64}, ValueError, "seed must be from 0 to 2**64 - 1"),
+    ("lstm", {"seed": 1.5}, TypeError, "seed must be an integer, got float"),
+    ("lstm", {"training": 1}, TypeError, "training must be a bool, got int"),
+    ("lstm", {"trace": None}, TypeError, "trace must be a bool, got NoneType"),
+    ("lstm", {"coupled_gates": 1}, TypeError, "coupled_gates must be a bool, got int"),
+    ("gru", {"reset_after": 0}, TypeError, "reset_after must be a bool, got int"),
+    ("lstm", {"peephole": True}, TypeError, "lstm has no option 'peephole'"),
+    ("lstm", {"bptt": 0}, ValueError, "bptt must be from 1 to 2**31, got 0"),
+    ("lstm", {"bptt": 2.0}, TypeError, "bptt must be an integer, got float"),
+    ("lstm", {"recompute": "yes"}, TypeError, "recompute must be a bool, got str"),
+    (
+        "lstm",
+        {"weight_ch": np.zeros(10)},
+        ValueError,
+        "weight_ch must have shape (3*H,) = (15,)",
+    ),
+    (
+        "lstm",
+        {"weight_hr": np.zeros((6, 5))},
+        ValueError,
+        "weight_hr must have shape (R, H) with",
+    ),
+    ("lstm", {"weight_hr": np.zeros((3, 5))}, ValueError, "weight_hh must have shape (4*H, R)"),
+    ("gru", {"weight_ch": np.zeros(15)}, TypeError, "gru has no weight_ch"),
+    ("rnn", {"gamma_ih": np.zeros(5)}, TypeError, "rnn has no gamma_ih"),
+    (
+        "lstm",
+        {"gamma_ih": np.zeros(20)},
+        ValueError,
+        "gamma_hh must be given with the others of gamma_ih, gamma_hh, gamma_c, beta_c",
+    ),
+    ("gru", {"gamma_ih": np.zeros(15, "f4")}, TypeError, "gamma_ih must be float64 like x"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "error", "message"), WRONG_OPTIONS)
+def test_wrong_options_are_refused(
+    name: str, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    values = arguments(CELLS["rnn_tanh" if name == "rnn" else name], SIZES)
+    with refused(error, message):
+        getattr(fr, name + "_vjp")(**values, **options)
+    if not {"bptt", "recompute"} & set(options):
+        with refused(error, message):
+            getattr(fr, name)(**values, **options)
+
+
+def test_wrong_layer_options_are_refused() -> None:
+    for make, error, message in [
+        (lambda: fr.LSTM(3, 4, proj_size=4), ValueError, "proj_size must be smaller than"),
+        (lambda: fr.LSTM(3, 4, proj_size=-1), ValueError, "proj_size must be from 1"),
+        (lambda: fr.LSTM(3, 4, dropout=0.5), ValueError, "dropout is between layers"),
+        (lambda: fr.LSTM(3, 4, 2, dropout=1.5), ValueError, "dropout must be a probability"),
+        (lambda: fr.LSTM(3, 4, peephole=1), TypeError, "peephole must be a bool, got int"),
+        (lambda: fr.GRU(3, 4, layer_norm="yes"), TypeError, "layer_norm must be a bool"),
+        (
+            lambda: fr.GRU(3, 4, zoneout=(0.1, 0.1)),
+            ValueError,
+            "zoneout must be one probability",
+        ),
+        (
+            lambda: fr.LSTM(3, 4, coupled_gates=True, forget_bias=1.0),
+            ValueError,
+            "forget_bias must be None: coupled_gates has no forget gate, got 1.0",
+        ),
+        (
+            lambda: fr.LSTM(3, 4, bias=False, forget_bias=1.0),
+            ValueError,
+            "forget_bias must be None: there is no bias",
+        ),
+        (lambda: fr.LSTM(3, 4, orthogonal=2), TypeError, "orthogonal must be a bool"),
+    ]:
+        with refused(error, message):
+            make()
+    layer, x = fr.GRU(3, 4), np.zeros((5, 2, 3), np.float32)
+    with refused(TypeError, "gru has no option 'return_cells'"):
+        layer(x, return_cells=True)
+    with refused(ValueError, "seed must be from 0"):
+        layer(x, training=True, seed=-1)
+    with refused(TypeError, "training must be a bool, got int"):
+        layer.vjp(x, training=1)
+    with refused(AttributeError, "zoneout is fixed when the layer is made"):
+        layer.zoneout = 0.5
+    _, pullback = fr.LSTM(3, 4).vjp(x)
+    with refused(TypeError, "d_cells is the gradient of cells: ask for return_cells=True"):
+        pullback(d_cells=np.zeros((5, 2, 4), np.float32))

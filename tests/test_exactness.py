@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import MASKS, Sizes, arguments, cotangents, masks, op
+from helpers import MASKS, Sizes, arguments, cotangents, masks, op, present
 
 import fusedrnn as fr
 from fusedrnn import kernel
@@ -42,7 +42,7 @@ def test_any_number_of_threads(
     for count in (1, 2, 3, 7):
         fr.set_num_threads(count)
         results, pullback = op(cell, "_vjp")(**values)
-        everything.append([*results, *pullback(*cotangents(results))])
+        everything.append([*results, *present(pullback(*cotangents(results)))])
     for other in everything[1:]:
         assert_identical(other, everything[0])
 
@@ -103,7 +103,7 @@ def test_masks_without_effect_change_nothing(cell: Cell, dtype: np.dtype, isa: s
         everything = []
         for given in ({}, {"lengths": none["lengths"]}, {"resets": none["resets"]}, none):
             results, pullback = op(cell, "_vjp")(**values, **given, reverse=reverse)
-            everything.append([*results, *pullback(*cotangents(results))])
+            everything.append([*results, *present(pullback(*cotangents(results)))])
         for other in everything[1:]:
             assert_identical(other, everything[0])
 
@@ -159,5 +159,5 @@ def test_borrowed_weights_equal_packed_ones(
         for few_rows in (0, 100):
             monkeypatch.setattr(kernel, "FEW_ROWS", few_rows)
             results, pullback = op(cell, "_vjp")(**values)
-            everything.append([*results, *pullback(*cotangents(results))])
+            everything.append([*results, *present(pullback(*cotangents(results)))])
         assert_identical(*everything)

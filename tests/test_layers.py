@@ -248,3 +248,35 @@ def test_state_can_be_carried_on() -> None:
         y, state = layer(X[t : t + 1], state)
         np.testing.assert_array_equal(y[0], whole[t])
     np.testing.assert_array_equal(state, final)
+
+
+def test_explain_tells_the_way() -> None:
+    plain = fr.LSTM(8, 40, num_layers=2, bidirectional=True)
+    told = plain.explain(20, 6)
+    assert told["way"] == "fused product and cell"
+    assert list(told["plans"]) == ["l0", "l0_reverse", "l1", "l1_reverse"]
+    per_row = [4 * 40 * (I + 40) for I in (8, 8, 80, 80)]
+    assert told["flops"] == 2 * 20 * 6 * sum(per_row)
+    assert told["weight_bytes"] == sum(p.nbytes for p in plain.state_dict().values())
+    assert told["floor"] > 0
+    assert told["saved_bytes"] == 0
+    training = plain.explain(20, 6, training=True)
+    assert training["flops"] == 3 * told["flops"]
+    assert training["saved_bytes"] > 4 * 4 * 20 * 6 * 5 * 40
+    assert "20" in str(told)
+    assert told["isa"] in str(told)
+    for options, name in (
+        ({"peephole": True}, "peephole"),
+        ({"layer_norm": True}, "layer_norm"),
+        ({"zoneout": 0.1}, "zoneout"),
+        ({"coupled_gates": True}, "coupled_gates"),
+    ):
+        told = fr.LSTM(8, 40, **options).explain(20, 6)
+        assert told["way"].startswith("row by row")
+        assert name in told["why"][0]
+    dropped = fr.GRU(8, 40, recurrent_dropout=0.5)
+    assert dropped.explain(20, 6)["way"] == "fused product and cell"
+    assert "recurrent_dropout" in dropped.explain(20, 6, training=True)["why"][0]
+    assert "recompute" in plain.explain(20, 6, training=True, recompute=True)["why"][0]
+    with pytest.raises(ValueError, match="T must be from 1"):
+        plain.explain(0, 6)

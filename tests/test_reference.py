@@ -13,13 +13,47 @@ from helpers import (
     cotangents,
     masks,
     op,
+    options_of,
+    pulled,
     spoil_padding,
+    with_options,
 )
 
 from fusedrnn import reference
-from fusedrnn.cells import Cell
+from fusedrnn.cells import CELLS, Cell
 
 SIZES = Sizes(T=4, B=3, I=2, H=5)
+
+# Alone, and the more they have to do with each other, together.
+TOGETHER = [
+    ["projection", "peephole", "layer_norm", "zoneout", "recurrent_dropout", "both"],
+    ["projection", "clip", "cell_clip", "zoneout in inference", "resets", "return_cells"],
+    ["peephole", "cell_clip", "layer_norm", "weight_dropout", "return_cells", "lengths"],
+    ["clip", "layer_norm", "recurrent_dropout", "weight_dropout", "zoneout"],
+]
+
+
+def check_derivatives(cell: Cell, names: list[str], reverse: bool) -> None:
+    """Im f(v + iεu)/ε is the derivative along u without cancellation (Squire & Trapp 1998)."""
+    values, options = with_options(cell, SIZES, names)
+    options["reverse"] = reverse
+    results, pullback = op(cell, "_vjp", reference)(**values, **options)
+    weights = cotangents(results)
+    gradients = pulled(cell, pullback, weights)
+    assert set(gradients) == set(values)
+    rng = np.random.default_rng(2)
+    for name, value in values.items():
+        along = rng.normal(size=value.shape)
+        moved = values | {name: value + 1e-30j * along}
+        outputs = op(cell, "", reference)(**double_complex(moved), **options)
+        expected = sum(
+            (w * r.imag).sum() / 1e-30 for w, r in zip(weights, outputs, strict=False)
+        )
+        assert_close((gradients[name] * along).sum(), expected, np.float64, name)
+
+
+def double_complex(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {k: v.astype(complex) for k, v in values.items()}
 
 
 @pytest.mark.parametrize("kind", [None, *MASKS])
@@ -27,25 +61,14 @@ SIZES = Sizes(T=4, B=3, I=2, H=5)
 def test_gradients_are_complex_step_derivatives(
     cell: Cell, reverse: bool, kind: str | None
 ) -> None:
-    """Im f(v + iεu)/ε is the derivative along u without cancellation (Squire & Trapp 1998)."""
-    values = arguments(cell, SIZES)
-    options = {"reverse": reverse, **(masks(kind, SIZES) if kind else {})}
-    results, pullback = op(cell, "_vjp", reference)(**values, **options)
-    weights = cotangents(results)
-    gradients = pullback(*weights)
-    for name in values:
-        if "relu" in cell.name:  # the argument stays away from the kink
-            assert np.abs(results[0]).min() >= 0
-        gradient = getattr(gradients, name)
-        expected = np.zeros_like(values[name])
-        for at in np.ndindex(values[name].shape):
-            moved = {k: v.astype(complex) for k, v in values.items()}
-            moved[name][at] += 1e-30j
-            outputs = op(cell, "", reference)(**moved, **options)
-            expected[at] = sum(
-                (w * r.imag).sum() / 1e-30 for w, r in zip(weights, outputs, strict=True)
-            )
-        assert_close(gradient, expected, np.float64, name)
+    check_derivatives(cell, [kind] if kind else [], reverse)
+
+
+def test_gradients_with_options_are_complex_step_derivatives(cell: Cell) -> None:
+    known = [*options_of(cell), *MASKS]
+    for names in [*([name] for name in options_of(cell)), *TOGETHER]:
+        if "bptt" not in names:  # it is not the derivative of anything
+            check_derivatives(cell, [n for n in names if n in known], reverse=len(names) > 1)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -59,7 +82,7 @@ def test_padding_is_not_looked_at(cell: Cell, reverse: bool) -> None:
         weights = cotangents(results)
         if spoil:
             spoil_padding(weights[0], given)
-        everything.append([*results, *pullback(*weights)])
+        everything.append([*results, *pulled(cell, pullback, weights).values()])
     for a, b in zip(*everything, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -104,6 +127,58 @@ def test_unbatched_equals_a_batch_of_one(cell: Cell) -> None:
     for a, b in zip(single, batched, strict=True):
         np.testing.assert_allclose(a, np.squeeze(b, -2), rtol=1e-13)
     weights = cotangents(batched)
-    gradients = pull_single(*(np.squeeze(w, -2) for w in weights))
-    for a, b in zip(gradients, pull_batched(*weights), strict=True):
+    gradients = pulled(cell, pull_single, [np.squeeze(w, -2) for w in weights])
+    expected = pulled(cell, pull_batched, weights)
+    for a, b in zip(gradients.values(), expected.values(), strict=True):
         np.testing.assert_allclose(a, b.reshape(a.shape), rtol=1e-12)
+
+
+def test_random_numbers_are_philox() -> None:
+    """The known answers published with it (Salmon et al. 2011)."""
+    full = 2**32 - 1
+    pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
+    for counter, key, expected in [
+        ([0] * 4, 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([full] * 4, 2**64 - 1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (pi, 0x299F31D0A4093822, [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
+    ]:
+        assert [int(word) for word in reference.philox(counter, key)] == expected
+
+
+def test_masks_have_their_probability_and_know_no_sizes() -> None:
+    """A mask's element depends on its place alone: in a larger array it is the same."""
+    values = np.zeros((30, 20, 170))
+    mask = reference.dropout(values, 0.3, seed=5, where=0)
+    assert set(np.unique(mask)) == {0, 1 / 0.7}
+    assert abs((mask == 0).mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / mask.size)
+    part = reference.dropout(values[:7, :3, :33], 0.3, seed=5, where=0)
+    np.testing.assert_array_equal(part, mask[:7, :3, :33])
+    for other in ({"seed": 6, "where": 0}, {"seed": 5, "where": 1}):
+        agree = (reference.dropout(values, 0.3, **other) == mask).mean()
+        assert abs(agree - (0.3**2 + 0.7**2)) < 0.01
+
+
+def test_zoneout_keeps_what_was_with_its_probability() -> None:
+    cell, sizes = CELLS["lstm"], Sizes(8, 40, 3, 50)
+    values = arguments(cell, sizes)
+    options = {"zoneout": (0.2, 0.6), "return_cells": True, "training": True, "seed": 1}
+    y, _, _, cells = reference.lstm(**values, **options)
+    for every, start, p in ((y, values["h0"], 0.2), (cells, values["c0"], 0.6)):
+        kept = np.concatenate([start[None], every[:-1]]) == every
+        assert abs(kept.mean() - p) < 5 * np.sqrt(p * (1 - p) / kept.size)
+
+
+def test_no_gradient_passes_from_chunk_to_chunk() -> None:
+    """As if each chunk were a call of its own, from the state that the last one left."""
+    cell, sizes = CELLS["gru"], Sizes(7, 2, 3, 5)
+    values = arguments(cell, sizes)
+    for reverse in (False, True):
+        (y, _), pullback = reference.gru_vjp(**values, reverse=reverse, bptt=3)
+        dx = np.empty_like(values["x"])
+        part = dict(values)
+        for begin in (6, 3, 0) if reverse else (0, 3, 6):
+            chunk = slice(begin, begin + 3)
+            part["x"] = values["x"][chunk]
+            (_, part["h0"]), pull = reference.gru_vjp(**part, reverse=reverse)
+            dx[chunk] = pull(y[chunk]).x
+        np.testing.assert_allclose(pullback(y).x, dx, rtol=1e-12, atol=1e-14)

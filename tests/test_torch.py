@@ -162,3 +162,19 @@ def test_same_parameters(kind: str) -> None:
     assert list(ours.items()) == [(k, tuple(v.shape)) for k, v in module.state_dict().items()]
     fresh = fr.LSTM(6, 400, rng=0).state_dict()["weight_hh_l0"]
     assert 0.99 * 400**-0.5 < np.abs(fresh).max() <= 400**-0.5
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "both-ways"])
+def test_projection_agrees_with_torch(
+    num_layers: int, bidirectional: bool, dtype, isa: str, threads: int
+) -> None:
+    module, layer = pair(
+        "LSTM", dtype, 11, 37, num_layers=num_layers, bidirectional=bidirectional, proj_size=13
+    )
+    rng = np.random.default_rng(1)
+    count = num_layers * (1 + bidirectional)
+    x = rng.normal(size=(6, 5, 11)).astype(dtype)
+    states = [rng.normal(size=(count, 5, width)).astype(dtype) for width in (13, 37)]
+    compare(module, layer, dtype, x, states)
+    assert list(layer.state_dict()) == list(module.state_dict())

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <initializer_list>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -14,6 +15,7 @@
 
 #include "../cpu/dispatch.h"
 #include "../cpu/memory.h"
+#include "../vec/random.h"
 
 namespace py = pybind11;
 
@@ -74,66 +76,94 @@ Array allocate(const std::vector<index>& shape, const py::dtype& dtype) {
   return Array(dtype, shape, start, owner);
 }
 
+// What a call is asked for beside its arrays. Nothing, as it is made.
+struct CallOptions {
+  bool row_wise = false;  // the plain kernels do not do
+  Options values{std::numeric_limits<double>::infinity(),
+                 std::numeric_limits<double>::infinity(),
+                 0,
+                 0,
+                 0,
+                 false,
+                 0,
+                 0,
+                 0};
+};
+
+// Of parameters, or their gradients, in their order (reference.Parameters), those that
+// there are.
+using Arrays = std::array<MaybeArray, 10>;
+
 // A layer's parameters in one direction, packed for the forward or the backward kernels
 // of one ISA, or only borrowed: packing for a few rows costs more than
 // it gains. Never changes, so threads share it.
 class Weights {
  public:
-  Weights(const std::string& cell, const Array& weight_ih, const Array& weight_hh,
-          const MaybeArray& bias_ih, const MaybeArray& bias_hh, bool backward,
+  Weights(const std::string& cell, const Arrays& p, bool backward,
           const std::optional<std::string>& isa, bool borrow)
       : isa_(isa ? find_isa(*isa) : active_isa()),
         cell_(find_cell(isa_, cell)),
         backward_(backward),
-        I_(weight_ih.ndim() == 2 ? weight_ih.shape(1) : 0),
-        H_(weight_hh.ndim() == 2 ? weight_hh.shape(1) : 0),
-        single_(py::isinstance<py::array_t<float>>(weight_ih)),
+        single_(py::isinstance<py::array_t<float>>(p[0].value())),
         borrow_(borrow),
-        weight_ih_(weight_ih),
-        weight_hh_(weight_hh) {
-    if (!(weight_ih.flags() & py::array::c_style)) refuse("weight_ih");
-    if (!(weight_hh.flags() & py::array::c_style)) refuse("weight_hh");
+        weight_ih_(p[0].value()),
+        weight_hh_(p[1].value()),
+        vectors_{p[5], p[6], p[7], p[8], p[9]} {
+    if (!(weight_ih_.flags() & py::array::c_style)) refuse("weight_ih");
+    if (!(weight_hh_.flags() & py::array::c_style)) refuse("weight_hh");
+    if (weight_ih_.ndim() != 2 || weight_hh_.ndim() != 2) refuse("weight_ih");
+    model_.I = weight_ih_.shape(1);
+    model_.H = weight_ih_.shape(0) / cell_.gates;
+    model_.R = weight_hh_.shape(1);
+    model_.variant = cell_.variant;
+    model_.projects = p[4].has_value();
+    model_.norm = p[6].has_value();
     if (single_) {
-      pack<float>(weight_ih, weight_hh, bias_ih, bias_hh);
+      pack<float>(p[2], p[3], p[4]);
     } else {
-      pack<double>(weight_ih, weight_hh, bias_ih, bias_hh);
+      pack<double>(p[2], p[3], p[4]);
     }
   }
 
   std::string cell() const { return std::string(cell_.name); }
   std::string isa() const { return std::string(isa_.name); }
-  index saved_size() const {
-    return single_ ? cell_.f32.saved_size(I_, H_) : cell_.f64.saved_size(I_, H_);
+  index saved_size(bool row_wise) const {
+    return single_ ? cell_.f32.saved_size(model_, row_wise)
+                   : cell_.f64.saved_size(model_, row_wise);
   }
 
-  void forward(const Array& x, const Array& h0, const MaybeArray& c0,
-               const MaybeArray& lengths, const MaybeArray& resets, bool reverse, Array y,
-               Array h_n, MaybeArray c_n, MaybeArray saved) const {
+  void forward(const CallOptions& options, const Array& x, const Array& h0,
+               const MaybeArray& c0, const MaybeArray& lengths, const MaybeArray& resets,
+               bool reverse, Array y, Array h_n, MaybeArray c_n, MaybeArray saved,
+               MaybeArray cells, MaybeArray trace) const {
     visit(false, [&]<class S>(const S* packed) {
       Forward<S> p{};
-      sizes(p, x, reverse);
-      masks(p, lengths, resets);
-      p.x = read<S>(x, "x", {p.T, p.B, p.I});
-      p.x_t = stride(x, 0);
-      p.x_b = stride(x, 1);
-      p.h0 = read<S>(h0, "h0", {p.B, p.H});
-      p.c0 = read<S>(c0, "c0", {p.B, p.H});
+      start(p, options, x, h0, c0, lengths, resets, reverse);
       p.weights = packed;
       if (borrow_) {
         p.weight_ih = read<S>(weight_ih_, "weight_ih", {cell_.gates * p.H, p.I});
-        p.weight_hh = read<S>(weight_hh_, "weight_hh", {cell_.gates * p.H, p.H});
+        p.weight_hh = read<S>(weight_hh_, "weight_hh", {cell_.gates * p.H, p.R});
       }
-      p.y = write<S>(y, "y", {p.T, p.B, p.H});
+      p.y = write<S>(y, "y", {p.T, p.B, p.R});
       p.y_t = stride(y, 0);
       p.y_b = stride(y, 1);
-      p.h_n = write<S>(h_n, "h_n", {p.B, p.H});
+      p.h_n = write<S>(h_n, "h_n", {p.B, p.R});
       p.c_n = write<S>(c_n, "c_n", {p.B, p.H});
       const auto& kernels = cell_.kernels<S>();
-      p.saved = write<S>(saved, "saved", {p.T, p.B, kernels.saved_size(p.I, p.H)});
+      p.saved = write<S>(saved, "saved",
+                         {p.T, p.B, kernels.saved_size(model_, options.row_wise)});
+      p.cells = write<S>(cells, "cells", {p.T, p.B, p.H});
+      p.cells_t = cells ? stride(*cells, 0) : 0;
+      p.cells_b = cells ? stride(*cells, 1) : 0;
+      p.trace = write<S>(trace, "trace", {p.T, p.B, cell_.gates, p.H});
       if (cell_.has_c && !(p.c0 && p.c_n)) refuse("c0 or c_n");
       const py::gil_scoped_release release;
       run(kernels, cell_.gates, p);
     });
+  }
+
+  py::dict plan(index T, index B, bool row_wise) const {
+    return single_ ? plan_as<float>(T, B, row_wise) : plan_as<double>(T, B, row_wise);
   }
 
   // A layer's whole call, for speed where one step takes a microsecond: x (T, B, I), the
@@ -144,46 +174,57 @@ class Weights {
     return single_ ? call_as<float>(x, state) : call_as<double>(x, state);
   }
 
-  void backward(const Array& x, const Array& h0, const MaybeArray& c0,
-                const MaybeArray& lengths, const MaybeArray& resets, bool reverse,
-                const Array& y, const MaybeArray& saved, const MaybeArray& dy,
-                const MaybeArray& dh_n, const MaybeArray& dc_n, Array dx,
-                Array dweight_ih, Array dweight_hh, Array dbias_ih, Array dbias_hh,
-                Array dh0, MaybeArray dc0) const {
+  // `forward`: the weights of the forward, where backward needs them, which is row by
+  // row.
+  void backward(const CallOptions& options, const Weights& forward, const Array& x,
+                const Array& h0, const MaybeArray& c0, const MaybeArray& lengths,
+                const MaybeArray& resets, bool reverse, const Array& y,
+                const MaybeArray& saved, const MaybeArray& cells, const MaybeArray& dy,
+                const MaybeArray& dh_n, const MaybeArray& dc_n, const MaybeArray& dcells,
+                Array dx, Arrays& d, Array dh0, MaybeArray dc0) const {
     visit(true, [&]<class S>(const S* packed) {
       Backward<S> p{};
-      sizes(p, x, reverse);
-      masks(p, lengths, resets);
+      start(p, options, x, h0, c0, lengths, resets, reverse);
       const auto& kernels = cell_.kernels<S>();
       const index GH = cell_.gates * p.H;
-      p.x = read<S>(x, "x", {p.T, p.B, p.I});
-      p.x_t = stride(x, 0);
-      p.x_b = stride(x, 1);
-      p.h0 = read<S>(h0, "h0", {p.B, p.H});
-      p.c0 = read<S>(c0, "c0", {p.B, p.H});
       p.weights = packed;
       p.weight_ih = read<S>(weight_ih_, "weight_ih", {GH, p.I});
-      p.weight_hh = read<S>(weight_hh_, "weight_hh", {GH, p.H});
-      p.y = read<S>(y, "y", {p.T, p.B, p.H});
+      p.weight_hh = read<S>(weight_hh_, "weight_hh", {GH, p.R});
+      p.forward_weights = forward.packed_.template as<const S>();
+      p.y = read<S>(y, "y", {p.T, p.B, p.R});
       p.y_t = stride(y, 0);
       p.y_b = stride(y, 1);
-      p.saved = read<S>(saved, "saved", {p.T, p.B, kernels.saved_size(p.I, p.H)});
-      p.dy = read<S>(dy, "dy", {p.T, p.B, p.H});
+      const index saved_size = kernels.saved_size(model_, options.row_wise);
+      p.saved = read<S>(saved, "saved", {p.T, p.B, saved_size});
+      p.cells = read<S>(cells, "cells", {p.T, p.B, p.H});
+      p.cells_t = cells ? stride(*cells, 0) : 0;
+      p.cells_b = cells ? stride(*cells, 1) : 0;
+      p.dy = read<S>(dy, "dy", {p.T, p.B, p.R});
       p.dy_t = dy ? stride(*dy, 0) : 0;
       p.dy_b = dy ? stride(*dy, 1) : 0;
-      p.dh_n = read<S>(dh_n, "dh_n", {p.B, p.H});
+      p.dh_n = read<S>(dh_n, "dh_n", {p.B, p.R});
       p.dc_n = read<S>(dc_n, "dc_n", {p.B, p.H});
+      p.dcells = read<S>(dcells, "dcells", {p.T, p.B, p.H});
+      p.dcells_t = dcells ? stride(*dcells, 0) : 0;
+      p.dcells_b = dcells ? stride(*dcells, 1) : 0;
       p.dx = write<S>(dx, "dx", {p.T, p.B, p.I});
       p.dx_t = stride(dx, 0);
       p.dx_b = stride(dx, 1);
-      p.dweight_ih = write<S>(dweight_ih, "dweight_ih", {GH, p.I});
-      p.dweight_hh = write<S>(dweight_hh, "dweight_hh", {GH, p.H});
-      p.dbias_ih = write<S>(dbias_ih, "dbias_ih", {GH});
-      p.dbias_hh = write<S>(dbias_hh, "dbias_hh", {GH});
-      p.dh0 = write<S>(dh0, "dh0", {p.B, p.H});
+      p.dweight_ih = write<S>(d[0], "dweight_ih", {GH, p.I});
+      p.dweight_hh = write<S>(d[1], "dweight_hh", {GH, p.R});
+      p.dbias_ih = write<S>(d[2], "dbias_ih", {GH});
+      p.dbias_hh = write<S>(d[3], "dbias_hh", {GH});
+      p.dweight_hr = write<S>(d[4], "dweight_hr", {p.R, p.H});
+      p.dvectors = {write<S>(d[5], "dweight_ch", {cell_.peepholes * p.H}),
+                    write<S>(d[6], "dgamma_ih", {GH}), write<S>(d[7], "dgamma_hh", {GH}),
+                    write<S>(d[8], "dgamma_c", {p.H}), write<S>(d[9], "dbeta_c", {p.H})};
+      p.dh0 = write<S>(dh0, "dh0", {p.B, p.R});
       p.dc0 = write<S>(dc0, "dc0", {p.B, p.H});
       if (cell_.has_c && !(p.c0 && p.dc0)) refuse("c0 or dc0");
-      if (kernels.saved_size(p.I, p.H) && !p.saved) refuse("saved");
+      if (!(p.dweight_ih && p.dweight_hh && p.dbias_ih && p.dbias_hh)) refuse("d");
+      if (model_.projects && !p.dweight_hr) refuse("dweight_hr");
+      const bool again = saved_size && !p.saved;
+      if (again && (!options.row_wise || (cell_.has_c && !p.cells))) refuse("saved");
       const py::gil_scoped_release release;
       run(kernels, cell_.gates, p);
     });
@@ -206,12 +247,33 @@ class Weights {
   }
 
   template <class S>
+  py::dict plan_as(index T, index B, bool row_wise) const {
+    Forward<S> p{};
+    static_cast<Sizes&>(p) = {T, B, model_.I, model_.H, model_.R, false};
+    p.model = model_;
+    p.row_wise = row_wise;
+    const ForwardPlan found = fusedrnn::plan(cell_.kernels<S>(), cell_.gates, p);
+    py::dict told;
+    told["threads"] = found.threads;
+    told["by_rows"] = found.by_rows;
+    told["fused"] = found.fused;
+    told["stretch"] = found.stretch;
+    told["tile"] = py::make_tuple(found.tile_rows, found.tile_units);
+    told["saved"] = found.saved;
+    told["workspace_bytes"] = found.workspace;
+    told["packed_bytes"] = packed_.bytes();
+    return told;
+  }
+
+  template <class S>
   py::object call_as(const py::object& x, const py::object& state) const {
     if (backward_ || !py::isinstance<Array>(x)) return py::none();
     const auto rows = py::reinterpret_borrow<Array>(x);
     if (rows.ndim() != 3 || rows.shape(0) < 1 || rows.shape(1) < 1) return py::none();
     Forward<S> p{};
     sizes(p, rows, false);
+    p.model = model_;
+    p.options = CallOptions{}.values;
     const bool pair = cell_.has_c;
     p.x = ready<S>(x, {p.T, p.B, p.I});
     p.x_t = p.B * p.I;
@@ -271,22 +333,36 @@ class Weights {
   }
 
   template <class S>
-  void pack(const Array& weight_ih, const Array& weight_hh, const MaybeArray& bias_ih,
-            const MaybeArray& bias_hh) {
-    const index GH = cell_.gates * H_;
-    const Parameters<S> p{I_,
-                          H_,
-                          read<S>(weight_ih, "weight_ih", {GH, I_}),
-                          read<S>(weight_hh, "weight_hh", {GH, H_}),
+  void pack(const MaybeArray& bias_ih, const MaybeArray& bias_hh,
+            const MaybeArray& weight_hr) {
+    const auto [I, H, R, variant, projects, norm] = model_;
+    const index GH = cell_.gates * H;
+    const Parameters<S> p{model_,
+                          read<S>(weight_ih_, "weight_ih", {GH, I}),
+                          read<S>(weight_hh_, "weight_hh", {GH, R}),
                           read<S>(bias_ih, "bias_ih", {GH}),
-                          read<S>(bias_hh, "bias_hh", {GH})};
+                          read<S>(bias_hh, "bias_hh", {GH}),
+                          read<S>(weight_hr, "weight_hr", {R, H})};
+    if (!projects && R != H) refuse("weight_hh");
+    if (R > H) refuse("weight_hr");
+    const auto vectors = vectors_of<S>();
+    if (norm && (!vectors.gamma_hh || (cell_.has_c && !vectors.gamma_c))) refuse("gamma");
+    if (norm && cell_.has_c && !vectors.beta_c) refuse("beta_c");
     const auto& kernels = cell_.kernels<S>();
     const auto size =
-        static_cast<std::size_t>(kernels.packed_size(I_, H_, backward_, borrow_));
+        static_cast<std::size_t>(kernels.packed_size(model_, backward_, borrow_));
     if (size == 0) return;
     const py::gil_scoped_release release;
     packed_ = Memory(size * sizeof(S));
     fusedrnn::pack(kernels, p, backward_, borrow_, packed_.as<S>());
+  }
+  template <class S>
+  Vectors<const S> vectors_of() const {
+    const index H = model_.H, GH = cell_.gates * H;
+    return {read<S>(vectors_[0], "weight_ch", {cell_.peepholes * H}),
+            read<S>(vectors_[1], "gamma_ih", {GH}),
+            read<S>(vectors_[2], "gamma_hh", {GH}), read<S>(vectors_[3], "gamma_c", {H}),
+            read<S>(vectors_[4], "beta_c", {H})};
   }
 
   template <class F>
@@ -303,26 +379,78 @@ class Weights {
     if (x.ndim() != 3) refuse("x");
     p.T = x.shape(0);
     p.B = x.shape(1);
-    p.I = I_;
-    p.H = H_;
+    p.I = model_.I;
+    p.H = model_.H;
+    p.R = model_.R;
     p.reverse = reverse;
     if (p.T < 1 || p.B < 1 || p.I < 1 || p.H < 1) refuse("x");
   }
 
-  static void masks(Steps& p, const MaybeArray& lengths, const MaybeArray& resets) {
+  // What both directions read.
+  template <template <class> class Problem, class S>
+  void start(Problem<S>& p, const CallOptions& options, const Array& x, const Array& h0,
+             const MaybeArray& c0, const MaybeArray& lengths, const MaybeArray& resets,
+             bool reverse) const {
+    sizes(p, x, reverse);
     p.lengths = read<index>(lengths, "lengths", {p.B});
     p.resets = read<bool>(resets, "resets", {p.T, p.B});
+    p.model = model_;
+    p.options = options.values;
+    p.row_wise = options.row_wise;
+    p.vectors = vectors_of<S>();
+    const bool needs_rows = model_.projects || model_.norm || p.vectors.weight_ch;
+    if (p.row_wise ? borrow_ : needs_rows) refuse("options");
+    p.x = read<S>(x, "x", {p.T, p.B, p.I});
+    p.x_t = stride(x, 0);
+    p.x_b = stride(x, 1);
+    p.h0 = read<S>(h0, "h0", {p.B, p.R});
+    p.c0 = read<S>(c0, "c0", {p.B, p.H});
   }
 
   const Isa& isa_;
   const CellEntry& cell_;
   const bool backward_;
-  const index I_, H_;
+  Model model_{};
   const bool single_;  // float32
   const bool borrow_;
   const Array weight_ih_, weight_hh_;
+  const std::array<MaybeArray, 5> vectors_;
   Memory packed_;
 };
+
+template <class S>
+void drop_as(const Array& from, double p, std::uint64_t seed, std::uint32_t draw,
+             std::uint32_t where, Array& to) {
+  const index T = to.shape(0), B = to.shape(1), N = to.shape(2);
+  const Dropout<S> problem{T,
+                           B,
+                           N,
+                           read<S>(from, "from", {T, B, N}),
+                           stride(from, 0),
+                           stride(from, 1),
+                           write<S>(to, "to", {T, B, N}),
+                           stride(to, 0),
+                           stride(to, 1),
+                           p,
+                           seed,
+                           draw,
+                           where};
+  const py::gil_scoped_release release;
+  run(problem);
+}
+
+// Dropout of (T, B, n), of what is "weights" or lies "between" layers.
+void drop(const Array& from, double p, std::uint64_t seed, const std::string& what,
+          std::uint32_t where, Array to) {
+  if (to.ndim() != 3) refuse("to");
+  const auto draw =
+      static_cast<std::uint32_t>(what == "weights" ? Draw::weights : Draw::between);
+  if (py::isinstance<py::array_t<float>>(from)) {
+    drop_as<float>(from, p, seed, draw, where, to);
+  } else {
+    drop_as<double>(from, p, seed, draw, where, to);
+  }
+}
 
 // A cell's elementwise function on the active ISA; for tests of its accuracy.
 Array elementwise(const std::string& name, const Array& x) {
@@ -368,15 +496,26 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace fusedrnn;
   m.doc() = "Kernels of fusedrnn for the CPU. Private: use fusedrnn's own functions.";
 
+  py::class_<CallOptions>(m, "Options")
+      .def(py::init([](bool row_wise, double clip, double cell_clip, double zoneout_h,
+                       double zoneout_c, double recurrent_dropout, bool training,
+                       std::uint64_t seed, std::uint32_t where, fusedrnn::index bptt) {
+             return CallOptions{row_wise,
+                                {clip, cell_clip, zoneout_h, zoneout_c, recurrent_dropout,
+                                 training, seed, where, bptt}};
+           }),
+           py::arg("row_wise"), py::arg("clip"), py::arg("cell_clip"),
+           py::arg("zoneout_h"), py::arg("zoneout_c"), py::arg("recurrent_dropout"),
+           py::arg("training"), py::arg("seed"), py::arg("where"), py::arg("bptt"));
   py::class_<Weights>(m, "Weights")
-      .def(py::init<const std::string&, const Array&, const Array&, const MaybeArray&,
-                    const MaybeArray&, bool, const std::optional<std::string>&, bool>(),
-           py::arg("cell"), py::arg("weight_ih"), py::arg("weight_hh"),
-           py::arg("bias_ih"), py::arg("bias_hh"), py::arg("backward") = false,
+      .def(py::init<const std::string&, const Arrays&, bool,
+                    const std::optional<std::string>&, bool>(),
+           py::arg("cell"), py::arg("parameters"), py::arg("backward") = false,
            py::arg("isa") = py::none(), py::arg("borrow") = false)
       .def_property_readonly("cell", &Weights::cell)
       .def_property_readonly("isa", &Weights::isa)
-      .def_property_readonly("saved_size", &Weights::saved_size)
+      .def("saved_size", &Weights::saved_size)
+      .def("plan", &Weights::plan)
       .def("call", &Weights::call)
       .def("forward", &Weights::forward)
       .def("backward", &Weights::backward);
@@ -399,6 +538,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_num_threads", &set_num_threads);
   m.def("allocate", &allocate);
   m.attr("LARGE_ARRAY") = large_array;
+  m.def("drop", &drop);
   m.def("elementwise", &elementwise);
   m.def("probe_multiply_add", &probe_multiply_add);
   m.def("probe_read", &probe_read);

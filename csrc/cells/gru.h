@@ -1,14 +1,19 @@
 // Gated recurrent unit (Cho et al. 2014), the reset gate applied after the matmul as in
-// PyTorch and cuDNN.
+// PyTorch and cuDNN, or before it as in that paper.
 //
 //   r = σ(W_r x + b_ir + R_r h' + b_hr)      z = σ(W_z x + b_iz + R_z h' + b_hz)
-//   q = R_n h' + b_hn                        n = tanh(W_n x + b_in + r q)
+//   after    q = R_n h' + b_hn               n = tanh(W_n x + b_in + r q)
+//   before   q = R_n (r h') + b_hn           n = tanh(W_n x + b_in + q)
 //   h = (1-z) n + z h'
 //
 // Backward, from dh:
 //
-//   da_n = dh (1-z) (1-n²)   da_z = dh (h'-n) z(1-z)   da_r = da_n q r(1-r)   dq = da_n r
-//   dh' = dh z  directly, the rest through R
+//   da_n = dh (1-z) (1-n²)   da_z = dh (h'-n) z(1-z)   dh' = dh z  directly
+//   after    dq = da_n r     da_r = da_n q r(1-r)
+//   before   dq = da_n       d(r h') = R_nᵀ dq   da_r = d(r h') h' r(1-r)
+//
+// and the rest of dh' through R. Before the matmul both directions take two parts, one on
+// either side of the product with R_n.
 #pragma once
 
 #include "cell.h"
@@ -22,27 +27,48 @@ struct Gru {
   static constexpr int input_gate[gates] = {0, 1, 2}, recurrent_gate[gates] = {2, 0, 1};
   static constexpr bool saves = true, has_c = false, has_direct = true;
 
-  FUSEDRNN_DEVICE static State<V> forward(V (&a)[slots], State<V> prev) {
-    auto& [q, r, z, n] = a;
-    r = sigmoid(r);
-    z = sigmoid(z);
-    n = tanh(fma(r, q, n));
+  template <class X>
+  FUSEDRNN_DEVICE static State<V> forward(V (&a)[slots], State<V> prev, const X& x) {
+    open(a, x);
+    return close(a, fma(a[1], a[0], a[3]), prev, x);
+  }
+
+  // r and z.
+  template <class X>
+  FUSEDRNN_DEVICE static void open(V (&a)[slots], const X& x) {
+    a[1] = sigmoid(x.bounded(a[1]));
+    a[2] = sigmoid(x.bounded(a[2]));
+  }
+  // n from its pre-activation, and h.
+  template <class X>
+  FUSEDRNN_DEVICE static State<V> close(V (&a)[slots], V a_n, State<V> prev, const X& x) {
+    const V z = a[2], n = a[3] = tanh(x.bounded(a_n));
     return {fma(z, prev.h - n, n), prev.c};
   }
 
-  FUSEDRNN_DEVICE static State<V> backward(V (&s)[slots], State<V> prev, State<V>, V dh,
-                                           V dc) {
-    const V one = V::broadcast(1);
-    auto& [q, r, z, n] = s;
-    const V dh_direct = dh * z;
-    const V da_n = dh * (one - z) * (one - n * n);
-    const V da_z = dh * (prev.h - n) * (z * (one - z));
-    const V da_r = da_n * q * (r * (one - r));
-    q = da_n * r;
-    r = da_r;
-    z = da_z;
-    n = da_n;
+  template <class X>
+  FUSEDRNN_DEVICE static State<V> backward(V (&s)[slots], State<V> prev, V, V dh, V dc,
+                                           const X& x) {
+    const V q = s[0], r = s[1];
+    const V dh_direct = open_backward(s, prev, dh, x);
+    s[1] = reset_gradient(r, s[0] * q, x);
+    s[0] = s[0] * r;
     return {dh_direct, dc};
+  }
+
+  // All but r: s[0] becomes da_n.
+  template <class X>
+  FUSEDRNN_DEVICE static V open_backward(V (&s)[slots], State<V> prev, V dh, const X& x) {
+    const V one = V::broadcast(1);
+    const V z = s[2], n = s[3];
+    s[3] = x.through_tanh(n, dh * (one - z) * (one - n * n));
+    s[2] = x.through_sigmoid(z, dh * (prev.h - n) * (z * (one - z)));
+    s[0] = s[3];
+    return dh * z;
+  }
+  template <class X>
+  FUSEDRNN_DEVICE static V reset_gradient(V r, V dr, const X& x) {
+    return x.through_sigmoid(r, dr * (r * (V::broadcast(1) - r)));
   }
 };
 

@@ -3,11 +3,16 @@
 //   i = σ(a_i)  f = σ(a_f)  g = tanh(a_g)  o = σ(a_o)      a = W x + b_ih + R h' + b_hh
 //   c = f c' + i g          h = o tanh(c)
 //
+// With peepholes (Gers & Schmidhuber 2000) i and f see p c' besides, o sees p_o c. With
+// coupled gates (Greff et al. 2015) f = 1 - i has no pre-activation of its own.
+//
 // Backward, from dh and dc, the gradients of h and of c through the later steps:
 //
-//   dc += dh o (1 - tanh²c)
-//   da_o = dh tanh(c) o(1-o)   da_i = dc g i(1-i)   da_f = dc c' f(1-f)
-//   da_g = dc i (1-g²)         dc' = dc f
+//   da_o = dh tanh(c) o(1-o)   dc += dh o (1 - tanh²c) + da_o p_o
+//   da_i = dc g i(1-i)         da_f = dc c' f(1-f)      da_g = dc i (1-g²)
+//   dc' = dc f + da_i p_i + da_f p_f
+//
+// and da_i = dc (g - c') i(1-i) where the gates are coupled.
 #pragma once
 
 #include "cell.h"
@@ -20,33 +25,62 @@ struct Lstm {
   static constexpr int input_gate[gates] = {0, 1, 2, 3},
                        recurrent_gate[gates] = {0, 1, 2, 3};
   static constexpr bool saves = true, has_c = true, has_direct = false;
+  static constexpr int I = 0, F = 1, G = 2, O = 3;
+  static constexpr int peepholes = 3, sees[peepholes] = {I, F, O};
+  // Variant 1 has coupled gates: the weights of f are 0 and not looked at.
 
-  FUSEDRNN_DEVICE static State<V> forward(V (&a)[slots], State<V> prev) {
-    auto& [i, f, g, o] = a;
-    i = sigmoid(i);
-    f = sigmoid(f);
-    g = tanh(g);
-    o = sigmoid(o);
-    const V c = fma(f, prev.c, i * g);
-    return {o * tanh(c), c};
+  // The gates and c, before h.
+  template <class X>
+  FUSEDRNN_DEVICE static V forward_c(V (&a)[slots], V c_prev, const X& x) {
+    a[I] = sigmoid(x.bounded(x.add_peephole(0, c_prev, a[I])));
+    if (x.is_variant()) {
+      a[F] = V::broadcast(1) - a[I];
+    } else {
+      a[F] = sigmoid(x.bounded(x.add_peephole(1, c_prev, a[F])));
+    }
+    a[G] = tanh(x.bounded(a[G]));
+    const V c = cell(a, c_prev, x);
+    a[O] = sigmoid(x.bounded(x.add_peephole(2, c, a[O])));
+    return c;
   }
 
-  FUSEDRNN_DEVICE static State<V> backward(V (&s)[slots], State<V> prev, State<V> now,
-                                           V dh, V dc) {
+  template <class X>
+  FUSEDRNN_DEVICE static State<V> forward(V (&a)[slots], State<V> prev, const X& x) {
+    const V c = forward_c(a, prev.c, x);
+    return {a[O] * tanh(c), c};
+  }
+
+  // c from the gates.
+  template <class X>
+  FUSEDRNN_DEVICE static V cell(const V (&s)[slots], V c_prev, const X& x) {
+    return x.bounded_cell(fma(s[F], c_prev, s[I] * s[G]));
+  }
+
+  // From dc, what h passes on to it included.
+  template <class X>
+  FUSEDRNN_DEVICE static V backward_c(V (&s)[slots], V c_prev, V c, V tanh_c, V dh, V dc,
+                                      const X& x) {
     const V one = V::broadcast(1);
-    auto& [i, f, g, o] = s;
-    const V tanh_c = tanh(now.c);
-    dc = fma(dh * o, one - tanh_c * tanh_c, dc);
-    const V dc_prev = dc * f;
-    const V da_i = dc * g * (i * (one - i));
-    const V da_f = dc * prev.c * (f * (one - f));
-    const V da_g = dc * i * (one - g * g);
-    const V da_o = dh * tanh_c * (o * (one - o));
-    i = da_i;
-    f = da_f;
-    g = da_g;
-    o = da_o;
-    return {V::broadcast(0), dc_prev};
+    const V i = s[I], f = s[F], g = s[G], o = s[O];
+    s[O] = x.through_sigmoid(o, dh * tanh_c * (o * (one - o)));
+    dc = x.through_cell(c, x.add_from_peephole(2, s[O], dc));
+    V di = dc * g, df = dc * c_prev;
+    if (x.is_variant()) {
+      di = di - df;
+      df = V::broadcast(0);
+    }
+    s[I] = x.through_sigmoid(i, di * (i * (one - i)));
+    s[F] = x.through_sigmoid(f, df * (f * (one - f)));
+    s[G] = x.through_tanh(g, dc * i * (one - g * g));
+    return x.add_from_peephole(1, s[F], x.add_from_peephole(0, s[I], dc * f));
+  }
+
+  template <class X>
+  FUSEDRNN_DEVICE static State<V> backward(V (&s)[slots], State<V> prev, V c, V dh, V dc,
+                                           const X& x) {
+    const V tanh_c = tanh(c);
+    dc = fma(dh * s[O], V::broadcast(1) - tanh_c * tanh_c, dc);
+    return {V::broadcast(0), backward_c(s, prev.c, c, tanh_c, dh, dc, x)};
   }
 };
 

@@ -6,33 +6,13 @@
 // da lives in a ring of rows [slots][P], one step longer than a stretch because a step
 // reads the da of the step after it.
 //
-// What a row's step before is owed waits in direct_ and dc_ until that step is taken, or
-// until there is none and it is the gradient of h0 and c0.
+// What a row's step before is owed waits in `direct` and `dc` until that step is taken,
+// or until there is none and it is the gradient of h0 and c0.
 #pragma once
 
 #include "forward.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
-
-// Sums of rows that wait for the next piece.
-template <class V, int columns>
-struct Waiting {
-  typename V::scalar* sums;
-
-  typename V::scalar* at(int r, int c) const {
-    return sums + (r * columns + c) * V::lanes;
-  }
-  template <class>
-  V start(int r, int c) const {
-    return V::load(at(r, c));
-  }
-  template <int rows>
-  void keep(const V (&sum)[rows][columns]) const {
-    for (int r = 0; r < rows; ++r) {
-      for (int c = 0; c < columns; ++c) sum[r][c].store(at(r, c));
-    }
-  }
-};
 
 template <template <class> class CellOf, class S>
 class BackwardPass {
@@ -48,18 +28,68 @@ class BackwardPass {
   static constexpr index grad_depth = 256;
   static constexpr int few_rows = 4;
 
+  using Rows = RowWise<Cell, Walk<S>>;
+  using Again = ForwardPass<CellOf, S>;
+
+  // Scratch memory, of a thread and of all.
+  struct Room : Carver<S> {
+    index *own_schedule, *schedule;
+    S* rows;    // of this thread
+    S* zeros;   // (P) of this thread
+    S* left;    // of this thread: columns of da for a block of depth; or sums that wait
+    S* da;      // (ring, B) rows of gradients (rows.h)
+    S* dc;      // (B, P)
+    S* direct;  // (B, P) dh that reaches the step before past the matmul
+    S* c0;      // (B, P)
+    S* dbias;   // (slots, P)
+    S* right;   // panels of x, of h' and of a second product's for a block of depth
+    // Row by row
+    S* mask;     // (B, P) of the h' that R sees
+    S* seen;     // (stretch, B, P) h' as R sees it
+    S* dh;       // (B, P)
+    S* dm;       // (B, P) what a second product is of, or comes to
+    S* sums;     // (vectors, P) gradients of the vectors
+    S* records;  // (stretch, B) computed again
+    S* again;    // workspace of that
+
+    Room(const Backward<S>& p, S* memory, int rank, int threads) : Carver<S>(memory) {
+      const L layout(p.model);
+      const index rows_of_P = p.B * layout.P, steps = stretch(p, layout);
+      const index of_schedule = Schedule::elements<S>(p, 1);
+      own_schedule =
+          reinterpret_cast<index*>(this->of_thread(of_schedule, rank, threads));
+      schedule = reinterpret_cast<index*>(this->of_thread(of_schedule, rank, threads));
+      rows = this->of_thread(p.row_wise ? Walk<S>::memory(layout.P, slots) : 0, rank,
+                             threads);
+      zeros = this->of_thread(layout.P, rank, threads);
+      left = this->of_thread(left_size, rank, threads);
+      da = this->take((steps + 1) * p.B * row_stride<S>(row(p, layout).values));
+      dc = this->take(rows_of_P);
+      direct = this->take(rows_of_P);
+      c0 = this->take(rows_of_P);
+      dbias = this->take(slots * layout.P);
+      const index second = Second<L>(p.model).exists ? right_width(p.H) : 0;
+      right = this->take(depth_of(p, layout) *
+                         (right_width(p.I) + right_width(p.R) + second));
+      mask = this->take(drops(p) ? rows_of_P : 0);
+      seen = this->take(drops(p) ? steps * rows_of_P : 0);
+      dh = this->take(p.row_wise ? rows_of_P : 0);
+      dm = this->take(second ? rows_of_P : 0);
+      sums = this->take(p.row_wise ? vectors * layout.P : 0);
+      const bool is_again = computes_again(p);
+      const index record = record_stride<L>(p.model);
+      records = this->take(is_again ? (steps + 1) * p.B * record : 0);
+      again = this->take(is_again ? Again::workspace(forward_of(p), threads) : 0);
+    }
+  };
+
   const Backward<S>& p_;
   const L layout_;
+  const Record<Cell> record_at_;
+  const GradientRow<Cell> row_;
   const index stretch_, ring_, record_, da_stride_;
-  index* const schedules_;  // two per thread
-  S* const da_;             // (ring, B, da_stride), each row (slots, P) and padding
-  S* const dc_;             // (B, P)
-  S* const direct_;         // (B, P) dh that reaches the step before past the matmul
-  S* const c0_;             // (B, P)
-  S* const dbias_;          // (slots, P)
-  S* const zeros_;          // (P) of each thread
-  S* const right_;          // panels of x and of h' for a block of depth
-  S* const left_;           // per thread: columns of da for that depth; or sums that wait
+  const Room room_;
+  const Rows rows_;
 
  public:
   static index stretch(const Backward<S>& p, const L& layout) {
@@ -77,63 +107,64 @@ class BackwardPass {
     return rows < grad_depth ? rows : grad_depth;
   }
   static index workspace(const Backward<S>& p, int threads) {
-    const L layout(p.I, p.H);
-    const index rows = (stretch(p, layout) + 1) * p.B;
-    const index right = right_width(p.I) + right_width(p.H);
-    return Schedule::elements<S>(p, 2 * threads) + rows * layout.da_stride() +
-           (3 * p.B + slots + threads) * layout.P + depth_of(p, layout) * right +
-           threads * left_size;
+    return Room(p, nullptr, 0, threads).used();
   }
 
   BackwardPass(const Backward<S>& p, S* workspace, const Team& team)
       : p_(p),
-        layout_(p.I, p.H),
+        layout_(p.model),
+        record_at_{p.model.norm, layout_.P},
+        row_(row(p, layout_)),
         stretch_(stretch(p, layout_)),
         ring_(stretch_ + 1),
-        record_(layout_.record()),
-        da_stride_(layout_.da_stride()),
-        schedules_(reinterpret_cast<index*>(workspace) +
-                   2 * team.rank * Schedule::size(p)),
-        da_(workspace + Schedule::elements<S>(p, 2 * team.count)),
-        dc_(da_ + ring_ * p.B * da_stride_),
-        direct_(dc_ + p.B * layout_.P),
-        c0_(direct_ + p.B * layout_.P),
-        dbias_(c0_ + p.B * layout_.P),
-        zeros_(dbias_ + (slots + team.rank) * layout_.P),
-        right_(dbias_ + (slots + team.count) * layout_.P),
-        left_(right_ + depth_of(p, layout_) * (right_width(p.I) + right_width(p.H))) {}
+        record_(record_stride<L>(p.model)),
+        da_stride_(row_stride<S>(row_.values)),
+        room_(p, workspace, team.rank, team.count),
+        rows_(p, layout_.P, p.forward_weights, Walk<S>(room_.rows, layout_.P)) {}
 
   void run(const Team& team) const {
-    const index panels = layout_.back_panels(p_.H);
-    const Blocks<L> own(layout_, p_, panels, team, schedules_);
-    const Schedule all(p_, Team::single(), schedules_ + Schedule::size(p_));
+    const index panels = layout_.back_panels(p_.R);
+    const Blocks<L> own(layout_, p_, panels, team, room_.own_schedule);
+    const Schedule all(p_, Team::single(), room_.schedule);
     start(own);
+    if (p_.row_wise) start_rows(own, team);
     for (index end = p_.T; end > 0; end -= stretch_) {
       const index begin = end > stretch_ ? end - stretch_ : 0;
       const index last = begin > 0 ? begin : -1;
+      if (p_.row_wise) prepare(all, team, begin, end);
       for (index s = end - 1; s >= last; --s) {
         take(own, s, team);
+        if (p_.row_wise) take_rows(own, team, s);
         if (!own.alone) team.meet();
       }
       if (own.alone) team.meet();
       add_weight_gradients(all, team, begin, end);
+      if (p_.row_wise) add_vector_gradients(all, team, begin, end);
       write_dx(all, team, begin, end);
-      if (own.alone) team.meet();
+      if (own.alone || p_.row_wise) team.meet();
     }
   }
 
  private:
-  S* left(const Team& team) const { return left_ + team.rank * left_size; }
-  S* da(index s) const { return da_ + (s % ring_) * p_.B * da_stride_; }
-  const S* saved(index s) const { return p_.saved + s * p_.B * record_; }
+  S* da(index s) const { return room_.da + (s % ring_) * p_.B * da_stride_; }
+  const S* saved(index s) const {
+    return p_.saved ? p_.saved + s * p_.B * record_
+                    : room_.records + s % ring_ * p_.B * record_;
+  }
   const S* y(index s) const { return p_.y + p_.time(s) * p_.y_t; }
+  StateBefore<S> cell_before(index s) const {
+    const S* const left =
+        Cell::has_c ? saved(s > 0 ? s - 1 : 0) + record_at_.cell() : nullptr;
+    return {p_, s, room_.zeros, room_.c0, left, layout_.P, record_};
+  }
   StateBefore<S> h_before(index s) const {
-    return {p_, s, zeros_, p_.h0, y(s > 0 ? s - 1 : 0), p_.H, p_.y_b};
+    return {p_, s, room_.zeros, p_.h0, y(s > 0 ? s - 1 : 0), p_.R, p_.y_b};
   }
 
+  // Those of h that a thread owns.
   Range units(const Blocks<L>& own) const {
     const index end = own.panels.end * L::back_columns;
-    return {own.panels.begin * L::back_columns, end < p_.H ? end : p_.H};
+    return {own.panels.begin * L::back_columns, end < p_.R ? end : p_.R};
   }
 
   // f.operator()<width, rows, columns>(row, first column, turn) for tiles of rows ×
@@ -163,30 +194,35 @@ class BackwardPass {
   // dc and c0 into padded rows, the gradients of h_n where a row's last step looks for
   // dh. They are those of h0 and c0 for rows of length 0.
   void start(const Blocks<L>& own) const {
-    const auto read = [](const S* from, index at, index left) {
-      return from ? load_upto<V>(from + at, left) : V::broadcast(0);
-    };
     const index working = own.rows.working();
-    for (index j = 0; j < layout_.P && p_.resets; ++j) zeros_[j] = 0;
+    for (index j = 0; j < layout_.P && (p_.resets || p_.row_wise); ++j)
+      room_.zeros[j] = 0;
     for (index i = 0; i < own.rows.rows(); ++i) {
       const index b = own.rows.row(i);
       // Padding of da stays zero: a product runs over it, and there 0 · inf would be NaN.
-      for (index n = 0; n < ring_ && units(own).end == p_.H && p_.H % lanes != 0; ++n) {
+      for (index n = 0; n < ring_ && units(own).end == p_.R && p_.H % lanes != 0; ++n) {
+        if (p_.row_wise) break;
         for (int slot = 0; slot < slots; ++slot) {
-          S* const row = da_ + (n * p_.B + b) * da_stride_;
+          S* const row = room_.da + (n * p_.B + b) * da_stride_;
           V::broadcast(0).store(row + (slot + 1) * layout_.P - lanes);
         }
       }
       for (index j = units(own).begin; j < units(own).end; j += lanes) {
-        const index at = b * p_.H + j, to = b * layout_.P + j, left = p_.H - j;
-        const V dh = read(p_.dh_n, at, left);
-        dh.store(direct_ + to);
-        if constexpr (Cell::has_c) {
-          read(p_.dc_n, at, left).store(dc_ + to);
-          read(p_.c0, at, left).store(c0_ + to);
-        }
+        const V dh = read(p_.dh_n, b * p_.R + j, p_.R - j);
+        dh.store(room_.direct + b * layout_.P + j);
+        if (!p_.row_wise) start_cell(b, j);
         if (i >= working) leave(b, j, dh);
       }
+    }
+  }
+  static V read(const S* from, index at, index left) {
+    return from ? load_upto<V>(from + at, left) : V::broadcast(0);
+  }
+  void start_cell(index b, index j) const {
+    if constexpr (Cell::has_c) {
+      const index at = b * p_.H + j, to = b * layout_.P + j, left = p_.H - j;
+      read(p_.dc_n, at, left).store(room_.dc + to);
+      read(p_.c0, at, left).store(room_.c0 + to);
     }
   }
 
@@ -198,17 +234,15 @@ class BackwardPass {
     StateBefore<S> h_before, c_before;
   };
   Step find(index s) const {
-    const index now = s > 0 ? s : 0, before = s > 0 ? s - 1 : 0;
-    return {
-        s,
-        Cell::saves ? saved(now) : nullptr,
-        y(now),
-        p_.dy ? p_.dy + p_.time(now) * p_.dy_t : nullptr,
-        da(now),
-        da(s + 1),
-        h_before(now),
-        {p_, now, zeros_, c0_, Cell::has_c ? saved(before) + slots * layout_.P : nullptr,
-         layout_.P, record_}};
+    const index now = s > 0 ? s : 0;
+    return {s,
+            Cell::saves ? saved(now) : nullptr,
+            y(now),
+            p_.dy ? p_.dy + p_.time(now) * p_.dy_t : nullptr,
+            da(now),
+            da(s + 1),
+            h_before(now),
+            cell_before(now)};
   }
 
   // What the cell reads and writes of the rows of a tile.
@@ -227,10 +261,10 @@ class BackwardPass {
     }
     if constexpr (Cell::has_direct) step.h_before.find(tile, of.h_prev);
     if constexpr (Cell::has_c) step.c_before.find(tile, of.c_prev);
-    if constexpr (Cell::has_c) tile.find(dc_, layout_.P, of.dc);
+    if constexpr (Cell::has_c) tile.find(room_.dc, layout_.P, of.dc);
     if (step.dy) tile.find(step.dy, p_.dy_b, of.dy);
     tile.find(step.da, da_stride_, of.da);
-    tile.find(direct_, layout_.P, of.direct);
+    tile.find(room_.direct, layout_.P, of.direct);
     return of;
   }
 
@@ -240,18 +274,22 @@ class BackwardPass {
   template <int width, int rows, int columns>
   bool sum_dh(V (&dh)[rows][columns], const Step& step, const TileRows<rows>& tile,
               const CellRows<rows>& of, bool is_last, index taken, index row,
-              index column, const Turn& turn, const Team& team) const {
+              index column, const Turn& turn) const {
     if (!is_last) {
-      Rows<S, rows> da;
-      tile.template find<const S*>(step.da_after, da_stride_, da.p);
-      const S* const R =
-          p_.weights ? p_.weights + layout_.back_recurrent_panels() : nullptr;
-      if (!multiply_transposed<width, &L::Cell::recurrent_gate>(
-              dh, da, R, p_.weight_hh, p_.H, row, column, turn, left(team))) {
+      RowsAt<S, rows> da;
+      tile.template find<const S*>(step.da_after + row_.recurrent, da_stride_, da.p);
+      if (!recurrent().template multiply<width>(dh, da, row, column, turn,
+                                                resets_before<Cell>(p_.model))) {
         return false;
       }
-      for (int r = 0; r < rows && p_.resets; ++r) {
-        if (!p_.is_reset(step.s + 1, tile.b[r])) continue;
+      for (int r = 0; r < rows && drops(p_); ++r) {
+        for (int n = 0; n < columns && column + n * lanes < layout_.P; ++n) {
+          dh[r][n] =
+              dh[r][n] * V::load(room_.mask + tile.b[r] * layout_.P + column + n * lanes);
+        }
+      }
+      for (int r = 0; r < rows && (p_.resets || p_.options.bptt); ++r) {
+        if (!p_.is_cut(step.s + 1, tile.b[r], p_.options.bptt)) continue;
         for (V& sum : dh[r]) sum = V::broadcast(0);
       }
     } else if (turn.is_last()) {
@@ -259,9 +297,9 @@ class BackwardPass {
     } else {
       return false;
     }
-    const bool direct = Cell::has_direct || is_last;
+    const bool direct = Cell::has_direct || is_last || p_.row_wise;
     for (int n = 0; n < columns; ++n) {
-      const index unit = column + n * lanes, left = p_.H - unit;
+      const index unit = column + n * lanes, left = p_.R - unit;
       if (unit >= layout_.P) break;
       for (int r = 0; r < rows; ++r) {
         if (step.dy && r < taken) {
@@ -273,49 +311,15 @@ class BackwardPass {
     return true;
   }
 
-  // acc = da · weight for some columns, from packed panels or, where there are none, from
-  // weight (gates·H, N) itself; the terms come in the same order. Returns whether the
-  // sums are complete; until the last piece they wait in `partial`.
-  template <int width, auto blocks, int rows, int columns>
-  bool multiply_transposed(V (&acc)[rows][columns], const Rows<S, rows>& da,
-                           const S* panels, const S* weight, index N, index row,
-                           index column, const Turn& turn, S* partial) const {
-    if (!panels) {
-      multiply<1>(acc, Zero{});
-      for (int slot = 0; slot < gates; ++slot) {
-        const Rows<S, rows> of_slot = da.from(slot * layout_.P);
-        const Columns<V, width> right{weight + (*blocks)[slot] * p_.H * N, N, column};
-        multiply<columns / width>(
-            acc, Sums<V, rows, columns>{acc},
-            Product<Rows<S, rows>, Columns<V, width>>{of_slot, right, p_.H});
-      }
-      return true;
-    }
-    const index depth = layout_.back_depth();
-    const auto add = [&](const Rows<S, rows>& of, index K, const auto& start) {
-      with_panels<V, width, columns / width>(turn, [&]<class Right>() {
-        const Right right(panels, column / (width * lanes), depth, turn);
-        multiply<columns / width>(acc, start,
-                                  Product<Rows<S, rows>, Right>{of, right, K});
-      });
-    };
-    if constexpr (columns == L::back_width && width == L::back_width) {
-      if (turn.pieces > 1) {
-        const Waiting<V, L::back_width> sums{partial +
-                                             row % Blocking::most_rows * L::back_columns};
-        const Range piece = turn.depth(depth);
-        const Rows<S, rows> of = da.from(piece.begin);
-        if (turn.is_first()) {
-          add(of, piece.end - piece.begin, Zero{});
-        } else {
-          add(of, piece.end - piece.begin, sums);
-        }
-        if (!turn.is_last()) sums.keep(acc);
-        return turn.is_last();
-      }
-    }
-    add(da, depth, Zero{});
-    return true;
+  TransposedWeight<V> recurrent() const {
+    const S* const panels =
+        p_.weights ? p_.weights + layout_.back_recurrent_panels() : nullptr;
+    return {panels, p_.weight_hh, L::Cell::recurrent_gate, p_.R, p_.H, layout_.P,
+            gates,  room_.left};
+  }
+  TransposedWeight<V> input() const {
+    return {p_.weights, p_.weight_ih, L::Cell::input_gate, p_.I, p_.H,
+            layout_.P,  gates,        room_.left};
   }
 
   // Prefetches what the cell will read of a row: while the matmul runs it comes from
@@ -343,71 +347,76 @@ class BackwardPass {
     for (const bool is_last : {false, true}) {
       const Range places =
           is_last ? Range{later, taken > later ? taken : later} : Range{0, later};
-      for_columns(places, own.panels, p_.H, backwards,
-                  [&]<int width, int rows, int columns>(index row, index column,
-                                                        const Turn& turn) {
-                    const auto tile = own.rows.template tile<rows>(row);
-                    const CellRows<rows> of = find(step, tile);
-                    const index here = taken - row;
-                    for (int r = 0; r < rows && r < here && turn.is_last(); ++r) {
-                      ask_for(of, r, column, columns);
-                    }
-                    V dh[rows][columns];
-                    if (!sum_dh<width>(dh, step, tile, of, is_last, here, row, column,
-                                       turn, team)) {
-                      return;
-                    }
-                    for (int n = 0; n < columns; ++n) {
-                      const index unit = column + n * lanes;
-                      if (unit >= layout_.P) break;
-                      for (int r = 0; r < rows; ++r) {
-                        if (r < here) {
-                          apply_cell(of, r, unit, dh[r][n], p_.is_reset(s, tile.b[r]));
-                        } else {
-                          leave(tile.b[r], unit, dh[r][n]);
-                        }
-                      }
-                    }
-                  });
+      for_columns(
+          places, own.panels, p_.R, backwards,
+          [&]<int width, int rows, int columns>(index row, index column,
+                                                const Turn& turn) {
+            const auto tile = own.rows.template tile<rows>(row);
+            const CellRows<rows> of = find(step, tile);
+            const index here = taken - row;
+            for (int r = 0; r < rows && r < here && turn.is_last(); ++r) {
+              ask_for(of, r, column, columns);
+            }
+            V dh[rows][columns];
+            if (!sum_dh<width>(dh, step, tile, of, is_last, here, row, column, turn)) {
+              return;
+            }
+            for (int n = 0; n < columns; ++n) {
+              const index unit = column + n * lanes;
+              if (unit >= layout_.P) break;
+              for (int r = 0; r < rows; ++r) {
+                if (r < here && p_.row_wise) {
+                  dh[r][n].store(room_.dh + tile.b[r] * layout_.P + unit);
+                } else if (r < here) {
+                  apply_cell(of, r, unit, dh[r][n],
+                             p_.is_cut(s, tile.b[r], p_.options.bptt));
+                } else {
+                  leave(tile.b[r], unit, dh[r][n]);
+                }
+              }
+            }
+          });
     }
   }
 
   // From dh to da for a vector of units, and what the step before is owed.
   template <int rows>
-  void apply_cell(const CellRows<rows>& of, int r, index unit, V dh,
-                  bool is_reset) const {
+  void apply_cell(const CellRows<rows>& of, int r, index unit, V dh, bool is_cut) const {
     const index left = p_.H - unit;
     V v[slots];
-    State<V> prev{}, now{};
-    V dc = V::broadcast(0);
+    State<V> prev{};
+    V c{}, dc = V::broadcast(0);
     if constexpr (Cell::saves) {
       for (int slot = 0; slot < slots; ++slot) {
         v[slot] = V::load(of.saved[r] + slot * layout_.P + unit);
       }
     } else {
-      now.h = load_upto<V>(of.h[r] + unit, left);
+      v[0] = load_upto<V>(of.h[r] + unit, left);
     }
     if constexpr (Cell::has_direct) prev.h = load_upto<V>(of.h_prev[r] + unit, left);
     if constexpr (Cell::has_c) {
       prev.c = V::load(of.c_prev[r] + unit);
-      now.c = V::load(of.saved[r] + slots * layout_.P + unit);
+      c = V::load(of.saved[r] + slots * layout_.P + unit);
       dc = V::load(of.dc[r] + unit);
     }
-    State<V> d = Cell::backward(v, prev, now, dh, dc);
+    State<V> d = Cell::backward(v, prev, c, dh, dc, Plain<V>{p_.model.variant});
     for (int slot = 0; slot < slots; ++slot) {
       store_upto(v[slot], of.da[r] + slot * layout_.P + unit, left);
     }
-    if (is_reset) d = {V::broadcast(0), V::broadcast(0)};
+    if (is_cut) d = {V::broadcast(0), V::broadcast(0)};
     if constexpr (Cell::has_direct) d.h.store(of.direct[r] + unit);
     if constexpr (Cell::has_c) d.c.store(of.dc[r] + unit);
   }
 
   // The gradients of row b's h0 and c0.
   void leave(index b, index unit, V dh) const {
-    const index to = b * p_.H + unit, left = p_.H - unit;
-    store_upto(dh, p_.dh0 + to, left);
+    store_upto(dh, p_.dh0 + b * p_.R + unit, p_.R - unit);
+    if (!p_.row_wise) leave_cell(b, unit);
+  }
+  void leave_cell(index b, index unit) const {
     if constexpr (Cell::has_c) {
-      store_upto(V::load(dc_ + b * layout_.P + unit), p_.dc0 + to, left);
+      store_upto(V::load(room_.dc + b * layout_.P + unit), p_.dc0 + b * p_.H + unit,
+                 p_.H - unit);
     }
   }
 
@@ -423,19 +432,16 @@ class BackwardPass {
     for_columns(
         own, {0, layout_.back_panels(p_.I)}, p_.I, false,
         [&]<int width, int rows, int columns>(index row, index column, const Turn& turn) {
-          Rows<S, rows> a;
+          RowsAt<S, rows> a;
           S* to[rows];
           Schedule::Entry next = all.entry(begin, row);
           for (int r = 0; r < rows; ++r, all.advance(next)) {
             const index b = all.row(next.place);
-            a.p[r] = da(next.s) + b * da_stride_ + L::first_input * layout_.P;
+            a.p[r] = da(next.s) + b * da_stride_ + row_.input;
             to[r] = p_.dx + p_.time(next.s) * p_.dx_t + b * p_.dx_b;
           }
           V dx[rows][columns];
-          if (!multiply_transposed<width, &L::Cell::input_gate>(
-                  dx, a, p_.weights, p_.weight_ih, p_.I, row, column, turn, left(team))) {
-            return;
-          }
+          if (!input().template multiply<width>(dx, a, row, column, turn)) return;
           for (int n = 0; n < columns; ++n) {
             const index at = column + n * lanes;
             if (at >= p_.I) break;
@@ -450,7 +456,7 @@ class BackwardPass {
   // Sums run over the rows of a depth block in order and then over the blocks.
   void add_weight_gradients(const Schedule& all, const Team& team, index begin,
                             index end) const {
-    const Range own = team.share(slots * layout_.P, grad_tile);
+    const Range of_da = team.share(slots * layout_.P, grad_tile);
     const index rows = all.count(begin, end);
     for (index done = 0; done < rows; done += grad_depth) {
       const index depth = rows - done < grad_depth ? rows - done : grad_depth;
@@ -460,37 +466,68 @@ class BackwardPass {
         const index b = all.row(next.place);
         da_row[k] = da(next.s) + b * da_stride_;
         x_row[k] = p_.x + p_.time(next.s) * p_.x_t + b * p_.x_b;
-        h_row[k] = h_before(next.s)(b);
+        h_row[k] = seen_before(next.s, b);
       }
       const bool first = end == p_.T && done == 0;
-      if (depth <= few_rows) {
+      if (depth <= few_rows && !p_.row_wise) {
         with_count<few_rows>(depth, [&]<int count>() {
-          add_outer_products<count>(da_row, x_row, h_row, own, first);
+          add_outer_products<count>(da_row, x_row, h_row, of_da, first);
         });
-        add_bias_gradients(da_row, depth, own, first);
+        add_bias_gradients(da_row, depth, of_da, first);
         continue;
       }
-      S* const x_panels = right_;
-      S* const h_panels = right_ + depth * right_width(p_.I);
+      S* const x_panels = room_.right;
+      S* const h_panels = x_panels + depth * right_width(p_.I);
+      S* const second_panels = h_panels + depth * right_width(p_.R);
       if (done > 0) team.meet();  // the panels are still being read
       pack_right(team, x_row, depth, p_.I, x_panels);
-      pack_right(team, h_row, depth, p_.H, h_panels);
+      pack_right(team, h_row, depth, p_.R, h_panels);
+      const bool twice = resets_before<Cell>(p_.model);
+      if (twice || p_.model.projects) {
+        const S* second_row[grad_depth];
+        const index at = twice ? row_.reset : row_.m;
+        for (index k = 0; k < depth; ++k) second_row[k] = da_row[k] + at;
+        pack_right(team, second_row, depth, p_.H, second_panels);
+      }
       team.meet();
 
-      S* const left_columns = left(team);
-      constexpr index at_once = grad_tiles_at_once * grad_tile;
-      for (index column = own.begin; column < own.end; column += at_once) {
-        const Range block{column,
-                          column + at_once < own.end ? column + at_once : own.end};
-        pack_left(da_row, depth, block, left_columns);
-        add_products<&L::Cell::input_gate>(left_columns, depth, block, L::first_input,
-                                           x_panels, p_.I, p_.dweight_ih, first);
-        add_products<&L::Cell::recurrent_gate>(left_columns, depth, block, 0, h_panels,
-                                               p_.H, p_.dweight_hh, first);
+      const int* const input = L::Cell::input_gate;
+      const int* const recurrent = L::Cell::recurrent_gate;
+      const auto add = [&]<int count>(Range columns, const Target(&targets)[count]) {
+        constexpr index at_once = grad_tiles_at_once * grad_tile;
+        for (index column = columns.begin; column < columns.end; column += at_once) {
+          const Range block{
+              column, column + at_once < columns.end ? column + at_once : columns.end};
+          pack_left(da_row, depth, block, room_.left);
+          for (const Target& to : targets) add_products(depth, block, to, first);
+        }
+      };
+      const Target of_W{row_.input, gates, input, p_.H, x_panels, p_.I, p_.dweight_ih};
+      Target of_R{row_.recurrent, gates, recurrent, p_.H, h_panels, p_.R, p_.dweight_hh};
+      Range own = of_da;
+      if (p_.model.norm) {
+        own = team.share(2 * gates * layout_.P, grad_tile);
+        own = {row_.input + own.begin, row_.input + own.end};
       }
-      add_bias_gradients(da_row, depth, own, first);
+      if (twice) {
+        const Target of_new{row_.recurrent, 1,    recurrent,    p_.H,
+                            second_panels,  p_.H, p_.dweight_hh};
+        of_R.begin += layout_.P;
+        of_R.order += 1;
+        of_R.blocks -= 1;
+        add(own, {of_W, of_R, of_new});
+      } else {
+        add(own, {of_W, of_R});
+      }
+      if (p_.model.projects) {
+        constexpr int only[] = {0};
+        const Range of_dh = team.share(round_up(p_.R, lanes), grad_tile);
+        add({row_.dh + of_dh.begin, row_.dh + of_dh.end},
+            {{row_.dh, 1, only, p_.R, second_panels, p_.H, p_.dweight_hr}});
+      }
+      add_bias_gradients(da_row, depth, of_da, first);
     }
-    if (begin == 0) write_bias_gradients(own);
+    if (begin == 0) write_bias_gradients(of_da);
   }
 
   // The same from few rows, for which packing takes longer than the sums.
@@ -515,7 +552,7 @@ class BackwardPass {
       if (column % layout_.P >= p_.H) continue;
       const index slot = column / layout_.P;
       add(column, L::blocks.input[slot], x_row, p_.I, p_.dweight_ih);
-      add(column, L::blocks.recurrent[slot], h_row, p_.H, p_.dweight_hh);
+      add(column, L::blocks.recurrent[slot], h_row, p_.R, p_.dweight_hh);
     }
   }
 
@@ -549,21 +586,30 @@ class BackwardPass {
     }
   }
 
-  // dweight (gates·H, N) += leftᵀ · right for the columns of da in `block` that belong to
-  // slots from first_slot on, whose blocks of rows of dweight blocks[] gives.
-  template <auto blocks>
-  void add_products(const S* left, index depth, Range block, int first_slot,
-                    const S* right, index N, S* dweight, bool first) const {
-    const index slots_begin = first_slot * layout_.P;
-    const index slots_end = slots_begin + gates * layout_.P;
-    if (block.end <= slots_begin || block.begin >= slots_end) return;
-    S* rows[grad_tiles_at_once][grad_tile];  // null for padding and other slots
+  // A matrix whose gradient is a product: its blocks of `units` rows belong to columns
+  // from `begin` on, in this order, each block's from P to P.
+  struct Target {
+    index begin;
+    int blocks;
+    const int* order;
+    index units;
+    const S* right;
+    index N;
+    S* dweight;  // (blocks·units, N)
+  };
+  // dweight += leftᵀ · right for the columns in `block`, packed, that belong to it.
+  void add_products(index depth, Range block, const Target& of, bool first) const {
+    const S* const left = room_.left;
+    const auto& [begin, blocks, order, units, right, N, dweight] = of;
+    const index P = round_up(units, lanes), end = begin + blocks * P;
+    if (block.end <= begin || block.begin >= end) return;
+    S* rows[grad_tiles_at_once][grad_tile];  // null for padding and other columns
     for (int r = 0; r < grad_tiles_at_once * grad_tile; ++r) {
-      const index column = block.begin + r, at = column - slots_begin;
-      const bool real = column < block.end && at >= 0 && column < slots_end;
-      const index unit = real ? at % layout_.P : p_.H;
+      const index column = block.begin + r, at = column - begin;
+      const bool real = column < block.end && at >= 0 && column < end;
+      const index unit = real ? at % P : units;
       rows[r / grad_tile][r % grad_tile] =
-          unit < p_.H ? dweight + ((*blocks)[at / layout_.P] * p_.H + unit) * N : nullptr;
+          unit < units ? dweight + (order[at / P] * units + unit) * N : nullptr;
     }
     for (index n = 0; n < N; n += L::back_columns) {
       const S* const panel = right + n * depth;
@@ -618,7 +664,7 @@ class BackwardPass {
         }
         for (int v = 0; v < vectors; ++v) {
           const index at = column + v * lanes, left = own.end - at;
-          S* const to = dbias_ + at;
+          S* const to = room_.dbias + at;
           store_upto(first ? sum[v] : load_upto<V>(to, left) + sum[v], to, left);
         }
       });
@@ -631,9 +677,311 @@ class BackwardPass {
       const index unit = column % layout_.P;
       if (unit >= p_.H) continue;
       const int input = L::blocks.input[slot], recurrent = L::blocks.recurrent[slot];
-      if (input >= 0) p_.dbias_ih[input * p_.H + unit] = dbias_[column];
-      if (recurrent >= 0) p_.dbias_hh[recurrent * p_.H + unit] = dbias_[column];
+      if (input >= 0) p_.dbias_ih[input * p_.H + unit] = room_.dbias[column];
+      if (recurrent >= 0) p_.dbias_hh[recurrent * p_.H + unit] = room_.dbias[column];
     }
+  }
+
+  // Row by row
+
+  static constexpr int peepholes = [] {
+    if constexpr (Cell::has_c) return Cell::peepholes;
+    return 0;
+  }();
+  static constexpr int vectors = peepholes + 2 * gates + 2;
+
+  static GradientRow<Cell> row(const Backward<S>& p, const L& layout) {
+    return {p.model, p.vectors.weight_ch != nullptr, layout.P, round_up(layout.R, lanes)};
+  }
+  static bool computes_again(const Backward<S>& p) {
+    return !p.saved && (Cell::saves || p.row_wise);
+  }
+  // The steps as a forward problem, to compute them again.
+  static Forward<S> forward_of(const Backward<S>& p) {
+    Forward<S> f{};
+    static_cast<Steps&>(f) = p;
+    f.model = p.model;
+    f.options = p.options;
+    f.vectors = p.vectors;
+    f.row_wise = true;
+    f.weights = p.forward_weights;
+    return f;
+  }
+
+  // What R is multiplied by in the step of row b.
+  const S* seen_before(index s, index b) const {
+    return drops(p_) ? seen(s) + b * layout_.P : h_before(s)(b);
+  }
+  S* seen(index s) const { return room_.seen + s % stretch_ * p_.B * layout_.P; }
+  S* records(index s) const { return room_.records + s % ring_ * p_.B * record_; }
+  void meet(const Blocks<L>& own, const Team& team) const {
+    if (!own.alone) team.meet();
+  }
+
+  void start_rows(const Blocks<L>& own, const Team& team) const {
+    rows_.e.start(p_.options, layout_.P);
+    const index all = own.rows.rows(), working = own.rows.working();
+    const Range places = own.alone ? Range{0, all} : team.share(all);
+    for (index i = places.begin; i < places.end; ++i) {
+      const index b = own.rows.row(i);
+      for (index j = 0; j < p_.H; j += lanes) {
+        start_cell(b, j);
+        if (i >= working) leave_cell(b, j);
+      }
+      if (drops(p_)) {
+        draw_seen(p_.options, b, p_.R, room_.mask + b * layout_.P);
+      }
+      // As padding of da is for the plain kernels.
+      for (index n = 0; n < ring_; ++n) {
+        S* const row = room_.da + (n * p_.B + b) * da_stride_;
+        for (index j = 0; j < da_stride_; ++j) row[j] = 0;
+      }
+    }
+    team.meet();
+  }
+
+  // What the rows of a stretch need that was not saved.
+  void prepare(const Schedule& all, const Team& team, index begin, index end) const {
+    const bool again = computes_again(p_);
+    if (!drops(p_) && !again) return;
+    const Range own = team.share(all.count(begin, end));
+    each_entry(all, begin, own, [&](index s, index b) {
+      const S* const h = h_before(s)(b);
+      const S* const mask = room_.mask + b * layout_.P;
+      for (index j = 0; j < p_.R && drops(p_); ++j) {
+        seen(s)[b * layout_.P + j] = h[j] * mask[j];
+      }
+    });
+    if (Cell::has_c && again) {
+      for (index s = begin > 0 ? begin - 1 : 0; s < end; ++s) {
+        const Range rows = team.share(p_.B);
+        for (index b = rows.begin; b < rows.end; ++b) {
+          const S* const c = p_.cells + p_.time(s) * p_.cells_t + b * p_.cells_b;
+          S* const to = records(s) + b * record_ + record_at_.cell();
+          for (index j = 0; j < p_.H; ++j) to[j] = c[j];
+        }
+      }
+    }
+    team.meet();
+    if (again) compute_again(all, team, begin, end);
+  }
+
+  // f(s, b) for the n-th rows, step after step.
+  template <class F>
+  static void each_entry(const Schedule& all, index begin, Range n, const F& f) {
+    Schedule::Entry next = all.entry(begin, n.begin);
+    for (index i = n.begin; i < n.end; ++i, all.advance(next)) {
+      f(next.s, all.row(next.place));
+    }
+  }
+
+  // The records of a stretch from x, h and c, which wait for nobody.
+  void compute_again(const Schedule& all, const Team& team, index begin,
+                     index end) const {
+    const Forward<S> problem = forward_of(p_);
+    const Again forward(problem, room_.again, team);
+    const index count = all.count(begin, end);
+    const auto entry = [&](index n) { return all.entry(begin, n); };
+    forward.sums_of(count, team.share(layout_.panels()),
+                    [&](index n, const S*& x, const S*& h, S*& to) {
+                      const Schedule::Entry at = entry(n);
+                      const index b = all.row(at.place);
+                      x = p_.x + p_.time(at.s) * p_.x_t + b * p_.x_b;
+                      h = seen_before(at.s, b);
+                      to = records(at.s) + b * record_;
+                    });
+    team.meet();
+    const bool twice = resets_before<Cell>(p_.model);
+    const Range own = team.share(count), whole{0, p_.H};
+    const auto row = [&](index s, index b) {
+      S* const record = records(s) + b * record_;
+      return typename Rows::Row{record,
+                                h_before(s)(b),
+                                Cell::has_c ? cell_before(s)(b) : nullptr,
+                                seen_before(s, b),
+                                rows_.e.scratch,  // neither is of use
+                                rows_.e.scratch + layout_.P,
+                                nullptr,
+                                nullptr};
+    };
+    each_entry(all, begin, own, [&](index s, index b) {
+      const auto of = row(s, b);
+      if (p_.model.norm) rows_.normalise_inputs(of.record);
+      if (p_.model.norm) rows_.normalise_recurrent(of.record);
+      if (twice) {
+        rows_.open(of, da(s) + b * da_stride_ + row_.reset, whole);
+      } else if (!p_.model.norm) {
+        rows_.forward(of, whole);
+      }
+    });
+    team.meet();
+    if (!twice) return;
+    forward.second_of(count, team.share(Dense<S>(p_.H, p_.H).panels()),
+                      [&](index n, const S*& left, S*& to) {
+                        const Schedule::Entry at = entry(n);
+                        const index b = all.row(at.place);
+                        left = da(at.s) + b * da_stride_ + row_.reset;
+                        to = records(at.s) + b * record_ + record_at_.recurrent(0);
+                      });
+    team.meet();
+    each_entry(all, begin, own, [&](index s, index b) {
+      const auto of = row(s, b);
+      if (p_.model.norm) {
+        rows_.normalise_first(of.record);
+      } else {
+        rows_.close(of, whole);
+      }
+    });
+    team.meet();
+  }
+
+  // The step from dh on.
+  void take_rows(const Blocks<L>& own, const Team& team, index s) const {
+    const index taken = own.rows.count(s), later = own.rows.count(s + 1);
+    const bool whole = p_.model.norm, projects = p_.model.projects;
+    const bool twice = resets_before<Cell>(p_.model);
+    if (Cell::has_c && later > taken) {
+      Range left{0, later - taken};
+      if (!own.alone) left = team.share(later - taken);
+      for (index i = taken + left.begin; i < taken + left.end; ++i) {
+        for (index j = 0; j < p_.H; j += lanes) leave_cell(own.rows.row(i), j);
+      }
+    }
+    if (s < 0) return;
+    const index t = p_.time(s), panels = layout_.back_panels(p_.H);
+    const Range of_cell = own.alone ? Range{0, panels} : team.share(panels);
+    const Range columns = projects ? of_cell : own.panels;
+    const index end = columns.end * L::back_columns;
+    const Range cell_units{columns.begin * L::back_columns, end < p_.H ? end : p_.H};
+    Range places{0, taken}, mine = cell_units;
+    const StateBefore<S> h = h_before(s), c = cell_before(s);
+    const auto each_row = [&](Range some, const auto& f) {
+      for (index i = some.begin; i < some.end; ++i) {
+        const index b = own.rows.row(i), at = b * layout_.P;
+        f(b, typename Rows::BackRow{
+                 saved(s) + b * record_, h(b), Cell::has_c ? c(b) : nullptr,
+                 seen_before(s, b),
+                 p_.dcells ? p_.dcells + t * p_.dcells_t + b * p_.dcells_b : nullptr,
+                 room_.dh + at, room_.dc + at, room_.direct + at, da(s) + b * da_stride_,
+                 p_.is_cut(s, b, p_.options.bptt)});
+      }
+    };
+    const auto through_cell = [&](index b, const typename Rows::BackRow& row) {
+      const S* const dm = projects ? room_.dm + b * layout_.P : row.dh;
+      if (twice) {
+        rows_.open_backward(row, row_, mine);
+      } else {
+        rows_.backward(row, row_, dm, mine);
+      }
+    };
+    each_row(places, [&](index b, const typename Rows::BackRow& row) {
+      rows_.e.draw(p_.options, t, b, units(own));
+      rows_.before(row, units(own));
+      if (!projects && !whole) return through_cell(b, row);
+      for (index j = units(own).begin; j < units(own).end && projects; ++j) {
+        row.da[row_.dh + j] = row.dh[j];
+      }
+    });
+    if (projects) {
+      meet(own, team);
+      const index depth = round_up(p_.R, lanes);
+      multiply_rows(own, s, of_cell, p_.weights + layout_.backward_size(), row_.dh, depth,
+                    depth);
+    }
+    if (whole) {
+      meet(own, team);
+      mine = {0, p_.H};
+      if (!own.alone) places = team.share(taken);
+    }
+    if (projects || whole) {
+      each_row(places, [&](index b, const typename Rows::BackRow& row) {
+        rows_.e.draw(p_.options, t, b, mine);
+        through_cell(b, row);
+      });
+    }
+    if (!twice) return;
+    meet(own, team);
+    multiply_rows(own, s, own.panels, p_.weights + layout_.back_recurrent_panels(),
+                  row_.recurrent, layout_.back_depth(), layout_.P);
+    if (whole) meet(own, team);
+    each_row(places, [&](index b, const typename Rows::BackRow& row) {
+      rows_.close_backward(row, row_, room_.dm + b * layout_.P,
+                           drops(p_) ? room_.mask + b * layout_.P : nullptr, mine);
+    });
+  }
+
+  // dm of all rows: K values of their row of gradients, from `at` on, times some panels
+  // of so much depth.
+  void multiply_rows(const Blocks<L>& own, index s, Range panels, const S* packed,
+                     index at, index depth, index K) const {
+    const DenseProduct<V> product{packed, depth, K, p_.H, true, true};
+    const index rows = own.rows.count(s);
+    RowList<S> list;
+    for (index begin = 0; begin < rows; begin += list.most) {
+      const index count = rows - begin < list.most ? rows - begin : list.most;
+      for (index n = 0; n < count; ++n) {
+        const index b = own.rows.row(begin + n);
+        list.left[n] = da(s) + b * da_stride_ + at;
+        list.to[n] = room_.dm + b * layout_.P;
+      }
+      product.run(list, count, panels);
+    }
+  }
+
+  // The gradients of peepholes and of LayerNorm's vectors, columns shared out.
+  void add_vector_gradients(const Schedule& all, const Team& team, index begin,
+                            index end) const {
+    const Range own = team.share(layout_.P, lanes);
+    const auto sum = [&](int vector) { return room_.sums + vector * layout_.P; };
+    for (int v = 0; v < vectors && end == p_.T; ++v) {
+      for (index u = own.begin; u < own.end; ++u) sum(v)[u] = 0;
+    }
+    const auto add = [&](int vector, const S* a, const S* b) {
+      for (index u = own.begin; u < own.end; u += lanes) {
+        S* const to = sum(vector) + u;
+        fma(V::load(a + u), V::load(b + u), V::load(to)).store(to);
+      }
+    };
+    const bool norm = p_.model.norm, norm_c = norm && Cell::has_c;
+    const bool has_peephole = peepholes > 0 && p_.vectors.weight_ch;
+    const Range entries{0, all.count(begin, end)};
+    each_entry(
+        all, begin, norm || has_peephole ? entries : Range{0, 0}, [&](index s, index b) {
+          const S* const row = da(s) + b * da_stride_;
+          const S* const record = saved(s) + b * record_;
+          if constexpr (peepholes > 0) {
+            for (int k = 0; k < peepholes && has_peephole; ++k) {
+              const index sees = k + 1 < peepholes ? row_.c_prev : row_.c;
+              add(k, row + Cell::sees[k] * layout_.P, row + sees);
+            }
+          }
+          for (int k = 0; k < gates && norm; ++k) {
+            const int slot = k + L::first_input;
+            add(peepholes + k, row + slot * layout_.P, record + record_at_.input(slot));
+            add(peepholes + gates + k, row + k * layout_.P,
+                record + record_at_.recurrent(k));
+          }
+          if (!norm_c) return;
+          add(vectors - 2, row + row_.seen_c, row + row_.normal_c);
+          for (index u = own.begin; u < own.end; ++u) {
+            sum(vectors - 1)[u] += row[row_.seen_c + u];
+          }
+        });
+    if (begin > 0) return;
+    const auto write = [&](int vector, S* to, int block) {
+      if (!to) return;
+      for (index u = own.begin; u < own.end && u < p_.H; ++u) {
+        to[block * p_.H + u] = sum(vector)[u];
+      }
+    };
+    const auto& [weight_ch, gamma_ih, gamma_hh, gamma_c, beta_c] = p_.dvectors;
+    for (int k = 0; k < peepholes; ++k) write(k, weight_ch, k);
+    for (int k = 0; k < gates; ++k) {
+      write(peepholes + k, gamma_ih, L::Cell::input_gate[k]);
+      write(peepholes + gates + k, gamma_hh, L::Cell::recurrent_gate[k]);
+    }
+    write(vectors - 2, gamma_c, 0);
+    write(vectors - 1, beta_c, 0);
   }
 };
 

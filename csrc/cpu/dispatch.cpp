@@ -161,7 +161,7 @@ Workforce workforce(const Steps& p, int gates, double passes) {
   const index rows =
       p.lengths ? std::accumulate(p.lengths, p.lengths + p.B, index{0}) : p.T * p.B;
   const double per_step = 2.0 * gates * static_cast<double>(p.H * rows) / p.T;
-  const double step = per_step * static_cast<double>(p.H);
+  const double step = per_step * static_cast<double>(p.R);
   const double input = per_step * static_cast<double>(p.I);
   const double all = passes * static_cast<double>(p.T) * (step + input);
   const double most = std::min(all / work_per_thread,
@@ -191,12 +191,17 @@ template <class S>
 void pack(const Kernels<S>& kernels, const Parameters<S>& parameters, bool backward,
           bool borrow, S* to) {
   constexpr index values_per_thread = 1 << 18;
-  const index values = kernels.packed_size(parameters.I, parameters.H, backward, borrow);
+  const index values = kernels.packed_size(parameters.model, backward, borrow);
   const index most = std::max<index>(values / values_per_thread, 1);
   const int threads = static_cast<int>(std::min<index>(most, get_num_threads()));
   with_team({threads, false}, 0, [&](const Team& team) {
     kernels.pack(parameters, backward, borrow, to, team);
   });
+}
+
+template <class S>
+ForwardPlan plan(const Kernels<S>& kernels, int gates, const Forward<S>& problem) {
+  return kernels.plan(problem, workforce(problem, gates, 1).threads);
 }
 
 template <class S>
@@ -216,6 +221,20 @@ void run(const Kernels<S>& kernels, int gates, const Backward<S>& problem) {
 }
 
 template <class S>
+void run(const Dropout<S>& problem) {
+  constexpr index values_per_thread = 1 << 15;
+  const index most = problem.T * problem.B * problem.N / values_per_thread + 1;
+  const int threads = static_cast<int>(std::min<index>(most, get_num_threads()));
+  with_team({threads, true}, 0, [&](const Team& team) {
+    if constexpr (sizeof(S) == 4) {
+      active_isa().dropout.f32(problem, team);
+    } else {
+      active_isa().dropout.f64(problem, team);
+    }
+  });
+}
+
+template <class S>
 void run(void (*function)(const S* x, S* y, index n), const S* x, S* y, index n) {
   const FlushDenormals mode;
   function(x, y, n);
@@ -224,10 +243,14 @@ void run(void (*function)(const S* x, S* y, index n), const S* x, S* y, index n)
 template void pack(const Kernels<float>&, const Parameters<float>&, bool, bool, float*);
 template void pack(const Kernels<double>&, const Parameters<double>&, bool, bool,
                    double*);
+template ForwardPlan plan(const Kernels<float>&, int, const Forward<float>&);
+template ForwardPlan plan(const Kernels<double>&, int, const Forward<double>&);
 template void run(const Kernels<float>&, int, const Forward<float>&);
 template void run(const Kernels<double>&, int, const Forward<double>&);
 template void run(const Kernels<float>&, int, const Backward<float>&);
 template void run(const Kernels<double>&, int, const Backward<double>&);
+template void run(const Dropout<float>&);
+template void run(const Dropout<double>&);
 template void run(void (*)(const float*, float*, index), const float*, float*, index);
 template void run(void (*)(const double*, double*, index), const double*, double*, index);
 

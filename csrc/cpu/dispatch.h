@@ -32,9 +32,13 @@ template <class S>
 void pack(const Kernels<S>& kernels, const Parameters<S>& parameters, bool backward,
           bool borrow, S* to);
 template <class S>
+ForwardPlan plan(const Kernels<S>& kernels, int gates, const Forward<S>& problem);
+template <class S>
 void run(const Kernels<S>& kernels, int gates, const Forward<S>& problem);
 template <class S>
 void run(const Kernels<S>& kernels, int gates, const Backward<S>& problem);
+template <class S>
+void run(const Dropout<S>& problem);
 // A MathEntry's function, in the floating-point mode of a call.
 template <class S>
 void run(void (*function)(const S* x, S* y, index n), const S* x, S* y, index n);

@@ -14,12 +14,12 @@ namespace fusedrnn::FUSEDRNN_ARCH {
 
 // Rows at pointers p[r]; used where rows are at arbitrary places.
 template <class S, int rows>
-struct Rows {
+struct RowsAt {
   const S* p[rows];
   S operator()(int r, index k) const { return p[r][k]; }
 
-  Rows from(index k) const {
-    Rows later;
+  RowsAt from(index k) const {
+    RowsAt later;
     for (int r = 0; r < rows; ++r) later.p[r] = p[r] + k;
     return later;
   }

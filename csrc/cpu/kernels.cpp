@@ -15,16 +15,23 @@ template <template <class> class CellOf, class S>
 constexpr Kernels<S> kernels_of() {
   using L = Layout<CellOf, S>;
   return {
-      [](index I, index H, bool backward, bool borrow) {
-        const L layout(I, H);
+      [](const Model& m, bool backward, bool borrow) {
+        const L layout(m);
         if (borrow) return backward ? 0 : layout.bias_size();
-        return backward ? layout.backward_size() : layout.forward_size();
+        const index projection = m.projects ? Dense<S>(0, m.R).back_size(m.H) : 0;
+        return backward ? layout.backward_size() + projection
+                        : layout.forward_size() + Second<L>(m).forward_size();
       },
       [](const Parameters<S>& p, bool backward, bool borrow, S* to, const Team& team) {
         if (!backward) return pack_forward<L>(p, borrow, to, team);
         if (!borrow) pack_backward<L>(p, to, team);
       },
-      [](index I, index H) { return L(I, H).saved(); },
+      [](const Model& m, bool row_wise) {
+        return L::Cell::saves || row_wise ? record_stride<L>(m) : 0;
+      },
+      [](const Forward<S>& p, int threads) {
+        return ForwardPass<CellOf, S>::plan(p, threads);
+      },
       [](const Forward<S>& p, int threads) {
         return ForwardPass<CellOf, S>::workspace(p, threads);
       },
@@ -41,14 +48,21 @@ constexpr Kernels<S> kernels_of() {
 }
 
 template <template <class> class CellOf>
-constexpr CellEntry cell(std::string_view name) {
+constexpr CellEntry cell(std::string_view name, int variant = 0) {
   using Cell = CellOf<Vec<float>>;
-  return {name, Cell::gates, Cell::has_c, kernels_of<CellOf, float>(),
+  int peepholes = 0;
+  if constexpr (Cell::has_c) peepholes = Cell::peepholes;
+  return {name,
+          Cell::gates,
+          Cell::has_c,
+          peepholes,
+          variant,
+          kernels_of<CellOf, float>(),
           kernels_of<CellOf, double>()};
 }
 
 template <class S, class F>
-void for_each_vector(const S* x, S* y, index n, F f) {
+void on_each_vector(const S* x, S* y, index n, F f) {
   using V = Vec<S>;
   for (index at = 0; at < n; at += V::lanes) {
     store_upto(f(load_upto<V>(x + at, n - at)), y + at, n - at);
@@ -56,20 +70,18 @@ void for_each_vector(const S* x, S* y, index n, F f) {
 }
 
 constexpr CellEntry cells[] = {
-    cell<Lstm>("lstm"),
-    cell<Gru>("gru"),
-    cell<RnnTanh>("rnn_tanh"),
-    cell<RnnRelu>("rnn_relu"),
-    cell<RnnIdentity>("rnn_identity"),
+    cell<Lstm>("lstm"),           cell<Lstm>("lstm_coupled", 1), cell<Gru>("gru"),
+    cell<Gru>("gru_before", 1),   cell<Rnn>("rnn_tanh"),         cell<Rnn>("rnn_relu", 1),
+    cell<Rnn>("rnn_identity", 2),
 };
 
 template <class S>
 void sigmoid_of(const S* x, S* y, index n) {
-  for_each_vector(x, y, n, [](Vec<S> v) { return sigmoid(v); });
+  on_each_vector(x, y, n, [](Vec<S> v) { return sigmoid(v); });
 }
 template <class S>
 void tanh_of(const S* x, S* y, index n) {
-  for_each_vector(x, y, n, [](Vec<S> v) { return tanh(v); });
+  on_each_vector(x, y, n, [](Vec<S> v) { return tanh(v); });
 }
 
 constexpr MathEntry math[] = {
@@ -82,6 +94,7 @@ constexpr MathEntry math[] = {
 extern const Isa isa;
 constinit const Isa isa{FUSEDRNN_STRINGIFY(FUSEDRNN_ARCH),
                         cells,
+                        {drop_out<float>, drop_out<double>},
                         math,
                         {multiply_add<float>, multiply_add<double>, read_all<float>}};
 

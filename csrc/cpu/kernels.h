@@ -9,13 +9,25 @@
 
 namespace fusedrnn {
 
+// How a forward is laid out, to be told to users.
+struct ForwardPlan {
+  int threads;
+  bool by_rows;                 // a thread owns rows of the batch, else hidden units
+  bool fused;                   // W x within the step
+  index stretch;                // steps whose W x is one product
+  index tile_rows, tile_units;  // of a register tile, with all gates of its units
+  index saved;                  // values per step and row for backward
+  index workspace;              // bytes
+};
+
 // Workspaces and packed weights are counted in elements and aligned by the caller.
 template <class S>
 struct Kernels {
   // `borrow`: only what the kernels need beside the parameters as they are.
-  index (*packed_size)(index I, index H, bool backward, bool borrow);
+  index (*packed_size)(const Model&, bool backward, bool borrow);
   void (*pack)(const Parameters<S>&, bool backward, bool borrow, S* to, const Team&);
-  index (*saved_size)(index I, index H);  // per step and row
+  index (*saved_size)(const Model&, bool row_wise);  // per step and row
+  ForwardPlan (*plan)(const Forward<S>&, int threads);
   index (*forward_workspace)(const Forward<S>&, int threads);
   void (*forward)(const Forward<S>&, S* workspace, const Team&);
   index (*backward_workspace)(const Backward<S>&, int threads);
@@ -27,6 +39,8 @@ struct CellEntry {
   std::string_view name;
   int gates;
   bool has_c;
+  int peepholes;  // gates that may see c
+  int variant;    // of a cell whose kernels serve several
   Kernels<float> f32;
   Kernels<double> f64;
 
@@ -54,9 +68,15 @@ struct Probes {
   float (*read)(const float* p, index n, index rounds);
 };
 
+struct Dropouts {
+  void (*f32)(const Dropout<float>&, const Team&);
+  void (*f64)(const Dropout<double>&, const Team&);
+};
+
 struct Isa {
   std::string_view name;
   std::span<const CellEntry> cells;
+  Dropouts dropout;
   std::span<const MathEntry> math;
   Probes probes;
 };

@@ -2,14 +2,19 @@
 // of all gates of a few hidden units together, so that a tile ends with whole units.
 //
 //   forward   bias (slots, P): b_ih + b_hh where they meet in one sum, else each alone
-//             W panels over K = I, R panels over K = H:
+//             W panels over K = I, R panels over K = R:
 //               [panel][k][gate slot][vector of units][lanes]
-//   backward  Wᵀ panels over N = I, Rᵀ panels over N = H:
+//   backward  Wᵀ panels over N = I, Rᵀ panels over N = R:
 //               [panel][slot·P + unit][2 vectors of columns, the last 1 if enough][lanes]
+//
+// and where a step has a second product, `Dense`, one more matrix: forward the R_n of a
+// GRU that is reset before it or the projection, backward the projection transposed.
 //
 // Padding is zero.
 #pragma once
 
+#include "../cells/rnn.h"
+#include "../rows.h"
 #include "gemm.h"
 #include "team.h"
 
@@ -31,6 +36,7 @@ constexpr index row_stride(index values) {
 template <template <class> class CellOf, class S>
 struct Layout {
   using V = Vec<S>;
+  using Scalar = S;
   using Cell = CellOf<V>;
   static constexpr int gates = Cell::gates, slots = Cell::slots;
   static constexpr int first_input = slots - gates;  // the first slot with an input part
@@ -46,26 +52,16 @@ struct Layout {
   static constexpr int back_columns = back_width * V::lanes;
   static constexpr int back_tile = tallest_tile<V>(back_width);
 
-  // The block of rows of weight_ih and of weight_hh behind each slot, or -1.
-  struct SlotBlocks {
-    int input[slots], recurrent[slots];
-  };
-  static constexpr SlotBlocks blocks = [] {
-    SlotBlocks b{};
-    for (int s = 0; s < slots; ++s) {
-      b.input[s] = s < first_input ? -1 : Cell::input_gate[s - first_input];
-      b.recurrent[s] = s < gates ? Cell::recurrent_gate[s] : -1;
-    }
-    return b;
-  }();
+  static constexpr SlotBlocks<Cell> blocks{};
 
-  index I, H, P;
+  index I, H, R, P;
 
-  Layout(index inputs, index units) : I(inputs), H(units), P(round_up(units, V::lanes)) {}
+  explicit Layout(const Model& m) : I(m.I), H(m.H), R(m.R), P(round_up(m.H, V::lanes)) {}
+  // Of one matrix (H, K), for a cell of one gate.
+  Layout(index K, index N) : I(K), H(N), R(N), P(round_up(N, V::lanes)) {}
 
   // Values per row and step: the slots and c.
   index record() const { return row_stride<S>((slots + Cell::has_c) * P); }
-  index saved() const { return Cell::saves ? record() : 0; }
   index da_stride() const { return row_stride<S>(slots * P); }
 
   index panels() const { return (H + panel_units - 1) / panel_units; }
@@ -81,9 +77,29 @@ struct Layout {
   index bias_size() const { return slots * P; }
   index input_panels() const { return bias_size(); }
   index recurrent_panels() const { return input_panels() + panels() * panel_size(I); }
-  index forward_size() const { return recurrent_panels() + panels() * panel_size(H); }
+  index forward_size() const { return recurrent_panels() + panels() * panel_size(R); }
   index back_recurrent_panels() const { return back_size(I); }
-  index backward_size() const { return back_recurrent_panels() + back_size(H); }
+  index backward_size() const { return back_recurrent_panels() + back_size(R); }
+};
+
+// One matrix by itself, packed as an RNN's weights are.
+template <class S>
+using Dense = Layout<Rnn, S>;
+
+// Whether a step forward has a second product, with whose rows.
+template <class L>
+struct Second {
+  bool exists;
+  index N, K;
+
+  explicit Second(const Model& m)
+      : exists(m.projects || resets_before<typename L::Cell>(m)),
+        N(m.projects ? m.R : m.H),
+        K(m.H) {}
+  Dense<typename L::Scalar> forward() const { return {K, N}; }
+  index forward_size() const {
+    return exists ? forward().panels() * forward().panel_size(K) : 0;
+  }
 };
 
 // One panel's part for k in [begin, end), from the blocks of weight (gates·H, K) that
@@ -165,9 +181,10 @@ void pack_bias(const L& layout, const Parameters<S>& p, S* to, const Team& team)
     const int input = L::blocks.input[slot], recurrent = L::blocks.recurrent[slot];
     for (index unit = 0; unit < layout.P; ++unit) {
       S bias = 0;
-      if (unit < p.H && input >= 0 && p.bias_ih) bias += p.bias_ih[input * p.H + unit];
-      if (unit < p.H && recurrent >= 0 && p.bias_hh) {
-        bias += p.bias_hh[recurrent * p.H + unit];
+      const bool real = unit < layout.H;
+      if (real && input >= 0 && p.bias_ih) bias += p.bias_ih[input * layout.H + unit];
+      if (real && recurrent >= 0 && p.bias_hh) {
+        bias += p.bias_hh[recurrent * layout.H + unit];
       }
       to[slot * layout.P + unit] = bias;
     }
@@ -176,21 +193,31 @@ void pack_bias(const L& layout, const Parameters<S>& p, S* to, const Team& team)
 
 template <class L, class S>
 void pack_forward(const Parameters<S>& p, bool borrow, S* to, const Team& team) {
-  const L layout(p.I, p.H);
+  const L layout(p.model);
   pack_bias(layout, p, to, team);
   if (borrow) return;
-  pack_gate_panels(layout, p.weight_ih, p.I, L::Cell::input_gate,
+  pack_gate_panels(layout, p.weight_ih, layout.I, L::Cell::input_gate,
                    to + layout.input_panels(), team);
-  pack_gate_panels(layout, p.weight_hh, p.H, L::Cell::recurrent_gate,
+  pack_gate_panels(layout, p.weight_hh, layout.R, L::Cell::recurrent_gate,
                    to + layout.recurrent_panels(), team);
+  const Second<L> second(p.model);
+  if (!second.exists) return;
+  constexpr int only[] = {0};
+  const S* const of_new_gate = p.weight_hh + 2 * layout.H * layout.R;
+  pack_gate_panels(second.forward(), p.model.projects ? p.weight_hr : of_new_gate,
+                   second.K, only, to + layout.forward_size(), team);
 }
 
 template <class L, class S>
 void pack_backward(const Parameters<S>& p, S* to, const Team& team) {
-  const L layout(p.I, p.H);
-  pack_transposed_panels(layout, p.weight_ih, p.I, L::Cell::input_gate, to, team);
-  pack_transposed_panels(layout, p.weight_hh, p.H, L::Cell::recurrent_gate,
+  const L layout(p.model);
+  pack_transposed_panels(layout, p.weight_ih, layout.I, L::Cell::input_gate, to, team);
+  pack_transposed_panels(layout, p.weight_hh, layout.R, L::Cell::recurrent_gate,
                          to + layout.back_recurrent_panels(), team);
+  if (!p.model.projects) return;
+  constexpr int only[] = {0};
+  pack_transposed_panels(Dense<S>(0, layout.R), p.weight_hr, layout.H, only,
+                         to + layout.backward_size(), team);
 }
 
 }  // namespace fusedrnn::FUSEDRNN_ARCH

@@ -2,8 +2,8 @@
 
 namespace fusedrnn::cuda {
 
-using Cells = Family<device::Gru>;
-extern const CellEntry gru;
-const CellEntry gru = cell<Cells>("gru");
+extern const CellEntry gru, gru_before;
+const CellEntry gru = cell<device::Gru>("gru");
+const CellEntry gru_before = cell<device::Gru>("gru_before", 1);
 
 }  // namespace fusedrnn::cuda

@@ -2,8 +2,8 @@
 
 namespace fusedrnn::cuda {
 
-using Cells = Family<device::Lstm>;
-extern const CellEntry lstm;
-const CellEntry lstm = cell<Cells>("lstm");
+extern const CellEntry lstm, lstm_coupled;
+const CellEntry lstm = cell<device::Lstm>("lstm");
+const CellEntry lstm_coupled = cell<device::Lstm>("lstm_coupled", 1);
 
 }  // namespace fusedrnn::cuda

@@ -2,12 +2,9 @@
 
 namespace fusedrnn::cuda {
 
-using Cells = Family<device::RnnTanh, device::RnnRelu, device::RnnIdentity>;
-extern const CellEntry rnn_tanh;
-const CellEntry rnn_tanh = cell<Cells>("rnn_tanh");
-extern const CellEntry rnn_relu;
-const CellEntry rnn_relu = cell<Cells>("rnn_relu", 1);
-extern const CellEntry rnn_identity;
-const CellEntry rnn_identity = cell<Cells>("rnn_identity", 2);
+extern const CellEntry rnn_tanh, rnn_relu, rnn_identity;
+const CellEntry rnn_tanh = cell<device::Rnn>("rnn_tanh");
+const CellEntry rnn_relu = cell<device::Rnn>("rnn_relu", 1);
+const CellEntry rnn_identity = cell<device::Rnn>("rnn_identity", 2);
 
 }  // namespace fusedrnn::cuda

@@ -12,11 +12,13 @@ from .backends import (
 )
 from .functional import gru, gru_vjp, lstm, lstm_vjp, rnn, rnn_vjp
 from .layers import GRU, LSTM, RNN
+from .stream import Stream
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Stream",
     "__version__",
     "cuda",
     "get_isa",

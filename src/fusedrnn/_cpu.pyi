@@ -7,6 +7,23 @@ Array = npt.NDArray[Any]
 
 compiler: str
 
+class Options:
+    """What a call is asked for beside its arrays; see `fusedrnn.reference.Options`."""
+
+    def __init__(
+        self,
+        row_wise: bool,
+        clip: float,
+        cell_clip: float,
+        zoneout_h: float,
+        zoneout_c: float,
+        recurrent_dropout: float,
+        training: bool,
+        seed: int,
+        where: int,
+        bptt: int,
+    ) -> None: ...
+
 class Weights:
     """A layer's parameters in one direction, packed for one ISA; never changes.
 
@@ -16,10 +33,7 @@ class Weights:
     def __init__(
         self,
         cell: str,
-        weight_ih: Array,
-        weight_hh: Array,
-        bias_ih: Array | None,
-        bias_hh: Array | None,
+        parameters: list[Array | None],  # as `reference.Parameters`
         backward: bool = False,
         isa: str | None = None,
         borrow: bool = False,
@@ -28,15 +42,18 @@ class Weights:
     def cell(self) -> str: ...
     @property
     def isa(self) -> str: ...
-    @property
-    def saved_size(self) -> int:
-        """Values saved for backward per step and row, beside x and y."""
+    def saved_size(self, row_wise: bool, /) -> int:
+        """Return how many values are saved for backward per step and row, beside x and y."""
+
+    def plan(self, T: int, B: int, row_wise: bool, /) -> dict[str, Any]:
+        """Return how a forward of that size is laid out."""
 
     def call(self, x: object, state: object, /) -> tuple[Array, Any] | None:
         """Run a layer whole, or None where its arguments need checking or preparing."""
 
     def forward(
         self,
+        options: Options,
         x: Array,
         h0: Array,
         c0: Array | None,
@@ -47,10 +64,14 @@ class Weights:
         h_n: Array,
         c_n: Array | None,
         saved: Array | None,
+        cells: Array | None,
+        trace: Array | None,
         /,
     ) -> None: ...
     def backward(
         self,
+        options: Options,
+        forward: Weights,
         x: Array,
         h0: Array,
         c0: Array | None,
@@ -59,18 +80,21 @@ class Weights:
         reverse: bool,
         y: Array,
         saved: Array | None,
+        cells: Array | None,
         dy: Array | None,
         dh_n: Array | None,
         dc_n: Array | None,
+        dcells: Array | None,
         dx: Array,
-        dweight_ih: Array,
-        dweight_hh: Array,
-        dbias_ih: Array,
-        dbias_hh: Array,
+        gradients: list[Array | None],
         dh0: Array,
         dc0: Array | None,
         /,
-    ) -> None: ...
+    ) -> None:
+        """Write gradients, those of parameters in their order, as `reference.Parameters`."""
+
+def drop(a: Array, p: float, seed: int, what: str, where: int, to: Array, /) -> None:
+    """Write dropout of (T, B, n) into `to`, of "weights" or "between" layers."""
 
 LARGE_ARRAY: int
 

@@ -59,6 +59,32 @@ class Event:
     @property
     def is_done(self) -> bool: ...
 
+class Options:
+    """What a call is asked for beside its arrays; see `fusedrnn.reference.Options`."""
+
+    def __init__(
+        self,
+        clip: float,
+        cell_clip: float,
+        zoneout_h: float,
+        zoneout_c: float,
+        recurrent_dropout: float,
+        training: bool,
+        seed: int,
+        where: int,
+        bptt: int,
+        adds_dx: bool,
+    ) -> None: ...
+
+def drop(a: View, p: float, seed: int, what: str, where: int, to: View, stream: int, /) -> None:
+    """Write dropout of float32 or float64 into `to`, of "weights" or "between" layers."""
+
+def convert(a: View, to: View, stream: int, /) -> None:
+    """Copy, between types of which one is float32, or of one type, at any strides."""
+
+def clear(a: View, stream: int, /) -> None:
+    """Fill with zeros."""
+
 class Kernel:
     """A cell in a precision, on a device and stream."""
 
@@ -110,6 +136,7 @@ class Kernel:
         dc_n: View | None,
         dx: View,
         adds_dx: bool,
+        bptt: int,
         dweight_ih: View,
         dweight_hh: View,
         dbias_ih: View,
@@ -118,6 +145,17 @@ class Kernel:
         dc0: View | None,
         workspace: Any,
         /,
+    ) -> None: ...
+    def row_saved_bytes(
+        self, T: int, B: int, H: int, R: int, projects: bool, norm: bool, /
+    ) -> int: ...
+    def row_forward(
+        self, arrays: dict[str, View | None], options: Options, reverse: bool, workspace: Any, /
+    ) -> None:
+        """Run a layer row by row, arrays by the names they have in csrc/problem.h."""
+
+    def row_backward(
+        self, arrays: dict[str, View | None], options: Options, reverse: bool, workspace: Any, /
     ) -> None: ...
     def explain(self, T: int, B: int, I: int, H: int, backward: bool, /) -> dict[str, Any]: ...
 

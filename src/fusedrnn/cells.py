@@ -7,17 +7,28 @@ line in `csrc/cpu/kernels.cpp`, and for GPUs a file in `cuda/cells/` and a line 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from . import reference
 
 
+class Shape(NamedTuple):
+    """A shape, and what its axes are."""
+
+    lengths: tuple[int, ...]
+    axes: str
+
+
 @dataclass(frozen=True)
 class Cell:
-    """A kernel's name and the reference cell that defines it."""
+    """A kernel's name, the op that runs it, and the reference cell that defines it."""
 
     name: str
+    op: str
     reference: reference.Cell
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the op, that select it
 
     @property
     def gates(self) -> str:
@@ -29,17 +40,61 @@ class Cell:
         """The states it carries: ("h", "c") or ("h",)."""
         return self.reference.states
 
-    def parameter_shapes(self, I: int, H: int) -> tuple[tuple[int, ...], ...]:
-        """Return those of weight_ih, weight_hh, bias_ih and bias_hh."""
-        rows = len(self.gates) * H
-        return (rows, I), (rows, H), (rows,), (rows,)
+    @property
+    def peepholes(self) -> str:
+        """The gates that may see c, a letter for each block of H in weight_ch."""
+        return "".join(gate for gate in self.gates if gate in "ifo")
+
+    @property
+    def resets_before(self) -> bool:
+        """Whether it is a GRU whose reset gate comes before the matmul."""
+        return self.reference is reference.GRU_RESET_BEFORE
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether it is an LSTM without a forget gate of its own.
+
+        The kernels are those of an LSTM: see `kernel.with_forget_gate`.
+        """
+        return self.reference is reference.COUPLED_LSTM
+
+    @property
+    def kernel_gates(self) -> str:
+        """The gates of its kernels."""
+        return reference.LSTM.gates if self.is_coupled else self.gates
+
+    def parameter_shapes(self, I: int, H: int, R: int | None = None) -> dict[str, Shape]:
+        """Return those of `reference.Parameters`, by name, for h of R units, else H."""
+        rows, axis = len(self.gates) * H, f"{len(self.gates)}*H" if self.gates != "h" else "H"
+        peepholes = len(self.peepholes)
+        shapes = {
+            "weight_ih": Shape((rows, I), f"({axis}, I)"),
+            "weight_hh": Shape((rows, R or H), f"({axis}, {'R' if R else 'H'})"),
+            "bias_ih": Shape((rows,), f"({axis},)"),
+            "bias_hh": Shape((rows,), f"({axis},)"),
+        }
+        has_c = "c" in self.states
+        if has_c:
+            shapes["weight_hr"] = Shape((R or H, H), "(R, H)")
+            shapes["weight_ch"] = Shape((peepholes * H,), f"({peepholes}*H,)")
+        if len(self.gates) > 1:
+            shapes["gamma_ih"] = Shape((rows,), f"({axis},)")
+            shapes["gamma_hh"] = Shape((rows,), f"({axis},)")
+        if has_c:
+            shapes["gamma_c"] = shapes["beta_c"] = Shape((H,), "(H,)")
+        return shapes
 
 
 CELLS = {
     cell.name: cell
     for cell in (
-        Cell("lstm", reference.LSTM),
-        Cell("gru", reference.GRU),
-        *(Cell(f"rnn_{name}", cell) for name, cell in reference.RNN.items()),
+        Cell("lstm", "lstm", reference.LSTM),
+        Cell("lstm_coupled", "lstm", reference.COUPLED_LSTM, {"coupled_gates": True}),
+        Cell("gru", "gru", reference.GRU),
+        Cell("gru_before", "gru", reference.GRU_RESET_BEFORE, {"reset_after": False}),
+        *(
+            Cell(f"rnn_{name}", "rnn", cell, {"nonlinearity": name})
+            for name, cell in reference.RNN.items()
+        ),
     )
 }

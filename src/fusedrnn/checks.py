@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,58 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
     return bool(value)
+
+
+def number(name: str, value: Any) -> float:
+    """Return a real number as a float."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (Real, np.number)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def probability(name: str, value: Any) -> float:
+    """Return a probability below 1."""
+    p = number(name, value)
+    if not 0 <= p < 1:
+        raise ValueError(f"{name} must be a probability p, 0 <= p < 1, got {value}")
+    return p
+
+
+def zoneout(value: Any, states: int) -> tuple[float, float]:
+    """Return the probabilities of h and c, from a pair of them or one for all."""
+    if isinstance(value, (tuple, list)):
+        if len(value) != states:
+            expected = "a pair (p_h, p_c)" if states == 2 else "one probability"
+            raise ValueError(f"zoneout must be {expected}, got {len(value)} values")
+        values = [probability(f"zoneout[{i}]", p) for i, p in enumerate(value)]
+    else:
+        values = [probability("zoneout", value)] * states
+    return values[0], values[1] if states == 2 else 0.0
+
+
+def bound(name: str, value: Any) -> float:
+    """Return a bound, infinite for None."""
+    if value is None:
+        return float("inf")
+    found = number(name, value)
+    if not found > 0:
+        raise ValueError(f"{name} must be greater than 0 or None, got {value}")
+    return found
+
+
+def seed(value: Any) -> int | None:
+    """Return a seed of 64 bits, or None."""
+    if value is None:
+        return None
+    try:
+        found = operator.index(value)
+    except TypeError:
+        raise TypeError(f"seed must be an integer, got {type(value).__name__}") from None
+    if isinstance(value, bool):
+        raise TypeError("seed must be an integer, got bool")
+    if not 0 <= found < 2**64:
+        raise ValueError(f"seed must be from 0 to 2**64 - 1, got {found}")
+    return found
 
 
 def lengths(value: Any, T: int, batch: tuple[int, ...]) -> Array:

@@ -14,10 +14,12 @@ import numpy as np
 
 from . import checks, cuda
 from .cells import Cell
-from .kernel import HOST, h_and_c
+from .kernel import HOST, Problem, gradient_shapes, h_and_c, with_forget_gate
+from .reference import Parameters
 
 if TYPE_CHECKING:
-    from ._cuda import Kernel, View
+    from ._cuda import Kernel, Options, View
+    from .options import Request
 
 
 class Masks(NamedTuple):
@@ -32,8 +34,8 @@ class Weights:
     """A layer's parameters in one direction, packed for the forward or the backward."""
 
     cell: Cell
-    weight_ih: View
-    packed: View
+    parameters: Parameters
+    packed: View | None  # none where a step is taken row by row
     stream: int  # that packs them
     isa: str = "cuda"  # as a layer asks of packed weights
 
@@ -194,70 +196,176 @@ class Device:
 
     # Calls
 
-    def _kernel(self, cell: Cell) -> Kernel:
-        kernel: Kernel = self._cuda.Kernel(cell.name, self._precision, self.device, self.stream)
+    def _kernel(self, cell: Cell, precision: str | None = None) -> Kernel:
+        kernel: Kernel = self._cuda.Kernel(
+            cell.name, precision or self._precision, self.device, self.stream
+        )
         return kernel
 
     def pack(
         self,
         cell: Cell,
-        weight_ih: View,
-        weight_hh: View,
-        bias_ih: View | None,
-        bias_hh: View | None,
+        parameters: Parameters,
         forward: Weights | None = None,
         borrow: bool = False,
+        row_wise: bool = False,
     ) -> Weights:
         """Pack parameters for a forward or, given the weights of that, for its backward."""
+        if cell.is_coupled:
+            parameters = with_forget_gate(parameters, self._insert)
+        if row_wise:
+            return Weights(cell, parameters, None, self.stream)
         kernel = self._kernel(cell)
         backward = forward is not None
+        _, weight_hh, bias_ih, bias_hh, *_ = parameters
         packed = self._bytes(kernel.packed_bytes(weight_hh.shape[1], backward))
         kernel.pack(weight_hh, bias_ih, bias_hh, backward, packed)
-        self._keep(weight_ih, weight_hh, bias_ih, bias_hh)
-        return Weights(cell, weight_ih, packed, self.stream)
+        self._keep(*parameters)
+        return Weights(cell, parameters, packed, self.stream)
 
-    def forward(
-        self,
-        weights: Weights,
-        x: View,
-        state: tuple[View | None, ...],
-        masks: Masks,
-        reverse: bool,
-        y: View,
-        final: tuple[View, ...],
-        save: bool = False,
-    ) -> View | None:
+    def _insert(self, a: View, blocks: int) -> View:
+        """Add a block of zeros after the first."""
+        H = a.shape[0] // blocks
+        made = self.see(self.empty((H * (blocks + 1), *a.shape[1:]), a.dtype))
+        self._cuda.clear(made[H : 2 * H], self.stream)
+        for to, of in ((made[:H], a[:H]), (made[2 * H :], a[H:])):
+            self._cuda.copy_on_device(to, of, self.stream)
+        return made
+
+    def _remove(self, a: Any, blocks: int) -> Any:
+        """Leave the second block out."""
+        whole = self.see(a)
+        H = whole.shape[0] // (blocks + 1)
+        made = self.empty((H * blocks, *whole.shape[1:]), whole.dtype)
+        seen = self.see(made)
+        for to, of in ((seen[:H], whole[:H]), (seen[H:], whole[2 * H :])):
+            self._cuda.copy_on_device(to, of, self.stream)
+        return made
+
+    def drop(self, a: View, p: float, seed: int, what: str, where: int, to: View) -> None:
+        """Write (T, B, n), some elements of its rows 0, into `to`, which may be itself."""
+        wide, made = self._widened(a), to if self._is_wide else self._wide(to.shape)
+        self._cuda.drop(wide, p, seed, what, where, made, self.stream)
+        self._narrow(made, to)
+
+    def drop_weights(self, weight: View, request: Request, to: View | None = None) -> View:
+        """Return R as a call sees it, or mask its gradient in place."""
+        made = self.see(self.empty(weight.shape, self.dtype)) if to is None else to
+        o = request.options
+        self.drop(weight, o.weight_dropout, o.seed, "weights", o.where, made)
+        return made
+
+    # Where a step is taken row by row 16 bits are float32 in between.
+
+    @property
+    def _is_wide(self) -> bool:
+        return self.dtype in ("float32", "float64")
+
+    def _wide(self, shape: tuple[int, ...]) -> View:
+        return self.see(self.empty(shape, self.state_dtype(self.dtype)))
+
+    def _widened(self, a: Any) -> Any:
+        """Return an array, or None, in float32 or float64."""
+        if a is None or a.dtype != self.dtype or self._is_wide:
+            return a
+        made = self._wide(a.shape)
+        self._cuda.convert(a, made, self.stream)
+        return made
+
+    def _narrow(self, made: View, to: View) -> None:
+        """Copy what was made wide to where it is wanted."""
+        if not self._is_wide:
+            self._cuda.convert(made, to, self.stream)
+
+    def _row_arrays(self, parameters: Parameters, problem: Problem) -> dict[str, Any]:
+        h0, c0 = h_and_c(problem.state)
+        lengths, resets = problem.masks
+        arrays = {"x": problem.x, "h0": h0, "c0": c0, "lengths": lengths, "resets": resets}
+        return arrays | parameters._asdict()
+
+    def _row_kernel(self, cell: Cell) -> Kernel:
+        return self._kernel(cell, None if self._is_wide else "tf32")
+
+    def _row_options(self, problem: Problem, adds_dx: bool = False) -> Options:
+        o = problem.request.options
+        told: Options = self._cuda.Options(
+            o.clip,
+            o.cell_clip,
+            *o.zoneout,
+            o.recurrent_dropout,
+            o.training,
+            o.seed,
+            o.where,
+            o.bptt,
+            adds_dx,
+        )
+        return told
+
+    def _row_forward(self, weights: Weights, problem: Problem, save: bool) -> View | None:
+        arrays = {
+            k: self._widened(v)
+            for k, v in self._row_arrays(weights.parameters, problem).items()
+        }
+        kernel, trace = self._row_kernel(problem.cell), problem.trace
+        T, B, R = problem.y.shape
+        saved = None
+        if save and not problem.request.recompute:
+            H = weights.parameters.weight_ih.shape[0] // len(problem.cell.kernel_gates)
+            has_norm = weights.parameters.gamma_ih is not None
+            projects = weights.parameters.weight_hr is not None
+            saved = self._bytes(kernel.row_saved_bytes(T, B, H, R, projects, has_norm))
+        h_n, c_n = h_and_c(problem.final)
+        y = problem.y if self._is_wide else self._wide(problem.y.shape)
+        gates, more = problem.cell.gates, problem.cell.kernel_gates
+        if trace is not None and (more != gates or not self._is_wide):
+            trace = self._wide((T, B, len(more), trace.shape[-1]))
+        arrays |= {"h_n": h_n, "c_n": c_n, "y": y, "saved": saved}
+        arrays |= {"cells": problem.cells, "trace": trace}
+        kernel.row_forward(arrays, self._row_options(problem), problem.reverse, self._bytes)
+        self._narrow(y, problem.y)
+        if trace is not problem.trace:
+            for k, gate in enumerate(gates):
+                made = trace[:, :, more.index(gate)]
+                self._cuda.convert(made, problem.trace[:, :, k], self.stream)
+        self._keep(*arrays.values())
+        return saved
+
+    def forward(self, weights: Weights, problem: Problem, save: bool = False) -> View | None:
         """Queue y and the final state; return what backward needs beside them, if `save`."""
         self._await(weights)
+        if problem.row_wise:
+            return self._row_forward(weights, problem, save)
         kernel = self._kernel(weights.cell)
+        x, y, weight_ih = problem.x, problem.y, weights.parameters.weight_ih
         T, B, _ = x.shape
         size = kernel.saved_bytes(T, B, y.shape[2]) if save else 0
         saved = self._bytes(size) if size else None
-        h0, c0 = h_and_c(state)
-        h_n, c_n = h_and_c(final)
+        h0, c0 = h_and_c(problem.state)
+        h_n, c_n = h_and_c(problem.final)
+        assert weights.packed is not None
         kernel.forward(
             x,
-            weights.weight_ih,
+            weight_ih,
             weights.packed,
             h0,
             c0,
-            masks.lengths,
-            masks.resets,
-            reverse,
+            problem.masks.lengths,
+            problem.masks.resets,
+            problem.reverse,
             y,
             h_n,
             c_n,
             saved,
             self._bytes,
         )
-        self._keep(x, weights.weight_ih, *state, *masks)
+        self._keep(x, weight_ih, *problem.state, *problem.masks)
         return saved
 
     def _await(self, weights: Weights) -> None:
         """Let this stream wait for another that packs the weights."""
         if weights.stream != self.stream:
             self._cuda.order(self.device, weights.stream, self.stream)
-            self._use(weights.packed, weights.weight_ih)
+            self._use(weights.packed, *weights.parameters)
 
     def _use(self, *views: View | None) -> None:
         """Keep what another stream made until this one is done with it."""
@@ -288,62 +396,104 @@ class Tape:
     """What the training forward of one layer in one direction leaves to its backward."""
 
     on: Device
-    cell: Cell
+    problem: Problem
+    parameters: Parameters
     weights: Weights  # packed for backward
-    x: View
-    state: tuple[View | None, ...]
-    masks: Masks
-    reverse: bool
-    y: View
+    forward_weights: Weights
     saved: View | None
 
     def backward(
         self,
         dy: View | None,
         d_final: tuple[View | None, ...],
+        d_cells: View | None,
         dx: View,
         d_state: tuple[View, ...],
         adds: bool = False,
-    ) -> tuple[Any, Any, Any, Any]:
+    ) -> Parameters:
         """Queue dx (or add it, if `adds`) and the initial state's gradient.
 
         Return the gradients of the parameters.
         """
         on = self.on.now()
+        problem = self.problem
+        x, y, masks = problem.x, problem.y, problem.masks
         if on is not self.on:
-            on._use(self.x, *self.state, self.y, self.saved, *self.masks)
-        shapes = self.cell.parameter_shapes(self.x.shape[2], self.y.shape[2])
-        dW, dR, db_ih, db_hh = (on.empty(shape, self.x.dtype) for shape in shapes)
-        h0, c0 = h_and_c(self.state)
+            on._use(x, *problem.state, y, self.saved, problem.cells, *masks)
+        coupled = problem.cell.is_coupled
+        weights = self.weights.parameters
+        shapes = gradient_shapes(weights)
+        d = Parameters(*(None if s is None else on.empty(s, x.dtype) for s in shapes))
         dh_n, dc_n = h_and_c(d_final)
         dh0, dc0 = h_and_c(d_state)
         on._await(self.weights)
-        on._kernel(self.cell).backward(
-            self.x,
-            self.weights.weight_ih,
-            self.weights.packed,
-            h0,
-            c0,
-            self.masks.lengths,
-            self.masks.resets,
-            self.reverse,
-            self.y,
-            self.saved,
-            dy,
-            dh_n,
-            dc_n,
-            dx,
-            adds,
-            on.see(dW),
-            on.see(dR),
-            on.see(db_ih),
-            on.see(db_hh),
-            dh0,
-            dc0,
-            on._bytes,
-        )
-        on._keep(self.x, self.weights.weight_ih, *self.state, *self.masks, dy, *d_final)
-        return dW, dR, db_ih, db_hh
+        if problem.row_wise:
+            ends = {"dh_n": dh_n, "dc_n": dc_n, "dh0": dh0, "dc0": dc0}
+            self._row_backward(on, d, dy, d_cells, dx, ends, adds)
+        else:
+            h0, c0 = h_and_c(problem.state)
+            weight_ih, packed = weights.weight_ih, self.weights.packed
+            assert packed is not None
+            on._kernel(problem.cell).backward(
+                x,
+                weight_ih,
+                packed,
+                h0,
+                c0,
+                masks.lengths,
+                masks.resets,
+                problem.reverse,
+                y,
+                self.saved,
+                dy,
+                dh_n,
+                dc_n,
+                dx,
+                adds,
+                problem.request.options.bptt,
+                on.see(d.weight_ih),
+                on.see(d.weight_hh),
+                on.see(d.bias_ih),
+                on.see(d.bias_hh),
+                dh0,
+                dc0,
+                on._bytes,
+            )
+            on._keep(x, weight_ih, *problem.state, *masks, dy, *d_final)
+        if coupled:
+            d = with_forget_gate(d, on._remove)
+        if problem.request.drops_weights:
+            seen = on.see(d.weight_hh)
+            on.drop_weights(seen, problem.request, seen)
+        return d
+
+    def _row_backward(
+        self,
+        on: Device,
+        d: Parameters,
+        dy: View | None,
+        d_cells: View | None,
+        dx: View,
+        ends: dict[str, View | None],
+        adds: bool,
+    ) -> None:
+        """Queue what a step row by row needs, into all of d, dx and the ends."""
+        problem = self.problem
+        given = on._row_arrays(self.weights.parameters, problem) | {"dy": dy, "y": problem.y}
+        arrays = {k: on._widened(v) for k, v in given.items()}
+        arrays |= {"saved": self.saved, "cells": problem.cells, "dcells": d_cells, **ends}
+        wide_dx = dx
+        if not on._is_wide:
+            wide_dx = on._widened(dx) if adds else on._wide(dx.shape)
+        wanted = {k: on.see(v) for k, v in d._asdict().items() if v is not None}
+        made = {k: v if on._is_wide else on._wide(v.shape) for k, v in wanted.items()}
+        arrays |= {"dx": wide_dx} | {f"d{k}": v for k, v in made.items()}
+        options = on._row_options(problem, adds)
+        on._row_kernel(problem.cell).row_backward(arrays, options, problem.reverse, on._bytes)
+        on._narrow(wide_dx, dx)
+        for name, gradient in made.items():
+            on._narrow(gradient, wanted[name])
+        on._keep(*arrays.values())
 
 
 def backend_of(x: Any, precision: Any = "exact") -> Any:

@@ -9,16 +9,17 @@ row.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import checks
-from ._cpu import LARGE_ARRAY, Weights, allocate
+from ._cpu import LARGE_ARRAY, Options, Weights, allocate, drop
 from .cells import Cell
-from .reference import Array
+from .options import PLAIN, Request
+from .reference import Array, Parameters
 
 
 def contiguous(a: Array) -> Array:
@@ -28,6 +29,8 @@ def contiguous(a: Array) -> Array:
 
 def _rows(a: Array) -> Array:
     """Return `a`, copied unless its rows are contiguous and aligned."""
+    if a.flags.c_contiguous and a.flags.aligned:
+        return a
     whole = all(s % a.itemsize == 0 for s in a.strides)
     if a.flags.aligned and whole and (a.strides[-1] == a.itemsize or a.shape[-1] == 1):
         return a
@@ -58,74 +61,169 @@ class Masks(NamedTuple):
         return T, self.lengths, None if resets is None else np.ascontiguousarray(resets[:T])
 
 
+# The parameters with a block for each gate, and how many those of peepholes have.
+_BLOCKS = dict.fromkeys(
+    ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "gamma_ih", "gamma_hh"), 3
+) | {"weight_ch": 2}
+
+
+def with_forget_gate(parameters: Parameters, insert: Callable[[Any, int], Any]) -> Parameters:
+    """Return a coupled LSTM's parameters as an LSTM's, or gradients the other way.
+
+    `insert` adds a block of zeros after the first of so many, or removes it. The kernels do not
+    look at the forget gate's.
+    """
+    changed = {
+        name: insert(p, _BLOCKS[name])
+        for name, p in parameters._asdict().items()
+        if name in _BLOCKS and p is not None
+    }
+    return parameters._replace(**changed)
+
+
+def _insert(a: Array, blocks: int) -> Array:
+    H = len(a) // blocks
+    return np.concatenate([a[:H], np.zeros((H, *a.shape[1:]), a.dtype), a[H:]])
+
+
+def _remove(a: Array, blocks: int) -> Array:
+    H = len(a) // (blocks + 1)
+    return np.concatenate([a[:H], a[2 * H :]])
+
+
+def gradient_shapes(parameters: Parameters) -> list[tuple[int, ...] | None]:
+    """Return the shapes of what backward makes: biases have gradients even if they are None."""
+    weight_ih, weight_hh, _, _, *rest = parameters
+    rows = (weight_ih.shape[0],)
+    others = [None if p is None else p.shape for p in rest]
+    return [weight_ih.shape, weight_hh.shape, rows, rows, *others]
+
+
+@dataclass
+class Problem:
+    """One layer in one direction with checked arguments, its results yet to be written.
+
+    Attributes
+    ----------
+    x: (T, B, I). state: h0 (B, R), and c0 (B, H) of an LSTM. y: (T, B, R).
+    final: as state.
+    row_wise: whether the plain kernels do not do; see `Request.is_row_wise`.
+    cells: every c, (T, B, H), or None. trace: every gate, (T, B, gates, H), or None.
+    """
+
+    cell: Cell
+    x: Any
+    state: tuple[Any, ...]
+    masks: Any
+    reverse: bool
+    y: Any
+    final: tuple[Any, ...]
+    request: Request = PLAIN
+    row_wise: bool = False
+    cells: Any = None
+    trace: Any = None
+
+
+def _options(problem: Problem) -> Options:
+    """Return what the kernels are told of a request."""
+    o = problem.request.options
+    if not problem.row_wise and not o.bptt:
+        return _PLAIN
+    zoneout_h, zoneout_c = o.zoneout
+    return Options(
+        problem.row_wise,
+        o.clip,
+        o.cell_clip,
+        zoneout_h,
+        zoneout_c,
+        o.recurrent_dropout,
+        o.training,
+        o.seed,
+        o.where,
+        o.bptt,
+    )
+
+
+_PLAIN = Options(False, math.inf, math.inf, 0.0, 0.0, 0.0, False, 0, 0, 0)
+
+
 @dataclass(frozen=True)
 class Tape:
     """What the training forward of one layer in one direction leaves to its backward."""
 
-    cell: Cell
+    problem: Problem
+    parameters: Parameters
     weights: Weights  # packed for backward
-    x: Array
-    state: tuple[Array, ...]
-    masks: Masks
-    reverse: bool
-    y: Array
+    forward_weights: Weights
     saved: Array | None
 
     def backward(
         self,
         dy: Array | None,
         d_final: tuple[Array | None, ...],
+        d_cells: Array | None,
         dx: Array,
         d_state: tuple[Array, ...],
         adds: bool = False,
-    ) -> tuple[Array, Array, Array, Array]:
+    ) -> Parameters:
         """Write dx (or add it, if `adds`) and the initial state's gradient.
 
-        Return the gradients of the parameters.
+        Return the gradients of the parameters; those of both biases are there in any case.
         """
         if adds:
             own = HOST.empty(dx.shape, dx.dtype)
-            d_parameters = self.backward(dy, d_final, own, d_state)
+            d_parameters = self.backward(dy, d_final, d_cells, own, d_state)
             dx += own
             return d_parameters
-        x, y = self.x, self.y
-        _, B, I = x.shape
-        T, lengths, resets = self.masks.within(len(x))
+        problem, request = self.problem, self.problem.request
+        x, y, cells = problem.x, problem.y, problem.cells
+        B = x.shape[1]
+        T, lengths, resets = problem.masks.within(len(x))
         if len(x) > T:
             dx[T:] = 0
-            x, y, dx, dy = x[:T], y[:T], dx[:T], None if dy is None else dy[:T]
-        dtype = x.dtype
-        shapes = self.cell.parameter_shapes(I, y.shape[-1])
-        if T == 0 or B == 0:
+            x, y, dx = x[:T], y[:T], dx[:T]
+            dy, cells, d_cells = (None if a is None else a[:T] for a in (dy, cells, d_cells))
+        is_empty = T == 0 or B == 0
+        make = np.zeros if is_empty else HOST.empty
+        coupled, parameters = problem.cell.is_coupled and not is_empty, self.parameters
+        if coupled:
+            parameters = with_forget_gate(parameters, _insert)
+        shapes = gradient_shapes(parameters)
+        made = [None if s is None else make(s, x.dtype) for s in shapes]
+        gradients = Parameters(*made)
+        if is_empty:
             for d0, dn in zip(d_state, d_final, strict=True):
                 d0[...] = 0 if dn is None else dn
-            dW, dR, db_ih, db_hh = (np.zeros(shape, dtype) for shape in shapes)
-            return dW, dR, db_ih, db_hh
-        dW, dR, db_ih, db_hh = (HOST.empty(shape, dtype) for shape in shapes)
-        h0, c0 = h_and_c(self.state)
+            return gradients
+        h0, c0 = h_and_c(problem.state)
         dh_n, dc_n = h_and_c(d_final)
         dh0, dc0 = h_and_c(d_state)
         self.weights.backward(
+            _options(problem),
+            self.forward_weights,
             _rows(x),
             h0,
             c0,
             lengths,
             resets,
-            self.reverse,
+            problem.reverse,
             y,
             self.saved,
+            cells,
             None if dy is None else _rows(dy),
             None if dh_n is None else contiguous(dh_n),
             None if dc_n is None else contiguous(dc_n),
+            None if d_cells is None else _rows(d_cells),
             dx,
-            dW,
-            dR,
-            db_ih,
-            db_hh,
+            list(gradients),
             dh0,
             dc0,
         )
-        return dW, dR, db_ih, db_hh
+        if coupled:
+            gradients = with_forget_gate(gradients, _remove)
+        if request.drops_weights:
+            HOST.drop_weights(gradients.weight_hh, request, gradients.weight_hh)
+        return gradients
 
 
 class Host:
@@ -199,55 +297,75 @@ class Host:
     def pack(
         self,
         cell: Cell,
-        weight_ih: Array,
-        weight_hh: Array,
-        bias_ih: Array | None,
-        bias_hh: Array | None,
+        parameters: Parameters,
         forward: Weights | None = None,
         borrow: bool = False,
+        row_wise: bool = False,
     ) -> Weights:
         """Pack parameters for a forward or, given the weights of that, for its backward.
 
-        `borrow` keeps the weights as they are, for few rows.
+        `borrow` keeps the weights as they are, for few rows; whether a step is taken row by row
+        changes nothing here.
         """
-        return Weights(
-            cell.name,
-            contiguous(weight_ih),
-            contiguous(weight_hh),
-            None if bias_ih is None else contiguous(bias_ih),
-            None if bias_hh is None else contiguous(bias_hh),
-            forward is not None,
-            None if forward is None else forward.isa,
-            borrow,
-        )
+        if cell.is_coupled:
+            parameters = with_forget_gate(parameters, _insert)
+        arrays = [None if p is None else contiguous(p) for p in parameters]
+        isa = None if forward is None else forward.isa
+        return Weights(cell.name, arrays, forward is not None, isa, borrow)
 
-    def forward(
-        self,
-        weights: Weights,
-        x: Array,
-        state: tuple[Array, ...],
-        masks: Masks,
-        reverse: bool,
-        y: Array,
-        final: tuple[Array, ...],
-        save: bool = False,
-    ) -> Array | None:
+    def drop(self, a: Array, p: float, seed: int, what: str, where: int, to: Array) -> None:
+        """Write (T, B, n), some elements of its rows 0, into `to`, which may be itself."""
+        drop(a, p, seed, what, where, to)
+
+    def drop_weights(self, weight: Array, request: Request, to: Array | None = None) -> Array:
+        """Return R as a call sees it, or mask its gradient in place."""
+        made = np.empty_like(weight, order="C") if to is None else to
+        o = request.options
+        drop(contiguous(weight)[None], o.weight_dropout, o.seed, "weights", o.where, made[None])
+        return made
+
+    def forward(self, weights: Weights, problem: Problem, save: bool = False) -> Array | None:
         """Write y and the final state; return what backward needs beside them, if `save`."""
-        T, lengths, resets = masks.within(len(x))
+        x, y, cells, trace = problem.x, problem.y, problem.cells, problem.trace
+        T, lengths, resets = problem.masks.within(len(x))
         B = x.shape[1]
+        if lengths is not None:
+            for made in (cells, trace):
+                if made is not None:
+                    made[...] = 0
         if len(x) > T:
             y[T:] = 0
-            x, y = x[:T], y[:T]
+            x, y, cells, trace = (None if a is None else a[:T] for a in (x, y, cells, trace))
         if T == 0 or B == 0:
-            for end, start in zip(final, state, strict=True):
+            for end, start in zip(problem.final, problem.state, strict=True):
                 end[...] = start
             return None
         saved = None
-        if save and weights.saved_size:
-            saved = allocate((T, B, weights.saved_size), x.dtype)
-        h0, c0 = h_and_c(state)
-        h_n, c_n = h_and_c(final)
-        weights.forward(_rows(x), h0, c0, lengths, resets, reverse, y, h_n, c_n, saved)
+        size = weights.saved_size(problem.row_wise)
+        if save and size and not problem.request.recompute:
+            saved = allocate((T, B, size), x.dtype)
+        h0, c0 = h_and_c(problem.state)
+        h_n, c_n = h_and_c(problem.final)
+        every = trace
+        if trace is not None and problem.cell.is_coupled:
+            every = np.zeros((T, B, 4, trace.shape[-1]), trace.dtype)
+        weights.forward(
+            _options(problem),
+            _rows(x),
+            h0,
+            c0,
+            lengths,
+            resets,
+            problem.reverse,
+            y,
+            h_n,
+            c_n,
+            saved,
+            cells,
+            every,
+        )
+        if trace is not every:
+            trace[...] = every[:, :, [0, 2, 3]]
         return saved
 
     def tape(self, *recorded: Any) -> Tape:

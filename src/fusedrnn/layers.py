@@ -6,6 +6,7 @@ Parameter names, shapes, order and initialisation are PyTorch's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,28 +16,37 @@ from . import checks, cuda
 from .cells import CELLS, Cell
 from .cuda import Precision
 from .device import backend_of
+from .explain import Explanation, explain
 from .functional import rnn_cell
-from .kernel import FEW_ROWS, HOST
-from .reference import Array, Nonlinearity
+from .kernel import FEW_ROWS, HOST, Problem
+from .options import Request, check_options, is_row_wise
+from .reference import Array, Nonlinearity, Parameters
 
 StateT = TypeVar("StateT")
 LayerT = TypeVar("LayerT", bound="_Layer[Any]")
 
 
 # Attributes that the parameters' shapes or the calls depend on, and prefixes of parameters.
-_FIXED = (
-    "input_size",
-    "hidden_size",
-    "num_layers",
-    "nonlinearity",
-    "bias",
-    "batch_first",
-    "bidirectional",
-    "dtype",
-    "device",
-    "precision",
-)
-_KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_DEFAULTS: dict[str, Any] = {
+    "num_layers": 1,
+    "nonlinearity": "tanh",
+    "bias": True,
+    "batch_first": False,
+    "dropout": 0.0,
+    "bidirectional": False,
+    "proj_size": 0,
+    "reset_after": True,
+    "coupled_gates": False,
+    "peephole": False,
+    "layer_norm": False,
+    "clip": None,
+    "cell_clip": None,
+    "zoneout": 0.0,
+    "recurrent_dropout": 0.0,
+    "weight_dropout": 0.0,
+}
+_FIXED = ("input_size", "hidden_size", *_DEFAULTS, "dtype", "device", "precision")
+_KINDS = Parameters._fields
 _PARAMETERS = tuple(f"{kind}_l" for kind in _KINDS)
 
 
@@ -54,6 +64,22 @@ def _placed(array: Array, dtype: str, place: str) -> Any:
     return copy
 
 
+def _part(a: Any, direction: int, width: int, directions: int) -> Any:
+    """Return what one direction has of a sequence that both share, or of None."""
+    if a is None or directions == 1:
+        return a
+    return a[..., direction * width : (direction + 1) * width]
+
+
+def _orthonormal(generator: np.random.Generator, rows: int, columns: int) -> Array:
+    """Return a matrix with orthonormal columns, or rows if these are fewer, evenly drawn."""
+    tall = generator.normal(size=(max(rows, columns), min(rows, columns)))
+    q, r = np.linalg.qr(tall)
+    q = q * np.where(np.diag(r) < 0, -1, 1)
+    matrix: Array = q if rows >= columns else q.T
+    return matrix
+
+
 class LayerGrads(NamedTuple, Generic[StateT]):
     """What a layer's pullback returns.
 
@@ -69,14 +95,45 @@ class LayerGrads(NamedTuple, Generic[StateT]):
     parameters: dict[str, Array]
 
 
+class _Done(NamedTuple):
+    """A run: the user's results, and what a pullback needs."""
+
+    on: Any
+    results: tuple[Any, ...]
+    y: Any  # time-major, as made
+    cells: Any
+    tapes: list[Any]
+    unbatched: bool
+
+
+class Init(NamedTuple):
+    """How the parameters of a new layer are drawn.
+
+    Attributes
+    ----------
+    forget_bias: what b_ih + b_hh of the forget gate are in sum; None for like the others.
+    orthogonal: whether each block of weight_hh has orthonormal rows or columns.
+    """
+
+    forget_bias: float | None = None
+    orthogonal: bool = False
+
+
 class _Layer(Generic[StateT]):
     """What LSTM, GRU and RNN share. `_cell` decides the rest."""
 
     _cell: Cell
+    _request: Request  # of a call in inference
+    _training: Request  # of a plain pullback
     _parameters: dict[str, Any]  # arrays of NumPy or, on a GPU, of `cuda`
-    _packed: dict[tuple[str, bool], Any]
+    _sets: dict[str, Parameters]
+    _packed: dict[tuple[str, bool, bool], Any]
+    _is_row_wise: bool  # whatever a call asks for
     _is_simple: bool  # the kernels take a call as it comes
     dtype: Any  # np.dtype or, on a GPU, its name
+    proj_size = 0
+    peephole = False
+    layer_norm = False
 
     def __init__(
         self,
@@ -86,30 +143,43 @@ class _Layer(Generic[StateT]):
         num_layers: int,
         bias: bool,
         batch_first: bool,
+        dropout: float,
         bidirectional: bool,
         dtype: npt.DTypeLike,
         rng: np.random.Generator | int | None,
+        init: Init,
+        **options: Any,
     ) -> None:
         self._cell = cell
         self._parameters = {}
-        self._packed = {}
+        self._forget_packed()
         self.input_size = checks.positive("input_size", input_size)
         self.hidden_size = checks.positive("hidden_size", hidden_size)
         self.num_layers = checks.positive("num_layers", num_layers)
         self.bias = checks.flag("bias", bias)
         self.batch_first = checks.flag("batch_first", batch_first)
+        self.dropout = checks.probability("dropout", dropout)
+        if self.dropout and self.num_layers == 1:
+            raise ValueError(
+                f"dropout is between layers: it must be 0 with num_layers=1, got {dropout}"
+            )
         self.bidirectional = checks.flag("bidirectional", bidirectional)
+        if self.proj_size >= self.hidden_size:
+            raise ValueError(
+                f"proj_size must be smaller than hidden_size = {self.hidden_size}, "
+                f"got {self.proj_size}"
+            )
         self.dtype = np.dtype(dtype)
         if self.dtype not in checks.DTYPES:
             raise TypeError(f"dtype must be float32 or float64, got {self.dtype}")
         self.device = "cpu"
         self.precision: Precision = "exact"
-        self._is_simple = self._has_simple_calls()
-        generator = np.random.default_rng(rng)
-        bound = self.hidden_size**-0.5
-        for name, shape in self._shapes().items():
-            value = generator.uniform(-bound, bound, shape)
-            self._parameters[name] = _placed(value, str(self.dtype), self.device)
+        self._request = check_options(cell, options)
+        for name, value in options.items():
+            object.__setattr__(self, name, value)
+        self._draw_parameters(np.random.default_rng(rng), init)
+        self._find_ways()
+        self._training = self._asked(training=True)
 
     # Parameters
 
@@ -120,15 +190,45 @@ class _Layer(Generic[StateT]):
                 yield layer, direction, f"l{layer}" + "_reverse" * direction
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        H = self.hidden_size
+        """Return the shapes of all parameters, by name and in torch's order."""
+        wanted = {"weight_ih", "weight_hh"}
+        if self.bias:
+            wanted |= {"bias_ih", "bias_hh"}
+        if self.proj_size:
+            wanted |= {"weight_hr"}
+        if self.peephole:
+            wanted |= {"weight_ch"}
+        if self.layer_norm:
+            wanted |= {"gamma_ih", "gamma_hh", "gamma_c", "beta_c"}
         shapes: dict[str, tuple[int, ...]] = {}
         for layer, _, suffix in self._directions():
-            I = self.input_size if layer == 0 else H * (1 + self.bidirectional)
-            of_kinds = zip(_KINDS, self._cell.parameter_shapes(I, H), strict=True)
-            for kind, shape in of_kinds:
-                if self.bias or kind.startswith("weight"):
-                    shapes[f"{kind}_{suffix}"] = shape
+            I = self.input_size if layer == 0 else self._width * (1 + self.bidirectional)
+            of_kinds = self._cell.parameter_shapes(I, self.hidden_size, self.proj_size or None)
+            for kind, shape in of_kinds.items():
+                if kind in wanted:
+                    shapes[f"{kind}_{suffix}"] = shape.lengths
         return shapes
+
+    @property
+    def _width(self) -> int:
+        """How many units h has."""
+        return self.proj_size or self.hidden_size
+
+    def _draw_parameters(self, generator: np.random.Generator, init: Init) -> None:
+        H, letters = self.hidden_size, self._cell.gates
+        bound = H**-0.5
+        for name, shape in self._shapes().items():
+            if name.startswith(("gamma", "beta")):
+                value = np.full(shape, float(name.startswith("gamma")))
+            else:
+                value = generator.uniform(-bound, bound, shape)
+            if init.orthogonal and name.startswith("weight_hh"):
+                for k in range(len(letters)):
+                    value[k * H : (k + 1) * H] = _orthonormal(generator, H, shape[1])
+            if init.forget_bias is not None and name.startswith("bias"):
+                f = letters.index("f") * H
+                value[f : f + H] = init.forget_bias * name.startswith("bias_ih")
+            self._parameters[name] = _placed(value, str(self.dtype), self.device)
 
     def to(
         self: LayerT,
@@ -166,10 +266,10 @@ class _Layer(Generic[StateT]):
             device=place,
             dtype=np.dtype(name) if place == "cpu" else name,
             precision=precision,
-            _is_simple=place == "cpu" and self._has_simple_calls(),
         )
         self._parameters.update(moved)
         self._forget_packed()
+        self._find_ways()
         return self
 
     def _place(self, device: Any, dtype: Any) -> tuple[str, str]:
@@ -190,8 +290,13 @@ class _Layer(Generic[StateT]):
             raise TypeError(f"dtype must be one of {', '.join(known)}, got {name}")
         return device if on_cpu else f"cuda:{int(number or 0)}", name
 
-    def _has_simple_calls(self) -> bool:
-        return self.num_layers == 1 and not (self.batch_first or self.bidirectional)
+    def _find_ways(self) -> None:
+        """Find out which way calls take."""
+        on_cpu = self.device == "cpu"
+        self._is_row_wise = is_row_wise(self._cell, self._of("l0"), on_cpu)
+        is_one = self.num_layers == 1 and not (self.batch_first or self.bidirectional)
+        takes_rows = self._request.is_row_wise or self._is_row_wise
+        self._is_simple = on_cpu and is_one and not takes_rows
 
     def state_dict(self) -> dict[str, Any]:
         """Return the parameters by torch's names; the arrays are the layer's, read-only."""
@@ -254,7 +359,13 @@ class _Layer(Generic[StateT]):
     def __getstate__(self) -> dict[str, Any]:
         parameters = {k: _on_host(v) for k, v in self._parameters.items()}
         cell = self._cell.name
-        return {**self.__dict__, "_cell": cell, "_parameters": parameters, "_packed": {}}
+        return {
+            **self.__dict__,
+            "_cell": cell,
+            "_parameters": parameters,
+            "_packed": {},
+            "_sets": {},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _cell=CELLS[state["_cell"]])
@@ -264,14 +375,7 @@ class _Layer(Generic[StateT]):
 
     def __repr__(self) -> str:
         extra = [f"{self.input_size}, {self.hidden_size}"]
-        defaults = {
-            "num_layers": 1,
-            "nonlinearity": "tanh",
-            "bias": True,
-            "batch_first": False,
-            "bidirectional": False,
-        }
-        for name, default in defaults.items():
+        for name, default in _DEFAULTS.items():
             if getattr(self, name, default) != default:
                 extra.append(f"{name}={getattr(self, name)}")
         if self.dtype != "float32":
@@ -280,37 +384,47 @@ class _Layer(Generic[StateT]):
             extra.append(f"device={self.device}")
         return f"{type(self).__name__}({', '.join(extra)})"
 
-    def _of(self, suffix: str) -> tuple[Array, Array, Array | None, Array | None]:
-        get = self._parameters.get
-        return (
-            self._parameters[f"weight_ih_{suffix}"],
-            self._parameters[f"weight_hh_{suffix}"],
-            get(f"bias_ih_{suffix}"),
-            get(f"bias_hh_{suffix}"),
-        )
+    def _of(self, suffix: str) -> Parameters:
+        """Return the parameters of a layer in one direction, which are kept together."""
+        sets = self._sets
+        if suffix not in sets:
+            get = self._parameters.get
+            sets[suffix] = Parameters(*[get(f"{kind}_{suffix}") for kind in _KINDS])
+        return sets[suffix]
 
-    def _forward_weights(self, on: Any, suffix: str) -> Any:
-        """Return the packed weights, packing them on first use."""
-        return self._pack_once(on, suffix, None)
+    def _weights(self, on: Any, suffix: str, problem: Problem, forward: Any = None) -> Any:
+        """Return the weights packed for a forward or, given those, for its backward."""
+        if problem.request.drops_weights:
+            parameters = self._seen(on, suffix)
+            dropped = on.drop_weights(parameters.weight_hh, problem.request)
+            parameters = parameters._replace(weight_hh=dropped)
+            return on.pack(self._cell, parameters, forward, row_wise=problem.row_wise)
+        T, B, _ = problem.x.shape
+        if forward and T * B <= FEW_ROWS and on is HOST and not problem.row_wise:
+            return on.pack(self._cell, self._of(suffix), forward, borrow=True)
+        return self._pack_once(on, suffix, forward, problem.row_wise and on is not HOST)
 
-    def _backward_weights(self, on: Any, suffix: str, forward: Any, rows: int) -> Any:
-        if rows <= FEW_ROWS and on is HOST:
-            return on.pack(self._cell, *self._of(suffix), forward, borrow=True)
-        return self._pack_once(on, suffix, forward)
+    def _seen(self, on: Any, suffix: str) -> Parameters:
+        """Return parameters as kernels see them."""
+        own = self._of(suffix)
+        return own if on is HOST else Parameters(*[p if p is None else on.see(p) for p in own])
 
-    def _pack_once(self, on: Any, suffix: str, forward: Any) -> Any:
+    def _pack_once(
+        self, on: Any, suffix: str, forward: Any = None, row_wise: bool = False
+    ) -> Any:
+        """Return the kept packed weights, packing them on first use."""
         cache = self._packed  # before the parameters are read: see _forget_packed
-        key = (suffix, forward is not None)
+        key = (suffix, forward is not None, row_wise)
         packed = cache.get(key)
         if packed is None or (forward is not None and packed.isa != forward.isa):
             on.check_may_keep()
-            parameters = (None if p is None else on.see(p) for p in self._of(suffix))
-            packed = on.pack(self._cell, *parameters, forward)
+            packed = on.pack(self._cell, self._seen(on, suffix), forward, row_wise=row_wise)
             cache[key] = packed
         return packed
 
     def _forget_packed(self) -> None:
-        """Start a new cache: a thread that is packing old parameters fills the old one."""
+        """Start new caches: a thread that is packing old parameters fills the old one."""
+        self._sets = {}
         self._packed = {}
 
     # Calls
@@ -332,13 +446,22 @@ class _Layer(Generic[StateT]):
         return a.swapaxes(0, 1) if self.batch_first else a
 
     def _state(
-        self, on: Any, name: str, value: Any, shape: tuple[int, ...], copy: bool = False
+        self,
+        on: Any,
+        name: str,
+        value: Any,
+        shape: tuple[int, ...],
+        unbatched: bool,
+        copy: bool = False,
     ) -> Any:
-        """Check a state or its gradient; shape is (layers·directions, B, H) or without B."""
+        """Check a state or its gradient, (layers·directions, B, H) or without B."""
         state = on.state(name, value, on.state_dtype(self.dtype), copy)
-        axes = "(layers*directions, B, H)" if len(shape) == 3 else "(layers*directions, H)"
-        checks.shape(name, state, shape, axes)
-        return state if len(shape) == 3 else state[:, None]
+        width = "R" if shape[-1] != self.hidden_size else "H"
+        if unbatched:
+            checks.shape(name, state, shape[::2], f"(layers*directions, {width})")
+            return state[:, None]
+        checks.shape(name, state, shape, f"(layers*directions, B, {width})")
+        return state
 
     def _masks(self, on: Any, lengths: Any, resets: Any, x: Any, unbatched: bool) -> Any:
         """Check the masks of x (T, B, I)."""
@@ -352,48 +475,100 @@ class _Layer(Generic[StateT]):
             resets = self._time_major(resets[..., None])[..., 0]
         return on.masks(lengths, resets)
 
-    def _state_shape(self, x: Any, unbatched: bool) -> tuple[int, ...]:
+    def _state_shapes(self, B: int) -> list[tuple[int, int, int]]:
         count = self.num_layers * (1 + self.bidirectional)
-        return (count, *(() if unbatched else (x.shape[1],)), self.hidden_size)
+        shapes = [(count, B, self._width), (count, B, self.hidden_size)]
+        return shapes[: len(self._cell.states)]
 
     def _run(
-        self, x: Any, states: tuple[Any, ...], lengths: Any, resets: Any, save: bool
-    ) -> tuple[Any, Any, tuple[Any, ...], list[Any], bool]:
+        self,
+        x: Any,
+        states: tuple[Any, ...],
+        lengths: Any,
+        resets: Any,
+        request: Request,
+        save: bool,
+    ) -> _Done:
         on, seen, unbatched = self._input(x)
         T, B, _ = seen.shape
-        H, D = self.hidden_size, 1 + self.bidirectional
-        shape = self._state_shape(seen, unbatched)
-        letters = self._cell.states
+        H, R, D = self.hidden_size, self._width, 1 + self.bidirectional
         state_dtype = on.state_dtype(self.dtype)
+        letters = self._cell.states
+        shapes = self._state_shapes(B)
         start = tuple(
-            on.zeros((self.num_layers * D, B, H), state_dtype)
-            if value is None
-            else self._state(on, f"{letter}0", value, shape, copy=save)
-            for letter, value in zip(letters, states, strict=True)
+            [
+                on.zeros(shape, state_dtype)
+                if value is None
+                else self._state(on, f"{letter}0", value, shape, unbatched, copy=save)
+                for letter, value, shape in zip(letters, states, shapes, strict=True)
+            ]
         )
         masks = self._masks(on, lengths, resets, seen, unbatched)
-        final = tuple(on.empty((self.num_layers * D, B, H), state_dtype) for _ in letters)
+        final = tuple([on.empty(shape, state_dtype) for shape in shapes])
         ends = tuple(map(on.see, final))
+        keeps_cells = request.recompute and "c" in letters
+        row_wise = request.is_row_wise or self._is_row_wise
+        cells = None
+        traces: dict[str, Any] = {}
         tapes = []
         for layer, direction, suffix in self._directions():
+            last = layer == self.num_layers - 1
             if direction == 0:
-                below = seen
-                last = layer == self.num_layers - 1
-                y = self._empty(on, T, B, D * H, last and not unbatched)
+                below = seen if layer == 0 else self._dropped(on, seen, layer - 1, request)
+                y = self._empty(on, T, B, D * R, last and not unbatched)
                 seen = on.see(y)
-            mine = seen[..., direction * H : (direction + 1) * H] if D > 1 else seen
+                if keeps_cells or (request.return_cells and last):
+                    cells = on.empty((T, B, D * H), state_dtype)
             at = layer * D + direction
-            weights = self._forward_weights(on, suffix)
-            own_start = tuple(None if s is None else s[at] for s in start)
-            own_final = tuple(s[at] for s in ends)
-            reverse = direction == 1
-            saved = on.forward(weights, below, own_start, masks, reverse, mine, own_final, save)
+            trace = None
+            if request.trace:
+                trace = on.empty((T, B, len(self._cell.gates), H), self.dtype)
+                for k, letter in enumerate(self._cell.gates):
+                    traces[f"{letter}_{suffix}"] = trace[:, :, k]
+            problem = Problem(
+                self._cell,
+                below,
+                tuple([None if s is None else s[at] for s in start]),
+                masks,
+                direction == 1,
+                _part(seen, direction, R, D),
+                tuple([s[at] for s in ends]),
+                request.at(at),
+                row_wise,
+                None if cells is None else _part(on.see(cells), direction, H, D),
+                None if trace is None else on.see(trace),
+            )
+            weights = self._weights(on, suffix, problem)
+            saved = on.forward(weights, problem, save)
             if save:
-                back = self._backward_weights(on, suffix, weights, T * B)
-                tapes.append(
-                    on.tape(self._cell, back, below, own_start, masks, reverse, mine, saved)
-                )
-        return on, y, tuple(map(on.give, final)), tapes, unbatched
+                back = self._weights(on, suffix, problem, weights)
+                tapes.append(on.tape(problem, self._seen(on, suffix), back, weights, saved))
+        for made in (y, cells) if save else ():
+            if made is not None:
+                on.freeze(made)
+        results = [
+            self._user_sequence(on.give(y), unbatched),
+            self._user_state(tuple(map(on.give, final)), unbatched),
+        ]
+        if request.return_cells:
+            results.append(self._user_sequence(on.give(cells), unbatched))
+        if request.trace:
+            given = {k: on.give(v) for k, v in traces.items()}
+            results.append({k: self._user_sequence(v, unbatched) for k, v in given.items()})
+        return _Done(on, tuple(results), y, cells, tapes, unbatched)
+
+    def _dropped(self, on: Any, y: Any, layer: int, request: Request) -> Any:
+        """Return what the layer after one sees of its y."""
+        if not (self.dropout and request.options.training):
+            return y
+        made = on.see(on.empty(y.shape, self.dtype))
+        on.drop(y, self.dropout, request.options.seed, "between", layer, made)
+        return made
+
+    @property
+    def _draws(self) -> bool:
+        """Whether training depends on a seed."""
+        return self._training.is_random or self.dropout > 0
 
     def _empty(self, on: Any, T: int, B: int, width: int, for_user: bool) -> Any:
         """Make a sequence (T, B, width), for a user who wants it batch first so in memory."""
@@ -425,46 +600,72 @@ class _Layer(Generic[StateT]):
             )
         return tuple(value)
 
+    def _asked(self, seed: Any = None, **asked: Any) -> Request:
+        """Return the layer's request with what a call asks for."""
+        of_call = check_options(self._cell, {k: v for k, v in asked.items() if v is not None})
+        o = of_call.options
+        options = replace(self._request.options, training=o.training, bptt=o.bptt)
+        seed, request = checks.seed(seed), replace(of_call, options=options)
+        drops = self.dropout > 0 and o.training
+        return request.with_seed(seed) if request.is_random or drops else request
+
     def __call__(
         self,
         x: Array,
         state: StateT | None = None,
         lengths: npt.ArrayLike | None = None,
         resets: npt.ArrayLike | None = None,
-    ) -> tuple[Array, StateT]:
+        *,
+        training: bool = False,
+        seed: int | None = None,
+        return_cells: bool = False,
+        trace: bool = False,
+    ) -> tuple[Any, ...]:
         """Run the layer over a sequence; nothing is saved.
 
         Parameters
         ----------
         x: (T, B, I), (B, T, I) if batch_first, or (T, I).
         state: h0, or (h0, c0) for an LSTM, each (layers*directions, B, H) or, for x of rank
-            2, (layers*directions, H); None for zeros.
+            2, (layers*directions, H); None for zeros. With proj_size that is h0's last axis.
         lengths: (B,) integers 0 to T in any order, one for x of rank 2, or None for T. Row b
             takes the steps of times below lengths[b] alone: beyond them its y is 0 and x is
             not read.
         resets: bool, shaped like x without its last axis, or None for none. Where true, the
             state that enters that step is 0, in every layer and direction.
+        training: draw dropout and zoneout at random, which else have no effect and the
+            expected one. seed: what they depend on, 0 to 2**64 - 1; None for another each
+            call.
+        return_cells: give every c of the last layer, too; an LSTM's.
+        trace: give every gate, too, a dict of arrays (T, B, H) or like x by names as "i_l0".
 
         Returns
         -------
         y: (T, B, directions*H), (B, T, …) or (T, …), every h of the last layer.
         state: shaped like the state that goes in, after each row's last step in each
             direction.
+        cells, shaped like y but of H units, and the dict of gates: if asked for.
 
         Raises
         ------
-        TypeError: a wrong type or dtype. ValueError: a wrong shape. Both before computing.
+        TypeError: a wrong type or dtype. ValueError: a wrong shape or value. Both before
+            computing.
         """
-        if self._is_simple and lengths is None and resets is None:
-            results: tuple[Array, StateT] | None
-            results = self._forward_weights(HOST, "l0").call(x, state)
+        request = self._request
+        if training or return_cells or trace:
+            request = self._asked(
+                training=training,
+                seed=seed,
+                return_cells=return_cells or None,
+                trace=trace,
+            )
+        elif self._is_simple and lengths is None and resets is None:
+            results: tuple[Any, ...] | None
+            results = self._pack_once(HOST, "l0").call(x, state)
             if results is not None:
                 return results
-        on, y, final, _, unbatched = self._run(
-            x, self._split_state("state", state), lengths, resets, save=False
-        )
-        y_user: Array = self._user_sequence(on.give(y), unbatched)
-        return y_user, self._user_state(final, unbatched)
+        states = self._split_state("state", state)
+        return self._run(x, states, lengths, resets, request, save=False).results
 
     def vjp(
         self,
@@ -472,79 +673,160 @@ class _Layer(Generic[StateT]):
         state: StateT | None = None,
         lengths: npt.ArrayLike | None = None,
         resets: npt.ArrayLike | None = None,
-    ) -> tuple[tuple[Array, StateT], Callable[..., LayerGrads[StateT]]]:
+        *,
+        training: bool = True,
+        seed: int | None = None,
+        return_cells: bool = False,
+        trace: bool = False,
+        bptt: int | None = None,
+        recompute: bool = False,
+    ) -> tuple[tuple[Any, ...], Callable[..., LayerGrads[StateT]]]:
         """Run the layer and return a function that computes its gradients.
 
+        The arguments are those of a call, with bptt and recompute as in `fusedrnn.lstm_vjp`.
         x is kept by reference and y is read-only, because the pullback reads both; the rest is
         copied. On a GPU everything is kept by reference, y too: leave it as it is until the
         pullback was called. Assigning new parameters in between does not disturb it.
 
         Returns
         -------
-        (y, state), pullback: as from a call, and ``pullback(dy=None, d_state=None)``, which
-            takes their gradients, None for zeros, and returns a `LayerGrads`. It may be
-            called more than once.
+        results, pullback: as from a call, and ``pullback(dy=None, d_state=None,
+            d_cells=None)``, which takes the gradients of y, state and cells, None for zeros,
+            and returns a `LayerGrads`. It may be called more than once.
         """
-        on, y, final, tapes, unbatched = self._run(
-            x, self._split_state("state", state), lengths, resets, save=True
-        )
-        on.freeze(y)
-        y_user = self._user_sequence(on.give(y), unbatched)
-        state_shape = self._state_shape(y, unbatched)
+        usual = (True, False, False, None, False)
+        asked = (training, return_cells, trace, bptt, recompute)
+        if all(a is u for a, u in zip(asked, usual, strict=True)) and not self._draws:
+            request = self._training
+        else:
+            request = self._asked(
+                training=training,
+                seed=seed,
+                return_cells=return_cells or None,
+                trace=trace,
+                bptt=bptt,
+                recompute=recompute,
+            )
+        states = self._split_state("state", state)
+        done = self._run(x, states, lengths, resets, request, save=True)
+        unbatched, y = done.unbatched, done.results[0]
+        state_shapes = self._state_shapes(done.y.shape[1])
         names = [f"d{letter}_n" for letter in self._cell.states]
 
-        def pullback(dy: Any = None, d_state: Any = None) -> LayerGrads[StateT]:
-            now = on.now()
-            if dy is not None:
-                dy = now.array("dy", dy, self.dtype)
-                axes = "(B, T, directions*H)" if self.batch_first else "(T, B, directions*H)"
-                axes = "(T, directions*H)" if unbatched else axes
-                checks.shape("dy", dy, y_user.shape, axes)
-                dy = self._time_major(dy)
+        def pullback(dy: Any = None, d_state: Any = None, d_cells: Any = None) -> Any:
+            now = done.on.now()
+            if d_cells is not None and not return_cells:
+                raise TypeError("d_cells is the gradient of cells: ask for return_cells=True")
+            dy = self._sequence_gradient(now, "dy", dy, self.dtype, y.shape)
+            if d_cells is not None:
+                dtype, expected = now.state_dtype(self.dtype), done.results[2].shape
+                d_cells = self._sequence_gradient(now, "d_cells", d_cells, dtype, expected)
             d_final = tuple(
-                None if d is None else self._state(now, f"d_state, {name},", d, state_shape)
-                for name, d in zip(names, self._split_state("d_state", d_state), strict=True)
+                None
+                if d is None
+                else self._state(now, f"d_state, {name},", d, shape, unbatched)
+                for name, d, shape in zip(
+                    names, self._split_state("d_state", d_state), state_shapes, strict=True
+                )
             )
-            return self._backward(now, tapes, dy, d_final, unbatched)
+            return self._backward(now, done, request, dy, d_final, d_cells)
 
-        return (y_user, self._user_state(final, unbatched)), pullback
+        return done.results, pullback
+
+    def explain(
+        self,
+        T: int,
+        B: int,
+        *,
+        training: bool = False,
+        return_cells: bool = False,
+        trace: bool = False,
+        recompute: bool = False,
+    ) -> Explanation:
+        """Tell which way a call takes through the kernels, why, and what it costs at least.
+
+        Parameters
+        ----------
+        T, B: the sizes of x.
+        training: tell of `vjp` and its pullback instead of a call.
+        return_cells, trace, recompute: as the call is asked for.
+
+        Returns
+        -------
+        A dict that prints as text: "way" and "why"; "plans", one for each layer and direction,
+        of threads, tiles and packing; "flops"; "weight_bytes", "io_bytes" and "saved_bytes";
+        on the CPU "isa" and "floor", the seconds that the products take at the peak of this
+        machine's multipliers and caches, which is measured for it in about a second.
+
+        Raises
+        ------
+        TypeError, ValueError: an argument of a wrong type or value.
+
+        >>> import fusedrnn as fr
+        >>> told = fr.LSTM(3, 4, peephole=True).explain(10, 2)
+        >>> told["way"], told["flops"]
+        ('row by row after each product', 4480)
+        """
+        request = self._asked(
+            training=training,
+            return_cells=return_cells or None,
+            trace=trace,
+            recompute=recompute,
+        )
+        return explain(self, T, B, request, training)
+
+    def _sequence_gradient(
+        self, on: Any, name: str, value: Any, dtype: Any, expected: tuple[int, ...]
+    ) -> Any:
+        """Check the gradient of y or of cells, None for zeros."""
+        if value is None:
+            return None
+        value = on.array(name, value, dtype)
+        last = "directions*" + ("R" if self.proj_size and name == "dy" else "H")
+        axes = f"(B, T, {last})" if self.batch_first else f"(T, B, {last})"
+        checks.shape(name, value, expected, f"(T, {last})" if len(expected) == 2 else axes)
+        return self._time_major(value)
 
     def _backward(
         self,
         on: Any,
-        tapes: list[Any],
+        done: _Done,
+        request: Request,
         dy: Any,
         d_final: tuple[Any, ...],
-        unbatched: bool,
+        d_cells: Any,
     ) -> LayerGrads[StateT]:
-        H, D = self.hidden_size, 1 + self.bidirectional
-        T, B, _ = tapes[0].x.shape
+        H, R, D = self.hidden_size, self._width, 1 + self.bidirectional
+        T, B, _ = done.y.shape
         state_dtype = on.state_dtype(self.dtype)
-        d_start = tuple(on.empty((self.num_layers * D, B, H), state_dtype) for _ in d_final)
+        d_start = tuple([on.empty(shape, state_dtype) for shape in self._state_shapes(B)])
         d_starts = tuple(map(on.see, d_start))
         gradients: dict[str, Any] = {}
         for layer, direction, suffix in reversed(list(self._directions())):
             at = layer * D + direction
-            tape = tapes[at]
-            mine = dy
-            if dy is not None and D > 1:
-                mine = dy[..., direction * H : (direction + 1) * H]
+            tape, is_last = done.tapes[at], layer == self.num_layers - 1
             if direction == D - 1:
-                dx = self._empty(on, T, B, tape.x.shape[-1], layer == 0 and not unbatched)
+                I = tape.problem.x.shape[-1]
+                dx = self._empty(on, T, B, I, layer == 0 and not done.unbatched)
             d_parameters = tape.backward(
-                mine,
-                tuple(None if d is None else d[at] for d in d_final),
+                _part(dy, direction, R, D),
+                tuple([None if d is None else d[at] for d in d_final]),
+                _part(d_cells, direction, H, D) if is_last else None,
                 on.see(dx),
-                tuple(d[at] for d in d_starts),
+                tuple([d[at] for d in d_starts]),
                 adds=direction < D - 1,
             )
             for kind, gradient in zip(_KINDS, d_parameters, strict=True):
-                gradients[f"{kind}_{suffix}"] = on.give(gradient)
+                if gradient is not None:
+                    gradients[f"{kind}_{suffix}"] = on.give(gradient)
             if direction == 0:
                 dy = on.see(dx)
+                if self.dropout and request.options.training and layer > 0:
+                    seed = request.options.seed
+                    on.drop(dy, self.dropout, seed, "between", layer - 1, dy)
         return LayerGrads(
-            self._user_sequence(on.give(dx), unbatched),
-            self._user_state(tuple(map(on.give, d_start)), unbatched),
+            self._user_sequence(on.give(dx), done.unbatched),
+            self._user_state(tuple(map(on.give, d_start)), done.unbatched),
             {name: gradients[name] for name in self._parameters},
         )
 
@@ -561,13 +843,23 @@ class LSTM(_Layer[tuple[Array, Array]]):
     num_layers: how many are stacked.
     bias: whether there are bias_ih and bias_hh.
     batch_first: x and y are (B, T, …); states are (layers*directions, B, H) all the same.
+    dropout: the probability with which a layer does not see an element of the y below, the
+        others scaled by 1 / (1 - dropout); in training alone, as the dropouts that follow.
     bidirectional: each layer also runs from the last time to the first.
+    proj_size: R, units of a projected h; 0 for none.
+    peephole, coupled_gates, layer_norm, clip, cell_clip, zoneout, recurrent_dropout,
+        weight_dropout: as for `fusedrnn.lstm`.
+    forget_bias: what both biases of the forget gate are in sum at first (Gers, Schmidhuber &
+        Cummins 2000; 1 after Jozefowicz, Zaremba & Sutskever 2015), or None for like others.
+    orthogonal: let each block of weight_hh have orthonormal columns (Saxe, McClelland &
+        Ganguli 2014).
     dtype: float32 or float64.
-    rng: a NumPy generator or seed for the parameters, uniform in ±1/√H.
+    rng: a NumPy generator or seed for the parameters, else uniform in ±1/√H.
 
     Its parameters are attributes with torch's names (weight_ih_l0, weight_hh_l0, bias_ih_l0,
-    bias_hh_l0, …_reverse), read-only arrays; assign a new array to change one. Calls are
-    safe from several threads at once, though not beside an assignment. A layer can be pickled.
+    bias_hh_l0, weight_hr_l0, …_reverse) and those of `fusedrnn.lstm` (weight_ch_l0,
+    gamma_ih_l0 …), read-only arrays; assign a new array to change one. Calls are safe from
+    several threads at once, though not beside an assignment. A layer can be pickled.
 
     Raises
     ------
@@ -590,32 +882,62 @@ class LSTM(_Layer[tuple[Array, Array]]):
         num_layers: int = 1,
         bias: bool = True,
         batch_first: bool = False,
-        *,
+        dropout: float = 0.0,
         bidirectional: bool = False,
+        proj_size: int = 0,
+        *,
+        peephole: bool = False,
+        coupled_gates: bool = False,
+        layer_norm: bool = False,
+        clip: float | None = None,
+        cell_clip: float | None = None,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        forget_bias: float | None = None,
+        orthogonal: bool = False,
         dtype: npt.DTypeLike = np.float32,
         rng: np.random.Generator | int | None = None,
     ) -> None:
+        self.proj_size = 0 if proj_size == 0 else checks.positive("proj_size", proj_size)
+        self.peephole = checks.flag("peephole", peephole)
+        self.coupled_gates = checks.flag("coupled_gates", coupled_gates)
+        self.layer_norm = checks.flag("layer_norm", layer_norm)
+        if forget_bias is not None:
+            forget_bias = checks.number("forget_bias", forget_bias)
+            if self.coupled_gates or not bias:
+                what = (
+                    "coupled_gates has no forget gate" if coupled_gates else "there is no bias"
+                )
+                raise ValueError(f"forget_bias must be None: {what}, got {forget_bias}")
         super().__init__(
-            CELLS["lstm"],
+            CELLS["lstm_coupled" if self.coupled_gates else "lstm"],
             input_size,
             hidden_size,
             num_layers,
             bias,
             batch_first,
+            dropout,
             bidirectional,
             dtype,
             rng,
+            Init(forget_bias, checks.flag("orthogonal", orthogonal)),
+            clip=clip,
+            cell_clip=cell_clip,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            weight_dropout=weight_dropout,
         )
 
 
 class GRU(_Layer[Array]):
     """A stack of GRU layers in one or both directions, as `torch.nn.GRU`.
 
-    The equations are those of `fusedrnn.gru`; everything else is as for `LSTM`, but the
-    state is h0 alone.
+    The equations and options are those of `fusedrnn.gru`; everything else is as for `LSTM`,
+    but the state is h0 alone.
 
     >>> import numpy as np, fusedrnn as fr
-    >>> gru = fr.GRU(3, 4, bidirectional=True, rng=0)
+    >>> gru = fr.GRU(3, 4, bidirectional=True, reset_after=False, rng=0)
     >>> y, h_n = gru(np.zeros((5, 2, 3), np.float32))
     >>> y.shape, h_n.shape
     ((5, 2, 8), (2, 2, 4))
@@ -628,29 +950,45 @@ class GRU(_Layer[Array]):
         num_layers: int = 1,
         bias: bool = True,
         batch_first: bool = False,
-        *,
+        dropout: float = 0.0,
         bidirectional: bool = False,
+        *,
+        reset_after: bool = True,
+        layer_norm: bool = False,
+        clip: float | None = None,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        orthogonal: bool = False,
         dtype: npt.DTypeLike = np.float32,
         rng: np.random.Generator | int | None = None,
     ) -> None:
+        self.reset_after = checks.flag("reset_after", reset_after)
+        self.layer_norm = checks.flag("layer_norm", layer_norm)
         super().__init__(
-            CELLS["gru"],
+            CELLS["gru" if self.reset_after else "gru_before"],
             input_size,
             hidden_size,
             num_layers,
             bias,
             batch_first,
+            dropout,
             bidirectional,
             dtype,
             rng,
+            Init(orthogonal=checks.flag("orthogonal", orthogonal)),
+            clip=clip,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            weight_dropout=weight_dropout,
         )
 
 
 class RNN(_Layer[Array]):
     """A stack of Elman RNN layers in one or both directions, as `torch.nn.RNN`.
 
-    The equations are those of `fusedrnn.rnn`; nonlinearity is "tanh", "relu" or "identity".
-    Everything else is as for `LSTM`, but the state is h0 alone.
+    The equations and options are those of `fusedrnn.rnn`; nonlinearity is "tanh", "relu" or
+    "identity". Everything else is as for `LSTM`, but the state is h0 alone.
 
     >>> import numpy as np, fusedrnn as fr
     >>> rnn = fr.RNN(3, 4, nonlinearity="relu", batch_first=True, rng=0)
@@ -669,8 +1007,14 @@ class RNN(_Layer[Array]):
         nonlinearity: Nonlinearity = "tanh",
         bias: bool = True,
         batch_first: bool = False,
-        *,
+        dropout: float = 0.0,
         bidirectional: bool = False,
+        *,
+        clip: float | None = None,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        orthogonal: bool = False,
         dtype: npt.DTypeLike = np.float32,
         rng: np.random.Generator | int | None = None,
     ) -> None:
@@ -683,7 +1027,13 @@ class RNN(_Layer[Array]):
             num_layers,
             bias,
             batch_first,
+            dropout,
             bidirectional,
             dtype,
             rng,
+            Init(orthogonal=checks.flag("orthogonal", orthogonal)),
+            clip=clip,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            weight_dropout=weight_dropout,
         )

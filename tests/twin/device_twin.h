@@ -149,6 +149,8 @@ inline float exp_of(float x) { return std::exp(x); }
 inline double exp_of(double x) { return std::exp(x); }
 inline float tanh_of(float x) { return std::tanh(x); }
 inline double tanh_of(double x) { return std::tanh(x); }
+inline float root_of(float x) { return std::sqrt(x); }
+inline double root_of(double x) { return std::sqrt(x); }
 inline float reciprocal(float x) { return 1 / x; }
 inline double reciprocal(double x) { return 1 / x; }
 

@@ -1,4 +1,4 @@
-"""The least time that this machine's arithmetic and memory allow a case.
+"""The least time that this machine's arithmetic and memory allow a layer on the CPU.
 
     forward   W·x  2·G·H·I·B·T FLOP at the peak of FMA, or one reading of W, and T times the
                    greater of
@@ -21,9 +21,8 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from cases import Case
 
-from fusedrnn import _cpu
+from . import _cpu
 
 
 def _rate(run: Callable[[int], float]) -> float:
@@ -69,20 +68,26 @@ def meeting(threads: int) -> float:
     return 1 / _rate(run) if threads > 1 else 0.0
 
 
-def seconds(case: Case) -> float:
-    """The floor of a case, float32, on the active ISA."""
-    T, B, I, H = case.sizes
-    n = case.threads
-    training = case.mode == "training"
-    flops = peak() * n
-    W, R = 4 * case.gates * H * I, 4 * case.gates * H * H
+def seconds(
+    sizes: tuple[int, int, int, int],
+    gates: int,
+    training: bool = False,
+    threads: int = 1,
+    single: bool = True,
+) -> float:
+    """Return the floor of a layer in one direction, sizes T, B, I, H, on the active ISA."""
+    T, B, I, H = sizes
+    item = 4 if single else 8
+    flops = peak(single) * threads
+    W, R = item * gates * H * I, item * gates * H * H
+    of_W, of_R = 2 * gates * H * I * B, 2 * gates * H * H * B  # FLOP of a step
 
-    matmuls = 3 * W * B * T / 2 + R * B * T / 2 if training else W * B * T / 2
-    step = R * B / 2 / flops
+    matmuls = (3 * of_W + of_R) * T if training else of_W * T
+    step = of_R / flops
     near = R if T > 1 else W + R  # what is read again and again
-    by_units = max(step, R / n / read_rate(near // n)) + meeting(n)
-    by_rows = max(step, R / read_rate(near)) if 1 < n <= B else np.inf
-    outside = max(matmuls / flops, W / n / read_rate((W + R) // n))
+    by_units = max(step, R / threads / read_rate(near // threads)) + meeting(threads)
+    by_rows = max(step, R / read_rate(near)) if 1 < threads <= B else np.inf
+    outside = max(matmuls / flops, W / threads / read_rate((W + R) // threads))
     return float(outside + T * (2 if training else 1) * min(by_rows, by_units))
 
 

@@ -1,0 +1,919 @@
+// A layer in one direction on a GPU with options: where the recurrences of recurrence.h
+// do not do, each step is its products by cuBLASLt and what csrc/rows.h does between
+// them, a block to a row. In float32 and float64; arrays of 16 bits are converted before
+// and after.
+//
+//   records    (T, B, values)  by time: csrc/rows.h; saved for backward
+//   gradients  (T, B, values)  by time, of a backward
+//   seen       (B, R)          h' as R sees it: masked, and 0 where a row is reset next
+//
+// Products read and write records and gradients where they lie, so W x comes to all times
+// at once, R h' is added to it step by step, and dx, dW and dR are one product each.
+#pragma once
+
+#include "vec.h"
+// after FUSEDRNN_ARCH
+#include "../csrc/rows.h"
+#include "../csrc/vec/random.h"
+#include "kernels.h"
+#include "launches.h"
+#include "recurrence.h"
+#include "rows.h"
+
+namespace fusedrnn::cuda {
+
+using device::GradientRow;
+using device::Record;
+using device::resets_before;
+using device::RowWise;
+using device::SlotBlocks;
+
+// The threads of a block along a row.
+template <class A>
+struct BlockWalk {
+  using S = A;
+  using V = device::Vec<A>;
+  static constexpr bool bias_is_in = false;
+
+  const Options* options;
+  index time, b;
+  A* scratch;
+
+  template <class F>
+  FUSEDRNN_DEVICE static void each(index n, const F& f) {
+#pragma unroll 1
+    for (index u = thread(); u < n; u += threads()) f(u);
+  }
+  FUSEDRNN_DEVICE static index all(index n) { return n; }
+  template <class F>
+  FUSEDRNN_DEVICE static void once(const F& f) {
+    if (thread() == 0) f();
+  }
+  // In an order that the number of threads fixes.
+  template <class F>
+  FUSEDRNN_DEVICE static A sum(index n, const F& f) {
+    A own = 0;
+    each(n, [&](index u) { own += f(u).value; });
+    return total(own);
+  }
+  FUSEDRNN_DEVICE static V load(const A* p, index u) { return {p[u]}; }
+  FUSEDRNN_DEVICE static void store(V x, A* p, index u) { p[u] = x.value; }
+  FUSEDRNN_DEVICE static V upto(const A* p, index u, index) { return {p[u]}; }
+  FUSEDRNN_DEVICE static void put(V x, A* p, index u, index) { p[u] = x.value; }
+  FUSEDRNN_DEVICE V keep_h(index u) const { return keep(u, 0, options->zoneout_h); }
+  FUSEDRNN_DEVICE V keep_c(index u) const { return keep(u, 2, options->zoneout_c); }
+  FUSEDRNN_DEVICE static float root(float x) { return root_of(x); }
+  FUSEDRNN_DEVICE static double root(double x) { return root_of(x); }
+
+ private:
+  FUSEDRNN_CALLED static A total(A own) {
+    A* const parts = reinterpret_cast<A*>(shared());
+    sync_block();
+    parts[thread()] = own;
+    sync_block();
+    if (thread() < 32) {
+      for (int i = thread() + 32; i < threads(); i += 32) own += parts[i];
+      parts[thread()] = own;
+    }
+    sync_block();
+    A total = 0;
+    for (int i = 0; i < 32; ++i) total += parts[i];
+    return total;
+  }
+  FUSEDRNN_CALLED V keep(index u, int first_word, double p) const {
+    if (!options->training) return {static_cast<A>(p)};
+    const Generator generator(options->seed, static_cast<std::uint32_t>(Draw::zoneout),
+                              options->where);
+    constexpr index block = Generator::block;
+    std::uint32_t words[4][1];
+    generator.words(static_cast<std::uint32_t>(u / (2 * block) * block + u % block),
+                    static_cast<std::uint32_t>(time), static_cast<std::uint32_t>(b),
+                    words);
+    const std::uint32_t word = words[u / block % 2 + first_word][0];
+    return {static_cast<A>(word < Generator::threshold(p) ? 1 : 0)};
+  }
+};
+
+// What the kernels of a layer know, by value.
+template <template <class> class CellOf, class A>
+struct RowKernel : Sizes {
+  using Walk = BlockWalk<A>;
+  using V = device::Vec<A>;
+  using Cell = CellOf<V>;
+  using Rows = RowWise<Cell, Walk>;
+  static constexpr int gates = Cell::gates, slots = Cell::slots;
+
+  Model model;
+  Options options;
+  Vectors<const A> vectors;
+  Masks masks;
+  index record_values;
+  const A *h0, *c0;
+  const A* bias;   // (slots, H)
+  const A* zeros;  // (max(R, H),)
+  const A* mask;   // (B, R) of what R sees, or null
+  A* scratch;      // (B, 2 + slots, H)
+
+  FUSEDRNN_DEVICE Rows rows(index t, index b) const {
+    const Walk walk{&options, t, b, scratch + b * (2 + slots) * H};
+    return Rows(*this, H, bias, walk);
+  }
+  FUSEDRNN_DEVICE bool is_active(index t, index b) const { return masks.is_active(t, b); }
+  // The time of the step before that of time t, or -1: a row's first.
+  FUSEDRNN_DEVICE index time_before(index t, index b) const {
+    const index before = reverse ? t + 1 : t - 1;
+    return before < 0 || before >= T || !is_active(before, b) ? -1 : before;
+  }
+  FUSEDRNN_DEVICE bool is_cut(index t, index b) const {
+    if (masks.is_reset(t, b)) return true;
+    return options.bptt && (t + reverse) % options.bptt == 0 && time_before(t, b) >= 0;
+  }
+  // A state before the step of time t, of what the steps left at `left`.
+  FUSEDRNN_DEVICE const A* before(index t, index b, const A* given, const A* left,
+                                  index time_apart, index row_apart, index width) const {
+    if (masks.is_reset(t, b)) return zeros;
+    const index time = time_before(t, b);
+    if (time >= 0) return left + time * time_apart + b * row_apart;
+    return given ? given + b * width : zeros;
+  }
+  // Of a row that takes no step, for sums over all rows.
+  FUSEDRNN_DEVICE void clear_record(A* at) const {
+    Walk::each(record_values, [&](index i) { at[i] = 0; });
+  }
+  template <class F>
+  FUSEDRNN_DEVICE static void for_rows(index count, const F& f) {
+#pragma unroll 1
+    for (index row = block_x(); row < count; row += blocks_x()) f(row);
+  }
+};
+
+// mask, bias, and the state and what R sees of it before the first step.
+template <template <class> class CellOf, class A>
+struct RowStart : RowKernel<CellOf, A> {
+  using Base = RowKernel<CellOf, A>;
+  using Base::B, Base::H, Base::R, Base::T, Base::mask, Base::masks, Base::model;
+  using Base::slots;
+  const A *bias_ih, *bias_hh;
+  A *bias_to, *zeros_to, *mask_to;
+  A *h, *c, *seen;  // null in backward
+
+  FUSEDRNN_DEVICE void operator()() const {
+    constexpr SlotBlocks<typename Base::Cell> blocks{};
+    for_each(slots * H, [&](index i) {
+      const int k = static_cast<int>(i / H);
+      const index u = i % H;
+      A sum = 0;
+      if (bias_ih && blocks.input[k] >= 0) sum += bias_ih[blocks.input[k] * H + u];
+      if (bias_hh && blocks.recurrent[k] >= 0) {
+        sum += bias_hh[blocks.recurrent[k] * H + u];
+      }
+      bias_to[i] = sum;
+    });
+    for_each(H > R ? H : R, [&](index i) { zeros_to[i] = 0; });
+    for_each(B * R, [&](index i) {
+      const index b = i / R, u = i % R;
+      A factor = 1;
+      if (mask_to) {
+        factor = static_cast<A>(dropout_factor(
+            this->options.seed, static_cast<std::uint32_t>(Draw::recurrent),
+            this->options.where, this->options.recurrent_dropout, 0, b, u));
+        mask_to[i] = factor;
+      }
+      if (!h) return;
+      h[i] = this->h0 ? this->h0[i] : A{0};
+      const bool is_reset = T > 0 && masks.is_reset(this->time(0), b);
+      seen[i] = is_reset ? A{0} : h[i] * factor;
+    });
+    for_each(B * H, [&](index i) {
+      if (c) c[i] = this->c0 ? this->c0[i] : A{0};
+    });
+  }
+};
+
+// A step from its sums on; in two parts where there is a second product, whose operand
+// the first leaves in `operand` and whose result is in `fresh`, or in a record's first
+// slot.
+template <template <class> class CellOf, class A>
+struct RowForward : RowKernel<CellOf, A> {
+  using Base = RowKernel<CellOf, A>;
+  using Base::B, Base::H, Base::R, Base::T, Base::mask, Base::masks, Base::model;
+  using Base::gates, Base::slots;
+  using typename Base::Cell;
+  index step;
+  int part;
+  A *records, *h, *c, *seen, *fresh, *operand;
+  A* y;
+  index y_b;
+  A *cells, *trace;
+  index cells_t, cells_b;
+
+  FUSEDRNN_DEVICE void operator()() const {
+    this->for_rows(B, [&](index b) {
+      const index t = this->time(step);
+      const bool twice = resets_before<Cell>(model);
+      const bool is_last_part = part == 1 || !(twice || model.projects);
+      if (this->is_active(t, b)) {
+        const auto rows = this->rows(t, b);
+        const bool is_reset = masks.is_reset(t, b);
+        A* const record = records + (t * B + b) * this->record_values;
+        const typename Base::Rows::Row row{
+            record,
+            is_reset ? this->zeros : h + b * R,
+            is_reset ? this->zeros : c + b * H,
+            seen + b * R,
+            record + rows.record.cell(),
+            model.projects ? operand + b * H : fresh + b * R,
+            cells ? cells + t * cells_t + b * cells_b : nullptr,
+            trace ? trace + (t * B + b) * gates * H : nullptr};
+        if (part == 0) {
+          if (model.norm) rows.normalise_inputs(record);
+          if (model.norm) rows.normalise_recurrent(record);
+          if (twice) {
+            rows.open(row, operand + b * H, H);
+          } else {
+            rows.forward(row, H);
+          }
+        } else if (twice) {
+          if (model.norm) rows.normalise_first(record);
+          rows.close(row, H);
+        }
+        if (is_last_part) {
+          rows.after(fresh + b * R, row.h_prev, nullptr, nullptr, R);
+          BlockWalk<A>::each(R, [&](index u) {
+            h[b * R + u] = fresh[b * R + u];
+            y[(t * B + b) * y_b + u] = fresh[b * R + u];
+          });
+          if constexpr (Cell::has_c) {
+            BlockWalk<A>::each(H, [&](index u) { c[b * H + u] = row.c[u]; });
+          }
+        }
+      } else if (part == 0) {
+        BlockWalk<A>::each(R, [&](index u) { y[(t * B + b) * y_b + u] = 0; });
+        this->clear_record(records + (t * B + b) * this->record_values);
+        BlockWalk<A>::each(H, [&](index u) { operand[b * H + u] = 0; });
+        BlockWalk<A>::each(H, [&](index u) {
+          if (cells) cells[t * cells_t + b * cells_b + u] = 0;
+          for (int k = 0; k < gates && trace; ++k) {
+            trace[((t * B + b) * gates + k) * H + u] = 0;
+          }
+        });
+      }
+      if (!is_last_part || step + 1 == T) return;
+      const bool resets_next = masks.is_reset(this->time(step + 1), b);
+      BlockWalk<A>::each(R, [&](index u) {
+        const A factor = mask ? mask[b * R + u] : A{1};
+        seen[b * R + u] = resets_next ? A{0} : h[b * R + u] * factor;
+      });
+    });
+  }
+};
+
+// The records of all times again, from their sums; in two parts as before.
+template <template <class> class CellOf, class A>
+struct RowAgain : RowKernel<CellOf, A> {
+  using Base = RowKernel<CellOf, A>;
+  using Base::B, Base::H, Base::R, Base::T, Base::mask, Base::masks, Base::model;
+  using typename Base::Cell;
+  int part;
+  A* records;
+  const A *y, *seen, *cells;  // seen (T, B, R)
+  index y_b, cells_t, cells_b;
+  A *operand, *fresh;  // (T, B, H)
+
+  FUSEDRNN_DEVICE void operator()() const {
+    this->for_rows(T * B, [&](index i) {
+      const index t = i / B, b = i % B;
+      if (!this->is_active(t, b)) {
+        this->clear_record(records + i * this->record_values);
+        BlockWalk<A>::each(H, [&](index u) { operand[i * H + u] = 0; });
+        return;
+      }
+      const auto rows = this->rows(t, b);
+      A* const record = records + i * this->record_values;
+      const typename Base::Rows::Row row{
+          record,
+          this->before(t, b, this->h0, y, B * y_b, y_b, R),
+          Cell::has_c ? this->before(t, b, this->c0, cells, cells_t, cells_b, H)
+                      : nullptr,
+          seen + i * R,
+          fresh + i * H,
+          fresh + i * H,
+          nullptr,
+          nullptr};
+      const bool twice = resets_before<Cell>(model), norm = model.norm;
+      if (part == 0) {
+        if (norm) rows.normalise_inputs(record);
+        if (norm) rows.normalise_recurrent(record);
+        if (twice) {
+          rows.open(row, operand + i * H, H);
+        } else if (!norm) {
+          rows.forward(row, H);
+        }
+        if constexpr (Cell::has_c) {
+          BlockWalk<A>::each(
+              H, [&](index u) { record[rows.record.cell() + u] = cells[i * H + u]; });
+        }
+      } else if (norm) {
+        rows.normalise_first(record);
+      } else {
+        rows.close(row, H);
+      }
+    });
+  }
+};
+
+// (T, B, R) h' as R sees it at each time, 0 where no step is taken.
+template <template <class> class CellOf, class A>
+struct RowSeen : RowKernel<CellOf, A> {
+  using Base = RowKernel<CellOf, A>;
+  using Base::B, Base::R, Base::T, Base::mask;
+  const A* y;
+  index y_b;
+  A* to;
+
+  FUSEDRNN_DEVICE void operator()() const {
+    for_each(T * B * R, [&](index i) {
+      const index t = i / R / B, b = i / R % B, u = i % R;
+      A value = 0;
+      if (this->is_active(t, b)) {
+        value = this->before(t, b, this->h0, y, B * y_b, y_b, R)[u];
+        if (mask) value *= mask[b * R + u];
+      }
+      to[i] = value;
+    });
+  }
+};
+
+// A step backward, in parts: dh and, unless that is projected, the cell; the cell, from
+// what the projection gives; the rest of a GRU that is reset before. Step -1 is the state
+// before the first.
+template <template <class> class CellOf, class A>
+struct RowBackward : RowKernel<CellOf, A> {
+  using Base = RowKernel<CellOf, A>;
+  using Base::B, Base::H, Base::R, Base::T, Base::mask, Base::masks, Base::model;
+  using Base::slots;
+  using typename Base::Cell;
+  index step;
+  int part;
+  GradientRow<Cell> at;
+  const A *records, *y, *seen;  // seen (T, B, R)
+  index y_b;
+  A* gradients;
+  index gradient;            // values of a row
+  const A* from_product;     // (B, R) Rᵀ da of the step after
+  A *dh, *dc, *direct, *dm;  // (B, R) and (B, H)
+  const A* dy;
+  index dy_t, dy_b;
+  const A* dcells;
+  index dcells_t, dcells_b;
+  A* dh0;
+
+  FUSEDRNN_DEVICE void operator()() const {
+    this->for_rows(B, [&](index b) {
+      if (part == 0) find_dh(b);
+      if (step < 0) return;
+      const index t = this->time(step), row_at = t * B + b;
+      A* const da = gradients + row_at * gradient;
+      if (!this->is_active(t, b)) {
+        if (part == 0) BlockWalk<A>::each(gradient, [&](index u) { da[u] = 0; });
+        return;
+      }
+      const auto rows = this->rows(t, b);
+      const index cell_at = rows.record.cell();
+      const bool twice = resets_before<Cell>(model);
+      const typename Base::Rows::BackRow row{
+          records + row_at * this->record_values,
+          this->before(t, b, this->h0, y, B * y_b, y_b, R),
+          Cell::has_c ? this->before(t, b, this->c0, records + cell_at,
+                                     B * this->record_values, this->record_values, H)
+                      : nullptr,
+          seen + row_at * R,
+          dcells ? dcells + t * dcells_t + b * dcells_b : nullptr,
+          dh + b * R,
+          dc + b * H,
+          direct + b * R,
+          da,
+          this->is_cut(t, b)};
+      if (part == 0) {
+        rows.before(row, R);
+        if (model.projects) {
+          BlockWalk<A>::each(R, [&](index u) { da[at.dh + u] = row.dh[u]; });
+          return;
+        }
+      }
+      if (part == 2) {
+        rows.close_backward(row, at, dm + b * H, mask ? mask + b * R : nullptr, H);
+      } else if (twice) {
+        rows.open_backward(row, at, H);
+      } else {
+        rows.backward(row, at, model.projects ? dm + b * H : row.dh, H);
+      }
+    });
+  }
+
+ private:
+  // What a row's state after this step is owed, and with dy dh.
+  FUSEDRNN_DEVICE void find_dh(index b) const {
+    bool came = false;
+    if (step + 1 < T) {
+      const index later = this->time(step + 1);
+      came = this->is_active(later, b) && !this->is_cut(later, b);
+    }
+    const bool is_active = step >= 0 && this->is_active(this->time(step), b);
+    const A* const given =
+        dy && is_active ? dy + this->time(step) * dy_t + b * dy_b : nullptr;
+    BlockWalk<A>::each(R, [&](index u) {
+      const index i = b * R + u;
+      A owed = direct[i];
+      if (came) owed += from_product[i] * (mask ? mask[i] : A{1});
+      if (step < 0) dh0[i] = owed;
+      if (is_active) {
+        dh[i] = given ? owed + given[u] : owed;
+      } else {
+        direct[i] = owed;
+      }
+    });
+  }
+};
+
+// Σ a b over the rows of columns of H, a to-be-summed product each.
+template <class A>
+struct RowSums {
+  static constexpr int most = 24;
+  struct Job {
+    const A *a, *b;  // b null: Σ a
+    index a_row, b_row;
+    A* to;
+  };
+  Job jobs[most];
+  int count;
+  index rows, H;
+
+  FUSEDRNN_DEVICE void operator()() const {
+    const Job& job = jobs[block_y()];
+    const index column = index{block_x()} * 32 + lane();
+    const int warp = thread() / 32, warps = threads() / 32;
+    A* const sums = reinterpret_cast<A*>(shared());
+    A sum = 0;
+    if (column < H) {
+#pragma unroll 4
+      for (index row = warp; row < rows; row += warps) {
+        const A a = job.a[row * job.a_row + column];
+        sum += job.b ? a * job.b[row * job.b_row + column] : a;
+      }
+    }
+    sums[thread()] = sum;
+    sync_block();
+    if (warp > 0 || column >= H) return;
+    for (int other = 1; other < warps; ++other) sum += sums[other * 32 + lane()];
+    job.to[column] = sum;
+  }
+};
+
+template <template <class> class CellOf, class A>
+class RowLayer {
+  using Kernel = RowKernel<CellOf, A>;
+  using Cell = typename Kernel::Cell;
+  static constexpr int gates = Cell::gates, slots = Cell::slots;
+  static constexpr int first_input = slots - gates;
+  static constexpr int row_threads = 256;
+  static constexpr Element element = sizeof(A) == 8 ? Element::float64 : Element::float32;
+
+  static bool drops(const Options& o) { return o.training && o.recurrent_dropout > 0; }
+
+  // Scratch memory of both directions.
+  struct Room {
+    A *bias, *zeros, *mask, *scratch;
+    int* lengths;
+    void* matmul;
+    A* x;  // a copy, or null
+    Room(const RowCall<A>& call, bool masked, Carver& carver)
+        : bias(carver.take<A>(slots * call.H)),
+          zeros(carver.take<A>(call.H > call.R ? call.H : call.R)),
+          mask(drops(call.options) ? carver.take<A>(call.B * call.R) : nullptr),
+          scratch(carver.take<A>(call.B * (2 + slots) * call.H)),
+          lengths(call.lengths ? carver.take<int>(call.B) : nullptr),
+          matmul(carver.take<char>(matmul_workspace)),
+          x(masked || !row_stride(call) ? carver.take<A>(call.T * call.B * call.I)
+                                        : nullptr) {}
+  };
+  struct ForwardRoom : Room {
+    A *seen, *fresh, *operand, *records;
+    ForwardRoom(const RowCall<A>& call, Carver& carver)
+        : Room(call, false, carver),
+          seen(carver.take<A>(call.B * call.R)),
+          fresh(carver.take<A>(call.B * call.H)),
+          operand(carver.take<A>(call.B * call.H)),
+          records(call.saved ? call.saved
+                             : carver.take<A>(call.T * call.B * record(call.model))) {}
+  };
+  struct BackwardRoom : Room {
+    A *gradients, *seen, *from_product, *dh, *dc, *direct, *dm;
+    A *records, *operand, *fresh;
+    BackwardRoom(const RowBackCall<A>& call, Carver& carver)
+        : Room(call, call.lengths, carver),
+          gradients(carver.take<A>(call.T * call.B * row_of(call).values)),
+          seen(carver.take<A>(call.T * call.B * call.R)),
+          from_product(carver.take<A>(call.B * call.R)),
+          dh(carver.take<A>(call.B * call.H)),
+          dc(carver.take<A>(call.B * call.H)),
+          direct(carver.take<A>(call.B * call.R)),
+          dm(carver.take<A>(call.B * call.H)),
+          records(call.saved ? call.saved
+                             : carver.take<A>(call.T * call.B * record(call.model))),
+          operand(call.saved ? nullptr : carver.take<A>(call.T * call.B * call.H)),
+          fresh(call.saved ? nullptr : carver.take<A>(call.T * call.B * call.H)) {}
+  };
+
+ public:
+  static index record(const Model& m) {
+    return round_up(Record<Cell>{m.norm, m.H}.values(), 4);
+  }
+  static index saved_bytes(const Sizes& p, const Model& m) {
+    return p.T * p.B * record(m) * index{sizeof(A)};
+  }
+  static index forward_workspace(const RowCall<A>& call) {
+    Carver carver(nullptr);
+    ForwardRoom(call, carver);
+    return carver.used();
+  }
+  static index backward_workspace(const RowBackCall<A>& call) {
+    Carver carver(nullptr);
+    BackwardRoom(call, carver);
+    return carver.used();
+  }
+
+  static void forward(const RowCall<A>& call) {
+    if (call.B == 0) return;
+    const OnDevice current(call.device);
+    Carver carver(call.workspace);
+    const ForwardRoom room(call, carver);
+    start(call, room, call.h_n, Cell::has_c ? call.c_n : nullptr, room.seen);
+    multiply_inputs(call, room, gather_x(call, room), room.records);
+    const index B = call.B, H = call.H, R = call.R;
+    const bool twice = resets_before<Cell>(call.model);
+    RowForward<CellOf, A> kernel{};
+    fill(kernel, call, room);
+    kernel.records = room.records;
+    kernel.h = call.h_n;
+    kernel.c = call.c_n;
+    kernel.seen = room.seen;
+    kernel.fresh = room.fresh;
+    kernel.operand = room.operand;
+    kernel.y = call.y;
+    kernel.y_b = call.y_b;
+    kernel.cells = call.cells;
+    kernel.cells_t = call.cells_t;
+    kernel.cells_b = call.cells_b;
+    kernel.trace = call.trace;
+    for (index s = 0; s < call.T; ++s) {
+      A* const records = room.records + call.time(s) * B * record(call.model);
+      multiply_recurrent(call, room, room.seen, B, records);
+      kernel.step = s;
+      kernel.part = 0;
+      launch_rows(kernel, B, call);
+      if (!twice && !call.model.projects) continue;
+      if (twice) {
+        multiply_new(call, room, room.operand, H, B, records);
+      } else {
+        multiply(call, room, {room.operand, element, B, H, H, false},
+                 {call.weight_hr, element, R, H, H, true},
+                 {room.fresh, element, B, R, R, false});
+      }
+      kernel.part = 1;
+      launch_rows(kernel, B, call);
+    }
+  }
+
+  static void backward(const RowBackCall<A>& call) {
+    const OnDevice current(call.device);
+    const index T = call.T, B = call.B, I = call.I, H = call.H, R = call.R, all = T * B;
+    if (all == 0) {
+      clear(call.dweight_ih, gates * H * I, call);
+      clear(call.dweight_hh, gates * H * R, call);
+      clear(call.dbias_ih, gates * H, call);
+      clear(call.dbias_hh, gates * H, call);
+      clear(call.dweight_hr, R * H, call);
+      const auto& v = call.dvectors;
+      clear(v.weight_ch, peepholes * H, call);
+      clear(v.gamma_ih, gates * H, call);
+      clear(v.gamma_hh, gates * H, call);
+      clear(v.gamma_c, H, call);
+      clear(v.beta_c, H, call);
+    }
+    if (B == 0) return;
+    if (T == 0) {
+      give(call.dh_n, call.dh0, B * R, call);
+      if (Cell::has_c) give(call.dc_n, call.dc0, B * H, call);
+      return;
+    }
+    Carver carver(call.workspace);
+    const BackwardRoom room(call, carver);
+    start(call, room, nullptr, nullptr, nullptr);
+    A* const dc = Cell::has_c ? call.dc0 : room.dc;
+    give(call.dh_n, room.direct, B * R, call);
+    if (Cell::has_c) give(call.dc_n, dc, B * H, call);
+    const bool twice = resets_before<Cell>(call.model);
+    const index gradient = row_of(call).values;
+    const GradientRow<Cell> at = row_of(call);
+
+    RowSeen<CellOf, A> seen{};
+    fill(seen, call, room);
+    seen.y = call.y;
+    seen.y_b = call.y_b;
+    seen.to = room.seen;
+    launch_each(seen, all * R, call);
+    const Matrix x = gather_x(call, room);
+    if (!call.saved) compute_again(call, room, x);
+
+    RowBackward<CellOf, A> kernel{};
+    fill(kernel, call, room);
+    kernel.at = at;
+    kernel.records = room.records;
+    kernel.y = call.y;
+    kernel.y_b = call.y_b;
+    kernel.seen = room.seen;
+    kernel.gradients = room.gradients;
+    kernel.gradient = gradient;
+    kernel.from_product = room.from_product;
+    kernel.dh = room.dh;
+    kernel.dc = dc;
+    kernel.direct = room.direct;
+    kernel.dm = room.dm;
+    kernel.dy = call.dy;
+    kernel.dy_t = call.dy_t;
+    kernel.dy_b = call.dy_b;
+    kernel.dcells = call.dcells;
+    kernel.dcells_t = call.dcells_t;
+    kernel.dcells_b = call.dcells_b;
+    kernel.dh0 = call.dh0;
+    const auto of_time = [&](index t) { return room.gradients + t * B * gradient; };
+    for (index s = T - 1; s >= -1; --s) {
+      if (s + 1 < T) {
+        from_recurrent(call, room, of_time(call.time(s + 1)) + at.recurrent, gradient,
+                       room.from_product);
+      }
+      kernel.step = s;
+      kernel.part = 0;
+      launch_rows(kernel, B, call);
+      if (s < 0) break;
+      A* const now = of_time(call.time(s));
+      if (call.model.projects) {
+        multiply(call, room, {now + at.dh, element, B, R, gradient, false},
+                 {call.weight_hr, element, R, H, H, false},
+                 {room.dm, element, B, H, H, false});
+        kernel.part = 1;
+        launch_rows(kernel, B, call);
+      }
+      if (twice) {
+        multiply(call, room, {now + at.recurrent, element, B, H, gradient, false},
+                 {call.weight_hh + 2 * H * R, element, H, R, R, false},
+                 {room.dm, element, B, R, R, false});
+        kernel.part = 2;
+        launch_rows(kernel, B, call);
+      }
+    }
+    write_gradients(call, room, x, at, gradient);
+  }
+
+ private:
+  static constexpr int peepholes = [] {
+    if constexpr (Cell::has_c) return Cell::peepholes;
+    return 0;
+  }();
+
+  static GradientRow<Cell> row_of(const RowCall<A>& call) {
+    GradientRow<Cell> row(call.model, call.vectors.weight_ch != nullptr, call.H, call.R);
+    row.values = round_up(row.values, 4);
+    return row;
+  }
+  static void clear(A* to, index count, const RowCall<A>& call) {
+    if (to) cuda::clear(to, count * index{sizeof(A)}, call.stream);
+  }
+  static void give(const A* from, A* to, index count, const RowCall<A>& call) {
+    const index bytes = count * index{sizeof(A)};
+    if (from) {
+      copy(to, from, bytes, call.stream);
+    } else {
+      cuda::clear(to, bytes, call.stream);
+    }
+  }
+  static void fill(Kernel& kernel, const RowCall<A>& call, const Room& room) {
+    static_cast<Sizes&>(kernel) = call;
+    kernel.model = call.model;
+    kernel.options = call.options;
+    kernel.vectors = call.vectors;
+    kernel.masks = {room.lengths, call.resets, call.resets_t, call.resets_b};
+    kernel.record_values = record(call.model);
+    kernel.h0 = call.h0;
+    kernel.c0 = call.c0;
+    kernel.bias = room.bias;
+    kernel.zeros = room.zeros;
+    kernel.mask = room.mask;
+    kernel.scratch = room.scratch;
+  }
+  static void start(const RowCall<A>& call, const Room& room, A* h, A* c, A* seen) {
+    if (call.lengths) {
+      const ReadLengths read{call.lengths, call.wide_lengths, room.lengths, call.T,
+                             call.B};
+      cuda::launch_each(read, call.B, call.device, call.stream);
+    }
+    RowStart<CellOf, A> kernel{};
+    fill(kernel, call, room);
+    kernel.bias_ih = call.bias_ih;
+    kernel.bias_hh = call.bias_hh;
+    kernel.bias_to = room.bias;
+    kernel.zeros_to = room.zeros;
+    kernel.mask_to = room.mask;
+    kernel.h = h;
+    kernel.c = c;
+    kernel.seen = seen;
+    launch_each(kernel, call.B * (call.H > call.R ? call.H : call.R), call);
+  }
+
+  template <class K>
+  static void launch_rows(const K& kernel, index rows, const RowCall<A>& call) {
+    constexpr index most = 1 << 16;
+    const index units = call.H > call.R ? call.H : call.R;
+    const int wanted = static_cast<int>(round_up(units < 32 ? 32 : units, 32));
+    const int threads = wanted < row_threads ? wanted : row_threads;
+    launch(kernel,
+           {static_cast<int>(rows < most ? rows : most), 1, threads,
+            threads * index{sizeof(A)}, false, false},
+           call.stream);
+  }
+  template <class K>
+  static void launch_each(const K& kernel, index count, const RowCall<A>& call) {
+    const index most = index{device(call.device).multiprocessors} * 8;
+    const index blocks = ceil_div(count, most_threads);
+    launch(kernel,
+           {static_cast<int>(blocks < 1      ? 1
+                             : blocks < most ? blocks
+                                             : most),
+            1, most_threads, 0, false, false},
+           call.stream);
+  }
+
+  static void multiply(const RowCall<A>& call, const Room& room, const Matrix& left,
+                       const Matrix& right, const Matrix& to, bool adds = false) {
+    matmul(left, right, to, adds, call.tf32, room.matmul, call.stream);
+  }
+  static Matrix blocks_of(const A* weight, int first, int count, index H, index K,
+                          bool transposed) {
+    return {weight + first * H * K, element, count * H, K, K, transposed};
+  }
+  // f(first slot, first block, how many) for slots whose blocks of weight_hh follow one
+  // another, but for those of a second product.
+  template <class F>
+  static void each_recurrent(const RowCall<A>& call, const F& f) {
+    for (int k = resets_before<Cell>(call.model); k < gates;) {
+      int end = k + 1;
+      while (end < gates &&
+             Cell::recurrent_gate[end] == Cell::recurrent_gate[end - 1] + 1) {
+        ++end;
+      }
+      f(k, Cell::recurrent_gate[k], end - k);
+      k = end;
+    }
+  }
+
+  // x as a matrix of rows by time and then by batch.
+  static Matrix gather_x(const RowCall<A>& call, const Room& room) {
+    const index rows = call.T * call.B;
+    if (!room.x) return {call.x, element, rows, call.I, row_stride(call), false};
+    const Masks masks{room.lengths, call.resets, call.resets_t, call.resets_b};
+    const GatherRows<Exact<A>> gather{call.x, call.x_t, call.x_b, room.x,
+                                      call.T, call.B,   call.I,   masks};
+    cuda::launch_each(gather, rows * call.I, call.device, call.stream);
+    return {room.x, element, rows, call.I, call.I, false};
+  }
+  // W x of all times.
+  static void multiply_inputs(const RowCall<A>& call, const Room& room, const Matrix& x,
+                              A* records) {
+    const index stride = record(call.model);
+    const Record<Cell> at{call.model.norm, call.H};
+    multiply(call, room, x, blocks_of(call.weight_ih, 0, gates, call.H, call.I, true),
+             {records + at.input(first_input), element, x.rows, gates * call.H, stride,
+              false});
+  }
+  // R h' of some rows, added to what is there of W x where that is one sum.
+  static void multiply_recurrent(const RowCall<A>& call, const Room& room, const A* seen,
+                                 index rows, A* records) {
+    const Record<Cell> at{call.model.norm, call.H};
+    each_recurrent(call, [&](int slot, int block, int count) {
+      multiply(call, room, {seen, element, rows, call.R, call.R, false},
+               blocks_of(call.weight_hh, block, count, call.H, call.R, true),
+               {records + at.recurrent(slot), element, rows, count * call.H,
+                record(call.model), false},
+               !call.model.norm && slot >= first_input);
+    });
+  }
+  // R_n (r h') to the first slot.
+  static void multiply_new(const RowCall<A>& call, const Room& room, const A* operand,
+                           index stride, index rows, A* records) {
+    const Record<Cell> at{call.model.norm, call.H};
+    multiply(
+        call, room, {operand, element, rows, call.H, stride, false},
+        blocks_of(call.weight_hh, 2, 1, call.H, call.R, true),
+        {records + at.recurrent(0), element, rows, call.H, record(call.model), false});
+  }
+  // Rᵀ da of one step.
+  static void from_recurrent(const RowCall<A>& call, const Room& room, const A* da,
+                             index gradient, A* to) {
+    bool adds = false;
+    each_recurrent(call, [&](int slot, int block, int count) {
+      multiply(call, room,
+               {da + slot * call.H, element, call.B, count * call.H, gradient, false},
+               blocks_of(call.weight_hh, block, count, call.H, call.R, false),
+               {to, element, call.B, call.R, call.R, false}, adds);
+      adds = true;
+    });
+  }
+
+  static void compute_again(const RowBackCall<A>& call, const BackwardRoom& room,
+                            const Matrix& x) {
+    const index all = call.T * call.B;
+    multiply_inputs(call, room, x, room.records);
+    multiply_recurrent(call, room, room.seen, all, room.records);
+    RowAgain<CellOf, A> kernel{};
+    fill(kernel, call, room);
+    kernel.records = room.records;
+    kernel.y = call.y;
+    kernel.y_b = call.y_b;
+    kernel.seen = room.seen;
+    kernel.cells = call.cells;
+    kernel.cells_t = call.cells_t;
+    kernel.cells_b = call.cells_b;
+    kernel.operand = room.operand;
+    kernel.fresh = room.fresh;
+    launch_rows(kernel, all, call);
+    if (!resets_before<Cell>(call.model)) return;
+    multiply_new(call, room, room.operand, call.H, all, room.records);
+    kernel.part = 1;
+    launch_rows(kernel, all, call);
+  }
+
+  static void write_gradients(const RowBackCall<A>& call, const BackwardRoom& room,
+                              const Matrix& x, const GradientRow<Cell>& at,
+                              index gradient) {
+    const index stride = record(call.model);
+    const index T = call.T, B = call.B, I = call.I, H = call.H, R = call.R, all = T * B;
+    const auto of = [&](index from, index columns, bool transposed) {
+      return Matrix{room.gradients + from, element, all, columns, gradient, transposed};
+    };
+    multiply(call, room, of(at.input, gates * H, false),
+             blocks_of(call.weight_ih, 0, gates, H, I, false),
+             {call.dx, element, all, I, call.dx_b, false}, call.adds_dx);
+    multiply(call, room, of(at.input, gates * H, true), x,
+             {call.dweight_ih, element, gates * H, I, I, false});
+    each_recurrent(call, [&](int slot, int block, int count) {
+      multiply(call, room, of(at.recurrent + slot * H, count * H, true),
+               {room.seen, element, all, R, R, false},
+               {call.dweight_hh + block * H * R, element, count * H, R, R, false});
+    });
+    if (resets_before<Cell>(call.model)) {
+      multiply(call, room, of(at.recurrent, H, true), of(at.reset, H, false),
+               {call.dweight_hh + 2 * H * R, element, H, R, R, false});
+    }
+    if (call.model.projects) {
+      multiply(call, room, of(at.dh, R, true), of(at.m, H, false),
+               {call.dweight_hr, element, R, H, H, false});
+    }
+    RowSums<A> sums{};
+    sums.rows = all;
+    sums.H = H;
+    const auto add = [&](A* to, int block, index a, const A* b = nullptr,
+                         index b_row = 0) {
+      if (!to) return;
+      sums.jobs[sums.count++] = {room.gradients + a, b, gradient, b_row, to + block * H};
+    };
+    constexpr SlotBlocks<Cell> blocks{};
+    const Record<Cell> in{call.model.norm, H};
+    const auto& v = call.dvectors;
+    for (int k = 0; k < slots; ++k) {
+      const int input = blocks.input[k], recurrent = blocks.recurrent[k];
+      if (input >= 0) {
+        add(call.dbias_ih, input, k * H);
+        add(v.gamma_ih, input, k * H, room.records + in.input(k), stride);
+      }
+      if (recurrent >= 0) {
+        add(call.dbias_hh, recurrent, k * H);
+        add(v.gamma_hh, recurrent, k * H, room.records + in.recurrent(k), stride);
+      }
+    }
+    if constexpr (Cell::has_c) {
+      for (int k = 0; k < peepholes; ++k) {
+        const index sees = k + 1 < peepholes ? at.c_prev : at.c;
+        add(v.weight_ch, k, Cell::sees[k] * H, room.gradients + sees, gradient);
+      }
+      add(v.gamma_c, 0, at.seen_c, room.gradients + at.normal_c, gradient);
+      add(v.beta_c, 0, at.seen_c);
+    }
+    launch(sums,
+           {static_cast<int>(ceil_div(H, 32)), sums.count, row_threads,
+            row_threads * index{sizeof(A)}, false, false},
+           call.stream);
+  }
+};
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,143 @@
+"""Which way a layer's call takes through the kernels, why, and what it costs at least."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import checks, cuda, floor
+from .kernel import FEW_ROWS, HOST
+from .options import Request
+
+if TYPE_CHECKING:
+    from .layers import _Layer
+
+
+class Explanation(dict[str, Any]):
+    """What `explain` tells, by name; as text if printed."""
+
+    def __str__(self) -> str:
+        lines = [f"{self['layer']}: T = {self['T']}, B = {self['B']}, {self['mode']}"]
+        lines += [
+            f"  {name}: {self[name]}" for name in ("device", "isa", "way") if name in self
+        ]
+        lines += [f"    because {reason}" for reason in self["why"]]
+        for name, plan in self["plans"].items():
+            lines.append(f"  {name}: " + ", ".join(f"{k} {v}" for k, v in plan.items()))
+        lines.append(
+            f"  {self['flops'] / 1e6:.3g} MFLOP, weights {self['weight_bytes'] / 1e3:.0f} kB, "
+            f"x and y {self['io_bytes'] / 1e3:.0f} kB, saved {self['saved_bytes'] / 1e3:.0f} kB"
+        )
+        if "floor" in self:
+            lines.append(
+                f"  at least {self['floor'] * 1e6:.3g} µs by this machine's arithmetic"
+            )
+        return "\n".join(lines)
+
+
+def _why(layer: _Layer[Any], request: Request) -> list[str]:
+    """Name what the plain kernels do not do for a call."""
+    o, defaults = request.options, Request().options
+    asked = [n for n in ("clip", "cell_clip") if getattr(o, n) != getattr(defaults, n)]
+    asked += ["zoneout"] * any(o.zoneout)
+    asked += ["recurrent_dropout"] * (o.training and o.recurrent_dropout > 0)
+    asked += [n for n in ("return_cells", "trace", "recompute") if getattr(request, n)]
+    asked += [n for n in ("peephole", "layer_norm") if getattr(layer, n)]
+    asked += ["proj_size"] * (layer.proj_size > 0)
+    asked += ["reset_after=False"] * layer._cell.resets_before
+    asked += ["coupled_gates"] * (layer._cell.is_coupled and layer.device == "cpu")
+    return asked
+
+
+def explain(
+    layer: _Layer[Any], T: int, B: int, request: Request, training: bool
+) -> Explanation:
+    """Explain a call; see `_Layer.explain`."""
+    T, B = checks.positive("T", T), checks.positive("B", B)
+    H, R, G = layer.hidden_size, layer._width, len(layer._cell.gates)
+    on_cpu = layer.device == "cpu"
+    item = {"float64": 8, "bfloat16": 2, "float16": 2}.get(str(layer.dtype), 4)
+    asked = _why(layer, request)
+    why = [f"the plain kernels do not know {', '.join(asked)}"] if asked else []
+    told = Explanation(
+        layer=repr(layer),
+        T=T,
+        B=B,
+        mode="forward and backward" if training else "inference",
+        device=layer.device,
+        way="row by row after each product" if asked else "fused product and cell",
+        why=why or ["nothing is asked for that the plain kernels do not do"],
+        plans={},
+        flops=0,
+        weight_bytes=sum(item * p.shape[0] * _columns(p) for p in layer._parameters.values()),
+        io_bytes=0,
+        saved_bytes=0,
+    )
+    if on_cpu:
+        told |= {"isa": layer._pack_once(HOST, "l0").isa, "floor": 0.0}
+    for l, _, suffix in layer._directions():
+        I = layer.input_size if l == 0 else R * (1 + layer.bidirectional)
+        second = H * (H if layer._cell.resets_before else R if layer.proj_size else 0)
+        recurrent = G * H * R - (H * H if layer._cell.resets_before else 0) + second
+        told["flops"] += 2 * B * T * (G * H * I + recurrent) * (3 if training else 1)
+        told["io_bytes"] += item * B * T * (I + R) * (2 if training else 1)
+        told["plans"][suffix] = plan = (
+            _on_cpu(layer, suffix, T, B, request, bool(asked), told)
+            if on_cpu
+            else _on_gpu(layer, T, B, I, training, bool(asked))
+        )
+        saved = plan.pop("saved values", 0) if on_cpu else 0
+        if training and not request.recompute:
+            told["saved_bytes"] += item * B * T * saved
+        elif training and "c" in layer._cell.states:
+            told["saved_bytes"] += item * B * T * H
+        if on_cpu:
+            told["floor"] += floor.seconds(
+                (T, B, I, H), G, training, plan["threads"], str(layer.dtype) == "float32"
+            )
+    return told
+
+
+def _columns(parameter: Any) -> int:
+    return int(parameter.shape[1]) if len(parameter.shape) == 2 else 1
+
+
+def _on_cpu(
+    layer: _Layer[Any],
+    suffix: str,
+    T: int,
+    B: int,
+    request: Request,
+    row_wise: bool,
+    told: Explanation,
+) -> dict[str, Any]:
+    weights = layer._pack_once(HOST, suffix)
+    plan = weights.plan(T, B, row_wise)
+    rows, units = plan["tile"]
+    owns = "rows of the batch" if plan["by_rows"] else "hidden units"
+    threads = plan["threads"]
+    stretch = "within the step" if plan["fused"] else f"of {plan['stretch']} steps at once"
+    packing = "each call, R being drawn anew" if request.drops_weights else "kept by the layer"
+    return {
+        "threads": threads,
+        "tile": f"{rows} rows × {units} units",
+        "W x": stretch,
+        "each thread owns": owns if threads > 1 else "all",
+        "packing": f"{packing}, {plan['packed_bytes'] / 1e3:.0f} kB"
+        + (", not for backward" if T * B <= FEW_ROWS and not row_wise else ""),
+        "scratch": f"{plan['workspace_bytes'] / 1e3:.0f} kB",
+        "saved values": plan["saved"],
+    }
+
+
+def _on_gpu(
+    layer: _Layer[Any], T: int, B: int, I: int, training: bool, row_wise: bool
+) -> dict[str, Any]:
+    if row_wise:
+        return {"a step": "its products by cuBLASLt, between them a block to a row"}
+    number = int(layer.device.partition(":")[2])
+    sizes = (T, B, I, layer.hidden_size, str(layer.dtype), layer.precision)
+    told = cuda.explain(layer._cell.name, *sizes, device=number)
+    if training:
+        backward = cuda.explain(layer._cell.name, *sizes, backward=True, device=number)
+        told |= {f"backward {k}": v for k, v in backward.items()}
+    return told
