@@ -29,6 +29,7 @@ import numpy as np
 from cases import CELLS, SHAPES, seconds_of
 
 import fusedrnn as fr
+from fusedrnn.kernel import _PLAIN, HOST
 
 Rows = Iterator[tuple[Any, ...]]
 
@@ -314,11 +315,11 @@ def overhead() -> Rows:
             h, c = state if cell == "LSTM" else (state, None)
             y, h_n = np.empty_like(x), np.empty((1, H), np.float32)
             c_n, c0 = (h_n.copy(), c[0]) if c is not None else (None, None)
-            weights = layer._forward_weights("l0")
+            weights = layer._pack_once(HOST, "l0")
             calls = {
                 "call": lambda layer=layer, x=x, state=state: layer(x, state),
-                "kernel": lambda w=weights, x=x, h0=h[0], c0=c0, y=y, h_n=h_n, c_n=c_n: (
-                    w.forward(x, h0, c0, False, y, h_n, c_n, None)
+                "kernel": lambda w=weights, a=(x, h[0], c0), b=(y, h_n, c_n): w.forward(
+                    _PLAIN, *a, None, None, False, *b, None, None, None
                 ),
             }
             call, kernel = (best(lambda f=f: [f() for _ in range(100)]) for f in calls.values())

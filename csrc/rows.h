@@ -126,6 +126,7 @@ class RowWise {
   static constexpr int end_x = split ? slots - 1 : slots, begin_h = split ? 1 : 0;
 
  public:
+  using Walked = E;
   const Options options;
   const Model model;
   const Vectors<const S> vectors;

@@ -16,11 +16,11 @@ FUSEDRNN_DEVICE double dropout_factor(std::uint64_t seed, std::uint32_t draw,
                                       std::uint32_t where, double p, index i, index j,
                                       index n) {
   constexpr index block = Generator::block;
-  std::uint32_t words[4][1];
+  std::uint32_t words[4];
   Generator(seed, draw, where)
       .words(static_cast<std::uint32_t>(n / (4 * block) * block + n % block),
              static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(j), words);
-  return words[n / block % 4][0] < Generator::threshold(p) ? 0 : 1 / (1 - p);
+  return words[n / block % 4] < Generator::threshold(p) ? 0 : 1 / (1 - p);
 }
 
 // Queues a kernel of so many independent elements.

@@ -29,11 +29,12 @@ using device::RowWise;
 using device::SlotBlocks;
 
 // The threads of a block along a row.
-template <class A>
+template <class A, bool has_c>
 struct BlockWalk {
   using S = A;
   using V = device::Vec<A>;
   static constexpr bool bias_is_in = false;
+  static constexpr int words = has_c ? 2 : 4;  // of a counter for h
 
   const Options* options;
   index time, b;
@@ -61,7 +62,7 @@ struct BlockWalk {
   FUSEDRNN_DEVICE static V upto(const A* p, index u, index) { return {p[u]}; }
   FUSEDRNN_DEVICE static void put(V x, A* p, index u, index) { p[u] = x.value; }
   FUSEDRNN_DEVICE V keep_h(index u) const { return keep(u, 0, options->zoneout_h); }
-  FUSEDRNN_DEVICE V keep_c(index u) const { return keep(u, 2, options->zoneout_c); }
+  FUSEDRNN_DEVICE V keep_c(index u) const { return keep(u, words, options->zoneout_c); }
   FUSEDRNN_DEVICE static float root(float x) { return root_of(x); }
   FUSEDRNN_DEVICE static double root(double x) { return root_of(x); }
 
@@ -85,11 +86,11 @@ struct BlockWalk {
     const Generator generator(options->seed, static_cast<std::uint32_t>(Draw::zoneout),
                               options->where);
     constexpr index block = Generator::block;
-    std::uint32_t words[4][1];
-    generator.words(static_cast<std::uint32_t>(u / (2 * block) * block + u % block),
+    std::uint32_t drawn[4];
+    generator.words(static_cast<std::uint32_t>(u / (words * block) * block + u % block),
                     static_cast<std::uint32_t>(time), static_cast<std::uint32_t>(b),
-                    words);
-    const std::uint32_t word = words[u / block % 2 + first_word][0];
+                    drawn);
+    const std::uint32_t word = drawn[u / block % words + first_word];
     return {static_cast<A>(word < Generator::threshold(p) ? 1 : 0)};
   }
 };
@@ -97,9 +98,9 @@ struct BlockWalk {
 // What the kernels of a layer know, by value.
 template <template <class> class CellOf, class A>
 struct RowKernel : Sizes {
-  using Walk = BlockWalk<A>;
   using V = device::Vec<A>;
   using Cell = CellOf<V>;
+  using Walk = BlockWalk<A, Cell::has_c>;
   using Rows = RowWise<Cell, Walk>;
   static constexpr int gates = Cell::gates, slots = Cell::slots;
 
@@ -199,6 +200,7 @@ struct RowForward : RowKernel<CellOf, A> {
   using Base::B, Base::H, Base::R, Base::T, Base::mask, Base::masks, Base::model;
   using Base::gates, Base::slots;
   using typename Base::Cell;
+  using typename Base::Walk;
   index step;
   int part;
   A *records, *h, *c, *seen, *fresh, *operand;
@@ -239,19 +241,19 @@ struct RowForward : RowKernel<CellOf, A> {
         }
         if (is_last_part) {
           rows.after(fresh + b * R, row.h_prev, nullptr, nullptr, R);
-          BlockWalk<A>::each(R, [&](index u) {
+          Walk::each(R, [&](index u) {
             h[b * R + u] = fresh[b * R + u];
             y[(t * B + b) * y_b + u] = fresh[b * R + u];
           });
           if constexpr (Cell::has_c) {
-            BlockWalk<A>::each(H, [&](index u) { c[b * H + u] = row.c[u]; });
+            Walk::each(H, [&](index u) { c[b * H + u] = row.c[u]; });
           }
         }
       } else if (part == 0) {
-        BlockWalk<A>::each(R, [&](index u) { y[(t * B + b) * y_b + u] = 0; });
+        Walk::each(R, [&](index u) { y[(t * B + b) * y_b + u] = 0; });
         this->clear_record(records + (t * B + b) * this->record_values);
-        BlockWalk<A>::each(H, [&](index u) { operand[b * H + u] = 0; });
-        BlockWalk<A>::each(H, [&](index u) {
+        Walk::each(H, [&](index u) { operand[b * H + u] = 0; });
+        Walk::each(H, [&](index u) {
           if (cells) cells[t * cells_t + b * cells_b + u] = 0;
           for (int k = 0; k < gates && trace; ++k) {
             trace[((t * B + b) * gates + k) * H + u] = 0;
@@ -260,7 +262,7 @@ struct RowForward : RowKernel<CellOf, A> {
       }
       if (!is_last_part || step + 1 == T) return;
       const bool resets_next = masks.is_reset(this->time(step + 1), b);
-      BlockWalk<A>::each(R, [&](index u) {
+      Walk::each(R, [&](index u) {
         const A factor = mask ? mask[b * R + u] : A{1};
         seen[b * R + u] = resets_next ? A{0} : h[b * R + u] * factor;
       });
@@ -274,6 +276,7 @@ struct RowAgain : RowKernel<CellOf, A> {
   using Base = RowKernel<CellOf, A>;
   using Base::B, Base::H, Base::R, Base::T, Base::mask, Base::masks, Base::model;
   using typename Base::Cell;
+  using typename Base::Walk;
   int part;
   A* records;
   const A *y, *seen, *cells;  // seen (T, B, R)
@@ -285,7 +288,7 @@ struct RowAgain : RowKernel<CellOf, A> {
       const index t = i / B, b = i % B;
       if (!this->is_active(t, b)) {
         this->clear_record(records + i * this->record_values);
-        BlockWalk<A>::each(H, [&](index u) { operand[i * H + u] = 0; });
+        Walk::each(H, [&](index u) { operand[i * H + u] = 0; });
         return;
       }
       const auto rows = this->rows(t, b);
@@ -310,8 +313,8 @@ struct RowAgain : RowKernel<CellOf, A> {
           rows.forward(row, H);
         }
         if constexpr (Cell::has_c) {
-          BlockWalk<A>::each(
-              H, [&](index u) { record[rows.record.cell() + u] = cells[i * H + u]; });
+          Walk::each(H,
+                     [&](index u) { record[rows.record.cell() + u] = cells[i * H + u]; });
         }
       } else if (norm) {
         rows.normalise_first(record);
@@ -353,6 +356,7 @@ struct RowBackward : RowKernel<CellOf, A> {
   using Base::B, Base::H, Base::R, Base::T, Base::mask, Base::masks, Base::model;
   using Base::slots;
   using typename Base::Cell;
+  using typename Base::Walk;
   index step;
   int part;
   GradientRow<Cell> at;
@@ -375,7 +379,7 @@ struct RowBackward : RowKernel<CellOf, A> {
       const index t = this->time(step), row_at = t * B + b;
       A* const da = gradients + row_at * gradient;
       if (!this->is_active(t, b)) {
-        if (part == 0) BlockWalk<A>::each(gradient, [&](index u) { da[u] = 0; });
+        if (part == 0) Walk::each(gradient, [&](index u) { da[u] = 0; });
         return;
       }
       const auto rows = this->rows(t, b);
@@ -397,7 +401,7 @@ struct RowBackward : RowKernel<CellOf, A> {
       if (part == 0) {
         rows.before(row, R);
         if (model.projects) {
-          BlockWalk<A>::each(R, [&](index u) { da[at.dh + u] = row.dh[u]; });
+          Walk::each(R, [&](index u) { da[at.dh + u] = row.dh[u]; });
           return;
         }
       }
@@ -422,7 +426,7 @@ struct RowBackward : RowKernel<CellOf, A> {
     const bool is_active = step >= 0 && this->is_active(this->time(step), b);
     const A* const given =
         dy && is_active ? dy + this->time(step) * dy_t + b * dy_b : nullptr;
-    BlockWalk<A>::each(R, [&](index u) {
+    Walk::each(R, [&](index u) {
       const index i = b * R + u;
       A owed = direct[i];
       if (came) owed += from_product[i] * (mask ? mask[i] : A{1});

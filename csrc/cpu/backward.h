@@ -28,7 +28,7 @@ class BackwardPass {
   static constexpr index grad_depth = 256;
   static constexpr int few_rows = 4;
 
-  using Rows = RowWise<Cell, Walk<S>>;
+  using Rows = RowWise<Cell, Walk<S, Cell::has_c>>;
   using Again = ForwardPass<CellOf, S>;
 
   // Scratch memory, of a thread and of all.
@@ -59,7 +59,7 @@ class BackwardPass {
       own_schedule =
           reinterpret_cast<index*>(this->of_thread(of_schedule, rank, threads));
       schedule = reinterpret_cast<index*>(this->of_thread(of_schedule, rank, threads));
-      rows = this->of_thread(p.row_wise ? Walk<S>::memory(layout.P, slots) : 0, rank,
+      rows = this->of_thread(p.row_wise ? Rows::Walked::memory(layout.P, slots) : 0, rank,
                              threads);
       zeros = this->of_thread(layout.P, rank, threads);
       left = this->of_thread(left_size, rank, threads);
@@ -120,7 +120,7 @@ class BackwardPass {
         record_(record_stride<L>(p.model)),
         da_stride_(row_stride<S>(row_.values)),
         room_(p, workspace, team.rank, team.count),
-        rows_(p, layout_.P, p.forward_weights, Walk<S>(room_.rows, layout_.P)) {}
+        rows_(p, layout_.P, p.forward_weights, {room_.rows, layout_.P}) {}
 
   void run(const Team& team) const {
     const index panels = layout_.back_panels(p_.R);

@@ -117,7 +117,7 @@ class ForwardPass {
   static constexpr int lanes = V::lanes;
   static constexpr int gates = L::gates, slots = L::slots;
 
-  using Rows = RowWise<Cell, Walk<S>>;
+  using Rows = RowWise<Cell, Walk<S, Cell::has_c>>;
 
   // Scratch memory, of a thread and of all.
   struct Room : Carver<S> {
@@ -135,7 +135,7 @@ class ForwardPass {
       const index rows_of_P = p.B * layout.P;
       schedule = reinterpret_cast<index*>(
           this->of_thread(Schedule::elements<S>(p, 1), rank, threads));
-      rows = this->of_thread(p.row_wise ? Walk<S>::memory(layout.P, slots) : 0, rank,
+      rows = this->of_thread(p.row_wise ? Rows::Walked::memory(layout.P, slots) : 0, rank,
                              threads);
       zeros = this->of_thread((p.row_wise ? slots : 1) * layout.P, rank, threads);
       c0 = this->take(rows_of_P);
@@ -204,7 +204,7 @@ class ForwardPass {
         ring_(save_ ? p.T : stretch_),
         room_(p, workspace, team.rank, team.count),
         records_(save_ ? p.saved : room_.records),
-        rows_(p, layout_.P, p.weights, Walk<S>(room_.rows, layout_.P)) {}
+        rows_(p, layout_.P, p.weights, {room_.rows, layout_.P}) {}
 
   void run(const Team& team) const {
     const Blocks<L> own(layout_, p_, layout_.panels(), team, room_.schedule);

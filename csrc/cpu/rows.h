@@ -7,21 +7,48 @@
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// f(element, 0 where it is dropped, else 1 / (1 - p)) for the n elements of row (i, j).
-template <class F>
+// The words of a block of counters from `first` on, element by element.
+struct BlockOfWords {
+  static constexpr int block = Generator::block;
+  std::uint64_t word[4][block];
+
+  BlockOfWords(const Generator& generator, index first, index i, index j) {
+    static constexpr std::uint64_t counting[block] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                      8, 9, 10, 11, 12, 13, 14, 15};
+    const Words start = Words::broadcast(static_cast<std::uint32_t>(first));
+    for (int n = 0; n < block; n += Words::lanes) {
+      Words w[4];
+      w[0] = start + Words::load(counting + n);
+      generator.run(w, static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(j));
+      for (int k = 0; k < 4; ++k) w[k].store(word[k] + n);
+    }
+  }
+  // to[e] = yes where element e is drawn, else no: without a branch, which nobody
+  // foresees.
+  template <class S>
+  void choose(int k, std::uint32_t threshold, S yes, S no, S* to) const {
+    std::int32_t drawn[block];
+    for (int e = 0; e < block; ++e) {
+      drawn[e] = static_cast<std::uint32_t>(word[k][e]) < threshold;
+    }
+    for (int e = 0; e < block; ++e) to[e] = no + static_cast<S>(drawn[e]) * (yes - no);
+  }
+};
+
+// 0 for the elements of row (i, j) that are dropped, else 1 / (1 - p), a block at a time:
+// f(first element, factors, how many).
+template <class S, class F>
 void draw_dropout(const Generator& generator, double p, index i, index j, index n,
                   const F& f) {
   constexpr index block = Generator::block;
   const std::uint32_t threshold = Generator::threshold(p);
   for (index first = 0; first < n; first += 4 * block) {
-    std::uint32_t words[4][block];
-    generator.words(static_cast<std::uint32_t>(first / 4), static_cast<std::uint32_t>(i),
-                    static_cast<std::uint32_t>(j), words);
-    for (int w = 0; w < 4; ++w) {
-      for (index e = 0; e < block; ++e) {
-        const index at = first + w * block + e;
-        if (at < n) f(at, words[w][e] < threshold ? 0 : 1 / (1 - p));
-      }
+    const BlockOfWords words(generator, first / 4, i, j);
+    for (int k = 0; k < 4 && first + k * block < n; ++k) {
+      const index at = first + k * block, left = n - at;
+      S factors[block];
+      words.choose(k, threshold, S{0}, static_cast<S>(1 / (1 - p)), factors);
+      f(at, factors, left < block ? left : block);
     }
   }
 }
@@ -35,9 +62,11 @@ void drop_out(const Dropout<S>& d, const Team& team) {
     const index i = row / d.B, j = row % d.B;
     const S* const from = d.from + i * d.from_t + j * d.from_b;
     S* const to = d.to + i * d.to_t + j * d.to_b;
-    draw_dropout(generator, d.p, i, j, d.N, [&](index at, double factor) {
-      to[at] = from[at] * static_cast<S>(factor);
-    });
+    draw_dropout<S>(generator, d.p, i, j, d.N,
+                    [&](index at, const S* factors, index count) {
+                      for (index e = 0; e < count; ++e)
+                        to[at + e] = from[at + e] * factors[e];
+                    });
   }
 }
 
@@ -50,17 +79,18 @@ index record_stride(const Model& m) {
 
 // One thread in vectors. `memory` of it holds how much of h and c zoneout keeps of the
 // row at hand, and scratch.
-template <class S_>
+template <class S_, bool has_c>
 struct Walk {
   using S = S_;
   using V = Vec<S>;
   static constexpr int lanes = V::lanes, block = Generator::block;
   static constexpr bool bias_is_in = true;
+  static constexpr int words = has_c ? 2 : 4;  // of a counter for h
 
   S *keeps_h, *keeps_c, *scratch;
 
   // Of a row of h or c, in whole blocks of random numbers.
-  static index width(index P) { return round_up(P, 2 * block); }
+  static index width(index P) { return round_up(P, words * block); }
   static index memory(index P, int slots) { return 2 * width(P) + (2 + slots) * P; }
   Walk(S* from, index P)
       : keeps_h(from), keeps_c(from + width(P)), scratch(from + 2 * width(P)) {}
@@ -100,10 +130,9 @@ struct Walk {
 
   // What is expected stands in both for good; what is drawn is drawn for each row.
   void start(const Options& o, index P) const {
-    if (o.training) return;
     for (index j = 0; j < width(P); ++j) {
-      keeps_h[j] = static_cast<S>(o.zoneout_h);
-      keeps_c[j] = static_cast<S>(o.zoneout_c);
+      keeps_h[j] = o.training ? 0 : static_cast<S>(o.zoneout_h);
+      keeps_c[j] = o.training ? 0 : static_cast<S>(o.zoneout_c);
     }
   }
   // 1 for the units of row b that keep their h and c at a time, else 0.
@@ -112,16 +141,15 @@ struct Walk {
     const Generator generator(o.seed, static_cast<std::uint32_t>(Draw::zoneout), o.where);
     const std::uint32_t h = Generator::threshold(o.zoneout_h);
     const std::uint32_t c = Generator::threshold(o.zoneout_c);
-    const index last = (units.end + 2 * block - 1) / (2 * block);
-    for (index j = units.begin / (2 * block); j < last; ++j) {
-      std::uint32_t words[4][block];
-      generator.words(static_cast<std::uint32_t>(j * block),
-                      static_cast<std::uint32_t>(time), static_cast<std::uint32_t>(b),
-                      words);
-      for (int half = 0; half < 2; ++half) {
-        const index at = (2 * j + half) * block;
-        for (index e = 0; e < block; ++e) keeps_h[at + e] = words[half][e] < h;
-        for (index e = 0; e < block; ++e) keeps_c[at + e] = words[2 + half][e] < c;
+    const index last = (units.end + words * block - 1) / (words * block);
+    for (index j = units.begin / (words * block); j < last; ++j) {
+      const BlockOfWords drawn(generator, j * block, time, b);
+      for (int k = 0; k < words; ++k) {
+        const index at = (words * j + k) * block;
+        drawn.choose(k, h, S{1}, S{0}, keeps_h + at);
+        if (has_c && o.zoneout_c > 0) {
+          drawn.choose(words + k, c, S{1}, S{0}, keeps_c + at);
+        }
       }
     }
   }
@@ -132,8 +160,10 @@ template <class S>
 void draw_seen(const Options& options, index b, index R, S* to) {
   const Generator generator(options.seed, static_cast<std::uint32_t>(Draw::recurrent),
                             options.where);
-  draw_dropout(generator, options.recurrent_dropout, 0, b, R,
-               [&](index at, double factor) { to[at] = static_cast<S>(factor); });
+  draw_dropout<S>(generator, options.recurrent_dropout, 0, b, R,
+                  [&](index at, const S* factors, index count) {
+                    for (index e = 0; e < count; ++e) to[at + e] = factors[e];
+                  });
 }
 
 }  // namespace fusedrnn::FUSEDRNN_ARCH

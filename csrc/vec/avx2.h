@@ -105,4 +105,24 @@ struct Vec<double> {
   friend Vec odd_blocks(Vec a, Vec b) { return {_mm256_permute2f128_pd(a.v, b.v, 0x31)}; }
 };
 
+struct Words {
+  static constexpr int lanes = 4;
+
+  __m256i v;
+
+  static Words load(const std::uint64_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+  }
+  static Words broadcast(std::uint32_t x) {
+    return {_mm256_set1_epi64x(static_cast<long long>(x))};
+  }
+  void store(std::uint64_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+  }
+  friend Words operator+(Words a, Words b) { return {_mm256_add_epi64(a.v, b.v)}; }
+  friend Words operator^(Words a, Words b) { return {_mm256_xor_si256(a.v, b.v)}; }
+  friend Words times(Words a, Words b) { return {_mm256_mul_epu32(a.v, b.v)}; }
+  friend Words high(Words a) { return {_mm256_srli_epi64(a.v, 32)}; }
+};
+
 }  // namespace fusedrnn::FUSEDRNN_ARCH

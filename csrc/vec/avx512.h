@@ -108,4 +108,20 @@ struct Vec<double> {
   friend Vec odd_blocks(Vec a, Vec b) { return {_mm512_shuffle_f64x2(a.v, b.v, 0xdd)}; }
 };
 
+struct Words {
+  static constexpr int lanes = 8;
+
+  __m512i v;
+
+  static Words load(const std::uint64_t* p) { return {_mm512_loadu_si512(p)}; }
+  static Words broadcast(std::uint32_t x) {
+    return {_mm512_set1_epi64(static_cast<long long>(x))};
+  }
+  void store(std::uint64_t* p) const { _mm512_storeu_si512(p, v); }
+  friend Words operator+(Words a, Words b) { return {_mm512_add_epi64(a.v, b.v)}; }
+  friend Words operator^(Words a, Words b) { return {_mm512_xor_si512(a.v, b.v)}; }
+  friend Words times(Words a, Words b) { return {_mm512_mul_epu32(a.v, b.v)}; }
+  friend Words high(Words a) { return {_mm512_srli_epi64(a.v, 32)}; }
+};
+
 }  // namespace fusedrnn::FUSEDRNN_ARCH

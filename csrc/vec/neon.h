@@ -1,6 +1,8 @@
 // NEON of aarch64, which every such machine has: 4 floats or 2 doubles, 32 registers.
 #pragma once
 
+#include <cstdint>
+
 #include <arm_neon.h>
 
 namespace fusedrnn::FUSEDRNN_ARCH {
@@ -96,6 +98,22 @@ struct Vec<double> {
   }
   friend Vec zip_low(Vec a, Vec b) { return {vzip1q_f64(a.v, b.v)}; }
   friend Vec zip_high(Vec a, Vec b) { return {vzip2q_f64(a.v, b.v)}; }
+};
+
+struct Words {
+  static constexpr int lanes = 2;
+
+  uint64x2_t v;
+
+  static Words load(const std::uint64_t* p) { return {vld1q_u64(p)}; }
+  static Words broadcast(std::uint32_t x) { return {vdupq_n_u64(x)}; }
+  void store(std::uint64_t* p) const { vst1q_u64(p, v); }
+  friend Words operator+(Words a, Words b) { return {vaddq_u64(a.v, b.v)}; }
+  friend Words operator^(Words a, Words b) { return {veorq_u64(a.v, b.v)}; }
+  friend Words times(Words a, Words b) {
+    return {vmull_u32(vmovn_u64(a.v), vmovn_u64(b.v))};
+  }
+  friend Words high(Words a) { return {vshrq_n_u64(a.v, 32)}; }
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ARCH

@@ -3,7 +3,9 @@
 
 #include <bit>
 #include <cstdint>
+
 #include <type_traits>
+#include "random.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
@@ -88,6 +90,17 @@ struct Vec {
       return l % 2 ? b.lane[from] : a.lane[from];
     });
   }
+};
+
+struct Words : OneWord {
+  static constexpr int lanes = 1;
+
+  Words() = default;
+  Words(OneWord x) : OneWord(x) {}
+  static Words load(const std::uint64_t* p) { return OneWord{*p}; }
+  static Words broadcast(std::uint32_t x) { return OneWord{x}; }
+  void store(std::uint64_t* p) const { *p = v; }
+  friend Words operator+(Words a, Words b) { return OneWord{a.v + b.v}; }
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ARCH

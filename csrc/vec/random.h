@@ -15,6 +15,19 @@ namespace fusedrnn {
 
 enum class Draw : std::uint32_t { zoneout, recurrent, weights, between };
 
+// Words of 32 bits in the lower halves of 64, as an ISA's Words (vec.h), alone.
+struct OneWord {
+  std::uint64_t v;
+
+  FUSEDRNN_DEVICE static OneWord broadcast(std::uint32_t x) { return {x}; }
+  FUSEDRNN_DEVICE friend OneWord operator^(OneWord a, OneWord b) { return {a.v ^ b.v}; }
+  FUSEDRNN_DEVICE friend OneWord times(OneWord a, OneWord b) {
+    return {std::uint64_t{static_cast<std::uint32_t>(a.v)} *
+            static_cast<std::uint32_t>(b.v)};
+  }
+  FUSEDRNN_DEVICE friend OneWord high(OneWord a) { return {a.v >> 32}; }
+};
+
 struct Generator {
   static constexpr int block = 16;
 
@@ -25,32 +38,35 @@ struct Generator {
       : key{static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)},
         what(draw | where << 8) {}
 
-  // All four words of `count` counters from `first` on.
-  template <int count>
-  FUSEDRNN_DEVICE void words(std::uint32_t first, std::uint32_t i, std::uint32_t j,
-                             std::uint32_t (&w)[4][count]) const {
-    for (int n = 0; n < count; ++n) {
-      w[0][n] = first + static_cast<std::uint32_t>(n);
-      w[1][n] = i;
-      w[2][n] = j;
-      w[3][n] = what;
-    }
+  // The words of counters (w[0], i, j) in w. The upper halves are of no meaning: products
+  // do not look at them.
+  template <class W>
+  FUSEDRNN_DEVICE void run(W (&w)[4], std::uint32_t i, std::uint32_t j) const {
+    const W m0 = W::broadcast(0xD2511F53), m1 = W::broadcast(0xCD9E8D57);
+    w[1] = W::broadcast(i);
+    w[2] = W::broadcast(j);
+    w[3] = W::broadcast(what);
     std::uint32_t k0 = key[0], k1 = key[1];
 #ifdef __CUDACC__
 #pragma unroll 1
 #endif
     for (int round = 0; round < 10; ++round) {
-      for (int n = 0; n < count; ++n) {
-        const std::uint64_t a = std::uint64_t{0xD2511F53} * w[0][n];
-        const std::uint64_t b = std::uint64_t{0xCD9E8D57} * w[2][n];
-        w[0][n] = static_cast<std::uint32_t>(b >> 32) ^ w[1][n] ^ k0;
-        w[2][n] = static_cast<std::uint32_t>(a >> 32) ^ w[3][n] ^ k1;
-        w[1][n] = static_cast<std::uint32_t>(b);
-        w[3][n] = static_cast<std::uint32_t>(a);
-      }
+      const W a = times(m0, w[0]), b = times(m1, w[2]);
+      w[0] = high(b) ^ w[1] ^ W::broadcast(k0);
+      w[2] = high(a) ^ w[3] ^ W::broadcast(k1);
+      w[1] = b;
+      w[3] = a;
       k0 += 0x9E3779B9;
       k1 += 0xBB67AE85;
     }
+  }
+
+  // The words of one counter.
+  FUSEDRNN_DEVICE void words(std::uint32_t counter, std::uint32_t i, std::uint32_t j,
+                             std::uint32_t (&to)[4]) const {
+    OneWord w[4] = {{counter}, {}, {}, {}};
+    run(w, i, j);
+    for (int n = 0; n < 4; ++n) to[n] = static_cast<std::uint32_t>(w[n].v);
   }
 
   // A number below it is drawn with probability p < 1.

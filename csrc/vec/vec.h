@@ -22,6 +22,12 @@
 //                                 the upper halves of those of a and b
 //   even_blocks(a, b), odd_…      those blocks of a, then those of b; of wider vectors
 //
+// and for random.h `Words`, whole numbers of 32 bits in the lower halves of 64, of whose
+// upper halves operations but high() and store() take no notice:
+//
+//   lanes, load(p), store(p), broadcast(x), a + b, a ^ b
+//   times(a, b)                   the products, of 64 bits; high(a) the upper halves
+//
 // The namespace is named after the ISA so that two translation units compiled with
 // different flags never share a function: the linker would keep one of them for every
 // machine. For the same reason kernel code includes no standard header with function

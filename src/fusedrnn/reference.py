@@ -463,10 +463,10 @@ def run(
     def keep(t: int) -> tuple[Any, ...]:
         if not o.training:
             return keeps
-        time = np.full(batch, t)
+        time, words = np.full(batch, t), 4 // len(cell.states)
         return tuple(
-            _drawn(_ZONEOUT, 2, 2 * n, time, rows, width, probability, o).astype(dtype)
-            for n, (probability, width) in enumerate(zip(o.zoneout, (R, H), strict=True))
+            _drawn(_ZONEOUT, words, words * n, time, rows, width, o.zoneout[n], o).astype(dtype)
+            for n, (_, width) in enumerate(zip(cell.states, (R, H), strict=False))
         )
 
     now = start
