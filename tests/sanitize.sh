@@ -8,8 +8,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 preset=$1
 case $preset in
-  asan) library=libasan.so tests="tests/test_kernels.py tests/test_exactness.py tests/test_math.py" ;;
-  tsan) library=libtsan.so tests="tests/test_exactness.py tests/test_layers.py" ;;
+  asan) library=libasan.so tests="tests/test_kernels.py tests/test_exactness.py tests/test_math.py tests/test_options.py" ;;
+  tsan) library=libtsan.so tests="tests/test_exactness.py tests/test_layers.py tests/test_options.py" ;;
   *) echo "usage: tests/sanitize.sh asan|tsan" >&2; exit 2 ;;
 esac
 build=$(mktemp -d)

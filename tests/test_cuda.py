@@ -813,3 +813,71 @@ def test_cuda_graph() -> None:
     torch.cuda.synchronize()
     for a, e in zip(captured, expected, strict=True):
         assert torch.equal(a, e)
+
+
+LAYERS = {
+    "lstm": lambda: fr.LSTM(
+        4,
+        9,
+        num_layers=2,
+        dropout=0.4,
+        bidirectional=True,
+        proj_size=5,
+        peephole=True,
+        layer_norm=True,
+        zoneout=(0.1, 0.3),
+        recurrent_dropout=0.2,
+        weight_dropout=0.2,
+        dtype=np.float64,
+        rng=1,
+    ),
+    "coupled": lambda: fr.LSTM(
+        4,
+        9,
+        coupled_gates=True,
+        peephole=True,
+        clip=1.0,
+        cell_clip=0.7,
+        dtype=np.float64,
+        rng=1,
+    ),
+    "gru": lambda: fr.GRU(
+        4,
+        9,
+        num_layers=2,
+        dropout=0.3,
+        reset_after=False,
+        layer_norm=True,
+        zoneout=0.2,
+        dtype=np.float64,
+        rng=1,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_with_options_is_the_same_on_both(kind: str) -> None:
+    """The same seed gives the same masks, and all else is the same to rounding."""
+    layer = LAYERS[kind]()
+    there = copy.deepcopy(layer).to("cuda")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(6, 3, 4))
+    asked: dict[str, Any] = {"lengths": [6, 0, 4], "seed": 9, "trace": True, "bptt": 2}
+    has_c = kind != "gru"
+    if has_c:
+        asked["return_cells"] = True
+    (y, _, *more), pullback = layer.vjp(x, **asked)
+    (y_there, _, *more_there), pullback_there = there.vjp(cuda.array(x), **asked)
+    assert norm_error(y_there.numpy(), y) <= 1e-12
+    assert list(more[-1]) == list(more_there[-1])
+    for name, gate in more[-1].items():
+        assert norm_error(more_there[-1][name].numpy(), gate) <= 1e-12, name
+    d = {"dy": rng.normal(size=y.shape)}
+    if has_c:
+        d["d_cells"] = rng.normal(size=more[0].shape)
+    expected = pullback(**d)
+    gradients = pullback_there(**{k: cuda.array(v) for k, v in d.items()})
+    assert norm_error(gradients.x.numpy(), expected.x) <= 1e-12
+    assert list(gradients.parameters) == list(expected.parameters)
+    for name, e in expected.parameters.items():
+        assert norm_error(gradients.parameters[name].numpy(), e) <= 1e-11, name

@@ -437,8 +437,11 @@ def test_wrong_layer_options_are_refused() -> None:
         layer(x, return_cells=True)
     with refused(ValueError, "seed must be from 0"):
         layer(x, training=True, seed=-1)
-    with refused(TypeError, "training must be a bool, got int"):
-        layer.vjp(x, training=1)
+    for call in (layer, layer.vjp):
+        with refused(TypeError, "training must be a bool, got int"):
+            call(x, training=0)
+        with refused(TypeError, "seed must be an integer, got str"):
+            call(x, seed="1")
     with refused(AttributeError, "zoneout is fixed when the layer is made"):
         layer.zoneout = 0.5
     _, pullback = fr.LSTM(3, 4).vjp(x)

@@ -609,6 +609,11 @@ class _Layer(Generic[StateT]):
         drops = self.dropout > 0 and o.training
         return request.with_seed(seed) if request.is_random or drops else request
 
+    @staticmethod
+    def _if_asked(return_cells: Any) -> Any:
+        """Return None where cells are not asked for, of which not every cell knows."""
+        return None if return_cells is False else return_cells
+
     def __call__(
         self,
         x: Array,
@@ -652,11 +657,12 @@ class _Layer(Generic[StateT]):
             computing.
         """
         request = self._request
-        if training or return_cells or trace:
+        usual = training is False and return_cells is False and trace is False
+        if not usual or seed is not None:
             request = self._asked(
                 training=training,
                 seed=seed,
-                return_cells=return_cells or None,
+                return_cells=self._if_asked(return_cells),
                 trace=trace,
             )
         elif self._is_simple and lengths is None and resets is None:
@@ -694,15 +700,14 @@ class _Layer(Generic[StateT]):
             d_cells=None)``, which takes the gradients of y, state and cells, None for zeros,
             and returns a `LayerGrads`. It may be called more than once.
         """
-        usual = (True, False, False, None, False)
-        asked = (training, return_cells, trace, bptt, recompute)
-        if all(a is u for a, u in zip(asked, usual, strict=True)) and not self._draws:
+        usual = training is True and return_cells is False and trace is False
+        if usual and seed is bptt is None and recompute is False and not self._draws:
             request = self._training
         else:
             request = self._asked(
                 training=training,
                 seed=seed,
-                return_cells=return_cells or None,
+                return_cells=self._if_asked(return_cells),
                 trace=trace,
                 bptt=bptt,
                 recompute=recompute,
@@ -769,7 +774,7 @@ class _Layer(Generic[StateT]):
         """
         request = self._asked(
             training=training,
-            return_cells=return_cells or None,
+            return_cells=self._if_asked(return_cells),
             trace=trace,
             recompute=recompute,
         )
