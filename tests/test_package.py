@@ -9,6 +9,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,10 +46,11 @@ def test_examples_in_docstrings(module: str) -> None:
 def test_example_in_readme(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     assert blocks
+    names: dict[str, Any] = {}  # one goes on from the other
     for block in blocks:
         if "cuda" in block and not fr.cuda.is_available():
             continue  # needs a GPU
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, "README.md", "exec"), names)
 
 
 def test_public_names_have_docstrings() -> None:
