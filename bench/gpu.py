@@ -48,6 +48,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+import options as costs
 import torch
 from conftest import commit, geometric_mean
 
@@ -521,10 +522,40 @@ def masked() -> Result:
     return {"status": "measured", "rows": rows}
 
 
+def optional() -> Result:
+    """What each option costs a training step, forward and backward."""
+    rows = []
+    where: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    T, B, H = costs.T, costs.B, 512
+    x = torch.randn(T, B, H, **where)
+    plain: tuple[Any, ...] = ({}, {}, "LSTM GRU", None)
+    for cell in CELLS:
+        runs: dict[str, Run] = {}
+        for name, (of_layer, of_call, cells, _) in ({"plain": plain} | costs.OPTIONS).items():
+            if cell not in cells.split():
+                continue
+            layer = getattr(fr, cell)(H, H, rng=0, **of_layer).to("cuda", "bfloat16")
+            dy = torch.randn(T, B, layer.proj_size or H, **where)
+
+            def step(layer: Any = layer, dy: Any = dy, asked: Any = of_call) -> Tensors:
+                (y, *_), pullback = layer.vjp(x, **asked)
+                return {"y": y, "dx": pullback(dy).x}
+
+            runs[name] = step
+        times = in_turn(runs, len(runs) * CASE_SECONDS / 4)
+        for name in list(runs)[1:]:
+            pairs = zip(times[name], times["plain"], strict=True)
+            median, low, high = quartiles([a / b for a, b in pairs])
+            told = f"{median:.3f} ({low:.3f}–{high:.3f}) of plain"
+            rows.append((f"{cell} training bf16 {T}, {B}, {H}: {name}", told, True))
+    return {"status": "measured", "rows": rows}
+
+
 PROBES: dict[str, Callable[[], Result]] = {
     "repeat": repeat,
     "replay": replay,
     "masked": masked,
+    "optional": optional,
 }
 TASKS: dict[str, Callable[..., Result]] = {
     "card": describe_card,

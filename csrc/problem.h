@@ -9,7 +9,7 @@
 //   c0, c_n  (B, H)     the same of c, where the cell has one
 //   saved    (T, B, slots [+ c], P) in order of steps, P = H rounded up to whole vectors:
 //            what backward needs beside x and y (csrc/cells/cell.h). Padding is finite.
-//            With LayerNorm it is as csrc/cpu/rows.h says
+//            With LayerNorm it is as csrc/rows.h says
 //   cells    (T, B, H)  every c, strides cells_t, cells_b
 //   trace    (T, B, gates, H)  every gate, contiguous
 //

@@ -221,7 +221,7 @@ struct RowForward : RowKernel<CellOf, A> {
         const typename Base::Rows::Row row{
             record,
             is_reset ? this->zeros : h + b * R,
-            is_reset ? this->zeros : c + b * H,
+            is_reset || !Cell::has_c ? this->zeros : c + b * H,
             seen + b * R,
             record + rows.record.cell(),
             model.projects ? operand + b * H : fresh + b * R,
@@ -270,7 +270,9 @@ struct RowForward : RowKernel<CellOf, A> {
   }
 };
 
-// The records of all times again, from their sums; in two parts as before.
+// The records of all times again, from their sums; in two parts as before. Rows of all
+// times run at once on the scratch of their b, so nothing here may need it: with
+// LayerNorm of c the gates are computed again only later.
 template <template <class> class CellOf, class A>
 struct RowAgain : RowKernel<CellOf, A> {
   using Base = RowKernel<CellOf, A>;
@@ -288,7 +290,9 @@ struct RowAgain : RowKernel<CellOf, A> {
       const index t = i / B, b = i % B;
       if (!this->is_active(t, b)) {
         this->clear_record(records + i * this->record_values);
-        Walk::each(H, [&](index u) { operand[i * H + u] = 0; });
+        Walk::each(H, [&](index u) {
+          if (operand) operand[i * H + u] = 0;
+        });
         return;
       }
       const auto rows = this->rows(t, b);
@@ -313,8 +317,9 @@ struct RowAgain : RowKernel<CellOf, A> {
           rows.forward(row, H);
         }
         if constexpr (Cell::has_c) {
-          Walk::each(H,
-                     [&](index u) { record[rows.record.cell() + u] = cells[i * H + u]; });
+          Walk::each(H, [&](index u) {
+            record[rows.record.cell() + u] = cells[t * cells_t + b * cells_b + u];
+          });
         }
       } else if (norm) {
         rows.normalise_first(record);
@@ -525,7 +530,9 @@ class RowLayer {
           dm(carver.take<A>(call.B * call.H)),
           records(call.saved ? call.saved
                              : carver.take<A>(call.T * call.B * record(call.model))),
-          operand(call.saved ? nullptr : carver.take<A>(call.T * call.B * call.H)),
+          operand(!call.saved && resets_before<Cell>(call.model)
+                      ? carver.take<A>(call.T * call.B * call.H)
+                      : nullptr),
           fresh(call.saved ? nullptr : carver.take<A>(call.T * call.B * call.H)) {}
   };
 

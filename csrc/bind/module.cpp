@@ -182,6 +182,7 @@ class Weights {
                 const MaybeArray& saved, const MaybeArray& cells, const MaybeArray& dy,
                 const MaybeArray& dh_n, const MaybeArray& dc_n, const MaybeArray& dcells,
                 Array dx, Arrays& d, Array dh0, MaybeArray dc0) const {
+    if (&forward.cell_ != &cell_ || forward.single_ != single_) refuse("forward");
     visit(true, [&]<class S>(const S* packed) {
       Backward<S> p{};
       start(p, options, x, h0, c0, lengths, resets, reverse);

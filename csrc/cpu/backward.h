@@ -3,8 +3,8 @@
 // same way; then the stretch's da, still in cache, is multiplied into dW, dR, the biases
 // and dx. So da never exists for the whole sequence.
 //
-// da lives in a ring of rows [slots][P], one step longer than a stretch because a step
-// reads the da of the step after it.
+// da lives in a ring of rows of gradients (../rows.h), one step longer than a stretch
+// because a step reads the da of the step after it.
 //
 // What a row's step before is owed waits in `direct` and `dc` until that step is taken,
 // or until there is none and it is the gradient of h0 and c0.
@@ -49,7 +49,7 @@ class BackwardPass {
     S* dh;       // (B, P)
     S* dm;       // (B, P) what a second product is of, or comes to
     S* sums;     // (vectors, P) gradients of the vectors
-    S* records;  // (stretch, B) computed again
+    S* records;  // (stretch + 1, B) computed again
     S* again;    // workspace of that
 
     Room(const Backward<S>& p, S* memory, int rank, int threads) : Carver<S>(memory) {
@@ -77,9 +77,10 @@ class BackwardPass {
       dm = this->take(second ? rows_of_P : 0);
       sums = this->take(p.row_wise ? vectors * layout.P : 0);
       const bool is_again = computes_again(p);
+      S none;  // it is only asked whether there is one
       const index record = record_stride<L>(p.model);
       records = this->take(is_again ? (steps + 1) * p.B * record : 0);
-      again = this->take(is_again ? Again::workspace(forward_of(p), threads) : 0);
+      again = this->take(is_again ? Again::workspace(forward_of(p, &none), threads) : 0);
     }
   };
 
@@ -697,7 +698,7 @@ class BackwardPass {
     return !p.saved && (Cell::saves || p.row_wise);
   }
   // The steps as a forward problem, to compute them again.
-  static Forward<S> forward_of(const Backward<S>& p) {
+  static Forward<S> forward_of(const Backward<S>& p, S* room_for_records) {
     Forward<S> f{};
     static_cast<Steps&>(f) = p;
     f.model = p.model;
@@ -705,6 +706,7 @@ class BackwardPass {
     f.vectors = p.vectors;
     f.row_wise = true;
     f.weights = p.forward_weights;
+    f.saved = room_for_records;
     return f;
   }
 
@@ -778,7 +780,7 @@ class BackwardPass {
   // The records of a stretch from x, h and c, which wait for nobody.
   void compute_again(const Schedule& all, const Team& team, index begin,
                      index end) const {
-    const Forward<S> problem = forward_of(p_);
+    const Forward<S> problem = forward_of(p_, room_.records);
     const Again forward(problem, room_.again, team);
     const index count = all.count(begin, end);
     const auto entry = [&](index n) { return all.entry(begin, n); };

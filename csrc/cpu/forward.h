@@ -123,7 +123,7 @@ class ForwardPass {
   struct Room : Carver<S> {
     index* schedule;
     S* rows;     // of this thread
-    S* zeros;    // (slots, P) of this thread
+    S* zeros;    // (P), or (slots, P) row by row, of this thread
     S* c0;       // (B, P)
     S* mask;     // (B, P) of the h' that R sees
     S* seen;     // (3, B, P) h0, and h of even and odd steps, as R sees them
@@ -216,9 +216,9 @@ class ForwardPass {
       if (p_.model.norm) normalise_inputs(own, team, begin, end);
       for (index s = begin; s < end; ++s) {
         step(own, s, (team.step + s) % 2 != 0);
-        if (p_.row_wise) take_rows(own, team, s);
+        const bool met = p_.row_wise && take_rows(own, team, s);
         finish_rows(own, s);
-        if (!own.alone) team.meet();
+        if (!own.alone && !met) team.meet();
       }
     }
   }
@@ -534,8 +534,9 @@ class ForwardPass {
     }
   }
 
-  // The step from the sums on.
-  void take_rows(const Blocks<L>& own, const Team& team, index s) const {
+  // The step from the sums on. Returns whether all met after it: rows that end here are
+  // then left while others go on, which leaves c and y of this step alone.
+  bool take_rows(const Blocks<L>& own, const Team& team, index s) const {
     const index count = own.rows.count(s), t = p_.time(s);
     const bool whole = p_.model.norm;
     const bool twice = resets_before<Cell>(p_.model);
@@ -557,7 +558,7 @@ class ForwardPass {
       const index panels = second_.forward().panels();
       const Range columns = own.alone ? Range{0, panels} : team.share(panels);
       multiply_again(own, s, columns);
-      if (whole) meet(own, team);
+      if (whole && twice) meet(own, team);
       constexpr index panel_units = Dense<S>::panel_units;
       const index end = columns.end * panel_units;
       const Range own_units{columns.begin * panel_units,
@@ -572,7 +573,9 @@ class ForwardPass {
       });
     }
     // What others computed of a row that ends here is copied next.
-    if (whole || second_.exists) meet(own, team);
+    const bool meets = whole || second_.exists;
+    if (meets) meet(own, team);
+    return meets;
   }
 
   // The second product, of the operands of all rows: to y, or to the first slot.

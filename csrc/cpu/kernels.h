@@ -61,7 +61,7 @@ struct MathEntry {
   void (*f64)(const double* x, double* y, index n);
 };
 
-// What a core can do at most (probe.h), for the benchmark's floor.
+// What a core can do at most (probe.h), for the floor (src/fusedrnn/floor.py).
 struct Probes {
   double (*multiply_add_f32)(index rounds);
   double (*multiply_add_f64)(index rounds);

@@ -17,9 +17,8 @@
 //   exp2_of_shifted(t)            2^n for t = n + shift (math.h): the exponent's bits are
 //                                 the lowest of t
 //   if_less(a, b, x, y)           a < b ? x : y
-//   zip_low(a, b), zip_high(a, b) in each block of 16 bytes a0 b0 a1 b1 … of the lower,
-//   of
-//                                 the upper halves of those of a and b
+//   zip_low(a, b), zip_high(a, b) in each block of 16 bytes a0 b0 a1 b1 … of the lower
+//                                 halves of those of a and b, or of the upper
 //   even_blocks(a, b), odd_…      those blocks of a, then those of b; of wider vectors
 //
 // and for random.h `Words`, whole numbers of 32 bits in the lower halves of 64, of whose

@@ -230,6 +230,7 @@ class Device:
         self._cuda.clear(made[H : 2 * H], self.stream)
         for to, of in ((made[:H], a[:H]), (made[2 * H :], a[H:])):
             self._cuda.copy_on_device(to, of, self.stream)
+        self._keep(a)
         return made
 
     def _remove(self, a: Any, blocks: int) -> Any:
@@ -247,6 +248,7 @@ class Device:
         wide, made = self._widened(a), to if self._is_wide else self._wide(to.shape)
         self._cuda.drop(wide, p, seed, what, where, made, self.stream)
         self._narrow(made, to)
+        self._keep(a)
 
     def drop_weights(self, weight: View, request: Request, to: View | None = None) -> View:
         """Return R as a call sees it, or mask its gradient in place."""
@@ -254,6 +256,12 @@ class Device:
         o = request.options
         self.drop(weight, o.weight_dropout, o.seed, "weights", o.where, made)
         return made
+
+    def with_weights_dropped(self, parameters: Parameters, request: Request) -> Parameters:
+        """Return parameters as a call sees them."""
+        if not request.drops_weights:
+            return parameters
+        return parameters._replace(weight_hh=self.drop_weights(parameters.weight_hh, request))
 
     # Where a step is taken row by row 16 bits are float32 in between.
 
@@ -270,6 +278,7 @@ class Device:
             return a
         made = self._wide(a.shape)
         self._cuda.convert(a, made, self.stream)
+        self._keep(a)
         return made
 
     def _narrow(self, made: View, to: View) -> None:
@@ -386,9 +395,16 @@ class Device:
                 "call before a graph is captured"
             )
 
-    def tape(self, *recorded: Any) -> Tape:
+    def tape(
+        self,
+        problem: Problem,
+        parameters: Parameters,
+        back: Weights,
+        forward: Weights,
+        saved: Any,
+    ) -> Tape:
         """Return what leads back from a training forward; see `Tape`."""
-        return Tape(self, *recorded)
+        return Tape(self, problem, back, saved)
 
 
 @dataclass(frozen=True)
@@ -397,9 +413,7 @@ class Tape:
 
     on: Device
     problem: Problem
-    parameters: Parameters
     weights: Weights  # packed for backward
-    forward_weights: Weights
     saved: View | None
 
     def backward(

@@ -37,18 +37,21 @@ class _Call:
     problem: Problem
     parameters: Parameters
     unbatched: bool
-    made: tuple[Any, ...]  # y, the final state, cells: the user's arrays
+    made: list[Any]  # y, the final state, cells: the user's arrays
     trace: Any
 
-    def pack(self, forward: Any = None) -> Any:
+    def pack(self, parameters: Parameters, forward: Any = None) -> Any:
         """Make the weights ready for this call, or for its backward."""
-        problem, parameters = self.problem, self.parameters
-        if problem.request.drops_weights:
-            seen = self.on.drop_weights(parameters.weight_hh, problem.request)
-            parameters = parameters._replace(weight_hh=seen)
+        problem = self.problem
         T, B, _ = problem.x.shape
         borrow = T * B <= FEW_ROWS and not problem.row_wise
         return self.on.pack(problem.cell, parameters, forward, borrow, problem.row_wise)
+
+    def seen(self) -> Parameters:
+        """Return the parameters as this call sees them."""
+        request = self.problem.request
+        seen: Parameters = self.on.with_weights_dropped(self.parameters, request)
+        return seen
 
     def results(self) -> tuple[Any, ...]:
         """Return what the user gets."""
@@ -116,7 +119,7 @@ def _check(
         resets = on.resets(resets, x.shape[:-1], "(T,)" if unbatched else "(T, B)")
     reverse = checks.flag("reverse", others.get("reverse", False))
     rest = {n: v for n, v in given.items() if n not in (*_ARRAYS, *_OTHERS)}
-    request = check_options(cell, rest, training)
+    request = check_options(cell, rest, training, is_vjp=training)
     row_wise = request.is_row_wise or is_row_wise(cell, parameters, on is HOST)
     if out is not None:
         axis = "R" if R != H else "H"
@@ -150,7 +153,7 @@ def _check(
         None if cells is None else on.see(cells),
         None if trace is None else on.see(trace),
     )
-    results = (y, *final, *([cells] if request.return_cells else []))
+    results = [y, *final] + [cells] * request.return_cells
     return _Call(on, problem, parameters, unbatched, results, trace)
 
 
@@ -195,17 +198,19 @@ def _parameters(
 
 
 def _forward(call: _Call) -> tuple[Any, ...]:
-    call.on.forward(call.pack(), call.problem)
+    call.on.forward(call.pack(call.seen()), call.problem)
     return call.results()
 
 
 def _vjp(call: _Call) -> tuple[tuple[Any, ...], Callable[..., Grads]]:
     on, problem, parameters = call.on, call.problem, call.parameters
-    weights = call.pack()
+    seen = call.seen()
+    weights = call.pack(seen)
     saved = on.forward(weights, problem, save=True)
-    tape = on.tape(problem, parameters, call.pack(forward=weights), weights, saved)
-    for made in call.made:
-        on.freeze(made)
+    tape = on.tape(problem, parameters, call.pack(seen, weights), weights, saved)
+    on.freeze(call.made[0])
+    if problem.cells is not None and problem.request.return_cells:
+        on.freeze(call.made[-1])
     T, B, I = problem.x.shape
     H, R = parameters.weight_ih.shape[0] // len(problem.cell.gates), problem.y.shape[-1]
     letters = problem.cell.states

@@ -70,8 +70,8 @@ _BLOCKS = dict.fromkeys(
 def with_forget_gate(parameters: Parameters, insert: Callable[[Any, int], Any]) -> Parameters:
     """Return a coupled LSTM's parameters as an LSTM's, or gradients the other way.
 
-    `insert` adds a block of zeros after the first of so many, or removes it. The kernels do not
-    look at the forget gate's.
+    `insert` adds a block of zeros after the first of so many, or removes it, or says how large
+    that makes a shape. The kernels do not look at the forget gate's.
     """
     changed = {
         name: insert(p, _BLOCKS[name])
@@ -91,15 +91,19 @@ def _remove(a: Array, blocks: int) -> Array:
     return np.concatenate([a[:H], a[2 * H :]])
 
 
-def gradient_shapes(parameters: Parameters) -> list[tuple[int, ...] | None]:
+def _grow(shape: tuple[int, ...], blocks: int) -> tuple[int, ...]:
+    return (shape[0] // blocks * (blocks + 1), *shape[1:])
+
+
+def gradient_shapes(parameters: Parameters) -> Parameters:
     """Return the shapes of what backward makes: biases have gradients even if they are None."""
     weight_ih, weight_hh, _, _, *rest = parameters
     rows = (weight_ih.shape[0],)
     others = [None if p is None else p.shape for p in rest]
-    return [weight_ih.shape, weight_hh.shape, rows, rows, *others]
+    return Parameters(weight_ih.shape, weight_hh.shape, rows, rows, *others)
 
 
-@dataclass
+@dataclass(slots=True)
 class Problem:
     """One layer in one direction with checked arguments, its results yet to be written.
 
@@ -147,7 +151,7 @@ def _options(problem: Problem) -> Options:
 _PLAIN = Options(False, math.inf, math.inf, 0.0, 0.0, 0.0, False, 0, 0, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Tape:
     """What the training forward of one layer in one direction leaves to its backward."""
 
@@ -185,12 +189,11 @@ class Tape:
             dy, cells, d_cells = (None if a is None else a[:T] for a in (dy, cells, d_cells))
         is_empty = T == 0 or B == 0
         make = np.zeros if is_empty else HOST.empty
-        coupled, parameters = problem.cell.is_coupled and not is_empty, self.parameters
+        coupled = problem.cell.is_coupled and not is_empty
+        gradients = gradient_shapes(self.parameters)
         if coupled:
-            parameters = with_forget_gate(parameters, _insert)
-        shapes = gradient_shapes(parameters)
-        made = [None if s is None else make(s, x.dtype) for s in shapes]
-        gradients = Parameters(*made)
+            gradients = with_forget_gate(gradients, _grow)
+        gradients = Parameters(*[None if s is None else make(s, x.dtype) for s in gradients])
         if is_empty:
             for d0, dn in zip(d_state, d_final, strict=True):
                 d0[...] = 0 if dn is None else dn
@@ -323,6 +326,12 @@ class Host:
         o = request.options
         drop(contiguous(weight)[None], o.weight_dropout, o.seed, "weights", o.where, made[None])
         return made
+
+    def with_weights_dropped(self, parameters: Parameters, request: Request) -> Parameters:
+        """Return parameters as a call sees them."""
+        if not request.drops_weights:
+            return parameters
+        return parameters._replace(weight_hh=self.drop_weights(parameters.weight_hh, request))
 
     def forward(self, weights: Weights, problem: Problem, save: bool = False) -> Array | None:
         """Write y and the final state; return what backward needs beside them, if `save`."""

@@ -392,13 +392,12 @@ class _Layer(Generic[StateT]):
             sets[suffix] = Parameters(*[get(f"{kind}_{suffix}") for kind in _KINDS])
         return sets[suffix]
 
-    def _weights(self, on: Any, suffix: str, problem: Problem, forward: Any = None) -> Any:
+    def _weights(
+        self, on: Any, suffix: str, problem: Problem, seen: Parameters, forward: Any = None
+    ) -> Any:
         """Return the weights packed for a forward or, given those, for its backward."""
         if problem.request.drops_weights:
-            parameters = self._seen(on, suffix)
-            dropped = on.drop_weights(parameters.weight_hh, problem.request)
-            parameters = parameters._replace(weight_hh=dropped)
-            return on.pack(self._cell, parameters, forward, row_wise=problem.row_wise)
+            return on.pack(self._cell, seen, forward, row_wise=problem.row_wise)
         T, B, _ = problem.x.shape
         if forward and T * B <= FEW_ROWS and on is HOST and not problem.row_wise:
             return on.pack(self._cell, self._of(suffix), forward, borrow=True)
@@ -523,8 +522,7 @@ class _Layer(Generic[StateT]):
             trace = None
             if request.trace:
                 trace = on.empty((T, B, len(self._cell.gates), H), self.dtype)
-                for k, letter in enumerate(self._cell.gates):
-                    traces[f"{letter}_{suffix}"] = trace[:, :, k]
+                traces[suffix] = trace
             problem = Problem(
                 self._cell,
                 below,
@@ -538,11 +536,13 @@ class _Layer(Generic[StateT]):
                 None if cells is None else _part(on.see(cells), direction, H, D),
                 None if trace is None else on.see(trace),
             )
-            weights = self._weights(on, suffix, problem)
+            parameters = self._seen(on, suffix)
+            dropped = on.with_weights_dropped(parameters, problem.request)
+            weights = self._weights(on, suffix, problem, dropped)
             saved = on.forward(weights, problem, save)
             if save:
-                back = self._weights(on, suffix, problem, weights)
-                tapes.append(on.tape(problem, self._seen(on, suffix), back, weights, saved))
+                back = self._weights(on, suffix, problem, dropped, weights)
+                tapes.append(on.tape(problem, parameters, back, weights, saved))
         for made in (y, cells) if save else ():
             if made is not None:
                 on.freeze(made)
@@ -553,8 +553,14 @@ class _Layer(Generic[StateT]):
         if request.return_cells:
             results.append(self._user_sequence(on.give(cells), unbatched))
         if request.trace:
-            given = {k: on.give(v) for k, v in traces.items()}
-            results.append({k: self._user_sequence(v, unbatched) for k, v in given.items()})
+            given = {suffix: on.give(trace) for suffix, trace in traces.items()}
+            results.append(
+                {
+                    f"{letter}_{suffix}": self._user_sequence(trace[:, :, k], unbatched)
+                    for suffix, trace in given.items()
+                    for k, letter in enumerate(self._cell.gates)
+                }
+            )
         return _Done(on, tuple(results), y, cells, tapes, unbatched)
 
     def _dropped(self, on: Any, y: Any, layer: int, request: Request) -> Any:
@@ -602,7 +608,8 @@ class _Layer(Generic[StateT]):
 
     def _asked(self, seed: Any = None, **asked: Any) -> Request:
         """Return the layer's request with what a call asks for."""
-        of_call = check_options(self._cell, {k: v for k, v in asked.items() if v is not None})
+        absent = {k for k in ("return_cells", "bptt") if asked.get(k) is None}
+        of_call = check_options(self._cell, {k: v for k, v in asked.items() if k not in absent})
         o = of_call.options
         options = replace(self._request.options, training=o.training, bptt=o.bptt)
         seed, request = checks.seed(seed), replace(of_call, options=options)

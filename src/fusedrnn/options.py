@@ -112,9 +112,13 @@ _NUMBERS = ("recurrent_dropout", "weight_dropout")
 _LSTM_ONLY = ("cell_clip", "return_cells")
 
 
-def check_options(cell: Cell, given: Mapping[str, Any], training: bool = False) -> Request:
+def check_options(
+    cell: Cell, given: Mapping[str, Any], training: bool = False, is_vjp: bool = True
+) -> Request:
     """Check the options of a cell that are not arrays; `training` is what is not given."""
-    known = ["clip", "zoneout", *_NUMBERS, "training", "seed", "trace", "bptt", "recompute"]
+    known = ["clip", "zoneout", *_NUMBERS, "training", "seed", "trace"]
+    if is_vjp:
+        known += ["bptt", "recompute"]
     if "c" in cell.states:
         known += _LSTM_ONLY
     for name in given:

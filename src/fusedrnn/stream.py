@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -131,12 +132,14 @@ class Stream:
             self._state = self._zeros()
             return
         chosen = checks.as_array("rows", rows)
+        if chosen.size == 0:
+            return
         if chosen.dtype.kind not in "iub":
             raise TypeError(f"rows must be integers or bool, got {chosen.dtype}")
         B = self.batch_size or 1
         if chosen.dtype == bool:
             checks.shape("rows", chosen, (B,), "(B,)")
-        elif chosen.size and (chosen.min() < 0 or chosen.max() >= B):
+        elif chosen.min() < 0 or chosen.max() >= B:
             raise IndexError(f"rows must be from 0 to {B - 1}, got {rows}")
         fresh = tuple(s.copy() for s in self._state)
         for s in fresh:
@@ -167,9 +170,9 @@ class Stream:
         try:
             with np.load(file, allow_pickle=False) as saved:
                 found = {name: saved[name] for name in saved.files}
-        except (ValueError, OSError, KeyError, AttributeError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
+        except FileNotFoundError:
+            raise
+        except (ValueError, OSError, EOFError, TypeError, AttributeError, BadZipFile) as error:
             raise ValueError(f"file must be one that Stream.save wrote: {error}") from None
         letters = self.layer._cell.states
         if set(found) != set(letters):
