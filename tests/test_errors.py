@@ -197,9 +197,12 @@ def test_wrong_gradients() -> None:
 
 
 def test_y_of_a_vjp_is_read_only() -> None:
-    (y, *_), _ = fr.lstm_vjp(**arguments(CELLS["lstm"], SIZES))
-    with pytest.raises(ValueError, match="read-only"):
-        y += 1
+    (y, h_n, c_n, cells), _ = fr.lstm_vjp(**arguments(CELLS["lstm"], SIZES), return_cells=True)
+    for frozen in (y, cells):
+        with pytest.raises(ValueError, match="read-only"):
+            frozen += 1
+    h_n += 1
+    c_n += 1
     (y, _), _ = fr.GRU(4, 5, batch_first=True).vjp(np.zeros((2, 3, 4), np.float32))
     with pytest.raises(ValueError, match="read-only"):
         y += 1
@@ -403,6 +406,12 @@ def test_wrong_options_are_refused(
     if not {"bptt", "recompute"} & set(options):
         with refused(error, message):
             getattr(fr, name)(**values, **options)
+
+
+@pytest.mark.parametrize("options", [{"bptt": 2}, {"recompute": True}], ids=str)
+def test_what_is_for_gradients_is_refused_without(options: dict[str, Any]) -> None:
+    with refused(TypeError, f"lstm has no option {next(iter(options))!r}"):
+        fr.lstm(**arguments(CELLS["lstm"], SIZES), **options)
 
 
 def test_wrong_layer_options_are_refused() -> None:

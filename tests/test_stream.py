@@ -66,6 +66,8 @@ def test_reset_starts_rows_anew() -> None:
             stream.reset()
         steps.append(stream.step(x_t))
     np.testing.assert_array_equal(np.stack(steps), y)
+    stream.reset([])
+    assert all((s != 0).any(axis=-1).all() for s in stream.state)
     stream.reset(np.array([True, False, False, True]))
     assert [bool((s[:, [0, 3]] == 0).all()) for s in stream.state] == [True, True]
     assert all((s[:, [1, 2]] != 0).any() for s in stream.state)
@@ -132,6 +134,13 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no state")
     with refused(ValueError, "file must be one that Stream.save wrote"):
         stream.load(tmp_path / "text")
+    stream.save(tmp_path / "cut")
+    whole = (tmp_path / "cut").read_bytes()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    array = (tmp_path / "array.npy").read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], whole[:3], array):
+        with refused(ValueError, "file must be one that Stream.save wrote"):
+            stream.load(io.BytesIO(damaged))
     np.savez(tmp_path / "pickled.npz", h=np.array([{}], object), c=np.zeros(1))
     with refused(ValueError, "file must be one that Stream.save wrote"):
         stream.load(tmp_path / "pickled.npz")

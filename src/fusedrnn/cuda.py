@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from . import checks
+from .cells import CELLS
 from .reference import Array as HostArray
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ __all__ = ["Array", "array", "count", "explain", "is_available", "status"]
 Precision = Literal["exact", "tf32"]
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+# The plan of what the persistent recurrences do not know.
+ROW_WISE = {"a step": "its products by cuBLASLt, between them a block to a row"}
 
 # Streams that CUDA numbers itself: 0 stands for the default stream of the caller.
 _DEFAULT_STREAM = 0
@@ -125,15 +129,17 @@ def explain(
 
     Parameters
     ----------
-    cell: "lstm", "gru", "rnn_tanh", "rnn_relu" or "rnn_identity".
+    cell: "lstm", "lstm_coupled", "gru", "gru_before", "rnn_tanh", "rnn_relu", "rnn_identity".
     T, B, I, H: its sizes. dtype: of x. precision: "exact" or "tf32". device: which GPU.
     backward: the backward instead of the forward.
 
     Returns
     -------
-    A dict: "exchange" is "cluster" (blocks that share memory), "grid" (all blocks at once, by
-    way of L2) or "step" (a launch for each step); "weights" says where the recurrent weights
-    stay, "operand" from where warps read h (backward: da); the rest is the launch.
+    A dict, of a call without options that change a step: "exchange" is "cluster" (blocks that
+        share memory), "grid" (all blocks at once, by way of L2) or "step" (a launch for each
+        step); "weights" says where the recurrent weights stay, "operand" from where warps read
+        h (backward: da); the rest is the launch. Of "gru_before", whose steps always go row by
+        row, only "a step".
 
     Raises
     ------
@@ -153,6 +159,8 @@ def explain(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     check_device(device)
     kernel = module.Kernel(cell, precision_of(dtype, precision), device, _DEFAULT_STREAM)
+    if CELLS[cell].resets_before:
+        return dict(ROW_WISE)
     told: dict[str, Any] = kernel.explain(T, B, I, H, backward)
     return told
 

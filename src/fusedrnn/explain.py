@@ -25,8 +25,10 @@ class Explanation(dict[str, Any]):
             lines.append(f"  {name}: " + ", ".join(f"{k} {v}" for k, v in plan.items()))
         lines.append(
             f"  {self['flops'] / 1e6:.3g} MFLOP, weights {self['weight_bytes'] / 1e3:.0f} kB, "
-            f"x and y {self['io_bytes'] / 1e3:.0f} kB, saved {self['saved_bytes'] / 1e3:.0f} kB"
+            f"x and y {self['io_bytes'] / 1e3:.0f} kB"
         )
+        if "saved_bytes" in self:
+            lines[-1] += f", saved {self['saved_bytes'] / 1e3:.0f} kB"
         if "floor" in self:
             lines.append(
                 f"  at least {self['floor'] * 1e6:.3g} µs by this machine's arithmetic"
@@ -70,10 +72,9 @@ def explain(
         flops=0,
         weight_bytes=sum(item * p.shape[0] * _columns(p) for p in layer._parameters.values()),
         io_bytes=0,
-        saved_bytes=0,
     )
     if on_cpu:
-        told |= {"isa": layer._pack_once(HOST, "l0").isa, "floor": 0.0}
+        told |= {"isa": layer._pack_once(HOST, "l0").isa, "floor": 0.0, "saved_bytes": 0}
     for l, _, suffix in layer._directions():
         I = layer.input_size if l == 0 else R * (1 + layer.bidirectional)
         second = H * (H if layer._cell.resets_before else R if layer.proj_size else 0)
@@ -81,18 +82,18 @@ def explain(
         told["flops"] += 2 * B * T * (G * H * I + recurrent) * (3 if training else 1)
         told["io_bytes"] += item * B * T * (I + R) * (2 if training else 1)
         told["plans"][suffix] = plan = (
-            _on_cpu(layer, suffix, T, B, request, bool(asked), told)
+            _on_cpu(layer, suffix, T, B, request, bool(asked))
             if on_cpu
             else _on_gpu(layer, T, B, I, training, bool(asked))
         )
-        saved = plan.pop("saved values", 0) if on_cpu else 0
-        if training and not request.recompute:
-            told["saved_bytes"] += item * B * T * saved
-        elif training and "c" in layer._cell.states:
-            told["saved_bytes"] += item * B * T * H
         if on_cpu:
+            saved = plan.pop("saved values")
+            if request.recompute:
+                saved = H if "c" in layer._cell.states else 0
+            told["saved_bytes"] += item * B * T * saved if training else 0
+            sizes, single = (T, B, I, H), str(layer.dtype) == "float32"
             told["floor"] += floor.seconds(
-                (T, B, I, H), G, training, plan["threads"], str(layer.dtype) == "float32"
+                sizes, G, training, plan["threads"], single, recurrent
             )
     return told
 
@@ -102,13 +103,7 @@ def _columns(parameter: Any) -> int:
 
 
 def _on_cpu(
-    layer: _Layer[Any],
-    suffix: str,
-    T: int,
-    B: int,
-    request: Request,
-    row_wise: bool,
-    told: Explanation,
+    layer: _Layer[Any], suffix: str, T: int, B: int, request: Request, row_wise: bool
 ) -> dict[str, Any]:
     weights = layer._pack_once(HOST, suffix)
     plan = weights.plan(T, B, row_wise)
@@ -133,7 +128,7 @@ def _on_gpu(
     layer: _Layer[Any], T: int, B: int, I: int, training: bool, row_wise: bool
 ) -> dict[str, Any]:
     if row_wise:
-        return {"a step": "its products by cuBLASLt, between them a block to a row"}
+        return dict(cuda.ROW_WISE)
     number = int(layer.device.partition(":")[2])
     sizes = (T, B, I, layer.hidden_size, str(layer.dtype), layer.precision)
     told = cuda.explain(layer._cell.name, *sizes, device=number)

@@ -74,13 +74,19 @@ def seconds(
     training: bool = False,
     threads: int = 1,
     single: bool = True,
+    recurrent: int | None = None,
 ) -> float:
-    """Return the floor of a layer in one direction, sizes T, B, I, H, on the active ISA."""
+    """Return the floor of a layer in one direction, sizes T, B, I, H, on the active ISA.
+
+    `recurrent` is how many weights a step multiplies with what the last one left, where they
+    are not the G·H² of a plain cell.
+    """
     T, B, I, H = sizes
     item = 4 if single else 8
+    recurrent = gates * H * H if recurrent is None else recurrent
     flops = peak(single) * threads
-    W, R = item * gates * H * I, item * gates * H * H
-    of_W, of_R = 2 * gates * H * I * B, 2 * gates * H * H * B  # FLOP of a step
+    W, R = item * gates * H * I, item * recurrent
+    of_W, of_R = 2 * gates * H * I * B, 2 * recurrent * B  # FLOP of a step
 
     matmuls = (3 * of_W + of_R) * T if training else of_W * T
     step = of_R / flops

@@ -766,8 +766,8 @@ class _Layer(Generic[StateT]):
         Returns
         -------
         A dict that prints as text: "way" and "why"; "plans", one for each layer and direction,
-        of threads, tiles and packing; "flops"; "weight_bytes", "io_bytes" and "saved_bytes";
-        on the CPU "isa" and "floor", the seconds that the products take at the peak of this
+        of threads, tiles and packing; "flops"; "weight_bytes" and "io_bytes"; on the CPU
+        "saved_bytes", "isa" and "floor", the seconds that the products take at the peak of this
         machine's multipliers and caches, which is measured for it in about a second.
 
         Raises
