@@ -107,6 +107,7 @@ def is_row_wise(cell: Cell, parameters: Parameters, on_cpu: bool) -> bool:
 
 
 PLAIN = Request()
+_TRAINING = Request(Options(training=True))
 
 _NUMBERS = ("recurrent_dropout", "weight_dropout")
 _LSTM_ONLY = ("cell_clip", "return_cells")
@@ -116,6 +117,8 @@ def check_options(
     cell: Cell, given: Mapping[str, Any], training: bool = False, is_vjp: bool = True
 ) -> Request:
     """Check the options of a cell that are not arrays; `training` is what is not given."""
+    if not given:
+        return _TRAINING if training else PLAIN
     known = ["clip", "zoneout", *_NUMBERS, "training", "seed", "trace"]
     if is_vjp:
         known += ["bptt", "recompute"]
