@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import io
 import pickle
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -435,6 +436,56 @@ def test_layers_agree_with_the_cpu(kind: Any, options: dict[str, Any], recompute
     if not recompute:
         y_called, _ = layer(cuda.array(x), None, **mask)
         np.testing.assert_array_equal(y_called.numpy(), y_gpu.numpy())
+
+
+STREAMED = {
+    "lstm": lambda: fr.LSTM(3, 10, 2, batch_first=True, rng=0),
+    "gru": lambda: fr.GRU(3, 10, rng=0),
+    "row by row": lambda: fr.LSTM(3, 10, proj_size=4, zoneout=0.1, layer_norm=True, rng=0),
+}
+
+
+@pytest.mark.parametrize("B", [None, 4])
+@pytest.mark.parametrize("kind", STREAMED)
+def test_streams_agree_with_the_cpu(kind: str, B: int | None) -> None:
+    layer = STREAMED[kind]()
+    rows = () if B is None else (B,)
+    x = np.random.default_rng(1).normal(size=(6, *rows, 3)).astype(np.float32)
+    on_cpu = fr.Stream(layer, B)
+    on_gpu = fr.Stream(copy.deepcopy(layer).to("cuda"), B)
+
+    def agree(steps: np.ndarray) -> None:
+        for x_t in steps:
+            a, b = on_cpu.step(x_t), on_gpu.step(cuda.array(x_t))
+            assert b.shape == a.shape
+            assert norm_error(b.numpy(), a) < 1e-5
+        states = on_cpu.state, on_gpu.state
+        for a, b in zip(*(s if isinstance(s, tuple) else (s,) for s in states), strict=True):
+            assert isinstance(b, cuda.Array)
+            assert b.shape == a.shape
+            assert norm_error(b.numpy(), a) < 1e-5
+
+    agree(x[:2])
+    for stream in (on_cpu, on_gpu):
+        stream.reset([0])
+    agree(x[:0])
+    agree(x[2:4])
+    memory = io.BytesIO()
+    on_gpu.save(memory)
+    memory.seek(0)
+    on_cpu.load(memory)
+    on_gpu.state = on_gpu.state
+    agree(x[4:5])
+    on_gpu.state = on_cpu.state
+    agree(x[5:])
+    before = on_cpu.state
+    with pytest.raises(ValueError, match="x must be on cuda:0 like the layer"):
+        on_gpu.step(x[0])
+    with pytest.raises(ValueError, match=r"x must have shape"):
+        on_gpu.step(cuda.array(x[:1]))
+    for stream in (on_cpu, on_gpu):
+        stream.state = before
+    agree(x[:1])
 
 
 def test_layers_move_and_keep_their_parameters() -> None:

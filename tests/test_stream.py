@@ -119,7 +119,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     before = stream.state
     with refused(ValueError, "x must have shape (B, I) = (2, 5), got (5,)"):
         stream.step(np.zeros(5, np.float32))
-    with refused(TypeError, "x must be float32 like x, got float64"):
+    with refused(TypeError, "x must be float32 like the layer, got float64"):
         stream.step(np.zeros((2, 5)))
     with refused(IndexError, "rows must be from 0 to 1, got [2]"):
         stream.reset([2])

@@ -360,6 +360,15 @@ def copy_of(name: str, a: Any, framework: Framework, dtype: Any, place: str) -> 
     return made
 
 
+def on_host(a: Any) -> HostArray:
+    """Return a copy of an array's values on the host; a GPU is waited for."""
+    framework = framework_of(a)
+    if framework is None:
+        return np.array(a)
+    stream = framework.stream(a, framework.device(a))
+    return Array(framework.view(a, stream), stream).numpy()
+
+
 def _upload(values: HostArray, dtype: str, device: int, stream: int) -> Array:
     made = _empty(values.shape, dtype, device, stream)
     _module().copy_from_host(made._view, np.ascontiguousarray(values), stream)

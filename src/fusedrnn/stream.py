@@ -9,20 +9,22 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
-from . import checks
-from .layers import _Layer
+from . import checks, cuda
+from .layers import _Layer, _placed
 from .reference import Array
 
 
 class Stream:
     """Run a layer one step at a time, as `torch.nn.LSTMCell` in a loop but with any layer.
 
-    Steps equal the whole sequence at once bit for bit, on one machine and ISA, zoneout taking
-    its expected value as in any inference. Not safe from several threads at once.
+    On the CPU steps equal the whole sequence at once bit for bit, on one machine and ISA.
+    zoneout takes its expected value, as in any inference. Not safe from several threads at
+    once.
 
     Parameters
     ----------
-    layer: an `LSTM`, `GRU` or `RNN` on the CPU that goes one way.
+    layer: an `LSTM`, `GRU` or `RNN` that goes one way. On a GPU the state stays there; steps
+        never wait for it, while reading `state` or saving it does.
     batch_size: B, or None for one sequence without a batch axis.
 
     Attributes
@@ -31,7 +33,7 @@ class Stream:
 
     Raises
     ------
-    TypeError: layer is none. ValueError: it goes both ways, or is on a GPU.
+    TypeError: layer is none. ValueError: it goes both ways.
 
     >>> import numpy as np, fusedrnn as fr
     >>> lstm = fr.LSTM(3, 4, rng=0)
@@ -47,53 +49,77 @@ class Stream:
             raise TypeError(f"layer must be an LSTM, GRU or RNN, got {type(layer).__name__}")
         if layer.bidirectional:
             raise ValueError("layer must go one way: the other needs the end of the sequence")
-        if layer.device != "cpu":
-            raise ValueError(f"layer must be on the CPU, got one on {layer.device}")
         self.layer = layer
         self.batch_size = (
             None if batch_size is None else checks.positive("batch_size", batch_size)
         )
-        self._state: tuple[Array, ...] = self._zeros()
+        self._state: tuple[Any, ...] | None = None  # as the layer left it; None for zeros
+        self._fresh: Array | None = None  # (B,) the rows that start anew in the next step
 
-    def _zeros(self) -> tuple[Array, ...]:
-        shapes = self.layer._state_shapes(self.batch_size or 1)
-        return tuple(np.zeros(shape, self.layer.dtype) for shape in shapes)
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        """That of the state."""
+        return np.dtype("float64" if self.layer.dtype == "float64" else "float32")
+
+    def _shapes(self) -> list[tuple[int, int, int]]:
+        return self.layer._state_shapes(self.batch_size or 1)
+
+    def _on_host(self) -> list[Array]:
+        """Return copies of the state on the host."""
+        if self._state is None:
+            return [np.zeros(shape, self._dtype) for shape in self._shapes()]
+        copies = [cuda.on_host(s) for s in self._state]
+        for s in copies:
+            if self._fresh is not None:
+                s[:, self._fresh] = 0
+        return copies
+
+    def _go_on_from(self, state: tuple[Any, ...] | None) -> None:
+        self._state, self._fresh = state, None
 
     @property
     def state(self) -> Any:
         """The state as the layer gives and takes it; a copy."""
-        views = [s[:, 0] if self.batch_size is None else s for s in self._state]
-        copies = tuple(v.copy() for v in views)
-        return copies if len(copies) > 1 else copies[0]
+        given = [s[:, 0] if self.batch_size is None else s for s in self._on_host()]
+        if self.layer.device != "cpu":
+            given = [_placed(s, str(self._dtype), self.layer.device) for s in given]
+        return tuple(given) if len(given) > 1 else given[0]
 
     @state.setter
     def state(self, value: Any) -> None:
         if value is None:
-            self._state = self._zeros()
+            self._go_on_from(None)
             return
-        letters = self.layer._cell.states
-        self._state = tuple(
-            self._checked(letter, given, expected.shape)
-            for letter, given, expected in zip(
-                letters, self.layer._split_state("state", value), self._zeros(), strict=True
-            )
+        split = zip(
+            self.layer._cell.states,
+            self.layer._split_state("state", value),
+            self._shapes(),
+            strict=True,
         )
+        self._go_on_from(tuple([self._checked(*one) for one in split]))
 
-    def _checked(self, letter: str, value: Any, shape: tuple[int, ...]) -> Array:
-        array = checks.array(f"state, {letter},", value, self.layer.dtype)
+    def _checked(self, letter: str, value: Any, shape: tuple[int, ...]) -> Any:
+        name, device = f"state, {letter},", self.layer.device
+        framework = cuda.framework_of(value)
+        on_host = framework is None or device == "cpu"
+        array = checks.array(name, value, self._dtype) if on_host else value
         expected, axes = shape, "(layers, B, H)"
         if self.batch_size is None:
             expected, axes = shape[::2], "(layers, H)"
-        checks.shape(f"state, {letter},", array, expected, axes)
-        copy: Array = np.array(array, order="C").reshape(shape)
-        return copy
+        checks.shape(name, array, expected, axes)
+        copy = (
+            _placed(array, str(self._dtype), device)
+            if framework is None
+            else cuda.copy_of(name, array, framework, str(self._dtype), device)
+        )
+        return copy[:, None] if self.batch_size is None else copy
 
-    def step(self, x: Array) -> Array:
+    def step(self, x: Any) -> Any:
         """Take one step and return h of the last layer.
 
         Parameters
         ----------
-        x: (B, I), or (I,) without a batch axis, of the layer's dtype.
+        x: (B, I), or (I,) without a batch axis, of the layer's dtype and where it is.
 
         Returns
         -------
@@ -101,21 +127,27 @@ class Stream:
 
         Raises
         ------
-        TypeError: a wrong dtype. ValueError: a wrong shape. The state is then as it was.
+        TypeError: a wrong dtype. ValueError: a wrong shape or device. The state is then as it
+            was.
         """
-        x = checks.array("x", x, self.layer.dtype)
-        I = self.layer.input_size
+        layer, batch_first = self.layer, self.layer.batch_first
+        if not isinstance(x, np.ndarray) and cuda.framework_of(x) is None:
+            x = checks.array("x", x)
         if self.batch_size is None:
-            checks.shape("x", x, (I,), "(I,)")
+            checks.shape("x", x, (layer.input_size,), "(I,)")
             x = x[None]
         else:
-            checks.shape("x", x, (self.batch_size, I), "(B, I)")
-        state = self._state if len(self._state) > 1 else self._state[0]
-        one = x[:, None] if self.layer.batch_first else x[None]
-        y, after = self.layer(one, state)[:2]
-        self._state = after if isinstance(after, tuple) else (after,)
-        y = y[:, 0] if self.layer.batch_first else y[0]
-        return y[0] if self.batch_size is None else y  # type: ignore[no-any-return]
+            checks.shape("x", x, (self.batch_size, layer.input_size), "(B, I)")
+        state, resets = self._state, self._fresh
+        if state is not None and len(state) == 1:
+            state = state[0]
+        if resets is not None:
+            resets = resets[:, None] if batch_first else resets[None]
+        one = x[:, None] if batch_first else x[None]
+        y, after = layer(one, state, resets=resets)[:2]
+        self._state, self._fresh = after if isinstance(after, tuple) else (after,), None
+        y = y[:, 0] if batch_first else y[0]
+        return y[0] if self.batch_size is None else y
 
     def reset(self, rows: npt.ArrayLike | None = None) -> None:
         """Start rows anew, their state 0.
@@ -129,7 +161,7 @@ class Stream:
         TypeError: rows are neither. IndexError: there is no such row.
         """
         if rows is None:
-            self._state = self._zeros()
+            self._go_on_from(None)
             return
         chosen = checks.as_array("rows", rows)
         if chosen.size == 0:
@@ -141,10 +173,9 @@ class Stream:
             checks.shape("rows", chosen, (B,), "(B,)")
         elif chosen.min() < 0 or chosen.max() >= B:
             raise IndexError(f"rows must be from 0 to {B - 1}, got {rows}")
-        fresh = tuple(s.copy() for s in self._state)
-        for s in fresh:
-            s[:, chosen] = 0
-        self._state = fresh
+        fresh = np.zeros(B, bool) if self._fresh is None else self._fresh.copy()
+        fresh[chosen] = True
+        self._fresh = fresh
 
     def save(self, file: str | os.PathLike[str] | Any) -> None:
         """Save the state as an .npz, without pickle.
@@ -153,7 +184,7 @@ class Stream:
         ----------
         file: a path, or a file open for writing bytes.
         """
-        names: dict[str, Any] = dict(zip(self.layer._cell.states, self._state, strict=True))
+        names: dict[str, Any] = dict(zip(self.layer._cell.states, self._on_host(), strict=True))
         if isinstance(file, (str, os.PathLike)):
             with open(file, "wb") as opened:  # savez would add a suffix to the name
                 np.savez(opened, **names)
@@ -179,11 +210,11 @@ class Stream:
             raise ValueError(
                 f"file must hold {', '.join(letters)}, got {', '.join(found) or 'nothing'}"
             )
-        expected = self._zeros()
-        for letter, zeros in zip(letters, expected, strict=True):
-            checks.shape(f"{letter} in file", found[letter], zeros.shape, "(layers, B, H)")
-            if found[letter].dtype != zeros.dtype:
+        for letter, shape in zip(letters, self._shapes(), strict=True):
+            checks.shape(f"{letter} in file", found[letter], shape, "(layers, B, H)")
+            if found[letter].dtype != self._dtype:
                 raise ValueError(
-                    f"{letter} in file must be {zeros.dtype}, got {found[letter].dtype}"
+                    f"{letter} in file must be {self._dtype}, got {found[letter].dtype}"
                 )
-        self._state = tuple(found[letter] for letter in letters)
+        placed = (_placed(found[n], str(self._dtype), self.layer.device) for n in letters)
+        self._go_on_from(tuple(placed))
