@@ -262,7 +262,7 @@ def test_explain_tells_the_way() -> None:
     assert told["saved_bytes"] == 0
     training = plain.explain(20, 6, training=True)
     assert training["flops"] == 3 * told["flops"]
-    assert training["saved_bytes"] > 4 * 4 * 20 * 6 * 5 * 40
+    assert training["saved_bytes"] >= 4 * 4 * 20 * 6 * 5 * 40
     assert "20" in str(told)
     assert told["isa"] in str(told)
     for options, name in (
