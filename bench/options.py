@@ -1,6 +1,6 @@
 """What each option costs: forward and backward against the plain cell's, in turn.
 
-python bench/options.py             both thread counts, some 4 minutes
+python bench/options.py             both thread counts, some 2 minutes
 python bench/options.py 1           one thread
 python bench/options.py --report FILE
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from . import checks, cuda
 from .cells import Cell
-from .kernel import HOST, Problem, gradient_shapes, h_and_c, with_forget_gate
+from .kernel import HOST, Problem, gradient_shapes, h_and_c, values_of, with_forget_gate
 from .reference import Parameters
 
 if TYPE_CHECKING:
@@ -296,18 +296,8 @@ class Device:
         return self._kernel(cell, None if self._is_wide else "tf32")
 
     def _row_options(self, problem: Problem, adds_dx: bool = False) -> Options:
-        o = problem.request.options
-        told: Options = self._cuda.Options(
-            o.clip,
-            o.cell_clip,
-            *o.zoneout,
-            o.recurrent_dropout,
-            o.training,
-            o.seed,
-            o.where,
-            o.bptt,
-            adds_dx,
-        )
+        values = values_of(problem.request.options)
+        told: Options = self._cuda.Options(*values, adds_dx)
         return told
 
     def _row_forward(self, weights: Weights, problem: Problem, save: bool) -> View | None:

@@ -36,20 +36,6 @@ class Explanation(dict[str, Any]):
         return "\n".join(lines)
 
 
-def _why(layer: _Layer[Any], request: Request) -> list[str]:
-    """Name what the plain kernels do not do for a call."""
-    o, defaults = request.options, Request().options
-    asked = [n for n in ("clip", "cell_clip") if getattr(o, n) != getattr(defaults, n)]
-    asked += ["zoneout"] * any(o.zoneout)
-    asked += ["recurrent_dropout"] * (o.training and o.recurrent_dropout > 0)
-    asked += [n for n in ("return_cells", "trace", "recompute") if getattr(request, n)]
-    asked += [n for n in ("peephole", "layer_norm") if getattr(layer, n)]
-    asked += ["proj_size"] * (layer.proj_size > 0)
-    asked += ["reset_after=False"] * layer._cell.resets_before
-    asked += ["coupled_gates"] * (layer._cell.is_coupled and layer.device == "cpu")
-    return asked
-
-
 def explain(
     layer: _Layer[Any], T: int, B: int, request: Request, training: bool
 ) -> Explanation:
@@ -58,7 +44,7 @@ def explain(
     H, R, G = layer.hidden_size, layer._width, len(layer._cell.gates)
     on_cpu = layer.device == "cpu"
     item = {"float64": 8, "bfloat16": 2, "float16": 2}.get(str(layer.dtype), 4)
-    asked = _why(layer, request)
+    asked = request.beyond_plain + layer._beyond_plain
     why = [f"the plain kernels do not know {', '.join(asked)}"] if asked else []
     told = Explanation(
         layer=repr(layer),

@@ -14,7 +14,7 @@ from . import checks
 from .cells import CELLS, Cell
 from .device import backend_of
 from .kernel import FEW_ROWS, HOST, Problem
-from .options import check_options, is_row_wise
+from .options import beyond_plain, check_options
 from .reference import Array, Grads, Parameters
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _check(
     reverse = checks.flag("reverse", others.get("reverse", False))
     rest = {n: v for n, v in given.items() if n not in (*_ARRAYS, *_OTHERS)}
     request = check_options(cell, rest, training, is_vjp=training)
-    row_wise = request.is_row_wise or is_row_wise(cell, parameters, on is HOST)
+    row_wise = bool(request.beyond_plain or beyond_plain(cell, parameters, on is HOST))
     if out is not None:
         axis = "R" if R != H else "H"
         meaning = f"(T, {axis})" if unbatched else f"(T, B, {axis})"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import checks
+from . import checks, reference
 from ._cpu import LARGE_ARRAY, Options, Weights, allocate, drop
 from .cells import Cell
 from .options import PLAIN, Request
@@ -111,7 +111,7 @@ class Problem:
     ----------
     x: (T, B, I). state: h0 (B, R), and c0 (B, H) of an LSTM. y: (T, B, R).
     final: as state.
-    row_wise: whether the plain kernels do not do; see `Request.is_row_wise`.
+    row_wise: whether the plain kernels do not do; see `Request.beyond_plain`.
     cells: every c, (T, B, H), or None. trace: every gate, (T, B, gates, H), or None.
     """
 
@@ -133,19 +133,13 @@ def _options(problem: Problem) -> Options:
     o = problem.request.options
     if not problem.row_wise and not o.bptt:
         return _PLAIN
-    zoneout_h, zoneout_c = o.zoneout
-    return Options(
-        problem.row_wise,
-        o.clip,
-        o.cell_clip,
-        zoneout_h,
-        zoneout_c,
-        o.recurrent_dropout,
-        o.training,
-        o.seed,
-        o.where,
-        o.bptt,
-    )
+    return Options(problem.row_wise, *values_of(o))
+
+
+def values_of(o: reference.Options) -> tuple[Any, ...]:
+    """Return options in the order in which both backends are told."""
+    masks = (*o.zoneout, o.recurrent_dropout, o.training, o.seed, o.where)
+    return o.clip, o.cell_clip, *masks, o.bptt
 
 
 _PLAIN = Options(False, math.inf, math.inf, 0.0, 0.0, 0.0, False, 0, 0, 0)

@@ -19,7 +19,7 @@ from .device import backend_of
 from .explain import Explanation, explain
 from .functional import rnn_cell
 from .kernel import FEW_ROWS, HOST, Problem
-from .options import Request, check_options, is_row_wise
+from .options import Request, beyond_plain, check_options
 from .reference import Array, Nonlinearity, Parameters
 
 StateT = TypeVar("StateT")
@@ -128,7 +128,7 @@ class _Layer(Generic[StateT]):
     _parameters: dict[str, Any]  # arrays of NumPy or, on a GPU, of `cuda`
     _sets: dict[str, Parameters]
     _packed: dict[tuple[str, bool, bool], Any]
-    _is_row_wise: bool  # whatever a call asks for
+    _beyond_plain: list[str]  # whatever a call asks for
     _is_simple: bool  # the kernels take a call as it comes
     dtype: Any  # np.dtype or, on a GPU, its name
     proj_size = 0
@@ -293,9 +293,9 @@ class _Layer(Generic[StateT]):
     def _find_ways(self) -> None:
         """Find out which way calls take."""
         on_cpu = self.device == "cpu"
-        self._is_row_wise = is_row_wise(self._cell, self._of("l0"), on_cpu)
+        self._beyond_plain = beyond_plain(self._cell, self._of("l0"), on_cpu)
         is_one = self.num_layers == 1 and not (self.batch_first or self.bidirectional)
-        takes_rows = self._request.is_row_wise or self._is_row_wise
+        takes_rows = self._request.beyond_plain or self._beyond_plain
         self._is_simple = on_cpu and is_one and not takes_rows
 
     def state_dict(self) -> dict[str, Any]:
@@ -506,7 +506,7 @@ class _Layer(Generic[StateT]):
         final = tuple([on.empty(shape, state_dtype) for shape in shapes])
         ends = tuple(map(on.see, final))
         keeps_cells = request.recompute and "c" in letters
-        row_wise = request.is_row_wise or self._is_row_wise
+        row_wise = bool(request.beyond_plain or self._beyond_plain)
         cells = None
         traces: dict[str, Any] = {}
         tapes = []

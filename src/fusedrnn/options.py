@@ -92,18 +92,31 @@ class Request:
         return replace(self, options=replace(self.options, seed=seed))
 
     @cached_property
-    def is_row_wise(self) -> bool:
-        """Whether the plain kernels do not do: a step is then taken row by row."""
+    def beyond_plain(self) -> list[str]:
+        """What the plain kernels do not do: a step is then taken row by row."""
         o = self.options
-        drops = o.training and o.recurrent_dropout > 0
-        asked = min(o.clip, o.cell_clip) < math.inf or any(o.zoneout) or drops
-        return asked or self.return_cells or self.trace or self.recompute
+        asked = {
+            "clip": o.clip < math.inf,
+            "cell_clip": o.cell_clip < math.inf,
+            "zoneout": any(o.zoneout),
+            "recurrent_dropout": o.training and o.recurrent_dropout > 0,
+            "return_cells": self.return_cells,
+            "trace": self.trace,
+            "recompute": self.recompute,
+        }
+        return [name for name, is_asked in asked.items() if is_asked]
 
 
-def is_row_wise(cell: Cell, parameters: Parameters, on_cpu: bool) -> bool:
-    """Whether the plain kernels do not do for these parameters, whatever is asked for."""
-    has_more = any(p is not None for p in parameters[4:])
-    return has_more or cell.resets_before or (cell.is_coupled and on_cpu)
+def beyond_plain(cell: Cell, parameters: Parameters, on_cpu: bool) -> list[str]:
+    """Return what the plain kernels do not do of a cell, whatever a call asks for."""
+    has = {
+        "proj_size": parameters.weight_hr is not None,
+        "peephole": parameters.weight_ch is not None,
+        "layer_norm": parameters.gamma_ih is not None,
+        "reset_after=False": cell.resets_before,
+        "coupled_gates": cell.is_coupled and on_cpu,
+    }
+    return [name for name, is_so in has.items() if is_so]
 
 
 PLAIN = Request()
