@@ -40,12 +40,10 @@ constexpr RowKernels<A> row_kernels_of() {
 template <template <class> class CellOf>
 constexpr CellEntry cell(std::string_view name, int variant = 0) {
   using Cell = CellOf<device::Vec<float>>;
-  int peepholes = 0;
-  if constexpr (Cell::has_c) peepholes = Cell::peepholes;
   return {name,
           Cell::gates,
           Cell::has_c,
-          peepholes,
+          Cell::peepholes,
           variant,
           kernels_of<CellOf>,
           row_kernels_of<CellOf, float>(),

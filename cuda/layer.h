@@ -13,6 +13,9 @@
 #include <tuple>
 #include <type_traits>
 
+#include "vec.h"
+// after FUSEDRNN_ARCH
+#include "../csrc/rows.h"
 #include "kernels.h"
 #include "launches.h"
 #include "recurrence.h"
@@ -389,9 +392,10 @@ class Layer {
   }
 
   static void blocks_of_slots(int (&input)[4], int (&recurrent)[4]) {
+    constexpr device::SlotBlocks<Cell> blocks{};
     for (int k = 0; k < slots; ++k) {
-      input[k] = k < first_input ? -1 : Cell::input_gate[k - first_input];
-      recurrent[k] = k < gates ? Cell::recurrent_gate[k] : -1;
+      input[k] = blocks.input[k];
+      recurrent[k] = blocks.recurrent[k];
     }
   }
 

@@ -7,15 +7,7 @@ namespace fusedrnn::cuda {
 
 template <class Kernel>
 void launch_each(const Kernel& kernel, index count, int ordinal, Stream stream) {
-  // A few elements to a thread of a full device.
-  const index most = index{device(ordinal).multiprocessors} * 8;
-  const index blocks = ceil_div(count, most_threads);
-  launch(kernel,
-         {static_cast<int>(blocks < 1      ? 1
-                           : blocks < most ? blocks
-                                           : most),
-          1, most_threads, 0, false, false},
-         stream);
+  launch(kernel, shape_of_each(count, ordinal), stream);
 }
 
 template <class P>

@@ -23,7 +23,15 @@ FUSEDRNN_DEVICE double dropout_factor(std::uint64_t seed, std::uint32_t draw,
   return words[n / block % 4] < Generator::threshold(p) ? 0 : 1 / (1 - p);
 }
 
-// Queues a kernel of so many independent elements.
+// Of a kernel of so many independent elements: a few to a thread of a full device.
+inline Launch shape_of_each(index count, int ordinal) {
+  const index most = index{device(ordinal).multiprocessors} * 8;
+  const index blocks = ceil_div(count, most_threads);
+  const index used = blocks < 1 ? 1 : blocks < most ? blocks : most;
+  return {static_cast<int>(used), 1, most_threads, 0, false, false};
+}
+
+// Queues such a kernel.
 template <class Kernel>
 void launch_each(const Kernel& kernel, index count, int device, Stream stream);
 

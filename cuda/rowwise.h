@@ -368,7 +368,6 @@ struct RowBackward : RowKernel<CellOf, A> {
   const A *records, *y, *seen;  // seen (T, B, R)
   index y_b;
   A* gradients;
-  index gradient;            // values of a row
   const A* from_product;     // (B, R) Rᵀ da of the step after
   A *dh, *dc, *direct, *dm;  // (B, R) and (B, H)
   const A* dy;
@@ -382,9 +381,9 @@ struct RowBackward : RowKernel<CellOf, A> {
       if (part == 0) find_dh(b);
       if (step < 0) return;
       const index t = this->time(step), row_at = t * B + b;
-      A* const da = gradients + row_at * gradient;
+      A* const da = gradients + row_at * at.values;
       if (!this->is_active(t, b)) {
-        if (part == 0) Walk::each(gradient, [&](index u) { da[u] = 0; });
+        if (part == 0) Walk::each(at.values, [&](index u) { da[u] = 0; });
         return;
       }
       const auto rows = this->rows(t, b);
@@ -625,8 +624,8 @@ class RowLayer {
     give(call.dh_n, room.direct, B * R, call);
     if (Cell::has_c) give(call.dc_n, dc, B * H, call);
     const bool twice = resets_before<Cell>(call.model);
-    const index gradient = row_of(call).values;
     const GradientRow<Cell> at = row_of(call);
+    const index gradient = at.values;
 
     RowSeen<CellOf, A> seen{};
     fill(seen, call, room);
@@ -645,7 +644,6 @@ class RowLayer {
     kernel.y_b = call.y_b;
     kernel.seen = room.seen;
     kernel.gradients = room.gradients;
-    kernel.gradient = gradient;
     kernel.from_product = room.from_product;
     kernel.dh = room.dh;
     kernel.dc = dc;
@@ -684,14 +682,11 @@ class RowLayer {
         launch_rows(kernel, B, call);
       }
     }
-    write_gradients(call, room, x, at, gradient);
+    write_gradients(call, room, x, at);
   }
 
  private:
-  static constexpr int peepholes = [] {
-    if constexpr (Cell::has_c) return Cell::peepholes;
-    return 0;
-  }();
+  static constexpr int peepholes = Cell::peepholes;
 
   static GradientRow<Cell> row_of(const RowCall<A>& call) {
     GradientRow<Cell> row(call.model, call.vectors.weight_ch != nullptr, call.H, call.R);
@@ -755,14 +750,7 @@ class RowLayer {
   }
   template <class K>
   static void launch_each(const K& kernel, index count, const RowCall<A>& call) {
-    const index most = index{device(call.device).multiprocessors} * 8;
-    const index blocks = ceil_div(count, most_threads);
-    launch(kernel,
-           {static_cast<int>(blocks < 1      ? 1
-                             : blocks < most ? blocks
-                                             : most),
-            1, most_threads, 0, false, false},
-           call.stream);
+    launch(kernel, shape_of_each(count, call.device), call.stream);
   }
 
   static void multiply(const RowCall<A>& call, const Room& room, const Matrix& left,
@@ -865,9 +853,8 @@ class RowLayer {
   }
 
   static void write_gradients(const RowBackCall<A>& call, const BackwardRoom& room,
-                              const Matrix& x, const GradientRow<Cell>& at,
-                              index gradient) {
-    const index stride = record(call.model);
+                              const Matrix& x, const GradientRow<Cell>& at) {
+    const index gradient = at.values, stride = record(call.model);
     const index T = call.T, B = call.B, I = call.I, H = call.H, R = call.R, all = T * B;
     const auto of = [&](index from, index columns, bool transposed) {
       return Matrix{room.gradients + from, element, all, columns, gradient, transposed};

@@ -23,7 +23,7 @@ namespace fusedrnn::FUSEDRNN_ARCH {
 template <class V>
 struct Gru {
   // Slots q r z n: the recurrent part owns the first three, the input part the last.
-  static constexpr int gates = 3, slots = 4;
+  static constexpr int gates = 3, slots = 4, peepholes = 0;
   static constexpr int input_gate[gates] = {0, 1, 2}, recurrent_gate[gates] = {2, 0, 1};
   static constexpr bool saves = true, has_c = false, has_direct = true;
 

@@ -11,7 +11,7 @@ namespace fusedrnn::FUSEDRNN_ARCH {
 
 template <class V>
 struct Rnn {
-  static constexpr int gates = 1, slots = 1;
+  static constexpr int gates = 1, slots = 1, peepholes = 0;
   static constexpr int input_gate[gates] = {0}, recurrent_gate[gates] = {0};
   static constexpr bool saves = false, has_c = false, has_direct = false;
   enum Activation { hyperbolic, rectified, identity };

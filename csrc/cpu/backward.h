@@ -685,10 +685,7 @@ class BackwardPass {
 
   // Row by row
 
-  static constexpr int peepholes = [] {
-    if constexpr (Cell::has_c) return Cell::peepholes;
-    return 0;
-  }();
+  static constexpr int peepholes = Cell::peepholes;
   static constexpr int vectors = peepholes + 2 * gates + 2;
 
   static GradientRow<Cell> row(const Backward<S>& p, const L& layout) {

@@ -50,12 +50,10 @@ constexpr Kernels<S> kernels_of() {
 template <template <class> class CellOf>
 constexpr CellEntry cell(std::string_view name, int variant = 0) {
   using Cell = CellOf<Vec<float>>;
-  int peepholes = 0;
-  if constexpr (Cell::has_c) peepholes = Cell::peepholes;
   return {name,
           Cell::gates,
           Cell::has_c,
-          peepholes,
+          Cell::peepholes,
           variant,
           kernels_of<CellOf, float>(),
           kernels_of<CellOf, double>()};
