@@ -36,6 +36,7 @@
 //   scratch                (2 + slots, P) for a row, each unit's values its owner's
 //   once(f), all(n)        f by one of those who share the row; the units of a whole row
 //   root(x)                √x
+//   kept(x)                what a record makes of it
 //   bias_is_in             whether sums start at the bias
 #pragma once
 
@@ -94,7 +95,7 @@ struct GradientRow {
   index seen_c, normal_c, c_prev, c, reset, dh, m, values;
 
   GradientRow() = default;
-  GradientRow(const Model& model, bool has_peephole, index P, index R)
+  constexpr GradientRow(const Model& model, bool has_peephole, index P, index R)
       : values(slots * P) {
     const auto take = [&](bool exists, index size) {
       const index at = values;
@@ -127,7 +128,6 @@ class RowWise {
 
  public:
   using Walked = E;
-  const Options options;
   const Model model;
   const Vectors<const S> vectors;
   const index H, R, P;
@@ -140,8 +140,7 @@ class RowWise {
   template <class Problem>
   FUSEDRNN_DEVICE RowWise(const Problem& p, index padded, const S* packed_bias,
                           const E& walk)
-      : options(p.options),
-        model(p.model),
+      : model(p.model),
         vectors(p.vectors),
         H(p.model.H),
         R(p.model.R),
@@ -150,7 +149,7 @@ class RowWise {
         bias(packed_bias),
         zones_out(p.options.zoneout_h > 0 || p.options.zoneout_c > 0),
         e(walk),
-        extras(extras_of(p)) {}
+        extras(extras_of(p, walk)) {}
 
   // Forward
 
@@ -340,7 +339,7 @@ class RowWise {
 
  private:
   template <class Problem>
-  FUSEDRNN_DEVICE static Extras<V> extras_of(const Problem& p) {
+  FUSEDRNN_DEVICE static Extras<V> extras_of(const Problem& p, const E& e) {
     const auto broadcast = [](double x) { return V::broadcast(static_cast<S>(x)); };
     constexpr double none = __builtin_inf();
     Extras<V> x{};
@@ -348,10 +347,13 @@ class RowWise {
     x.clips = p.options.clip < none;
     x.clips_cell = p.options.cell_clip < none;
     x.has_peephole = p.vectors.weight_ch;
-    x.clip = broadcast(p.options.clip);
-    x.sigmoid_low = sigmoid(broadcast(-p.options.clip));
-    x.sigmoid_high = sigmoid(x.clip);
-    x.tanh_high = tanh(x.clip);
+    if (x.clips) {
+      const V clip = broadcast(p.options.clip);
+      x.clip = e.kept(clip);
+      x.sigmoid_low = e.kept(sigmoid(broadcast(-p.options.clip)));
+      x.sigmoid_high = e.kept(sigmoid(clip));
+      x.tanh_high = e.kept(tanh(clip));
+    }
     x.cell_clip = broadcast(p.options.cell_clip);
     return x;
   }

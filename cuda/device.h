@@ -20,6 +20,7 @@
 //                            once, in no order with others but that of fence()
 //   fence()                  what the thread read and wrote before is before what it
 //                            reads and writes after, for all blocks that keep to this
+//   add_to(p, x)             *p += x of memory, for which nobody waits
 //   wait_until(ready)        asks ready() until it is true in the whole warp, which it
 //                            synchronizes
 //   MmaTensorFloat32, MmaBFloat16, MmaFloat16
@@ -156,6 +157,8 @@ FUSEDRNN_DEVICE void store_exchanged(Quad* p, const Quad& value) {
                : "memory");
 }
 FUSEDRNN_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+FUSEDRNN_DEVICE void add_to(float* p, float x) { atomicAdd(p, x); }
+FUSEDRNN_DEVICE void add_to(double* p, double x) { atomicAdd(p, x); }
 template <class F>
 FUSEDRNN_DEVICE void wait_until(const F& ready) {
   while (!__all_sync(~0u, ready())) {

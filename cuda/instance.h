@@ -7,12 +7,16 @@
 
 namespace fusedrnn::cuda {
 
+template <class S, class L>
+constexpr Runs<S> runs_of() {
+  return {L::saved_bytes, L::forward_workspace, L::forward, L::backward_workspace,
+          L::backward};
+}
+
 template <template <class> class CellOf, class P>
 constexpr Kernels kernels_in() {
   using L = Layer<CellOf, P>;
-  return {L::packed_bytes,      L::pack,    L::saved_bytes,
-          L::forward_workspace, L::forward, L::backward_workspace,
-          L::backward,          L::choose};
+  return {L::packed_bytes, L::pack, L::choose, runs_of<void, L>()};
 }
 
 template <template <class> class CellOf>
@@ -30,13 +34,6 @@ Kernels kernels_of(Precision precision) {
   }
 }
 
-template <template <class> class CellOf, class A>
-constexpr RowKernels<A> row_kernels_of() {
-  using L = RowLayer<CellOf, A>;
-  return {L::saved_bytes, L::forward_workspace, L::forward, L::backward_workspace,
-          L::backward};
-}
-
 template <template <class> class CellOf>
 constexpr CellEntry cell(std::string_view name, int variant = 0) {
   using Cell = CellOf<device::Vec<float>>;
@@ -46,8 +43,8 @@ constexpr CellEntry cell(std::string_view name, int variant = 0) {
           Cell::peepholes,
           variant,
           kernels_of<CellOf>,
-          row_kernels_of<CellOf, float>(),
-          row_kernels_of<CellOf, double>()};
+          runs_of<float, RowLayer<CellOf, float>>(),
+          runs_of<double, RowLayer<CellOf, double>>()};
 }
 
 }  // namespace fusedrnn::cuda

@@ -12,53 +12,60 @@ namespace fusedrnn::cuda {
 
 enum class Precision { float32, float64, tf32, bfloat16, float16 };
 
-// Memory of the device throughout.
-struct Call : Sizes {
-  int variant;  // of cells that share their kernels
+// What both directions are told, as csrc/problem.h says; memory of the device throughout,
+// of S or, where that is void, of what the precision stores and states in.
+template <class S>
+struct ForwardOf : Sizes {
+  Model model;
+  Options options;
+  Vectors<const S> vectors;
   Precision precision;
   int device;
   Stream stream;
   void* workspace;
-  const void* x;  // (T, B, I)
+  const S* x;  // its last axis contiguous
   index x_t, x_b;
-  const void *h0, *c0;  // (B, H), states
-  const void* weight_ih;
-  const void* packed;
+  const S *h0, *c0;  // or null: zeros
+  const S *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr;
+  const void* packed;   // of the direction, or null where steps go row by row
   const void* lengths;  // (B,) int32 or int64, or null
   bool wide_lengths;
   const bool* resets;  // (T, B) at any strides, or null
   index resets_t, resets_b;
+  S* y;  // y_t = B y_b
+  index y_t, y_b;
+  S *h_n, *c_n;  // of forward
+  S* saved;      // null in inference, or to be computed again
+  S* cells;      // (T, B, H) at any strides but the last, or null
+  index cells_t, cells_b;
+  S* trace;  // contiguous, or null
 };
 
+template <class S>
+struct BackwardOf : ForwardOf<S> {
+  const S* dy;  // any strides but the last; or null
+  index dy_t, dy_b;
+  const S *dh_n, *dc_n;  // or null
+  const S* dcells;       // any strides but the last; or null
+  index dcells_t, dcells_b;
+  S* dx;  // (T, B, I), rows dx_b apart
+  index dx_b;
+  bool adds_dx;  // to what is there
+  S *dweight_ih, *dweight_hh, *dbias_ih, *dbias_hh, *dweight_hr;
+  Vectors<S> dvectors;
+  S *dh0, *dc0;
+};
+
+using ForwardCall = ForwardOf<void>;
+using BackwardCall = BackwardOf<void>;
+
 // From one row of x to the next, by time and then by batch; 0 where that is no constant.
-template <class C>
-index row_stride(const C& call) {
+template <class S>
+index row_stride(const ForwardOf<S>& call) {
   const index stride = call.B > 1 ? call.x_b : call.T > 1 ? call.x_t : call.I;
   const bool constant = call.T == 1 || call.x_t == call.B * stride;
   return constant && stride >= call.I ? stride : 0;
 }
-
-struct ForwardCall : Call {
-  void* y;  // (T, B, H), y_t = B y_b
-  index y_t, y_b;
-  void *h_n, *c_n;
-  void* saved;  // null in inference
-};
-
-struct BackwardCall : Call {
-  const void* y;
-  index y_t, y_b;
-  const void* saved;
-  const void* dy;  // any strides but the last; or null
-  index dy_t, dy_b;
-  const void *dh_n, *dc_n;  // or null
-  void* dx;                 // (T, B, I), rows dx_b apart
-  index dx_b;
-  bool adds_dx;  // to what is there
-  int bptt;      // no gradient passes from chunk to chunk of so many times; 0: one
-  void *dweight_ih, *dweight_hh, *dbias_ih, *dbias_hh;
-  void *dh0, *dc0;
-};
 
 struct PackCall {
   Precision precision;
@@ -70,66 +77,20 @@ struct PackCall {
   void* packed;
 };
 
-// What both directions are told; memory of the device throughout.
-template <class A>
-struct RowCall : Sizes {
-  Model model;
-  Options options;
-  Vectors<const A> vectors;
-  int device;
-  Stream stream;
-  void* workspace;
-  bool tf32;
-  const A* x;  // its last axis contiguous
-  index x_t, x_b;
-  const A *h0, *c0;  // or null: zeros
-  const A *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr;
-  const void* lengths;
-  bool wide_lengths;
-  const bool* resets;
-  index resets_t, resets_b;
-  // Of the forward; backward reads all but trace. Contiguous, but y has rows y_b apart
-  // and cells strides.
-  A* y;
-  index y_b;
-  A *h_n, *c_n, *saved, *cells, *trace;
-  index cells_t, cells_b;
+// How a layer runs: layer.h, or rowwise.h in float32 or float64.
+template <class S>
+struct Runs {
+  index (*saved_bytes)(const ForwardOf<S>&);
+  index (*forward_workspace)(const ForwardOf<S>&);
+  void (*forward)(const ForwardOf<S>&);
+  index (*backward_workspace)(const BackwardOf<S>&);
+  void (*backward)(const BackwardOf<S>&);
 };
-
-template <class A>
-struct RowBackCall : RowCall<A> {
-  const A* dy;  // its last axis contiguous; or null
-  index dy_t, dy_b;
-  const A *dh_n, *dc_n;
-  const A* dcells;
-  index dcells_t, dcells_b;
-  A* dx;
-  index dx_b;
-  bool adds_dx;
-  A *dweight_ih, *dweight_hh, *dbias_ih, *dbias_hh, *dweight_hr;
-  Vectors<A> dvectors;
-  A *dh0, *dc0;
-};
-
 struct Kernels {
   index (*packed_bytes)(index H, bool backward);
   void (*pack)(const PackCall&);
-  index (*saved_bytes)(const Sizes&);
-  index (*forward_workspace)(const ForwardCall&);
-  void (*forward)(const ForwardCall&);
-  index (*backward_workspace)(const BackwardCall&);
-  void (*backward)(const BackwardCall&);
   Plan (*choose)(const Sizes&, int device, bool backward);
-};
-
-// The layer with options, rowwise.h.
-template <class A>
-struct RowKernels {
-  index (*saved_bytes)(const Sizes&, const Model&);
-  index (*forward_workspace)(const RowCall<A>&);
-  void (*forward)(const RowCall<A>&);
-  index (*backward_workspace)(const RowBackCall<A>&);
-  void (*backward)(const RowBackCall<A>&);
+  Runs<void> runs;
 };
 
 struct CellEntry {
@@ -139,8 +100,8 @@ struct CellEntry {
   int peepholes;  // gates that may see c
   int variant;    // of cells that share their kernels
   Kernels (*kernels)(Precision);
-  RowKernels<float> rows32;
-  RowKernels<double> rows64;
+  Runs<float> rows32;
+  Runs<double> rows64;
 };
 
 // Hands out parts of one piece of memory; of none, to learn how large it must be.

@@ -3,9 +3,9 @@
 //   forward   W x for a stretch of times as one product, then the recurrence over it
 //   backward  the recurrence over all times, then dx, dW, dR as one product each, db
 //
-// Arrays are as in csrc/problem.h, with these differences: states and what is saved of c
-// are float32 where storage has 16 bits; x may have any strides but its last; y and dx
-// have rows at one distance (y_t = B y_b). Everything is queued on the call's stream.
+// Arrays are as in csrc/problem.h, with these differences: states, c and peepholes are
+// float32 where storage has 16 bits; x may have any strides but its last; y and dx have
+// rows at one distance (y_t = B y_b). Everything is queued on the call's stream.
 #pragma once
 
 #include <map>
@@ -38,6 +38,7 @@ inline Element element_of(Precision precision) {
 
 template <template <class> class CellOf, class P>
 class Layer {
+  using Call = ForwardCall;
   using S = typename P::Storage;
   using E = typename P::Operand;
   using A = typename P::State;
@@ -76,16 +77,8 @@ class Layer {
     const index H = call.H;
     Carver carver(call.packed);
     if (!call.backward) {
-      PackBias<P> bias{P::of(call.precision),
-                       static_cast<const S*>(call.bias_ih),
-                       static_cast<const S*>(call.bias_hh),
-                       carver.take<A>(slots * H),
-                       H,
-                       slots,
-                       {},
-                       {}};
-      blocks_of_slots(bias.input_block, bias.recurrent_block);
-      launch_each(bias, slots * H, call.device, call.stream);
+      pack_bias(call.precision, call.bias_ih, call.bias_hh, carver.take<A>(slots * H), H,
+                call.device, call.stream);
     }
     const index quads = packed_quads(H, call.backward);
     PackWeights<P> weights{
@@ -103,10 +96,11 @@ class Layer {
     launch_each(weights, quads, call.device, call.stream);
   }
 
-  // What backward needs beside x and y: slots as stored, c as a state.
-  static index saved_bytes(const Sizes& p) {
+  // What backward needs beside x, y and cells: slots as stored and, if there are no
+  // cells, c as a state.
+  static index saved_bytes(const Call& call) {
     Carver carver(nullptr);
-    Saved(p, carver);
+    Saved(call, carver);
     return carver.used();
   }
 
@@ -162,7 +156,10 @@ class Layer {
           p.y_t = call.y_t;
           p.y_b = call.y_b;
           p.saved = saved.slots;
-          p.saved_c = saved.c;
+          p.cells = saved.c;
+          p.cells_t = saved.c_t;
+          p.cells_b = saved.c_b;
+          p.trace = static_cast<S*>(call.trace);
           return p;
         });
       });
@@ -184,6 +181,10 @@ class Layer {
       clear(call.dweight_hh, width * call.H, call.stream);
       clear(call.dbias_ih, width, call.stream);
       clear(call.dbias_hh, width, call.stream);
+      if (call.dvectors.weight_ch) {
+        const index bytes = Cell::peepholes * call.H * index{sizeof(A)};
+        clear(call.dvectors.weight_ch, bytes, call.stream);
+      }
       if (call.B == 0) return;
     }
     const Plan plan = choose(call, call.device, true);
@@ -196,15 +197,21 @@ class Layer {
     if (call.T == 0) return;
     const index H = call.H, I = call.I, rows = call.T * call.B;
 
-    Previous<P> previous{call,
-                         P::of(call.precision),
-                         static_cast<const S*>(call.y),
-                         call.y_t,
-                         call.y_b,
-                         static_cast<const A*>(call.h0),
-                         room.h_prev,
-                         masks_of(call, room)};
-    launch_each(previous, rows * H, call.device, call.stream);
+    const auto previous = [&](RecurrentMask mask) {
+      const Previous<P> kernel{call,
+                               P::of(call.precision),
+                               static_cast<const S*>(call.y),
+                               call.y_t,
+                               call.y_b,
+                               static_cast<const A*>(call.h0),
+                               room.h_prev,
+                               masks_of(call, room),
+                               mask};
+      launch_each(kernel, rows * H, call.device, call.stream);
+    };
+    // A product sees it masked, what passes that by does not.
+    const RecurrentMask mask = RecurrentMask::of(call.options);
+    previous(mask);
     const S* x = static_cast<const S*>(call.x);
     index x_b = row_stride(call);
     if (room.x) {
@@ -212,8 +219,20 @@ class Layer {
       x = room.x;
       x_b = I;
     }
-    Carver saving(const_cast<void*>(call.saved));
+    const auto matrix = [&](const void* data, index height, index width, index stride,
+                            bool transposed = false) {
+      return Matrix{data, element_of(call.precision), height, width, stride, transposed};
+    };
+    Carver saving(call.saved ? call.saved : room.saved);
     const Saved saved(call, saving);
+    if (room.saved) {
+      compute_again(call, room, matrix(x, rows, I, x_b), saved);
+    }
+    if (Cell::has_direct && mask.p > 0) previous({});
+    if (room.dweight_ch) {
+      const index bytes = call.B * Cell::peepholes * H * index{sizeof(A)};
+      clear(room.dweight_ch, bytes, call.stream);
+    }
     with_instance(plan, [&]<int tiles, bool resident>() {
       launch_turns(call, plan, 0, call.T + 1, [&](index from, index to) {
         Backwards<tiles, resident> p{};
@@ -223,24 +242,25 @@ class Layer {
         p.y = static_cast<const S*>(call.y);
         p.y_t = call.y_t;
         p.y_b = call.y_b;
-        p.c0 = static_cast<const A*>(call.c0);
         p.saved = saved.slots;
-        p.saved_c = saved.c;
+        p.cells = cells_of(call, saved);
         p.dy = static_cast<const S*>(call.dy);
         p.dy_t = call.dy_t;
         p.dy_b = call.dy_b;
+        p.dcells = static_cast<const A*>(call.dcells);
+        p.dcells_t = call.dcells_t;
+        p.dcells_b = call.dcells_b;
         p.dh = dh;
         p.dc = dc;
         p.da = room.da;
-        p.bptt = call.bptt;
+        p.bptt = call.options.bptt < call.T ? static_cast<int>(call.options.bptt) : 0;
+        p.units.dweight_ch = room.dweight_ch;
+        p.units.saved = element_of(call.precision);
         return p;
       });
     });
+    if (Cell::has_direct && mask.p > 0) previous(mask);
 
-    const auto matrix = [&](const void* data, index height, index width, index stride,
-                            bool transposed = false) {
-      return Matrix{data, element_of(call.precision), height, width, stride, transposed};
-    };
     const auto multiply = [&](const Matrix& left, const Matrix& right, const Matrix& to,
                               bool adds = false) {
       matmul(left, right, to, adds, tf32, room.matmul, call.stream);
@@ -252,19 +272,11 @@ class Layer {
              call.adds_dx);
     multiply(matrix(of_input, rows, gates * H, da_stride, true), matrix(x, rows, I, x_b),
              matrix(call.dweight_ih, gates * H, I, I));
-    // Slots whose blocks of weight_hh follow one another take one product.
-    for (int k = 0; k < gates;) {
-      int end = k + 1;
-      while (end < gates &&
-             Cell::recurrent_gate[end] == Cell::recurrent_gate[end - 1] + 1) {
-        ++end;
-      }
-      const S* const to =
-          static_cast<const S*>(call.dweight_hh) + Cell::recurrent_gate[k] * H * H;
-      multiply(matrix(room.da + k * H, rows, (end - k) * H, da_stride, true),
-               matrix(room.h_prev, rows, H, H), matrix(to, (end - k) * H, H, H));
-      k = end;
-    }
+    each_recurrent_block<Cell>(0, [&](int slot, int block, int count) {
+      S* const to = static_cast<S*>(call.dweight_hh) + block * H * H;
+      multiply(matrix(room.da + slot * H, rows, count * H, da_stride, true),
+               matrix(room.h_prev, rows, H, H), matrix(to, count * H, H, H));
+    });
     BiasGradients<P> bias{P::of(call.precision),
                           room.da,
                           rows,
@@ -276,6 +288,17 @@ class Layer {
                           static_cast<S*>(call.dbias_hh)};
     blocks_of_slots(bias.input_block, bias.recurrent_block);
     launch_columns(bias, call.stream);
+    if constexpr (Cell::peepholes > 0) {
+      if (!room.dweight_ch) return;
+      RowSums<A> sums{};
+      sums.rows = call.B;
+      sums.H = H;
+      for (int k = 0; k < Cell::peepholes; ++k) {
+        sums.jobs[sums.count++] = {room.dweight_ch + k * H, nullptr, Cell::peepholes * H,
+                                   0, static_cast<A*>(call.dvectors.weight_ch) + k * H};
+      }
+      launch_sums(sums, call.stream);
+    }
   }
 
   // The plan that is estimated to be fastest among those a device can run; looked for
@@ -339,11 +362,27 @@ class Layer {
   struct Saved {
     S* slots;
     A* c;
-    Saved(const Sizes& p, Carver& carver)
-        : slots(carver.take<S>(Cell::saves ? p.T * p.B * Layer::slots * p.H : 0)),
-          c(carver.take<A>(Cell::has_c ? p.T * p.B * p.H : 0)) {}
+    index c_t, c_b;
+    // An RNN's h tells its slot, unless zoneout comes between.
+    Saved(const Call& call, Carver& carver)
+        : slots(carver.take<S>(Cell::saves || zones_out(call)
+                                   ? call.T * call.B * Layer::slots * call.H
+                                   : 0)),
+          c(static_cast<A*>(call.cells)),
+          c_t(call.cells_t),
+          c_b(call.cells_b) {
+      if (!Cell::has_c || c) return;
+      c = carver.take<A>(call.T * call.B * call.H);
+      c_t = call.B * call.H;
+      c_b = call.H;
+    }
+    static bool zones_out(const Call& call) {
+      return call.options.zoneout_h > 0 || call.options.zoneout_c > 0;
+    }
   };
-
+  static Cells<A> cells_of(const Call& call, const Saved& saved) {
+    return {static_cast<const A*>(call.c0), saved.c, saved.c_t, saved.c_b};
+  }
   // Scratch memory that both directions have.
   struct Room {
     E* operand;
@@ -374,14 +413,28 @@ class Layer {
   };
   struct BackwardRoom : Room {
     S *da, *h_prev;
-    S* x;  // a copy, or null
+    S* x;           // a copy, or null
+    A* dweight_ch;  // or null
+    char* saved;    // where that is computed again, from
+    A *bias, *sums;
     BackwardRoom(const BackwardCall& call, const Plan& plan, Carver& carver)
         : Room(call, plan, gates, carver),
           da(carver.take<S>(call.T * call.B * slots * call.H)),
           h_prev(carver.take<S>(call.T * call.B * call.H)),
-          x(row_stride(call) && !call.lengths
-                ? nullptr
-                : carver.take<S>(call.T * call.B * call.I)) {}
+          x(row_stride(call) && !call.lengths ? nullptr
+                                              : carver.take<S>(call.T * call.B * call.I)),
+          dweight_ch(call.vectors.weight_ch
+                         ? carver.take<A>(call.B * Cell::peepholes * call.H)
+                         : nullptr),
+          saved(nullptr),
+          bias(nullptr),
+          sums(nullptr) {
+      if (call.saved || saved_bytes(call) == 0) return;
+      saved = carver.take<char>(saved_bytes(call));
+      bias = carver.take<A>(slots * call.H);
+      sums = sizeof(S) == sizeof(A) ? reinterpret_cast<A*>(saved)
+                                    : carver.take<A>(call.T * call.B * slots * call.H);
+    }
   };
 
   static Masks masks_of(const Call& call, const Room& room) {
@@ -389,6 +442,57 @@ class Layer {
   }
   static index earliest_time(const Sizes& p, index begin, index end) {
     return p.reverse ? p.T - end : begin;
+  }
+
+  // The slots, of h' as the product saw it.
+  static void compute_again(const BackwardCall& call, const BackwardRoom& room,
+                            const Matrix& x, const Saved& saved) {
+    const index H = call.H, rows = call.T * call.B;
+    const Element element = element_of(call.precision);
+    const Element sums = sizeof(A) == 8 ? Element::float64 : Element::float32;
+    const auto multiply = [&](const Matrix& from, const void* weight, index block,
+                              index count, index columns, index slot, bool adds) {
+      const S* const blocks = static_cast<const S*>(weight) + block * H * columns;
+      matmul(from, {blocks, element, count * H, columns, columns, true},
+             {room.sums + slot * H, sums, rows, count * H, slots * H, false}, adds, tf32,
+             room.matmul, call.stream);
+    };
+    multiply(x, call.weight_ih, 0, gates, call.I, first_input, false);
+    const Matrix h_prev{room.h_prev, element, rows, H, H, false};
+    each_recurrent_block<Cell>(0, [&](int slot, int block, int count) {
+      multiply(h_prev, call.weight_hh, block, count, H, slot, slot >= first_input);
+    });
+    pack_bias(call.precision, call.bias_ih, call.bias_hh, room.bias, H, call.device,
+              call.stream);
+    const SlotsAgain<CellOf, A> again{
+        call,
+        call.model.variant,
+        UnitOptions<A>::of(call.options, call.vectors.weight_ch),
+        masks_of(call, room),
+        room.bias,
+        cells_of(call, saved),
+        room.sums};
+    launch(again, shape_of_each(rows * H, call.device), call.stream);
+    if constexpr (sizeof(S) != sizeof(A)) {
+      const index width = slots * H, step = call.B * width;
+      convert({room.sums, step, width, saved.slots, step, width, call.T, call.B, width,
+               sums, element},
+              call.device, call.stream);
+    }
+  }
+
+  static void pack_bias(Precision precision, const void* bias_ih, const void* bias_hh,
+                        A* to, index H, int device, Stream stream) {
+    PackBias<P> bias{P::of(precision),
+                     static_cast<const S*>(bias_ih),
+                     static_cast<const S*>(bias_hh),
+                     to,
+                     H,
+                     slots,
+                     {},
+                     {}};
+    blocks_of_slots(bias.input_block, bias.recurrent_block);
+    launch_each(bias, slots * H, device, stream);
   }
 
   static void blocks_of_slots(int (&input)[4], int (&recurrent)[4]) {
@@ -434,7 +538,8 @@ class Layer {
                            plan.P,
                            index{plan.unit_groups} * group_units,
                            forward,
-                           masks_of(call, room)};
+                           masks_of(call, room),
+                           RecurrentMask::of(call.options)};
     launch_each(start, operands_in_turn * rows * segments * plan.P, call.device,
                 call.stream);
   }
@@ -443,12 +548,13 @@ class Layer {
                    index begin, index end) {
     static_cast<Sizes&>(p) = call;
     p.precision = P::of(call.precision);
-    p.variant = call.variant;
+    p.variant = call.model.variant;
     p.plan = plan;
     p.begin = begin;
     p.end = end;
     p.operand = room.operand;
     p.masks = masks_of(call, room);
+    p.units = UnitOptions<A>::of(call.options, call.vectors.weight_ch);
   }
 
   // Queues turns [begin, end): kernel(begin, end), or for each turn a launch of its own.

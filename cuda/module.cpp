@@ -238,7 +238,7 @@ struct CallOptions {
   Options values;
   bool adds_dx;
 };
-using RowArrays = std::map<std::string, MaybeView>;
+using Arrays = std::map<std::string, const View*>;
 
 // What a layer is called with: a cell in a precision, on a device and stream.
 class Kernel {
@@ -275,103 +275,38 @@ class Kernel {
     kernels_.pack(call);
   }
 
-  index saved_bytes(index T, index B, index H) const {
-    return kernels_.saved_bytes({T, B, 0, H, H, false});
+  // Arrays by their names in csrc/problem.h, those that there are; without packed weights
+  // steps go row by row. Returns what was saved, if anything.
+  py::object forward(const Arrays& arrays, const CallOptions& options, bool reverse,
+                     bool saves, const py::function& allocate) const {
+    py::object saved = py::none();
+    with_runs(arrays, [&]<class S>(const Runs<S>& runs) {
+      ForwardOf<S> call{};
+      fill<S>(call, arrays, options, reverse);
+      set(call.h_n, arrays, "h_n", {call.B, call.R}, elements_.state);
+      set(call.c_n, arrays, "c_n", {call.B, call.H}, elements_.state);
+      if (!call.h_n || (cell_.has_c && !call.c_n)) refuse("h_n");
+      if (const index needed = runs.saved_bytes(call); saves && needed > 0) {
+        saved = allocate(needed);
+        call.saved = static_cast<S*>(bytes(saved.cast<View>(), "saved", needed));
+      }
+      run_in(allocate, runs.forward_workspace(call), runs.forward, call);
+    });
+    return saved;
   }
-
-  void forward(const View& x, const View& weight_ih, const View& packed,
-               const MaybeView& h0, const MaybeView& c0, const MaybeView& lengths,
-               const MaybeView& resets, bool reverse, const View& y, const View& h_n,
-               const MaybeView& c_n, const MaybeView& saved,
-               const py::function& workspace) const {
-    ForwardCall call{};
-    start(call, x, weight_ih, h_n, h0, c0, lengths, resets, reverse);
-    call.packed = bytes(packed, "packed", kernels_.packed_bytes(call.H, false));
-    call.y = rows(y, "y", {call.T, call.B, call.H});
-    call.y_t = y.strides[0];
-    call.y_b = y.strides[1];
-    call.h_n = state(h_n, "h_n", call);
-    call.c_n = cell_.has_c ? state(c_n, "c_n", call) : nullptr;
-    if (cell_.has_c && !call.c_n) refuse("c_n");
-    if (saved) call.saved = bytes(*saved, "saved", kernels_.saved_bytes(call));
-    const index needed = kernels_.forward_workspace(call);
-    const auto room = workspace(needed).cast<View>();
-    call.workspace = bytes(room, "workspace", needed);
-    const py::gil_scoped_release release;
-    kernels_.forward(call);
-  }
-
-  void backward(const View& x, const View& weight_ih, const View& packed,
-                const MaybeView& h0, const MaybeView& c0, const MaybeView& lengths,
-                const MaybeView& resets, bool reverse, const View& y,
-                const MaybeView& saved, const MaybeView& dy, const MaybeView& dh_n,
-                const MaybeView& dc_n, const View& dx, bool adds_dx, index bptt,
-                const View& dweight_ih, const View& dweight_hh, const View& dbias_ih,
-                const View& dbias_hh, const View& dh0, const MaybeView& dc0,
-                const py::function& workspace) const {
-    BackwardCall call{};
-    start(call, x, weight_ih, dh0, h0, c0, lengths, resets, reverse);
-    const index GH = cell_.gates * call.H;
-    call.packed = bytes(packed, "packed", kernels_.packed_bytes(call.H, true));
-    call.y = rows(y, "y", {call.T, call.B, call.H});
-    call.y_t = y.strides[0];
-    call.y_b = y.strides[1];
-    const index saved_size = kernels_.saved_bytes(call);
-    if (saved_size > 0 && !saved) refuse("saved");
-    if (saved) call.saved = bytes(*saved, "saved", saved_size);
-    if (dy) {
-      call.dy = rows(*dy, "dy", {call.T, call.B, call.H});
-      call.dy_t = dy->strides[0];
-      call.dy_b = dy->strides[1];
-    }
-    call.dh_n = state(dh_n, "dh_n", call);
-    call.dc_n = cell_.has_c ? state(dc_n, "dc_n", call) : nullptr;
-    call.dx = rows(dx, "dx", {call.T, call.B, call.I});
-    call.dx_b = dx.strides[1];
-    if (call.T > 1 && call.B > 0 && dx.strides[0] != call.B * dx.strides[1]) refuse("dx");
-    call.adds_dx = adds_dx;
-    call.bptt = static_cast<int>(bptt < call.T ? bptt : 0);
-    call.dweight_ih = whole(dweight_ih, "dweight_ih", {GH, call.I});
-    call.dweight_hh = whole(dweight_hh, "dweight_hh", {GH, call.H});
-    call.dbias_ih = whole(dbias_ih, "dbias_ih", {GH});
-    call.dbias_hh = whole(dbias_hh, "dbias_hh", {GH});
-    call.dh0 = state(dh0, "dh0", call);
-    call.dc0 = cell_.has_c ? state(dc0, "dc0", call) : nullptr;
-    if (cell_.has_c && !call.dc0) refuse("dc0");
-    const index needed = kernels_.backward_workspace(call);
-    const auto room = workspace(needed).cast<View>();
-    call.workspace = bytes(room, "workspace", needed);
-    const py::gil_scoped_release release;
-    kernels_.backward(call);
-  }
-
-  // With options: arrays by name, those that there are.
-  index row_saved_bytes(index T, index B, index H, index R, bool projects,
-                        bool norm) const {
-    const Sizes p{T, B, 0, H, R, false};
-    const Model m{0, H, R, cell_.variant, projects, norm};
-    return is_double() ? cell_.rows64.saved_bytes(p, m) : cell_.rows32.saved_bytes(p, m);
-  }
-  void row_forward(const RowArrays& arrays, const CallOptions& options, bool reverse,
-                   const py::function& workspace) const {
-    if (is_double()) {
-      run_rows<RowCall<double>>(cell_.rows64.forward_workspace, cell_.rows64.forward,
-                                arrays, options, reverse, workspace);
-    } else {
-      run_rows<RowCall<float>>(cell_.rows32.forward_workspace, cell_.rows32.forward,
-                               arrays, options, reverse, workspace);
-    }
-  }
-  void row_backward(const RowArrays& arrays, const CallOptions& options, bool reverse,
-                    const py::function& workspace) const {
-    if (is_double()) {
-      run_rows<RowBackCall<double>>(cell_.rows64.backward_workspace,
-                                    cell_.rows64.backward, arrays, options, reverse,
-                                    workspace);
-    } else {
-      run_rows<RowBackCall<float>>(cell_.rows32.backward_workspace, cell_.rows32.backward,
-                                   arrays, options, reverse, workspace);
-    }
+  void backward(const Arrays& arrays, const CallOptions& options, bool reverse,
+                const py::function& allocate) const {
+    with_runs(arrays, [&]<class S>(const Runs<S>& runs) {
+      BackwardOf<S> call{};
+      fill<S>(call, arrays, options, reverse);
+      fill_back(call, arrays, options);
+      if (const View* saved = find(arrays, "saved")) {
+        call.saved = static_cast<S*>(bytes(*saved, "saved", runs.saved_bytes(call)));
+      }
+      const bool is_empty = call.T == 0 || call.B == 0;
+      if (!is_empty && !call.saved && cell_.has_c && !call.cells) refuse("cells");
+      run_in(allocate, runs.backward_workspace(call), runs.backward, call);
+    });
   }
 
   py::dict explain(index T, index B, index I, index H, bool backward) const {
@@ -404,6 +339,7 @@ class Kernel {
     if (v.dtype->name != dtype || v.shape != shape || v.device != device_) refuse(name);
     return reinterpret_cast<void*>(v.pointer);
   }
+  // Of what is stored, and contiguous.
   void* whole(const View& v, const char* name, const std::vector<index>& shape) const {
     if (!v.is_contiguous()) refuse(name);
     return checked(v, name, shape, elements_.storage);
@@ -411,20 +347,6 @@ class Kernel {
   void* whole(const MaybeView& v, const char* name,
               const std::vector<index>& shape) const {
     return v ? whole(*v, name, shape) : nullptr;
-  }
-  // Of which only the last axis must be contiguous.
-  void* rows(const View& v, const char* name, const std::vector<index>& shape) const {
-    if (v.ndim() != 3 || (v.size() > 0 && v.shape[2] > 1 && v.strides[2] != 1)) {
-      refuse(name);
-    }
-    return checked(v, name, shape, elements_.storage);
-  }
-  void* state(const View& v, const char* name, const Sizes& p) const {
-    if (!v.is_contiguous()) refuse(name);
-    return checked(v, name, {p.B, p.H}, elements_.state);
-  }
-  void* state(const MaybeView& v, const char* name, const Sizes& p) const {
-    return v ? state(*v, name, p) : nullptr;
   }
   void* bytes(const View& v, const char* name, index needed) const {
     if (v.size() * v.dtype->bytes < needed || !v.is_contiguous() || v.device != device_ ||
@@ -434,180 +356,146 @@ class Kernel {
     return reinterpret_cast<void*>(v.pointer);
   }
 
-  bool is_double() const { return precision_ == Precision::float64; }
-
-  // An array by name, or null; of which only the last axis must be contiguous if `rows`.
-  template <class A>
-  A* find(const RowArrays& arrays, const char* name, const std::vector<index>& shape,
-          bool rows = false) const {
+  // An array by name, or null.
+  static const View* find(const Arrays& arrays, const char* name) {
     const auto found = arrays.find(name);
-    if (found == arrays.end() || !found->second) return nullptr;
-    const View& v = *found->second;
-    if (!rows && !v.is_contiguous()) refuse(name);
-    if (rows && v.size() > 0 && v.shape.back() > 1 && v.strides.back() != 1) refuse(name);
-    return static_cast<A*>(checked(v, name, shape, elements_.storage));
+    return found == arrays.end() ? nullptr : found->second;
   }
-  static index stride(const RowArrays& arrays, const char* name, int axis) {
-    const auto found = arrays.find(name);
-    return found == arrays.end() || !found->second
-               ? 0
-               : found->second->strides[static_cast<std::size_t>(axis)];
+  static const View& get(const Arrays& arrays, const char* name, index ndim) {
+    const View* const v = find(arrays, name);
+    if (!v || v->ndim() != ndim) refuse(name);
+    return *v;
+  }
+  // Of which all must be contiguous or, if strides are asked for, the last axis.
+  template <class E>
+  void set(E*& to, const Arrays& arrays, const char* name,
+           const std::vector<index>& shape, const std::string& dtype,
+           index* stride_t = nullptr, index* stride_b = nullptr) const {
+    const View* const v = find(arrays, name);
+    if (!v) return;
+    if (!stride_b && !v->is_contiguous()) refuse(name);
+    to = static_cast<E*>(checked(*v, name, shape, dtype));
+    if (!stride_b) return;
+    if (v->size() > 0 && v->shape[2] > 1 && v->strides[2] != 1) refuse(name);
+    *stride_t = v->strides[0];
+    *stride_b = v->strides[1];
   }
 
-  template <class C, class Workspace, class Run>
-  void run_rows(const Workspace& needs, const Run& run, const RowArrays& arrays,
-                const CallOptions& options, bool reverse,
-                const py::function& workspace) const {
-    using A = std::remove_const_t<std::remove_pointer_t<decltype(C::x)>>;
-    const auto shape_of = [&](const char* name, std::size_t rank) {
-      const auto found = arrays.find(name);
-      if (found == arrays.end() || !found->second) refuse(name);
-      if (found->second->shape.size() != rank) refuse(name);
-      return found->second->shape;
-    };
-    const auto of_x = shape_of("x", 3), of_R = shape_of("weight_hh", 2);
-    C call{};
-    call.T = of_x[0];
-    call.B = of_x[1];
-    call.I = of_x[2];
-    call.H = shape_of("weight_ih", 2)[0] / cell_.gates;
-    call.R = of_R[1];
-    call.reverse = reverse;
-    const index T = call.T, B = call.B, I = call.I, H = call.H, R = call.R;
-    const index GH = cell_.gates * H;
-    if (I < 1 || H < 1 || R < 1 || R > H) refuse("weight_hh");
-    const auto get = [&](const char* name, const std::vector<index>& shape,
-                         bool rows = false) {
-      return find<A>(arrays, name, shape, rows);
-    };
-    call.weight_ih = get("weight_ih", {GH, I});
-    call.weight_hh = get("weight_hh", {GH, R});
-    call.bias_ih = get("bias_ih", {GH});
-    call.bias_hh = get("bias_hh", {GH});
-    call.weight_hr = get("weight_hr", {R, H});
-    call.vectors = {get("weight_ch", {cell_.peepholes * H}), get("gamma_ih", {GH}),
-                    get("gamma_hh", {GH}), get("gamma_c", {H}), get("beta_c", {H})};
-    call.model = {I,
-                  H,
-                  R,
-                  cell_.variant,
-                  call.weight_hr != nullptr,
-                  call.vectors.gamma_ih != nullptr};
-    if (!call.model.projects && R != H) refuse("weight_hr");
-    if (call.model.norm && !call.vectors.gamma_hh) refuse("gamma_hh");
-    if (call.model.norm && cell_.has_c &&
-        !(call.vectors.gamma_c && call.vectors.beta_c)) {
-      refuse("gamma_c");
-    }
-    call.options = options.values;
-    call.device = device_;
-    call.stream = stream_;
-    call.tf32 = precision_ == Precision::tf32;
-    call.x = get("x", {T, B, I}, true);
-    call.x_t = stride(arrays, "x", 0);
-    call.x_b = stride(arrays, "x", 1);
-    call.h0 = get("h0", {B, R});
-    call.c0 = get("c0", {B, H});
-    if (const auto lengths = arrays.find("lengths");
-        lengths != arrays.end() && lengths->second) {
-      const View& v = *lengths->second;
-      call.wide_lengths = v.dtype->name == "int64";
-      if (!v.is_contiguous()) refuse("lengths");
-      call.lengths = checked(v, "lengths", {B}, call.wide_lengths ? "int64" : "int32");
-    }
-    if (const auto resets = arrays.find("resets");
-        resets != arrays.end() && resets->second) {
-      const View& v = *resets->second;
-      call.resets = static_cast<const bool*>(checked(v, "resets", {T, B}, "bool"));
-      call.resets_t = v.strides[0];
-      call.resets_b = v.strides[1];
-    }
-    call.y = get("y", {T, B, R}, true);
-    call.y_b = stride(arrays, "y", 1);
-    if (!call.y || (T > 1 && B > 0 && stride(arrays, "y", 0) != B * call.y_b))
-      refuse("y");
-    call.cells = get("cells", {T, B, H}, true);
-    call.cells_t = stride(arrays, "cells", 0);
-    call.cells_b = stride(arrays, "cells", 1);
-    call.trace = get("trace", {T, B, cell_.gates, H});
-    const bool is_double_ = is_double();
-    const index saved = is_double_ ? cell_.rows64.saved_bytes(call, call.model)
-                                   : cell_.rows32.saved_bytes(call, call.model);
-    if (const auto found = arrays.find("saved"); found != arrays.end() && found->second) {
-      call.saved = static_cast<A*>(bytes(*found->second, "saved", saved));
-    }
-    if constexpr (std::is_same_v<C, RowBackCall<A>>) {
-      call.dy = get("dy", {T, B, R}, true);
-      call.dy_t = stride(arrays, "dy", 0);
-      call.dy_b = stride(arrays, "dy", 1);
-      call.dh_n = get("dh_n", {B, R});
-      call.dc_n = get("dc_n", {B, H});
-      call.dcells = get("dcells", {T, B, H}, true);
-      call.dcells_t = stride(arrays, "dcells", 0);
-      call.dcells_b = stride(arrays, "dcells", 1);
-      call.dx = get("dx", {T, B, I}, true);
-      call.dx_b = stride(arrays, "dx", 1);
-      if (!call.dx || (T > 1 && B > 0 && stride(arrays, "dx", 0) != B * call.dx_b)) {
-        refuse("dx");
-      }
-      call.adds_dx = options.adds_dx;
-      call.dweight_ih = get("dweight_ih", {GH, I});
-      call.dweight_hh = get("dweight_hh", {GH, R});
-      call.dbias_ih = get("dbias_ih", {GH});
-      call.dbias_hh = get("dbias_hh", {GH});
-      call.dweight_hr = get("dweight_hr", {R, H});
-      call.dvectors = {get("dweight_ch", {cell_.peepholes * H}), get("dgamma_ih", {GH}),
-                       get("dgamma_hh", {GH}), get("dgamma_c", {H}), get("dbeta_c", {H})};
-      call.dh0 = get("dh0", {B, R});
-      call.dc0 = get("dc0", {B, H});
-      if (!call.dweight_ih || !call.dweight_hh || !call.dh0) refuse("dweight_ih");
-      if (cell_.has_c && !call.dc0) refuse("dc0");
-      if (!call.saved && cell_.has_c && !call.cells) refuse("cells");
+  template <class F>
+  void with_runs(const Arrays& arrays, const F& f) const {
+    if (find(arrays, "packed")) {
+      f(kernels_.runs);
+    } else if (precision_ == Precision::float64) {
+      f(cell_.rows64);
     } else {
-      call.h_n = get("h_n", {B, R});
-      call.c_n = get("c_n", {B, H});
-      if (!call.h_n || (cell_.has_c && !call.c_n)) refuse("h_n");
+      f(cell_.rows32);
     }
-    const index needed = needs(call);
-    const auto room = workspace(needed).cast<View>();
+  }
+  template <class C>
+  void run_in(const py::function& allocate, index needed, void (*run)(const C&),
+              C& call) const {
+    const auto room = allocate(needed).template cast<View>();
     call.workspace = bytes(room, "workspace", needed);
     const py::gil_scoped_release release;
     run(call);
   }
 
-  void start(Call& call, const View& x, const View& weight_ih, const View& like,
-             const MaybeView& h0, const MaybeView& c0, const MaybeView& lengths,
-             const MaybeView& resets, bool reverse) const {
-    if (x.ndim() != 3 || like.ndim() != 2) refuse("x");
-    call.T = x.shape[0];
-    call.B = x.shape[1];
-    call.I = x.shape[2];
-    call.H = like.shape[1];
-    call.R = call.H;
+  // What both directions are told.
+  template <class S, class C>
+  void fill(C& call, const Arrays& arrays, const CallOptions& options,
+            bool reverse) const {
+    const auto& [storage, of_state] = elements_;
+    const View& x = get(arrays, "x", 3);
+    const View& of_W = get(arrays, "weight_ih", 2);
+    const View& of_R = get(arrays, "weight_hh", 2);
+    const index T = call.T = x.shape[0], B = call.B = x.shape[1];
+    const index I = call.I = x.shape[2], H = call.H = of_W.shape[0] / cell_.gates;
+    const index R = call.R = of_R.shape[1], GH = cell_.gates * H;
+    if (I < 1 || H < 1 || R < 1 || R > H) refuse("weight_hh");
     call.reverse = reverse;
-    call.variant = cell_.variant;
+    call.options = options.values;
     call.precision = precision_;
-    if (call.I < 1 || call.H < 1) refuse("x");
     call.device = device_;
     call.stream = stream_;
-    call.x = rows(x, "x", {call.T, call.B, call.I});
-    call.x_t = x.strides[0];
-    call.x_b = x.strides[1];
-    call.weight_ih = whole(weight_ih, "weight_ih", {cell_.gates * call.H, call.I});
-    call.h0 = state(h0, "h0", call);
-    call.c0 = cell_.has_c ? state(c0, "c0", call) : nullptr;
-    if (lengths) {
-      call.wide_lengths = lengths->dtype->name == "int64";
-      if (!lengths->is_contiguous()) refuse("lengths");
-      call.lengths =
-          checked(*lengths, "lengths", {call.B}, call.wide_lengths ? "int64" : "int32");
+    set(call.x, arrays, "x", {T, B, I}, storage, &call.x_t, &call.x_b);
+    set(call.h0, arrays, "h0", {B, R}, of_state);
+    set(call.c0, arrays, "c0", {B, H}, of_state);
+    set(call.weight_ih, arrays, "weight_ih", {GH, I}, storage);
+    set(call.weight_hh, arrays, "weight_hh", {GH, R}, storage);
+    set(call.bias_ih, arrays, "bias_ih", {GH}, storage);
+    set(call.bias_hh, arrays, "bias_hh", {GH}, storage);
+    set(call.weight_hr, arrays, "weight_hr", {R, H}, storage);
+    set_vectors(call.vectors, arrays, "", H);
+    const auto& v = call.vectors;
+    call.model = {
+        I, H, R, cell_.variant, call.weight_hr != nullptr, v.gamma_ih != nullptr};
+    if (!call.model.projects && R != H) refuse("weight_hr");
+    if (call.model.norm && !(v.gamma_hh && (!cell_.has_c || (v.gamma_c && v.beta_c)))) {
+      refuse("gamma_hh");
     }
-    if (resets) {
+    if (const View* const packed = find(arrays, "packed")) {
+      if (call.model.projects || call.model.norm) refuse("packed");
+      constexpr bool is_back = std::is_base_of_v<BackwardOf<S>, C>;
+      call.packed = bytes(*packed, "packed", kernels_.packed_bytes(H, is_back));
+    }
+    if (const View* const v_lengths = find(arrays, "lengths")) {
+      call.wide_lengths = v_lengths->dtype->name == "int64";
+      const char* const dtype = call.wide_lengths ? "int64" : "int32";
+      set(call.lengths, arrays, "lengths", {B}, dtype);
+    }
+    if (const View* const v_resets = find(arrays, "resets")) {
       call.resets =
-          static_cast<const bool*>(checked(*resets, "resets", {call.T, call.B}, "bool"));
-      call.resets_t = resets->strides[0];
-      call.resets_b = resets->strides[1];
+          static_cast<const bool*>(checked(*v_resets, "resets", {T, B}, "bool"));
+      call.resets_t = v_resets->strides[0];
+      call.resets_b = v_resets->strides[1];
     }
+    set(call.y, arrays, "y", {T, B, R}, storage, &call.y_t, &call.y_b);
+    if (!call.y || (T > 1 && B > 0 && call.y_t != B * call.y_b)) refuse("y");
+    set(call.cells, arrays, "cells", {T, B, H}, of_state, &call.cells_t, &call.cells_b);
+    set(call.trace, arrays, "trace", {T, B, cell_.gates, H}, storage);
+  }
+
+  template <class S>
+  void fill_back(BackwardOf<S>& call, const Arrays& arrays,
+                 const CallOptions& options) const {
+    const auto& [storage, of_state] = elements_;
+    const index T = call.T, B = call.B, I = call.I, H = call.H, R = call.R;
+    const index GH = cell_.gates * H;
+    set(call.dy, arrays, "dy", {T, B, R}, storage, &call.dy_t, &call.dy_b);
+    set(call.dh_n, arrays, "dh_n", {B, R}, of_state);
+    set(call.dc_n, arrays, "dc_n", {B, H}, of_state);
+    set(call.dcells, arrays, "dcells", {T, B, H}, of_state, &call.dcells_t,
+        &call.dcells_b);
+    index dx_t = 0;
+    set(call.dx, arrays, "dx", {T, B, I}, storage, &dx_t, &call.dx_b);
+    if (!call.dx || (T > 1 && B > 0 && dx_t != B * call.dx_b)) refuse("dx");
+    call.adds_dx = options.adds_dx;
+    set(call.dweight_ih, arrays, "dweight_ih", {GH, I}, storage);
+    set(call.dweight_hh, arrays, "dweight_hh", {GH, R}, storage);
+    set(call.dbias_ih, arrays, "dbias_ih", {GH}, storage);
+    set(call.dbias_hh, arrays, "dbias_hh", {GH}, storage);
+    set(call.dweight_hr, arrays, "dweight_hr", {R, H}, storage);
+    set_vectors(call.dvectors, arrays, "d", H);
+    set(call.dh0, arrays, "dh0", {B, R}, of_state);
+    set(call.dc0, arrays, "dc0", {B, H}, of_state);
+    if (!call.dweight_ih || !call.dweight_hh || !call.dbias_ih || !call.dbias_hh ||
+        !call.dh0 || (cell_.has_c && !call.dc0) ||
+        !call.vectors.weight_ch != !call.dvectors.weight_ch) {
+      refuse("a gradient");
+    }
+  }
+
+  template <class S>
+  void set_vectors(Vectors<S>& to, const Arrays& arrays, const std::string& prefix,
+                   index H) const {
+    const auto vector = [&](S*& at, const char* name, index size) {
+      set(at, arrays, (prefix + name).c_str(), {size}, elements_.state);
+    };
+    vector(to.weight_ch, "weight_ch", cell_.peepholes * H);
+    vector(to.gamma_ih, "gamma_ih", cell_.gates * H);
+    vector(to.gamma_hh, "gamma_hh", cell_.gates * H);
+    vector(to.gamma_c, "gamma_c", H);
+    vector(to.beta_c, "beta_c", H);
   }
 
   const Precision precision_;
@@ -857,12 +745,8 @@ PYBIND11_MODULE(_cuda, m) {
       .def_property_readonly("state_dtype", &Kernel::state_dtype)
       .def("packed_bytes", &Kernel::packed_bytes)
       .def("pack", &Kernel::pack)
-      .def("saved_bytes", &Kernel::saved_bytes)
       .def("forward", &Kernel::forward)
       .def("backward", &Kernel::backward)
-      .def("row_saved_bytes", &Kernel::row_saved_bytes)
-      .def("row_forward", &Kernel::row_forward)
-      .def("row_backward", &Kernel::row_backward)
       .def("explain", &Kernel::explain);
 
   m.def(

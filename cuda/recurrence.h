@@ -2,9 +2,10 @@
 // [begin, end) of T: as one launch, in stretches, or one launch a turn. Turn n is step n
 // forward and step T-1-n backward.
 //
-// A step is a pipeline: before (rows whose state is reset), the product, the cell, after
-// (rows past their length, whose state stays). Who makes a part of the next step's
-// operand applies its before, so the product needs to know of nothing.
+// A step is a pipeline: before (rows whose state is reset, units that dropout hides), the
+// product, the cell (with options, that of units.h), after (rows past their length, whose
+// state stays). Who makes a part of the next step's operand applies its before, so the
+// product needs to know of nothing.
 //
 //   operand   (4, rows, segments, P), rows padded to whole row groups: turn n reads
 //             [n % 4] and writes the next. Forward one segment, h'; backward one for
@@ -16,17 +17,18 @@
 //             in place from launch to launch
 //   a_x       (times, B, gates, H) W x for the times of these turns, the earliest first
 //   bias      (slots, H)
-//   saved     (T, B, slots, H) and saved_c (T, B, H), by step
-//   da        (T, B, slots, H), by time, as x and dx are
+//   saved     (T, B, slots, H), cells (T, B, H) and da (T, B, slots, H), by time, as x
+//             and dx are
 //
-// Sums run in an order that a plan fixes, and nothing is added atomically.
+// Sums run in an order that a plan fixes, and nothing that two threads have is added
+// atomically.
 #pragma once
 
 #include "../csrc/problem.h"
 #include "masks.h"
 #include "product.h"
 #include "tuning.h"
-#include "vec.h"
+#include "units.h"
 
 namespace fusedrnn::cuda {
 
@@ -450,6 +452,7 @@ struct Recurrence : Sizes {
   const Quad* weights;
   E* operand;
   Masks masks;
+  UnitOptions<A> units;
 
   template <class Engine, class F>
   FUSEDRNN_DEVICE void for_each_row_group(const F& f) const {
@@ -471,15 +474,50 @@ constexpr bool feeds_in_order() {
   return true;
 }
 
+// f(first slot, first block of weight_hh, how many) for slots from `first` on whose
+// blocks follow one another.
+template <class Cell, class F>
+void each_recurrent_block(int first, const F& f) {
+  for (int k = first; k < Cell::gates;) {
+    int end = k + 1;
+    while (end < Cell::gates &&
+           Cell::recurrent_gate[end] == Cell::recurrent_gate[end - 1] + 1) {
+      ++end;
+    }
+    f(k, Cell::recurrent_gate[k], end - k);
+    k = end;
+  }
+}
+
+// Every c, and that before the first step.
+template <class A>
+struct Cells {
+  const A* c0;  // or null: zeros
+  A* c;         // (T, B, H); at times without a step anything
+  index c_t, c_b;
+
+  // That from which a row takes a step, if it is not reset.
+  FUSEDRNN_DEVICE A before(const Sizes& p, const Masks& masks, index step, int length,
+                           index b, index unit) const {
+    const index time = p.time(step - 1);
+    if (step > 0 && masks.is_within(time, length)) {
+      return c[time * c_t + b * c_b + unit];
+    }
+    return c0 ? c0[b * p.H + unit] : A{0};
+  }
+};
+
 template <template <class> class CellOf, class P, int tiles, bool resident>
 struct ForwardRecurrence : Recurrence<P> {
   using Base = Recurrence<P>;
-  using Base::B, Base::H, Base::T, Base::begin, Base::end, Base::masks, Base::precision;
+  using Base::B, Base::H, Base::T, Base::begin, Base::end, Base::masks, Base::precision,
+      Base::units;
   using typename Base::A;
   using typename Base::S;
   using V = device::Vec<A>;
   using Cell = CellOf<V>;
   static constexpr int gates = Cell::gates, slots = Cell::slots;
+  static constexpr int first_input = slots - gates;
   using Engine = cuda::Engine<P, gates, 1, 1, tiles, resident>;
   static_assert(feeds_in_order<Cell>());
 
@@ -488,8 +526,10 @@ struct ForwardRecurrence : Recurrence<P> {
   A *h, *c;
   S* y;
   index y_t, y_b;
-  S* saved;    // null in inference, or for cells that save nothing
-  A* saved_c;  // null in inference
+  S* saved;  // null in inference, or for cells that save nothing
+  A* cells;  // or null
+  index cells_t, cells_b;
+  S* trace;  // or null
 
   FUSEDRNN_DEVICE void operator()() const {
     this->template for_each_row_group<Engine>([&](Engine& engine) { run(engine); });
@@ -504,6 +544,7 @@ struct ForwardRecurrence : Recurrence<P> {
     int length[2] = {0, 0};
     bool resets[2] = {false, false};
     A of_bias[slots], h_now[2] = {0, 0}, c_now[2] = {0, 0};
+    unsigned hidden = 0, kept = 0;  // bits of rows: of units.h
 #pragma unroll
     for (int k = 0; k < slots; ++k) of_bias[k] = mine ? bias[k * H + unit] : 0;
 #pragma unroll
@@ -513,11 +554,20 @@ struct ForwardRecurrence : Recurrence<P> {
       resets[r] = masks.is_reset(this->time(begin), first_row + r);
       h_now[r] = h[(first_row + r) * H + unit];
       if constexpr (Cell::has_c) c_now[r] = c[(first_row + r) * H + unit];
+      if (units.mask.p > 0)
+        hidden |= unsigned{is_hidden(units, first_row + r, unit)} << r;
     }
     const index earliest = this->reverse ? T - end : begin;
     // W x of a turn, asked for a turn ahead.
     A ahead[2][gates] = {};
     const auto ask = [&](index n) {
+      if (units.draws) {
+        kept = 0;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          if (real[r]) kept |= draw(n, first_row + r, unit) << 2 * r;
+        }
+      }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const index row = (this->time(n) - earliest) * B + first_row + r;
@@ -530,7 +580,7 @@ struct ForwardRecurrence : Recurrence<P> {
     ask(begin);
     for (index n = begin; n < end; ++n) {
       const index t = this->time(n);
-      V v[2][slots];
+      Unit<Cell, V> at[2];
       bool active[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -547,25 +597,30 @@ struct ForwardRecurrence : Recurrence<P> {
         for (int r = 0; r < 2; ++r) {
 #pragma unroll
           for (int k = 0; k < slots; ++k) {
-            constexpr int first_input = slots - gates;
-            v[r][k] = {of_bias[k]};
-            if (k >= first_input) v[r][k].value += ahead[r][k - first_input];
-            if (k < gates) v[r][k].value += sum[k / 2][k % 2 * 2 + r];
+            at[r].v[k] = {of_bias[k]};
+            if (k >= first_input) at[r].v[k].value += ahead[r][k - first_input];
+            if (k < gates) at[r].v[k].value += sum[k / 2][k % 2 * 2 + r];
           }
-          const State<V> now = Cell::forward(v[r], {{h_now[r]}, {c_now[r]}},
-                                             Plain<V, true>{this->variant});
+          at[r].state = {{h_now[r]}, {c_now[r]}};
+          if (!units.any) {
+            at[r].state =
+                Cell::forward(at[r].v, at[r].state, Plain<V, true>{this->variant});
+          } else if (real[r]) {
+            at[r] = step_unit<Cell>(units, this->variant, H, unit, kept >> 2 * r, at[r]);
+          }
           if (active[r]) {
-            h_now[r] = now.h.value;
-            c_now[r] = now.c.value;
+            h_now[r] = at[r].state.h.value;
+            c_now[r] = at[r].state.c.value;
           }
-          engine.stage(0, 0, r, resets[r] ? A{0} : h_now[r]);
+          const bool shows = !resets[r] && !(hidden >> r & 1);
+          engine.stage(0, 0, r, shows ? h_now[r] * units.shown : A{0});
         }
         if (n + 1 < T) engine.send(n);
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (!real[r]) continue;
-        store(n, t, first_row + r, unit, active[r], v[r], h_now[r], c_now[r]);
+        store(t, first_row + r, unit, active[r], at[r].v, h_now[r], c_now[r]);
       }
       if (n + 1 < end) ask(n + 1);
     }
@@ -577,23 +632,35 @@ struct ForwardRecurrence : Recurrence<P> {
     }
   }
 
-  FUSEDRNN_DEVICE void store(index n, index t, index b, index unit, bool active,
+  FUSEDRNN_DEVICE unsigned draw(index n, index b, index unit) const {
+    return kept_bits<Cell::has_c>(units, this->time(n), b, unit);
+  }
+
+  FUSEDRNN_DEVICE void store(index t, index b, index unit, bool active,
                              const V (&v)[slots], A h_now, A c_now) const {
     y[t * y_t + b * y_b + unit] = precision.storage(active ? h_now : A{0});
-    if (Cell::saves && saved && active) {
-      S* const to = saved + (n * B + b) * slots * H + unit;
+    if (saved && active) {
+      S* const to = saved + (t * B + b) * slots * H + unit;
 #pragma unroll
       for (int k = 0; k < slots; ++k) to[k * H] = precision.storage(v[k].value);
     }
-    // After a row's end its state stays, and backward finds c there.
-    if (Cell::has_c && saved_c) saved_c[(n * B + b) * H + unit] = c_now;
+    if (Cell::has_c && cells)
+      cells[t * cells_t + b * cells_b + unit] = active ? c_now : 0;
+    if (trace) {
+      S* const to = trace + (t * B + b) * gates * H + unit;
+#pragma unroll
+      for (int k = 0; k < gates; ++k) {
+        to[k * H] = precision.storage(active ? v[first_input + k].value : A{0});
+      }
+    }
   }
 };
 
 template <template <class> class CellOf, class P, int tiles, bool resident>
 struct BackwardRecurrence : Recurrence<P> {
   using Base = Recurrence<P>;
-  using Base::B, Base::H, Base::T, Base::begin, Base::end, Base::masks, Base::precision;
+  using Base::B, Base::H, Base::T, Base::begin, Base::end, Base::masks, Base::precision,
+      Base::units;
   using typename Base::A;
   using typename Base::S;
   using V = device::Vec<A>;
@@ -604,11 +671,12 @@ struct BackwardRecurrence : Recurrence<P> {
   const S* h_prev;  // (T, B, H) the state that entered the step at each time
   const S* y;
   index y_t, y_b;
-  const A* c0;  // or null: zeros
-  const S* saved;
-  const A* saved_c;
-  const S* dy;  // or null
+  const S* saved;  // null for cells that save nothing
+  Cells<A> cells;  // where the cell has c
+  const S* dy;     // or null
   index dy_t, dy_b;
+  const A* dcells;  // or null
+  index dcells_t, dcells_b;
   A *dh, *dc;  // what reaches the state before past the product; at the end dh0, dc0
   S* da;
   int bptt;  // 0: gradients pass everywhere
@@ -620,7 +688,7 @@ struct BackwardRecurrence : Recurrence<P> {
  private:
   // What a step reads of a row and unit.
   struct Inputs {
-    A slots_[slots], prev_h, h, prev_c, c, dy;
+    A slots_[slots], prev_h, prev_c, c, dy;
   };
 
   FUSEDRNN_DEVICE void run(Engine& engine) const {
@@ -634,6 +702,10 @@ struct BackwardRecurrence : Recurrence<P> {
     }
     bool real[octets][2];
     A past[octets][2], dc_now[octets][2];
+    // Of units.h: what zoneout keeps of items, two bits each, and from hides on what
+    // dropout hides of them.
+    constexpr int hides = 4 * octets;
+    unsigned drawn = 0;
 #pragma unroll
     for (int o = 0; o < octets; ++o) {
 #pragma unroll
@@ -642,6 +714,9 @@ struct BackwardRecurrence : Recurrence<P> {
         real[o][r] = mine && unit < H && b < B;
         past[o][r] = real[o][r] ? dh[b * H + unit] : 0;
         dc_now[o][r] = Cell::has_c && real[o][r] ? dc[b * H + unit] : 0;
+        if (units.mask.p > 0 && real[o][r]) {
+          drawn |= unsigned{is_hidden(units, b, unit)} << (hides + o * 2 + r);
+        }
       }
     }
     // What a turn reads, asked for a turn ahead. Turn T is that of the initial state,
@@ -659,7 +734,21 @@ struct BackwardRecurrence : Recurrence<P> {
       for (int o = 0; o < octets; ++o) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          if (real[o][r]) read(ahead[o][r], T - 1 - n, first_row + r, engine.unit(o));
+          if (!real[o][r]) continue;
+          read(ahead[o][r], T - 1 - n, length[r], first_row + r, engine.unit(o));
+        }
+      }
+      if (units.draws) {
+        drawn = drawn >> hides << hides;
+#pragma unroll
+        for (int o = 0; o < octets; ++o) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            if (!real[o][r]) continue;
+            const index t = this->time(T - 1 - n);
+            drawn |= kept_bits<Cell::has_c>(units, t, first_row + r, engine.unit(o))
+                     << 2 * (o * 2 + r);
+          }
         }
       }
     };
@@ -669,22 +758,37 @@ struct BackwardRecurrence : Recurrence<P> {
       const index t = is_step ? this->time(T - 1 - n) : 0;
       A sum[Engine::pairs][4] = {};
       if (n > 0) engine.multiply(n, sum);
-      V v[octets][2][slots] = {};
+      if (Cell::has_c && dcells && is_step) {
+#pragma unroll
+        for (int o = 0; o < octets; ++o) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            if (!real[o][r] || !masks.is_within(t, length[r])) continue;
+            const index of_row = t * dcells_t + (first_row + r) * dcells_b;
+            dc_now[o][r] += dcells[of_row + engine.unit(o)];
+          }
+        }
+      }
+      Unit<Cell, V> at[octets][2] = {};
       if (engine.has_item()) {
 #pragma unroll
         for (int o = 0; o < octets; ++o) {
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            past[o][r] += sum[0][o * 2 + r];
+            const int item = o * 2 + r;
+            past[o][r] += drawn >> (hides + item) & 1 ? A{0} : sum[0][item] * units.shown;
             bool passes = true;
             if (real[o][r] && is_step && masks.is_within(t, length[r])) {
               passes = !cuts[r];
-              take_step(ahead[o][r], resets[r], passes, v[o][r], past[o][r],
-                        dc_now[o][r]);
+              at[o][r].state = {{past[o][r]}, {dc_now[o][r]}};
+              take_step(ahead[o][r], resets[r], passes, first_row + r, engine.unit(o),
+                        drawn >> 2 * item, at[o][r]);
+              past[o][r] = passes ? at[o][r].state.h.value : A{0};
+              dc_now[o][r] = passes ? at[o][r].state.c.value : A{0};
             }
 #pragma unroll
             for (int k = 0; k < gates; ++k) {
-              engine.stage(k, o, r, passes ? v[o][r][k].value : A{0});
+              engine.stage(k, o, r, passes ? at[o][r].v[k].value : A{0});
             }
           }
         }
@@ -697,7 +801,9 @@ struct BackwardRecurrence : Recurrence<P> {
           if (!real[o][r] || !is_step) continue;
           S* const to = da + (t * B + first_row + r) * slots * H + engine.unit(o);
 #pragma unroll
-          for (int k = 0; k < slots; ++k) to[k * H] = precision.storage(v[o][r][k].value);
+          for (int k = 0; k < slots; ++k) {
+            to[k * H] = precision.storage(at[o][r].v[k].value);
+          }
         }
       }
       if (n + 1 < end) ask(n + 1);
@@ -720,33 +826,31 @@ struct BackwardRecurrence : Recurrence<P> {
     return (t + this->reverse) % bptt == 0 && t != (this->reverse ? last : 0);
   }
 
-  FUSEDRNN_DEVICE void read(Inputs& in, index step, index b, index unit) const {
-    const index t = this->time(step), at = (step * B + b) * H + unit;
-    if constexpr (Cell::saves) {
-      const S* const from = saved + (step * B + b) * slots * H + unit;
+  FUSEDRNN_DEVICE void read(Inputs& in, index step, int length, index b,
+                            index unit) const {
+    const index t = this->time(step);
+    if (Cell::saves || saved) {
+      const S* const from = saved + (t * B + b) * slots * H + unit;
 #pragma unroll
       for (int k = 0; k < slots; ++k) in.slots_[k] = precision.state(from[k * H]);
     } else {
-      in.h = precision.state(y[t * y_t + b * y_b + unit]);
+      in.slots_[0] = precision.state(y[t * y_t + b * y_b + unit]);
     }
     if constexpr (Cell::has_direct) {
       in.prev_h = precision.state(h_prev[(t * B + b) * H + unit]);
     }
     if constexpr (Cell::has_c) {
-      in.c = saved_c[at];
-      in.prev_c = step > 0 ? saved_c[at - B * H] : c0 ? c0[b * H + unit] : A{0};
+      in.c = cells.c[t * cells.c_t + b * cells.c_b + unit];
+      in.prev_c = cells.before(*this, masks, step, length, b, unit);
     }
     in.dy = dy ? precision.state(dy[t * dy_t + b * dy_b + unit]) : 0;
   }
 
-  // Writes da into v; `past` and dc become those of the state before, where a gradient
-  // passes to it.
-  FUSEDRNN_DEVICE void take_step(const Inputs& in, bool is_reset, bool passes,
-                                 V (&v)[slots], A& past, A& dc_now) const {
-    if constexpr (Cell::saves) {
+  // Writes da and what passes the product by, from the gradient of the state.
+  FUSEDRNN_DEVICE void take_step(const Inputs& in, bool is_reset, bool passes, index b,
+                                 index unit, unsigned kept, Unit<Cell, V>& at) const {
 #pragma unroll
-      for (int k = 0; k < slots; ++k) v[k] = {in.slots_[k]};
-    }
+    for (int k = 0; k < slots; ++k) at.v[k] = {in.slots_[k]};
     State<V> prev{};
     V c{};
     if constexpr (Cell::has_direct) prev.h = {in.prev_h};
@@ -754,11 +858,45 @@ struct BackwardRecurrence : Recurrence<P> {
       prev.c = {is_reset ? A{0} : in.prev_c};
       c = {in.c};
     }
-    if constexpr (!Cell::saves) v[0] = {in.h};
-    const State<V> d = Cell::backward(v, prev, c, {past + in.dy}, {dc_now},
-                                      Plain<V, true>{this->variant});
-    past = passes ? d.h.value : A{0};
-    dc_now = passes ? d.c.value : A{0};
+    at.state.h.value += in.dy;
+    if (units.any) {
+      at =
+          step_unit_back<Cell>(units, this->variant, H, b, unit, kept, prev, !passes, at);
+    } else {
+      at.state = Cell::backward(at.v, prev, c, at.state.h, at.state.c,
+                                Plain<V, true>{this->variant});
+    }
+  }
+};
+
+// The slots of all times again, from their sums without bias.
+template <template <class> class CellOf, class A>
+struct SlotsAgain : Sizes {
+  using V = device::Vec<A>;
+  using Cell = CellOf<V>;
+  static constexpr int slots = Cell::slots;
+
+  int variant;
+  UnitOptions<A> units;
+  Masks masks;
+  const A* bias;  // (slots, H)
+  Cells<A> cells;
+  A* slots_;  // (T, B, slots, H)
+
+  FUSEDRNN_DEVICE void operator()() const {
+    for_each(T * B * H, [&](index i) {
+      const index unit = i % H, b = i / H % B, t = i / H / B;
+      const int length = masks.length(b);
+      if (!masks.is_within(t, length)) return;
+      A* const own = slots_ + (t * B + b) * slots * H + unit;
+      Unit<Cell, V> at{};
+      for (int k = 0; k < slots; ++k) at.v[k] = {own[k * H] + bias[k * H + unit]};
+      if (Cell::has_c && !masks.is_reset(t, b)) {
+        at.state.c = {cells.before(*this, masks, time(t), length, b, unit)};
+      }
+      at = step_unit<Cell>(units, variant, H, unit, 0, at);
+      for (int k = 0; k < slots; ++k) own[k * H] = at.v[k].value;
+    });
   }
 };
 

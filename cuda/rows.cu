@@ -18,6 +18,17 @@ void launch_columns(const BiasGradients<P>& kernel, Stream stream) {
          stream);
 }
 
+template <class A>
+void launch_sums(const RowSums<A>& kernel, Stream stream) {
+  constexpr int used = 256;
+  launch(kernel,
+         {static_cast<int>(ceil_div(kernel.H, 32)), kernel.count, used,
+          used * index{sizeof(A)}, false, false},
+         stream);
+}
+template void launch_sums(const RowSums<float>&, Stream);
+template void launch_sums(const RowSums<double>&, Stream);
+
 template void launch_each(const ReadLengths&, index, int, Stream);
 
 template <class S>

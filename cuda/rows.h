@@ -23,6 +23,37 @@ FUSEDRNN_DEVICE double dropout_factor(std::uint64_t seed, std::uint32_t draw,
   return words[n / block % 4] < Generator::threshold(p) ? 0 : 1 / (1 - p);
 }
 
+// What recurrent dropout lets R see of h: one draw for a whole call.
+struct RecurrentMask {
+  double p;  // 0: all
+  std::uint64_t seed;
+  std::uint32_t where;
+
+  static RecurrentMask of(const Options& o) {
+    return {o.training ? o.recurrent_dropout : 0, o.seed, o.where};
+  }
+  FUSEDRNN_DEVICE double factor(index b, index unit) const {
+    const auto draw = static_cast<std::uint32_t>(Draw::recurrent);
+    return p > 0 ? dropout_factor(seed, draw, where, p, 0, b, unit) : 1;
+  }
+};
+
+// What zoneout draws for a unit of a row at a time.
+struct ZoneoutWords {
+  std::uint32_t h, c;
+};
+template <bool has_c>
+FUSEDRNN_CALLED ZoneoutWords zoneout_words(std::uint64_t seed, std::uint32_t where,
+                                           index time, index b, index unit) {
+  constexpr index block = Generator::block, words = has_c ? 2 : 4;  // of a counter for h
+  std::uint32_t drawn[4];
+  Generator(seed, static_cast<std::uint32_t>(Draw::zoneout), where)
+      .words(static_cast<std::uint32_t>(unit / (words * block) * block + unit % block),
+             static_cast<std::uint32_t>(time), static_cast<std::uint32_t>(b), drawn);
+  const index word = unit / block % words;
+  return {drawn[word], drawn[has_c ? word + words : 0]};
+}
+
 // Of a kernel of so many independent elements: a few to a thread of a full device.
 inline Launch shape_of_each(index count, int ordinal) {
   const index most = index{device(ordinal).multiprocessors} * 8;
@@ -130,6 +161,7 @@ struct Prepare : Sizes {
   index made;       // units of a segment that are written
   bool with_state;  // whether the operand of turn 0 is that state
   Masks masks;
+  RecurrentMask mask;
 
   FUSEDRNN_DEVICE void operator()() const {
     const index width = segments * padded, size = rows * width;
@@ -141,7 +173,9 @@ struct Prepare : Sizes {
       }
       const bool real = i < size && with_state && from && row < B && unit < H;
       const bool is_reset = real && T > 0 && masks.is_reset(time(0), row);
-      operand[i] = precision.operand(real && !is_reset ? from[row * H + unit] : A{0});
+      const auto factor = [&] { return static_cast<A>(mask.factor(row, unit)); };
+      operand[i] =
+          precision.operand(real && !is_reset ? from[row * H + unit] * factor() : A{0});
     });
     for_each(B * H, [&](index i) {
       state[i] = from ? from[i] : A{0};
@@ -167,8 +201,8 @@ struct ReadLengths {
   }
 };
 
-// (T, B, H) the state that entered the step at each time: zero after a reset, and where
-// no step was taken.
+// (T, B, H) the state that entered the step at each time, as R sees it: zero after a
+// reset, and where no step was taken.
 template <class P>
 struct Previous : Sizes {
   using S = typename P::Storage;
@@ -180,17 +214,21 @@ struct Previous : Sizes {
   const A* h0;  // or null: zeros
   S* to;
   Masks masks;
+  RecurrentMask mask;
 
   FUSEDRNN_DEVICE void operator()() const {
     for_each(T * B * H, [&](index i) {
       const index unit = i % H, b = i / H % B, t = i / H / B, step = time(t);
-      if (masks.is_reset(t, b) || !masks.is_active(t, b)) {
-        to[i] = precision.storage(A{0});
-      } else if (step == 0 || !masks.is_active(time(step - 1), b)) {
-        to[i] = precision.storage(h0 ? h0[b * H + unit] : A{0});  // this row's first step
-      } else {
-        to[i] = y[time(step - 1) * y_t + b * y_b + unit];
+      A h = 0;
+      if (masks.is_active(t, b) && !masks.is_reset(t, b)) {
+        if (step == 0 || !masks.is_active(time(step - 1), b)) {
+          h = h0 ? h0[b * H + unit] : A{0};  // this row's first step
+        } else {
+          h = precision.state(y[time(step - 1) * y_t + b * y_b + unit]);
+        }
+        h *= static_cast<A>(mask.factor(b, unit));
       }
+      to[i] = precision.storage(h);
     });
   }
 };
@@ -293,5 +331,42 @@ struct BiasGradients {
 
 template <class P>
 void launch_columns(const BiasGradients<P>& kernel, Stream stream);
+
+// Σ a b over the rows of columns of H, for each job.
+template <class A>
+struct RowSums {
+  static constexpr int most = 24;
+  struct Job {
+    const A *a, *b;  // b null: Σ a
+    index a_row, b_row;
+    A* to;
+  };
+  Job jobs[most];
+  int count;
+  index rows, H;
+
+  FUSEDRNN_DEVICE void operator()() const {
+    const Job& job = jobs[block_y()];
+    const index column = index{block_x()} * 32 + lane();
+    const int warp = thread() / 32, warps = threads() / 32;
+    A* const sums = reinterpret_cast<A*>(shared());
+    A sum = 0;
+    if (column < H) {
+#pragma unroll 4
+      for (index row = warp; row < rows; row += warps) {
+        const A a = job.a[row * job.a_row + column];
+        sum += job.b ? a * job.b[row * job.b_row + column] : a;
+      }
+    }
+    sums[thread()] = sum;
+    sync_block();
+    if (warp > 0 || column >= H) return;
+    for (int other = 1; other < warps; ++other) sum += sums[other * 32 + lane()];
+    job.to[column] = sum;
+  }
+};
+
+template <class A>
+void launch_sums(const RowSums<A>& kernel, Stream stream);
 
 }  // namespace fusedrnn::cuda

@@ -1,7 +1,8 @@
-// A layer in one direction on a GPU with options: where the recurrences of recurrence.h
-// do not do, each step is its products by cuBLASLt and what csrc/rows.h does between
-// them, a block to a row. In float32 and float64; arrays of 16 bits are converted before
-// and after.
+// A layer in one direction on a GPU whose units need each other within a step (LayerNorm,
+// a projection, a GRU that is reset before its matmul), which the recurrences of
+// recurrence.h do not know: each step is its products by cuBLASLt and what csrc/rows.h
+// does between them, a block to a row. In float32 and float64; arrays of 16 bits are
+// converted before and after.
 //
 //   records    (T, B, values)  by time: csrc/rows.h; saved for backward
 //   gradients  (T, B, values)  by time, of a backward
@@ -34,7 +35,6 @@ struct BlockWalk {
   using S = A;
   using V = device::Vec<A>;
   static constexpr bool bias_is_in = false;
-  static constexpr int words = has_c ? 2 : 4;  // of a counter for h
 
   const Options* options;
   index time, b;
@@ -61,8 +61,15 @@ struct BlockWalk {
   FUSEDRNN_DEVICE static void store(V x, A* p, index u) { p[u] = x.value; }
   FUSEDRNN_DEVICE static V upto(const A* p, index u, index) { return {p[u]}; }
   FUSEDRNN_DEVICE static void put(V x, A* p, index u, index) { p[u] = x.value; }
-  FUSEDRNN_DEVICE V keep_h(index u) const { return keep(u, 0, options->zoneout_h); }
-  FUSEDRNN_DEVICE V keep_c(index u) const { return keep(u, words, options->zoneout_c); }
+  FUSEDRNN_DEVICE V keep_h(index u) const {
+    const double p = options->zoneout_h;
+    return options->training ? drawn(words(u).h, p) : V{static_cast<A>(p)};
+  }
+  FUSEDRNN_DEVICE V keep_c(index u) const {
+    const double p = options->zoneout_c;
+    return options->training ? drawn(words(u).c, p) : V{static_cast<A>(p)};
+  }
+  FUSEDRNN_DEVICE static V kept(V x) { return x; }
   FUSEDRNN_DEVICE static float root(float x) { return root_of(x); }
   FUSEDRNN_DEVICE static double root(double x) { return root_of(x); }
 
@@ -81,16 +88,10 @@ struct BlockWalk {
     for (int i = 0; i < 32; ++i) total += parts[i];
     return total;
   }
-  FUSEDRNN_CALLED V keep(index u, int first_word, double p) const {
-    if (!options->training) return {static_cast<A>(p)};
-    const Generator generator(options->seed, static_cast<std::uint32_t>(Draw::zoneout),
-                              options->where);
-    constexpr index block = Generator::block;
-    std::uint32_t drawn[4];
-    generator.words(static_cast<std::uint32_t>(u / (words * block) * block + u % block),
-                    static_cast<std::uint32_t>(time), static_cast<std::uint32_t>(b),
-                    drawn);
-    const std::uint32_t word = drawn[u / block % words + first_word];
+  FUSEDRNN_DEVICE ZoneoutWords words(index u) const {
+    return zoneout_words<has_c>(options->seed, options->where, time, b, u);
+  }
+  FUSEDRNN_DEVICE static V drawn(std::uint32_t word, double p) {
     return {static_cast<A>(word < Generator::threshold(p) ? 1 : 0)};
   }
 };
@@ -155,6 +156,7 @@ struct RowStart : RowKernel<CellOf, A> {
   using Base::B, Base::H, Base::R, Base::T, Base::mask, Base::masks, Base::model;
   using Base::slots;
   const A *bias_ih, *bias_hh;
+  RecurrentMask recurrent_mask;
   A *bias_to, *zeros_to, *mask_to;
   A *h, *c, *seen;  // null in backward
 
@@ -175,9 +177,7 @@ struct RowStart : RowKernel<CellOf, A> {
       const index b = i / R, u = i % R;
       A factor = 1;
       if (mask_to) {
-        factor = static_cast<A>(dropout_factor(
-            this->options.seed, static_cast<std::uint32_t>(Draw::recurrent),
-            this->options.where, this->options.recurrent_dropout, 0, b, u));
+        factor = static_cast<A>(recurrent_mask.factor(b, u));
         mask_to[i] = factor;
       }
       if (!h) return;
@@ -444,40 +444,6 @@ struct RowBackward : RowKernel<CellOf, A> {
   }
 };
 
-// Σ a b over the rows of columns of H, a to-be-summed product each.
-template <class A>
-struct RowSums {
-  static constexpr int most = 24;
-  struct Job {
-    const A *a, *b;  // b null: Σ a
-    index a_row, b_row;
-    A* to;
-  };
-  Job jobs[most];
-  int count;
-  index rows, H;
-
-  FUSEDRNN_DEVICE void operator()() const {
-    const Job& job = jobs[block_y()];
-    const index column = index{block_x()} * 32 + lane();
-    const int warp = thread() / 32, warps = threads() / 32;
-    A* const sums = reinterpret_cast<A*>(shared());
-    A sum = 0;
-    if (column < H) {
-#pragma unroll 4
-      for (index row = warp; row < rows; row += warps) {
-        const A a = job.a[row * job.a_row + column];
-        sum += job.b ? a * job.b[row * job.b_row + column] : a;
-      }
-    }
-    sums[thread()] = sum;
-    sync_block();
-    if (warp > 0 || column >= H) return;
-    for (int other = 1; other < warps; ++other) sum += sums[other * 32 + lane()];
-    job.to[column] = sum;
-  }
-};
-
 template <template <class> class CellOf, class A>
 class RowLayer {
   using Kernel = RowKernel<CellOf, A>;
@@ -487,18 +453,17 @@ class RowLayer {
   static constexpr int row_threads = 256;
   static constexpr Element element = sizeof(A) == 8 ? Element::float64 : Element::float32;
 
-  static bool drops(const Options& o) { return o.training && o.recurrent_dropout > 0; }
-
   // Scratch memory of both directions.
   struct Room {
     A *bias, *zeros, *mask, *scratch;
     int* lengths;
     void* matmul;
     A* x;  // a copy, or null
-    Room(const RowCall<A>& call, bool masked, Carver& carver)
+    Room(const ForwardOf<A>& call, bool masked, Carver& carver)
         : bias(carver.take<A>(slots * call.H)),
           zeros(carver.take<A>(call.H > call.R ? call.H : call.R)),
-          mask(drops(call.options) ? carver.take<A>(call.B * call.R) : nullptr),
+          mask(RecurrentMask::of(call.options).p > 0 ? carver.take<A>(call.B * call.R)
+                                                     : nullptr),
           scratch(carver.take<A>(call.B * (2 + slots) * call.H)),
           lengths(call.lengths ? carver.take<int>(call.B) : nullptr),
           matmul(carver.take<char>(matmul_workspace)),
@@ -507,7 +472,7 @@ class RowLayer {
   };
   struct ForwardRoom : Room {
     A *seen, *fresh, *operand, *records;
-    ForwardRoom(const RowCall<A>& call, Carver& carver)
+    ForwardRoom(const ForwardOf<A>& call, Carver& carver)
         : Room(call, false, carver),
           seen(carver.take<A>(call.B * call.R)),
           fresh(carver.take<A>(call.B * call.H)),
@@ -518,7 +483,7 @@ class RowLayer {
   struct BackwardRoom : Room {
     A *gradients, *seen, *from_product, *dh, *dc, *direct, *dm;
     A *records, *operand, *fresh;
-    BackwardRoom(const RowBackCall<A>& call, Carver& carver)
+    BackwardRoom(const BackwardOf<A>& call, Carver& carver)
         : Room(call, call.lengths, carver),
           gradients(carver.take<A>(call.T * call.B * row_of(call).values)),
           seen(carver.take<A>(call.T * call.B * call.R)),
@@ -539,21 +504,21 @@ class RowLayer {
   static index record(const Model& m) {
     return round_up(Record<Cell>{m.norm, m.H}.values(), 4);
   }
-  static index saved_bytes(const Sizes& p, const Model& m) {
-    return p.T * p.B * record(m) * index{sizeof(A)};
+  static index saved_bytes(const ForwardOf<A>& call) {
+    return call.T * call.B * record(call.model) * index{sizeof(A)};
   }
-  static index forward_workspace(const RowCall<A>& call) {
+  static index forward_workspace(const ForwardOf<A>& call) {
     Carver carver(nullptr);
     ForwardRoom(call, carver);
     return carver.used();
   }
-  static index backward_workspace(const RowBackCall<A>& call) {
+  static index backward_workspace(const BackwardOf<A>& call) {
     Carver carver(nullptr);
     BackwardRoom(call, carver);
     return carver.used();
   }
 
-  static void forward(const RowCall<A>& call) {
+  static void forward(const ForwardOf<A>& call) {
     if (call.B == 0) return;
     const OnDevice current(call.device);
     Carver carver(call.workspace);
@@ -595,7 +560,7 @@ class RowLayer {
     }
   }
 
-  static void backward(const RowBackCall<A>& call) {
+  static void backward(const BackwardOf<A>& call) {
     const OnDevice current(call.device);
     const index T = call.T, B = call.B, I = call.I, H = call.H, R = call.R, all = T * B;
     if (all == 0) {
@@ -688,15 +653,15 @@ class RowLayer {
  private:
   static constexpr int peepholes = Cell::peepholes;
 
-  static GradientRow<Cell> row_of(const RowCall<A>& call) {
+  static GradientRow<Cell> row_of(const ForwardOf<A>& call) {
     GradientRow<Cell> row(call.model, call.vectors.weight_ch != nullptr, call.H, call.R);
     row.values = round_up(row.values, 4);
     return row;
   }
-  static void clear(A* to, index count, const RowCall<A>& call) {
+  static void clear(A* to, index count, const ForwardOf<A>& call) {
     if (to) cuda::clear(to, count * index{sizeof(A)}, call.stream);
   }
-  static void give(const A* from, A* to, index count, const RowCall<A>& call) {
+  static void give(const A* from, A* to, index count, const ForwardOf<A>& call) {
     const index bytes = count * index{sizeof(A)};
     if (from) {
       copy(to, from, bytes, call.stream);
@@ -704,7 +669,7 @@ class RowLayer {
       cuda::clear(to, bytes, call.stream);
     }
   }
-  static void fill(Kernel& kernel, const RowCall<A>& call, const Room& room) {
+  static void fill(Kernel& kernel, const ForwardOf<A>& call, const Room& room) {
     static_cast<Sizes&>(kernel) = call;
     kernel.model = call.model;
     kernel.options = call.options;
@@ -718,7 +683,7 @@ class RowLayer {
     kernel.mask = room.mask;
     kernel.scratch = room.scratch;
   }
-  static void start(const RowCall<A>& call, const Room& room, A* h, A* c, A* seen) {
+  static void start(const ForwardOf<A>& call, const Room& room, A* h, A* c, A* seen) {
     if (call.lengths) {
       const ReadLengths read{call.lengths, call.wide_lengths, room.lengths, call.T,
                              call.B};
@@ -728,6 +693,7 @@ class RowLayer {
     fill(kernel, call, room);
     kernel.bias_ih = call.bias_ih;
     kernel.bias_hh = call.bias_hh;
+    kernel.recurrent_mask = RecurrentMask::of(call.options);
     kernel.bias_to = room.bias;
     kernel.zeros_to = room.zeros;
     kernel.mask_to = room.mask;
@@ -738,7 +704,7 @@ class RowLayer {
   }
 
   template <class K>
-  static void launch_rows(const K& kernel, index rows, const RowCall<A>& call) {
+  static void launch_rows(const K& kernel, index rows, const ForwardOf<A>& call) {
     constexpr index most = 1 << 16;
     const index units = call.H > call.R ? call.H : call.R;
     const int wanted = static_cast<int>(round_up(units < 32 ? 32 : units, 32));
@@ -749,35 +715,27 @@ class RowLayer {
            call.stream);
   }
   template <class K>
-  static void launch_each(const K& kernel, index count, const RowCall<A>& call) {
+  static void launch_each(const K& kernel, index count, const ForwardOf<A>& call) {
     launch(kernel, shape_of_each(count, call.device), call.stream);
   }
 
-  static void multiply(const RowCall<A>& call, const Room& room, const Matrix& left,
+  static void multiply(const ForwardOf<A>& call, const Room& room, const Matrix& left,
                        const Matrix& right, const Matrix& to, bool adds = false) {
-    matmul(left, right, to, adds, call.tf32, room.matmul, call.stream);
+    const bool tf32 = call.precision == Precision::tf32;
+    matmul(left, right, to, adds, tf32, room.matmul, call.stream);
   }
   static Matrix blocks_of(const A* weight, int first, int count, index H, index K,
                           bool transposed) {
     return {weight + first * H * K, element, count * H, K, K, transposed};
   }
-  // f(first slot, first block, how many) for slots whose blocks of weight_hh follow one
-  // another, but for those of a second product.
+  // As each_recurrent_block, but for the slots of a second product.
   template <class F>
-  static void each_recurrent(const RowCall<A>& call, const F& f) {
-    for (int k = resets_before<Cell>(call.model); k < gates;) {
-      int end = k + 1;
-      while (end < gates &&
-             Cell::recurrent_gate[end] == Cell::recurrent_gate[end - 1] + 1) {
-        ++end;
-      }
-      f(k, Cell::recurrent_gate[k], end - k);
-      k = end;
-    }
+  static void each_recurrent(const ForwardOf<A>& call, const F& f) {
+    each_recurrent_block<Cell>(resets_before<Cell>(call.model), f);
   }
 
   // x as a matrix of rows by time and then by batch.
-  static Matrix gather_x(const RowCall<A>& call, const Room& room) {
+  static Matrix gather_x(const ForwardOf<A>& call, const Room& room) {
     const index rows = call.T * call.B;
     if (!room.x) return {call.x, element, rows, call.I, row_stride(call), false};
     const Masks masks{room.lengths, call.resets, call.resets_t, call.resets_b};
@@ -787,7 +745,7 @@ class RowLayer {
     return {room.x, element, rows, call.I, call.I, false};
   }
   // W x of all times.
-  static void multiply_inputs(const RowCall<A>& call, const Room& room, const Matrix& x,
+  static void multiply_inputs(const ForwardOf<A>& call, const Room& room, const Matrix& x,
                               A* records) {
     const index stride = record(call.model);
     const Record<Cell> at{call.model.norm, call.H};
@@ -796,8 +754,8 @@ class RowLayer {
               false});
   }
   // R h' of some rows, added to what is there of W x where that is one sum.
-  static void multiply_recurrent(const RowCall<A>& call, const Room& room, const A* seen,
-                                 index rows, A* records) {
+  static void multiply_recurrent(const ForwardOf<A>& call, const Room& room,
+                                 const A* seen, index rows, A* records) {
     const Record<Cell> at{call.model.norm, call.H};
     each_recurrent(call, [&](int slot, int block, int count) {
       multiply(call, room, {seen, element, rows, call.R, call.R, false},
@@ -808,7 +766,7 @@ class RowLayer {
     });
   }
   // R_n (r h') to the first slot.
-  static void multiply_new(const RowCall<A>& call, const Room& room, const A* operand,
+  static void multiply_new(const ForwardOf<A>& call, const Room& room, const A* operand,
                            index stride, index rows, A* records) {
     const Record<Cell> at{call.model.norm, call.H};
     multiply(
@@ -817,7 +775,7 @@ class RowLayer {
         {records + at.recurrent(0), element, rows, call.H, record(call.model), false});
   }
   // Rᵀ da of one step.
-  static void from_recurrent(const RowCall<A>& call, const Room& room, const A* da,
+  static void from_recurrent(const ForwardOf<A>& call, const Room& room, const A* da,
                              index gradient, A* to) {
     bool adds = false;
     each_recurrent(call, [&](int slot, int block, int count) {
@@ -829,7 +787,7 @@ class RowLayer {
     });
   }
 
-  static void compute_again(const RowBackCall<A>& call, const BackwardRoom& room,
+  static void compute_again(const BackwardOf<A>& call, const BackwardRoom& room,
                             const Matrix& x) {
     const index all = call.T * call.B;
     multiply_inputs(call, room, x, room.records);
@@ -852,7 +810,7 @@ class RowLayer {
     launch_rows(kernel, all, call);
   }
 
-  static void write_gradients(const RowBackCall<A>& call, const BackwardRoom& room,
+  static void write_gradients(const BackwardOf<A>& call, const BackwardRoom& room,
                               const Matrix& x, const GradientRow<Cell>& at) {
     const index gradient = at.values, stride = record(call.model);
     const index T = call.T, B = call.B, I = call.I, H = call.H, R = call.R, all = T * B;
@@ -907,10 +865,7 @@ class RowLayer {
       add(v.gamma_c, 0, at.seen_c, room.gradients + at.normal_c, gradient);
       add(v.beta_c, 0, at.seen_c);
     }
-    launch(sums,
-           {static_cast<int>(ceil_div(H, 32)), sums.count, row_threads,
-            row_threads * index{sizeof(A)}, false, false},
-           call.stream);
+    launch_sums(sums, call.stream);
   }
 };
 

@@ -127,6 +127,7 @@ struct Walk {
   V keep_c(index u) const { return V::load(keeps_c + u); }
   static float root(float x) { return __builtin_sqrtf(x); }
   static double root(double x) { return __builtin_sqrt(x); }
+  static V kept(V x) { return x; }
 
   // What is expected stands in both for good; what is drawn is drawn for each row.
   void start(const Options& o, index P) const {

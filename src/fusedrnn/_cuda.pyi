@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -101,62 +102,30 @@ class Kernel:
         packed: View,
         /,
     ) -> None: ...
-    def saved_bytes(self, T: int, B: int, H: int, /) -> int: ...
     def forward(
         self,
-        x: View,
-        weight_ih: View,
-        packed: View,
-        h0: View | None,
-        c0: View | None,
-        lengths: View | None,
-        resets: View | None,
+        arrays: dict[str, View | None],
+        options: Options,
         reverse: bool,
-        y: View,
-        h_n: View,
-        c_n: View | None,
-        saved: View | None,
-        workspace: Any,
+        saves: bool,
+        allocate: Callable[[int], View],
         /,
-    ) -> None: ...
+    ) -> View | None:
+        """Run a layer, arrays by the names they have in csrc/problem.h.
+
+        Without `packed` weights steps go row by row. Returns what was saved for `backward`.
+        """
+
     def backward(
         self,
-        x: View,
-        weight_ih: View,
-        packed: View,
-        h0: View | None,
-        c0: View | None,
-        lengths: View | None,
-        resets: View | None,
+        arrays: dict[str, View | None],
+        options: Options,
         reverse: bool,
-        y: View,
-        saved: View | None,
-        dy: View | None,
-        dh_n: View | None,
-        dc_n: View | None,
-        dx: View,
-        adds_dx: bool,
-        bptt: int,
-        dweight_ih: View,
-        dweight_hh: View,
-        dbias_ih: View,
-        dbias_hh: View,
-        dh0: View,
-        dc0: View | None,
-        workspace: Any,
+        allocate: Callable[[int], View],
         /,
-    ) -> None: ...
-    def row_saved_bytes(
-        self, T: int, B: int, H: int, R: int, projects: bool, norm: bool, /
-    ) -> int: ...
-    def row_forward(
-        self, arrays: dict[str, View | None], options: Options, reverse: bool, workspace: Any, /
     ) -> None:
-        """Run a layer row by row, arrays by the names they have in csrc/problem.h."""
+        """Fill in the gradients among the arrays, the other way."""
 
-    def row_backward(
-        self, arrays: dict[str, View | None], options: Options, reverse: bool, workspace: Any, /
-    ) -> None: ...
     def explain(self, T: int, B: int, I: int, H: int, backward: bool, /) -> dict[str, Any]: ...
 
 def copy_from_host(to: View, source: npt.NDArray[Any], stream: int, /) -> None: ...

@@ -247,7 +247,7 @@ class Device:
         """Write (T, B, n), some elements of its rows 0, into `to`, which may be itself."""
         wide, made = self._widened(a), to if self._is_wide else self._wide(to.shape)
         self._cuda.drop(wide, p, seed, what, where, made, self.stream)
-        self._narrow(made, to)
+        self._finish(made, to)
         self._keep(a)
 
     def drop_weights(self, weight: View, request: Request, to: View | None = None) -> View:
@@ -263,7 +263,7 @@ class Device:
             return parameters
         return parameters._replace(weight_hh=self.drop_weights(parameters.weight_hh, request))
 
-    # Where a step is taken row by row 16 bits are float32 in between.
+    # Where a step is taken row by row 16 bits are float32 in between; peepholes always are.
 
     @property
     def _is_wide(self) -> bool:
@@ -272,92 +272,69 @@ class Device:
     def _wide(self, shape: tuple[int, ...]) -> View:
         return self.see(self.empty(shape, self.state_dtype(self.dtype)))
 
-    def _widened(self, a: Any) -> Any:
-        """Return an array, or None, in float32 or float64."""
-        if a is None or a.dtype != self.dtype or self._is_wide:
+    def _widened(self, a: View) -> View:
+        """Return an array in float32 or float64."""
+        if self._is_wide:
             return a
         made = self._wide(a.shape)
         self._cuda.convert(a, made, self.stream)
         self._keep(a)
         return made
 
-    def _narrow(self, made: View, to: View) -> None:
-        """Copy what was made wide to where it is wanted."""
-        if not self._is_wide:
+    def _widens(self, name: str, problem: Problem) -> bool:
+        return not self._is_wide and (problem.row_wise or name == "weight_ch")
+
+    def _given(self, name: str, a: View | None, problem: Problem) -> View | None:
+        """Return what the kernels read of an argument."""
+        if a is None or a.dtype != self.dtype or not self._widens(name, problem):
+            return a
+        return self._widened(a)
+
+    def _made(self, name: str, to: View, problem: Problem) -> View:
+        """Return where the kernels make what belongs to `name` and is wanted in `to`."""
+        return self._wide(to.shape) if self._widens(name, problem) else to
+
+    def _finish(self, made: View, to: View) -> None:
+        """Copy what was made elsewhere to where it is wanted."""
+        if made is not to:
             self._cuda.convert(made, to, self.stream)
 
-    def _row_arrays(self, parameters: Parameters, problem: Problem) -> dict[str, Any]:
+    def _call(
+        self, weights: Weights, problem: Problem, adds_dx: bool = False
+    ) -> tuple[Kernel, dict[str, Any], Options]:
+        """Return the kernel of a call, what both directions read, and the options."""
         h0, c0 = h_and_c(problem.state)
         lengths, resets = problem.masks
-        arrays = {"x": problem.x, "h0": h0, "c0": c0, "lengths": lengths, "resets": resets}
-        return arrays | parameters._asdict()
-
-    def _row_kernel(self, cell: Cell) -> Kernel:
-        return self._kernel(cell, None if self._is_wide else "tf32")
-
-    def _row_options(self, problem: Problem, adds_dx: bool = False) -> Options:
-        values = values_of(problem.request.options)
-        told: Options = self._cuda.Options(*values, adds_dx)
-        return told
-
-    def _row_forward(self, weights: Weights, problem: Problem, save: bool) -> View | None:
-        arrays = {
-            k: self._widened(v)
-            for k, v in self._row_arrays(weights.parameters, problem).items()
-        }
-        kernel, trace = self._row_kernel(problem.cell), problem.trace
-        T, B, R = problem.y.shape
-        saved = None
-        if save and not problem.request.recompute:
-            H = weights.parameters.weight_ih.shape[0] // len(problem.cell.kernel_gates)
-            has_norm = weights.parameters.gamma_ih is not None
-            projects = weights.parameters.weight_hr is not None
-            saved = self._bytes(kernel.row_saved_bytes(T, B, H, R, projects, has_norm))
-        h_n, c_n = h_and_c(problem.final)
-        y = problem.y if self._is_wide else self._wide(problem.y.shape)
-        gates, more = problem.cell.gates, problem.cell.kernel_gates
-        if trace is not None and (more != gates or not self._is_wide):
-            trace = self._wide((T, B, len(more), trace.shape[-1]))
-        arrays |= {"h_n": h_n, "c_n": c_n, "y": y, "saved": saved}
-        arrays |= {"cells": problem.cells, "trace": trace}
-        kernel.row_forward(arrays, self._row_options(problem), problem.reverse, self._bytes)
-        self._narrow(y, problem.y)
-        if trace is not problem.trace:
-            for k, gate in enumerate(gates):
-                made = trace[:, :, more.index(gate)]
-                self._cuda.convert(made, problem.trace[:, :, k], self.stream)
-        self._keep(*arrays.values())
-        return saved
+        arrays = {"x": problem.x, "h0": h0, "c0": c0} | weights.parameters._asdict()
+        arrays = {k: self._given(k, a, problem) for k, a in arrays.items()}
+        arrays |= {"packed": weights.packed, "lengths": lengths, "resets": resets}
+        arrays["cells"] = problem.cells
+        precision = "tf32" if problem.row_wise and not self._is_wide else None
+        options = self._cuda.Options(*values_of(problem.request.options), adds_dx)
+        return self._kernel(weights.cell, precision), arrays, options
 
     def forward(self, weights: Weights, problem: Problem, save: bool = False) -> View | None:
         """Queue y and the final state; return what backward needs beside them, if `save`."""
         self._await(weights)
-        if problem.row_wise:
-            return self._row_forward(weights, problem, save)
-        kernel = self._kernel(weights.cell)
-        x, y, weight_ih = problem.x, problem.y, weights.parameters.weight_ih
-        T, B, _ = x.shape
-        size = kernel.saved_bytes(T, B, y.shape[2]) if save else 0
-        saved = self._bytes(size) if size else None
-        h0, c0 = h_and_c(problem.state)
+        kernel, arrays, options = self._call(weights, problem)
         h_n, c_n = h_and_c(problem.final)
-        assert weights.packed is not None
-        kernel.forward(
-            x,
-            weight_ih,
-            weights.packed,
-            h0,
-            c0,
-            problem.masks.lengths,
-            problem.masks.resets,
-            problem.reverse,
-            y,
-            h_n,
-            c_n,
-            saved,
-            self._bytes,
-        )
-        self._keep(x, weight_ih, *problem.state, *problem.masks)
+        y, trace = self._made("y", problem.y, problem), problem.trace
+        gates, made = problem.cell.gates, problem.cell.kernel_gates
+        if trace is not None:
+            every = trace
+            if made != gates:
+                T, B, _, H = trace.shape
+                every = self.see(self.empty((T, B, len(made), H), trace.dtype))
+            trace = self._made("trace", every, problem)
+        arrays |= {"h_n": h_n, "c_n": c_n, "y": y, "trace": trace}
+        saves = save and not problem.request.recompute
+        saved = kernel.forward(arrays, options, problem.reverse, saves, self._bytes)
+        self._finish(y, problem.y)
+        if trace is not problem.trace:
+            for k, gate in enumerate(gates):
+                of_gate = trace[:, :, made.index(gate)]
+                self._cuda.convert(of_gate, problem.trace[:, :, k], self.stream)
+        self._keep(*arrays.values())
         return saved
 
     def _await(self, weights: Weights) -> None:
@@ -431,73 +408,25 @@ class Tape:
         dh_n, dc_n = h_and_c(d_final)
         dh0, dc0 = h_and_c(d_state)
         on._await(self.weights)
-        if problem.row_wise:
-            ends = {"dh_n": dh_n, "dc_n": dc_n, "dh0": dh0, "dc0": dc0}
-            self._row_backward(on, d, dy, d_cells, dx, ends, adds)
-        else:
-            h0, c0 = h_and_c(problem.state)
-            weight_ih, packed = weights.weight_ih, self.weights.packed
-            assert packed is not None
-            on._kernel(problem.cell).backward(
-                x,
-                weight_ih,
-                packed,
-                h0,
-                c0,
-                masks.lengths,
-                masks.resets,
-                problem.reverse,
-                y,
-                self.saved,
-                dy,
-                dh_n,
-                dc_n,
-                dx,
-                adds,
-                problem.request.options.bptt,
-                on.see(d.weight_ih),
-                on.see(d.weight_hh),
-                on.see(d.bias_ih),
-                on.see(d.bias_hh),
-                dh0,
-                dc0,
-                on._bytes,
-            )
-            on._keep(x, weight_ih, *problem.state, *masks, dy, *d_final)
+        kernel, arrays, options = on._call(self.weights, problem, adds)
+        arrays |= {k: on._given(k, a, problem) for k, a in (("y", y), ("dy", dy))}
+        arrays |= {"dh_n": dh_n, "dc_n": dc_n, "dh0": dh0, "dc0": dc0}
+        arrays |= {"saved": self.saved, "dcells": d_cells}
+        wanted = {"x": dx} | {k: on.see(v) for k, v in d._asdict().items() if v is not None}
+        made = {k: on._made(k, to, problem) for k, to in wanted.items()}
+        if adds and made["x"] is not dx:
+            on._cuda.convert(dx, made["x"], on.stream)
+        arrays |= {f"d{k}": v for k, v in made.items()}
+        kernel.backward(arrays, options, problem.reverse, on._bytes)
+        for name, to in wanted.items():
+            on._finish(made[name], to)
+        on._keep(*arrays.values())
         if coupled:
             d = with_forget_gate(d, on._remove)
         if problem.request.drops_weights:
             seen = on.see(d.weight_hh)
             on.drop_weights(seen, problem.request, seen)
         return d
-
-    def _row_backward(
-        self,
-        on: Device,
-        d: Parameters,
-        dy: View | None,
-        d_cells: View | None,
-        dx: View,
-        ends: dict[str, View | None],
-        adds: bool,
-    ) -> None:
-        """Queue what a step row by row needs, into all of d, dx and the ends."""
-        problem = self.problem
-        given = on._row_arrays(self.weights.parameters, problem) | {"dy": dy, "y": problem.y}
-        arrays = {k: on._widened(v) for k, v in given.items()}
-        arrays |= {"saved": self.saved, "cells": problem.cells, "dcells": d_cells, **ends}
-        wide_dx = dx
-        if not on._is_wide:
-            wide_dx = on._widened(dx) if adds else on._wide(dx.shape)
-        wanted = {k: on.see(v) for k, v in d._asdict().items() if v is not None}
-        made = {k: v if on._is_wide else on._wide(v.shape) for k, v in wanted.items()}
-        arrays |= {"dx": wide_dx} | {f"d{k}": v for k, v in made.items()}
-        options = on._row_options(problem, adds)
-        on._row_kernel(problem.cell).row_backward(arrays, options, problem.reverse, on._bytes)
-        on._narrow(wide_dx, dx)
-        for name, gradient in made.items():
-            on._narrow(gradient, wanted[name])
-        on._keep(*arrays.values())
 
 
 def backend_of(x: Any, precision: Any = "exact") -> Any:

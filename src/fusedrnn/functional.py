@@ -120,7 +120,8 @@ def _check(
     reverse = checks.flag("reverse", others.get("reverse", False))
     rest = {n: v for n, v in given.items() if n not in (*_ARRAYS, *_OTHERS)}
     request = check_options(cell, rest, training, is_vjp=training)
-    row_wise = bool(request.beyond_plain or beyond_plain(cell, parameters, on is HOST))
+    on_cpu = on is HOST
+    row_wise = bool(beyond_plain(cell, parameters, on_cpu) or (on_cpu and request.beyond_plain))
     if out is not None:
         axis = "R" if R != H else "H"
         meaning = f"(T, {axis})" if unbatched else f"(T, B, {axis})"

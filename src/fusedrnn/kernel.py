@@ -111,7 +111,7 @@ class Problem:
     ----------
     x: (T, B, I). state: h0 (B, R), and c0 (B, H) of an LSTM. y: (T, B, R).
     final: as state.
-    row_wise: whether the plain kernels do not do; see `Request.beyond_plain`.
+    row_wise: whether the plain kernels do not do; see `options.beyond_plain`.
     cells: every c, (T, B, H), or None. trace: every gate, (T, B, gates, H), or None.
     """
 

@@ -506,7 +506,7 @@ class _Layer(Generic[StateT]):
         final = tuple([on.empty(shape, state_dtype) for shape in shapes])
         ends = tuple(map(on.see, final))
         keeps_cells = request.recompute and "c" in letters
-        row_wise = bool(request.beyond_plain or self._beyond_plain)
+        row_wise = bool(self._beyond_plain or (on is HOST and request.beyond_plain))
         cells = None
         traces: dict[str, Any] = {}
         tapes = []

@@ -93,7 +93,7 @@ class Request:
 
     @cached_property
     def beyond_plain(self) -> list[str]:
-        """What the plain kernels do not do: a step is then taken row by row."""
+        """What the CPU's plain kernels do not do: a step is then taken row by row."""
         o = self.options
         asked = {
             "clip": o.clip < math.inf,
@@ -111,9 +111,9 @@ def beyond_plain(cell: Cell, parameters: Parameters, on_cpu: bool) -> list[str]:
     """Return what the plain kernels do not do of a cell, whatever a call asks for."""
     has = {
         "proj_size": parameters.weight_hr is not None,
-        "peephole": parameters.weight_ch is not None,
         "layer_norm": parameters.gamma_ih is not None,
         "reset_after=False": cell.resets_before,
+        "peephole": parameters.weight_ch is not None and on_cpu,
         "coupled_gates": cell.is_coupled and on_cpu,
     }
     return [name for name, is_so in has.items() if is_so]

@@ -62,6 +62,10 @@ inline void store_exchanged(Quad* p, const Quad& value) {
   }
 }
 inline void fence() { twin::settle(); }
+template <class A>
+void add_to(A* p, A x) {
+  *p += x;
+}
 template <class F>
 void wait_until(const F& ready) {
   while (!ready()) twin::yield_waiting();
