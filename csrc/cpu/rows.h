@@ -7,31 +7,27 @@
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// The words of a block of counters from `first` on, element by element.
+// The words of a block of counters from `first` on.
 struct BlockOfWords {
-  static constexpr int block = Generator::block;
-  std::uint64_t word[4][block];
+  static constexpr int block = Generator::block, lanes = Words::lanes;
+  Words word[block / lanes][4];
 
   BlockOfWords(const Generator& generator, index first, index i, index j) {
     static constexpr std::uint64_t counting[block] = {0, 1, 2,  3,  4,  5,  6,  7,
                                                       8, 9, 10, 11, 12, 13, 14, 15};
     const Words start = Words::broadcast(static_cast<std::uint32_t>(first));
-    for (int n = 0; n < block; n += Words::lanes) {
-      Words w[4];
-      w[0] = start + Words::load(counting + n);
-      generator.run(w, static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(j));
-      for (int k = 0; k < 4; ++k) w[k].store(word[k] + n);
+    for (int n = 0; n < block / lanes; ++n) {
+      word[n][0] = start + Words::load(counting + n * lanes);
+      generator.run(word[n], static_cast<std::uint32_t>(i),
+                    static_cast<std::uint32_t>(j));
     }
   }
-  // to[e] = yes where element e is drawn, else no: without a branch, which nobody
-  // foresees.
+  // to[e] = yes where element e of word k is drawn, else no.
   template <class S>
   void choose(int k, std::uint32_t threshold, S yes, S no, S* to) const {
-    std::int32_t drawn[block];
-    for (int e = 0; e < block; ++e) {
-      drawn[e] = static_cast<std::uint32_t>(word[k][e]) < threshold;
+    for (int n = 0; n < block / lanes; ++n) {
+      word[n][k].choose(threshold, yes, no, to + n * lanes);
     }
-    for (int e = 0; e < block; ++e) to[e] = no + static_cast<S>(drawn[e]) * (yes - no);
   }
 };
 

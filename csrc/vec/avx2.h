@@ -116,13 +116,28 @@ struct Words {
   static Words broadcast(std::uint32_t x) {
     return {_mm256_set1_epi64x(static_cast<long long>(x))};
   }
-  void store(std::uint64_t* p) const {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+  void choose(std::uint32_t t, float yes, float no, float* to) const {
+    const __m256i evens = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
+    const __m256i chosen = _mm256_permutevar8x32_epi32(below(t), evens);
+    const __m128 mask = _mm_castsi128_ps(_mm256_castsi256_si128(chosen));
+    _mm_storeu_ps(to, _mm_blendv_ps(_mm_set1_ps(no), _mm_set1_ps(yes), mask));
+  }
+  void choose(std::uint32_t t, double yes, double no, double* to) const {
+    const __m256d mask = _mm256_castsi256_pd(_mm256_shuffle_epi32(below(t), 0xA0));
+    _mm256_storeu_pd(to, _mm256_blendv_pd(_mm256_set1_pd(no), _mm256_set1_pd(yes), mask));
   }
   friend Words operator+(Words a, Words b) { return {_mm256_add_epi64(a.v, b.v)}; }
   friend Words operator^(Words a, Words b) { return {_mm256_xor_si256(a.v, b.v)}; }
   friend Words times(Words a, Words b) { return {_mm256_mul_epu32(a.v, b.v)}; }
   friend Words high(Words a) { return {_mm256_srli_epi64(a.v, 32)}; }
+
+ private:
+  // In lanes of 32 bits, which compare as if signed.
+  __m256i below(std::uint32_t t) const {
+    const __m256i half = _mm256_set1_epi32(INT32_MIN);
+    const __m256i bound = _mm256_set1_epi32(static_cast<int>(t));
+    return _mm256_cmpgt_epi32(_mm256_xor_si256(bound, half), _mm256_xor_si256(v, half));
+  }
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ARCH

@@ -117,11 +117,26 @@ struct Words {
   static Words broadcast(std::uint32_t x) {
     return {_mm512_set1_epi64(static_cast<long long>(x))};
   }
-  void store(std::uint64_t* p) const { _mm512_storeu_si512(p, v); }
+  void choose(std::uint32_t t, float yes, float no, float* to) const {
+    const __m256 chosen =
+        _mm256_mask_blend_ps(below(t), _mm256_set1_ps(no), _mm256_set1_ps(yes));
+    _mm256_storeu_ps(to, chosen);
+  }
+  void choose(std::uint32_t t, double yes, double no, double* to) const {
+    const __m512d chosen =
+        _mm512_mask_blend_pd(below(t), _mm512_set1_pd(no), _mm512_set1_pd(yes));
+    _mm512_storeu_pd(to, chosen);
+  }
   friend Words operator+(Words a, Words b) { return {_mm512_add_epi64(a.v, b.v)}; }
   friend Words operator^(Words a, Words b) { return {_mm512_xor_si512(a.v, b.v)}; }
   friend Words times(Words a, Words b) { return {_mm512_mul_epu32(a.v, b.v)}; }
   friend Words high(Words a) { return {_mm512_srli_epi64(a.v, 32)}; }
+
+ private:
+  __mmask8 below(std::uint32_t t) const {
+    return _mm256_cmplt_epu32_mask(_mm512_cvtepi64_epi32(v),
+                                   _mm256_set1_epi32(static_cast<int>(t)));
+  }
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ARCH

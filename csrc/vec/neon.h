@@ -107,13 +107,25 @@ struct Words {
 
   static Words load(const std::uint64_t* p) { return {vld1q_u64(p)}; }
   static Words broadcast(std::uint32_t x) { return {vdupq_n_u64(x)}; }
-  void store(std::uint64_t* p) const { vst1q_u64(p, v); }
+  void choose(std::uint32_t t, float yes, float no, float* to) const {
+    vst1_f32(to, vbsl_f32(below(t), vdup_n_f32(yes), vdup_n_f32(no)));
+  }
+  void choose(std::uint32_t t, double yes, double no, double* to) const {
+    const int64x2_t mask = vmovl_s32(vreinterpret_s32_u32(below(t)));
+    vst1q_f64(to,
+              vbslq_f64(vreinterpretq_u64_s64(mask), vdupq_n_f64(yes), vdupq_n_f64(no)));
+  }
   friend Words operator+(Words a, Words b) { return {vaddq_u64(a.v, b.v)}; }
   friend Words operator^(Words a, Words b) { return {veorq_u64(a.v, b.v)}; }
   friend Words times(Words a, Words b) {
     return {vmull_u32(vmovn_u64(a.v), vmovn_u64(b.v))};
   }
   friend Words high(Words a) { return {vshrq_n_u64(a.v, 32)}; }
+
+ private:
+  uint32x2_t below(std::uint32_t t) const {
+    return vclt_u32(vmovn_u64(v), vdup_n_u32(t));
+  }
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ARCH

@@ -99,7 +99,10 @@ struct Words : OneWord {
   Words(OneWord x) : OneWord(x) {}
   static Words load(const std::uint64_t* p) { return OneWord{*p}; }
   static Words broadcast(std::uint32_t x) { return OneWord{x}; }
-  void store(std::uint64_t* p) const { *p = v; }
+  template <class S>
+  void choose(std::uint32_t t, S yes, S no, S* to) const {
+    *to = static_cast<std::uint32_t>(v) < t ? yes : no;
+  }
   friend Words operator+(Words a, Words b) { return OneWord{a.v + b.v}; }
 };
 

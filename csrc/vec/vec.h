@@ -22,10 +22,11 @@
 //   even_blocks(a, b), odd_…      those blocks of a, then those of b; of wider vectors
 //
 // and for random.h `Words`, whole numbers of 32 bits in the lower halves of 64, of whose
-// upper halves operations but high() and store() take no notice:
+// upper halves operations but high() take no notice:
 //
-//   lanes, load(p), store(p), broadcast(x), a + b, a ^ b
+//   lanes, load(p), broadcast(x), a + b, a ^ b
 //   times(a, b)                   the products, of 64 bits; high(a) the upper halves
+//   choose(t, yes, no, to)        to[e] = a[e] < t ? yes : no, of float or double
 //
 // The namespace is named after the ISA so that two translation units compiled with
 // different flags never share a function: the linker would keep one of them for every
