@@ -70,6 +70,13 @@ FUSEDRNN_DEVICE constexpr bool is_coupled(const Model& m) {
   return Cell::has_c && m.variant == 1;
 }
 
+// Whether backward needs a record of the slots, h not telling them: where zoneout draws,
+// a unit that keeps its h owes its slots nothing.
+template <class Cell>
+constexpr bool saves_slots(const Options& o) {
+  return Cell::saves || (!o.training && (o.zoneout_h > 0 || o.zoneout_c > 0));
+}
+
 // Where the parts of a record are.
 template <class Cell>
 struct Record {
@@ -260,7 +267,7 @@ class RowWise {
   // Backward
 
   struct BackRow {
-    const S* record;
+    const S* record;  // or h, for a cell whose h tells its slot
     const S *h_prev, *c_prev, *seen;
     const S* dcells;      // or null
     S *dh, *dc, *direct;  // padded; dh becomes that of h before zoneout
@@ -475,7 +482,10 @@ class RowWise {
   // The gates again.
   FUSEDRNN_DEVICE void activated(const BackRow& row, index u, V (&v)[slots]) const {
     if (!model.norm) {
-      for (int k = 0; k < slots; ++k) v[k] = e.load(row.record + k * P, u);
+      for (int k = 0; k < slots; ++k) {
+        const S* const at = row.record + k * P;
+        v[k] = Cell::saves ? e.load(at, u) : e.upto(at, u, H);
+      }
       return;
     }
     read(row.record, u, v);

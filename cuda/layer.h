@@ -363,9 +363,8 @@ class Layer {
     S* slots;
     A* c;
     index c_t, c_b;
-    // An RNN's h tells its slot, unless zoneout comes between.
     Saved(const Call& call, Carver& carver)
-        : slots(carver.take<S>(Cell::saves || zones_out(call)
+        : slots(carver.take<S>(device::saves_slots<Cell>(call.options)
                                    ? call.T * call.B * Layer::slots * call.H
                                    : 0)),
           c(static_cast<A*>(call.cells)),
@@ -375,9 +374,6 @@ class Layer {
       c = carver.take<A>(call.T * call.B * call.H);
       c_t = call.B * call.H;
       c_b = call.H;
-    }
-    static bool zones_out(const Call& call) {
-      return call.options.zoneout_h > 0 || call.options.zoneout_c > 0;
     }
   };
   static Cells<A> cells_of(const Call& call, const Saved& saved) {

@@ -114,7 +114,7 @@ Results train(const CellEntry& cell, const Arrays& a, bool borrow, index chunks)
   };
   const std::vector<S> forward_weights = packed(false), backward_weights = packed(true);
   std::vector<S> y(a.T * BH), h_n(h0), c_n(c0);
-  std::vector<S> saved(a.T * a.B * kernels.saved_size(model, a.row_wise));
+  std::vector<S> saved(a.T * a.B * kernels.saved_size(model, a.options));
   for (index chunk = 0; chunk < chunks; ++chunk) {
     const index begin = a.T * chunk / chunks, end = a.T * (chunk + 1) / chunks;
     if (begin == end) continue;

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 import fusedrnn as fr
 from fusedrnn import _cpu, reference
 from fusedrnn.cells import CELLS, Cell
+from fusedrnn.kernel import PLAIN_OPTIONS
 
 # Around lanes (2 to 16), panels (to 32) and tiles (to 8 rows); primes; single things.
 SHAPES = [
@@ -322,4 +323,4 @@ def test_memory_saved_for_backward(name: str, per_unit: int, H: int, dtype: np.d
     weights = _cpu.Weights(name, arrays)
     saved = per_unit * H
     padded = per_unit and saved * dtype.itemsize % 1024 == 0
-    assert weights.saved_size(False) == saved + (64 // dtype.itemsize if padded else 0)
+    assert weights.saved_size(PLAIN_OPTIONS) == saved + (64 // dtype.itemsize if padded else 0)

@@ -127,9 +127,9 @@ class Weights {
 
   std::string cell() const { return std::string(cell_.name); }
   std::string isa() const { return std::string(isa_.name); }
-  index saved_size(bool row_wise) const {
-    return single_ ? cell_.f32.saved_size(model_, row_wise)
-                   : cell_.f64.saved_size(model_, row_wise);
+  index saved_size(const CallOptions& options) const {
+    return single_ ? cell_.f32.saved_size(model_, options.values)
+                   : cell_.f64.saved_size(model_, options.values);
   }
 
   void forward(const CallOptions& options, const Array& x, const Array& h0,
@@ -151,7 +151,7 @@ class Weights {
       p.c_n = write<S>(c_n, "c_n", {p.B, p.H});
       const auto& kernels = cell_.kernels<S>();
       p.saved = write<S>(saved, "saved",
-                         {p.T, p.B, kernels.saved_size(model_, options.row_wise)});
+                         {p.T, p.B, kernels.saved_size(model_, options.values)});
       p.cells = write<S>(cells, "cells", {p.T, p.B, p.H});
       p.cells_t = cells ? stride(*cells, 0) : 0;
       p.cells_b = cells ? stride(*cells, 1) : 0;
@@ -162,8 +162,8 @@ class Weights {
     });
   }
 
-  py::dict plan(index T, index B, bool row_wise) const {
-    return single_ ? plan_as<float>(T, B, row_wise) : plan_as<double>(T, B, row_wise);
+  py::dict plan(index T, index B, const CallOptions& options) const {
+    return single_ ? plan_as<float>(T, B, options) : plan_as<double>(T, B, options);
   }
 
   // A layer's whole call, for speed where one step takes a microsecond: x (T, B, I), the
@@ -195,7 +195,7 @@ class Weights {
       p.y = read<S>(y, "y", {p.T, p.B, p.R});
       p.y_t = stride(y, 0);
       p.y_b = stride(y, 1);
-      const index saved_size = kernels.saved_size(model_, options.row_wise);
+      const index saved_size = kernels.saved_size(model_, options.values);
       p.saved = read<S>(saved, "saved", {p.T, p.B, saved_size});
       p.cells = read<S>(cells, "cells", {p.T, p.B, p.H});
       p.cells_t = cells ? stride(*cells, 0) : 0;
@@ -248,11 +248,12 @@ class Weights {
   }
 
   template <class S>
-  py::dict plan_as(index T, index B, bool row_wise) const {
+  py::dict plan_as(index T, index B, const CallOptions& options) const {
     Forward<S> p{};
     static_cast<Sizes&>(p) = {T, B, model_.I, model_.H, model_.R, false};
     p.model = model_;
-    p.row_wise = row_wise;
+    p.options = options.values;
+    p.row_wise = options.row_wise;
     const ForwardPlan found = fusedrnn::plan(cell_.kernels<S>(), cell_.gates, p);
     py::dict told;
     told["threads"] = found.threads;

@@ -692,7 +692,7 @@ class BackwardPass {
     return {p.model, p.vectors.weight_ch != nullptr, layout.P, round_up(layout.R, lanes)};
   }
   static bool computes_again(const Backward<S>& p) {
-    return !p.saved && (Cell::saves || p.row_wise);
+    return !p.saved && saves_slots<Cell>(p.options);
   }
   // The steps as a forward problem, to compute them again.
   static Forward<S> forward_of(const Backward<S>& p, S* room_for_records) {
@@ -854,12 +854,13 @@ class BackwardPass {
     const Range cell_units{columns.begin * L::back_columns, end < p_.H ? end : p_.H};
     Range places{0, taken}, mine = cell_units;
     const StateBefore<S> h = h_before(s), c = cell_before(s);
+    const bool has_record = saves_slots<Cell>(p_.options);
     const auto each_row = [&](Range some, const auto& f) {
       for (index i = some.begin; i < some.end; ++i) {
         const index b = own.rows.row(i), at = b * layout_.P;
         f(b, typename Rows::BackRow{
-                 saved(s) + b * record_, h(b), Cell::has_c ? c(b) : nullptr,
-                 seen_before(s, b),
+                 has_record ? saved(s) + b * record_ : y(s) + b * p_.y_b, h(b),
+                 Cell::has_c ? c(b) : nullptr, seen_before(s, b),
                  p_.dcells ? p_.dcells + t * p_.dcells_t + b * p_.dcells_b : nullptr,
                  room_.dh + at, room_.dc + at, room_.direct + at, da(s) + b * da_stride_,
                  p_.is_cut(s, b, p_.options.bptt)});

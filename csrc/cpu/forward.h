@@ -173,7 +173,7 @@ class ForwardPass {
     return steps < p.T ? steps : p.T;
   }
   static bool records_are_saved(const Forward<S>& p) {
-    return p.saved && (Cell::saves || p.row_wise);
+    return p.saved && saves_slots<Cell>(p.options);
   }
   static index workspace(const Forward<S>& p, int threads) {
     return Room(p, nullptr, 0, threads).used();
@@ -188,7 +188,7 @@ class ForwardPass {
             steps,
             L::tile,
             L::panel_units,
-            Cell::saves || p.row_wise ? record_stride<L>(p.model) : 0,
+            saves_slots<Cell>(p.options) ? record_stride<L>(p.model) : 0,
             workspace(p, threads) * index{sizeof(S)}};
   }
 

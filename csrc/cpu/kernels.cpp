@@ -26,8 +26,8 @@ constexpr Kernels<S> kernels_of() {
         if (!backward) return pack_forward<L>(p, borrow, to, team);
         if (!borrow) pack_backward<L>(p, to, team);
       },
-      [](const Model& m, bool row_wise) {
-        return L::Cell::saves || row_wise ? record_stride<L>(m) : 0;
+      [](const Model& m, const Options& o) {
+        return saves_slots<typename L::Cell>(o) ? record_stride<L>(m) : 0;
       },
       [](const Forward<S>& p, int threads) {
         return ForwardPass<CellOf, S>::plan(p, threads);

@@ -26,7 +26,7 @@ struct Kernels {
   // `borrow`: only what the kernels need beside the parameters as they are.
   index (*packed_size)(const Model&, bool backward, bool borrow);
   void (*pack)(const Parameters<S>&, bool backward, bool borrow, S* to, const Team&);
-  index (*saved_size)(const Model&, bool row_wise);  // per step and row
+  index (*saved_size)(const Model&, const Options&);  // per step and row
   ForwardPlan (*plan)(const Forward<S>&, int threads);
   index (*forward_workspace)(const Forward<S>&, int threads);
   void (*forward)(const Forward<S>&, S* workspace, const Team&);

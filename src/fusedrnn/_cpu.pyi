@@ -42,10 +42,10 @@ class Weights:
     def cell(self) -> str: ...
     @property
     def isa(self) -> str: ...
-    def saved_size(self, row_wise: bool, /) -> int:
+    def saved_size(self, options: Options, /) -> int:
         """Return how many values are saved for backward per step and row, beside x and y."""
 
-    def plan(self, T: int, B: int, row_wise: bool, /) -> dict[str, Any]:
+    def plan(self, T: int, B: int, options: Options, /) -> dict[str, Any]:
         """Return how a forward of that size is laid out."""
 
     def call(self, x: object, state: object, /) -> tuple[Array, Any] | None:

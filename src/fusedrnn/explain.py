@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import checks, cuda, floor
-from .kernel import FEW_ROWS, HOST
+from .kernel import FEW_ROWS, HOST, told_options
 from .options import Request
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _on_cpu(
     layer: _Layer[Any], suffix: str, T: int, B: int, request: Request, row_wise: bool
 ) -> dict[str, Any]:
     weights = layer._pack_once(HOST, suffix)
-    plan = weights.plan(T, B, row_wise)
+    plan = weights.plan(T, B, told_options(request, row_wise))
     rows, units = plan["tile"]
     owns = "rows of the batch" if plan["by_rows"] else "hidden units"
     threads = plan["threads"]

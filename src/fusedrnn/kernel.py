@@ -128,12 +128,10 @@ class Problem:
     trace: Any = None
 
 
-def _options(problem: Problem) -> Options:
+def told_options(request: Request, row_wise: bool) -> Options:
     """Return what the kernels are told of a request."""
-    o = problem.request.options
-    if not problem.row_wise and not o.bptt:
-        return _PLAIN
-    return Options(problem.row_wise, *values_of(o))
+    o = request.options
+    return Options(row_wise, *values_of(o)) if row_wise or o.bptt else PLAIN_OPTIONS
 
 
 def values_of(o: reference.Options) -> tuple[Any, ...]:
@@ -142,7 +140,7 @@ def values_of(o: reference.Options) -> tuple[Any, ...]:
     return o.clip, o.cell_clip, *masks, o.bptt
 
 
-_PLAIN = Options(False, math.inf, math.inf, 0.0, 0.0, 0.0, False, 0, 0, 0)
+PLAIN_OPTIONS = Options(False, math.inf, math.inf, 0.0, 0.0, 0.0, False, 0, 0, 0)
 
 
 @dataclass(slots=True)
@@ -196,7 +194,7 @@ class Tape:
         dh_n, dc_n = h_and_c(d_final)
         dh0, dc0 = h_and_c(d_state)
         self.weights.backward(
-            _options(problem),
+            told_options(request, problem.row_wise),
             self.forward_weights,
             _rows(x),
             h0,
@@ -344,8 +342,9 @@ class Host:
                 end[...] = start
             return None
         saved = None
-        size = weights.saved_size(problem.row_wise)
-        if save and size and not problem.request.recompute:
+        options = told_options(problem.request, problem.row_wise)
+        size = weights.saved_size(options) if save else 0
+        if size and not problem.request.recompute:
             saved = allocate((T, B, size), x.dtype)
         h0, c0 = h_and_c(problem.state)
         h_n, c_n = h_and_c(problem.final)
@@ -353,7 +352,7 @@ class Host:
         if trace is not None and problem.cell.is_coupled:
             every = np.zeros((T, B, 4, trace.shape[-1]), trace.dtype)
         weights.forward(
-            _options(problem),
+            options,
             _rows(x),
             h0,
             c0,
