@@ -1,7 +1,7 @@
 // What a step does row by row, with any option, where the plain kernels do not do: after
 // its product has left the pre-activations of a row in memory, or dh of it. Written once
 // for the CPU, where a thread walks along a row in vectors, and for GPUs, where the
-// threads of a block share it out.
+// threads of a block share it out or one has a unit of it.
 //
 //   forward   [LayerNorm]  the cell  zoneout of c | [projection]  zoneout of h
 //   backward  zoneout of h | [projection]  zoneout of c  the cell  [LayerNorm]
@@ -71,7 +71,7 @@ FUSEDRNN_DEVICE constexpr bool is_coupled(const Model& m) {
 }
 
 // Whether backward needs a record of the slots, h not telling them: where zoneout draws,
-// a unit that keeps its h owes its slots nothing.
+// a unit that keeps its h gives its slots no gradient, whatever they are.
 template <class Cell>
 constexpr bool saves_slots(const Options& o) {
   return Cell::saves || (!o.training && (o.zoneout_h > 0 || o.zoneout_c > 0));
@@ -268,7 +268,9 @@ class RowWise {
 
   struct BackRow {
     const S* record;  // or h, for a cell whose h tells its slot
-    const S *h_prev, *c_prev, *seen;
+    const S *h_prev, *c_prev;
+    const S* c;  // before zoneout, or null: from the gates
+    const S* seen;
     const S* dcells;      // or null
     S *dh, *dc, *direct;  // padded; dh becomes that of h before zoneout
     S* da;                // a row of gradients
@@ -509,9 +511,11 @@ class RowWise {
       const V one = V::broadcast(1);
       Moments of{};
       S mean = 0, along = 0;  // of the gradient of c normalised
-      S *const saw = e.scratch, *const d_normal = e.scratch + P;
-      S* const again = e.scratch + 2 * P;  // the gates
+      S *saw = nullptr, *d_normal = nullptr, *again = nullptr;
       if (model.norm) {
+        saw = e.scratch;
+        d_normal = e.scratch + P;
+        again = e.scratch + 2 * P;  // the gates
         e.each(units, [&](index u) {
           V v[slots];
           activated(row, u, v);
@@ -546,7 +550,7 @@ class RowWise {
           dc = dc * (one - keeps);
         }
         const Extras<V> x = extras_at(u);
-        const V c = Cell::cell(v, c_prev, x);
+        const V c = row.c ? e.load(row.c, u) : Cell::cell(v, c_prev, x);
         V tanh_c;
         if (model.norm) {
           const V n = e.load(row.da + at.normal_c, u);

@@ -37,14 +37,15 @@ Kernels kernels_of(Precision precision) {
 template <template <class> class CellOf>
 constexpr CellEntry cell(std::string_view name, int variant = 0) {
   using Cell = CellOf<device::Vec<float>>;
-  return {name,
-          Cell::gates,
-          Cell::has_c,
-          Cell::peepholes,
-          variant,
-          kernels_of<CellOf>,
-          runs_of<float, RowLayer<CellOf, float>>(),
-          runs_of<double, RowLayer<CellOf, double>>()};
+  // A cell of one gate has nothing whose units need each other.
+  Runs<float> rows32{};
+  Runs<double> rows64{};
+  if constexpr (Cell::gates > 1) {
+    rows32 = runs_of<float, RowLayer<CellOf, float>>();
+    rows64 = runs_of<double, RowLayer<CellOf, double>>();
+  }
+  return {name,    Cell::gates,        Cell::has_c, Cell::peepholes,
+          variant, kernels_of<CellOf>, rows32,      rows64};
 }
 
 }  // namespace fusedrnn::cuda

@@ -100,7 +100,7 @@ struct CellEntry {
   int peepholes;  // gates that may see c
   int variant;    // of cells that share their kernels
   Kernels (*kernels)(Precision);
-  Runs<float> rows32;
+  Runs<float> rows32;  // empty for a cell that needs none
   Runs<double> rows64;
 };
 

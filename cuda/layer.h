@@ -133,6 +133,10 @@ class Layer {
     Carver saving(call.saved);
     const Saved saved(call, saving);
 
+    if (call.trace && call.lengths) {
+      const index rows = call.T * call.B * gates;
+      clear(call.trace, rows * call.H * index{sizeof(S)}, call.stream);
+    }
     for (index begin = 0; begin < call.T; begin += room.stretch) {
       const index end = begin + room.stretch < call.T ? begin + room.stretch : call.T;
       const index earliest = earliest_time(call, begin, end);
@@ -159,7 +163,8 @@ class Layer {
           p.cells = saved.c;
           p.cells_t = saved.c_t;
           p.cells_b = saved.c_b;
-          p.trace = static_cast<S*>(call.trace);
+          p.units.trace = call.trace;
+          p.units.any |= call.trace != nullptr;
           return p;
         });
       });
@@ -197,7 +202,7 @@ class Layer {
     if (call.T == 0) return;
     const index H = call.H, I = call.I, rows = call.T * call.B;
 
-    const auto previous = [&](RecurrentMask mask) {
+    const auto previous = [&](const A* mask) {
       const Previous<P> kernel{call,
                                P::of(call.precision),
                                static_cast<const S*>(call.y),
@@ -209,9 +214,9 @@ class Layer {
                                mask};
       launch_each(kernel, rows * H, call.device, call.stream);
     };
-    // A product sees it masked, what passes that by does not.
-    const RecurrentMask mask = RecurrentMask::of(call.options);
-    previous(mask);
+    // Products see it masked, what passes them by does not.
+    const bool differs = Cell::has_direct && room.mask;
+    if (!differs || room.saved) previous(room.mask);
     const S* x = static_cast<const S*>(call.x);
     index x_b = row_stride(call);
     if (room.x) {
@@ -228,7 +233,7 @@ class Layer {
     if (room.saved) {
       compute_again(call, room, matrix(x, rows, I, x_b), saved);
     }
-    if (Cell::has_direct && mask.p > 0) previous({});
+    if (differs) previous(nullptr);
     if (room.dweight_ch) {
       const index bytes = call.B * Cell::peepholes * H * index{sizeof(A)};
       clear(room.dweight_ch, bytes, call.stream);
@@ -247,19 +252,19 @@ class Layer {
         p.dy = static_cast<const S*>(call.dy);
         p.dy_t = call.dy_t;
         p.dy_b = call.dy_b;
-        p.dcells = static_cast<const A*>(call.dcells);
-        p.dcells_t = call.dcells_t;
-        p.dcells_b = call.dcells_b;
+        p.units.dcells = static_cast<const A*>(call.dcells);
+        p.units.dcells_t = call.dcells_t;
+        p.units.dcells_b = call.dcells_b;
+        p.units.any |= call.dcells != nullptr;
         p.dh = dh;
         p.dc = dc;
         p.da = room.da;
         p.bptt = call.options.bptt < call.T ? static_cast<int>(call.options.bptt) : 0;
         p.units.dweight_ch = room.dweight_ch;
-        p.units.saved = element_of(call.precision);
         return p;
       });
     });
-    if (Cell::has_direct && mask.p > 0) previous(mask);
+    if (differs) previous(room.mask);
 
     const auto multiply = [&](const Matrix& left, const Matrix& right, const Matrix& to,
                               bool adds = false) {
@@ -383,11 +388,17 @@ class Layer {
   struct Room {
     E* operand;
     int* lengths;
+    A* mask;             // (B, H) of recurrent dropout, or null
+    std::uint8_t* kept;  // (T, B, H) where zoneout draws, or null
     void* matmul;
     Room(const Call& call, const Plan& plan, int segments, Carver& carver)
         : operand(
               carver.take<E>(operands_in_turn * operand_rows(plan) * segments * plan.P)),
           lengths(call.lengths ? carver.take<int>(call.B) : nullptr),
+          mask(drops(call.options) ? carver.take<A>(call.B * call.H) : nullptr),
+          kept(zones_out(call.options) && call.options.training
+                   ? carver.take<std::uint8_t>(call.T * call.B * call.H)
+                   : nullptr),
           matmul(carver.take<char>(matmul_workspace)) {}
     static index operand_rows(const Plan& plan) {
       return index{plan.row_groups} * plan.tiles * 8;
@@ -436,6 +447,12 @@ class Layer {
   static Masks masks_of(const Call& call, const Room& room) {
     return {room.lengths, call.resets, call.resets_t, call.resets_b};
   }
+  static UnitOptions<A> units_of(const Call& call, const Room& room) {
+    auto units = UnitOptions<A>::of(call);
+    units.mask = room.mask;
+    units.kept = room.kept;
+    return units;
+  }
   static index earliest_time(const Sizes& p, index begin, index end) {
     return p.reverse ? p.T - end : begin;
   }
@@ -461,13 +478,8 @@ class Layer {
     pack_bias(call.precision, call.bias_ih, call.bias_hh, room.bias, H, call.device,
               call.stream);
     const SlotsAgain<CellOf, A> again{
-        call,
-        call.model.variant,
-        UnitOptions<A>::of(call.options, call.vectors.weight_ch),
-        masks_of(call, room),
-        room.bias,
-        cells_of(call, saved),
-        room.sums};
+        call,      units_of(call, room),  masks_of(call, room),
+        room.bias, cells_of(call, saved), room.sums};
     launch(again, shape_of_each(rows * H, call.device), call.stream);
     if constexpr (sizeof(S) != sizeof(A)) {
       const index width = slots * H, step = call.B * width;
@@ -518,6 +530,15 @@ class Layer {
                              call.B};
       launch_each(read, call.B, call.device, call.stream);
     }
+    if (room.mask) {
+      const DrawRecurrent<A> draw{call.options, room.mask, call.B, call.H};
+      launch_each(draw, call.B * call.H, call.device, call.stream);
+    }
+    if (room.kept) {
+      const DrawZoneout draw{call.options, Cell::has_c, room.kept,
+                             call.T,       call.B,      call.H};
+      launch_each(draw, call.T * call.B * call.H, call.device, call.stream);
+    }
     const index rows = Room::operand_rows(plan);
     const index segments = forward ? 1 : gates;
     const int group_units =
@@ -535,7 +556,7 @@ class Layer {
                            index{plan.unit_groups} * group_units,
                            forward,
                            masks_of(call, room),
-                           RecurrentMask::of(call.options)};
+                           room.mask};
     launch_each(start, operands_in_turn * rows * segments * plan.P, call.device,
                 call.stream);
   }
@@ -550,7 +571,7 @@ class Layer {
     p.end = end;
     p.operand = room.operand;
     p.masks = masks_of(call, room);
-    p.units = UnitOptions<A>::of(call.options, call.vectors.weight_ch);
+    p.units = units_of(call, room);
   }
 
   // Queues turns [begin, end): kernel(begin, end), or for each turn a launch of its own.

@@ -5,7 +5,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <map>
 #include <memory>
 #include <optional>
@@ -252,8 +251,6 @@ class Kernel {
         device_(ordinal),
         stream_(reinterpret_cast<Stream>(stream)) {}
 
-  std::string state_dtype() const { return elements_.state; }
-
   index packed_bytes(index H, bool backward) const {
     return kernels_.packed_bytes(H, backward);
   }
@@ -275,7 +272,7 @@ class Kernel {
     kernels_.pack(call);
   }
 
-  // Arrays by their names in csrc/problem.h, those that there are; without packed weights
+  // Arrays by their names in kernels.h, those that there are; without packed weights
   // steps go row by row. Returns what was saved, if anything.
   py::object forward(const Arrays& arrays, const CallOptions& options, bool reverse,
                      bool saves, const py::function& allocate) const {
@@ -283,9 +280,9 @@ class Kernel {
     with_runs(arrays, [&]<class S>(const Runs<S>& runs) {
       ForwardOf<S> call{};
       fill<S>(call, arrays, options, reverse);
-      set(call.h_n, arrays, "h_n", {call.B, call.R}, elements_.state);
-      set(call.c_n, arrays, "c_n", {call.B, call.H}, elements_.state);
-      if (!call.h_n || (cell_.has_c && !call.c_n)) refuse("h_n");
+      const bool has_h = set(call.h_n, arrays, "h_n", {call.B, call.R}, elements_.state);
+      const bool has_c = set(call.c_n, arrays, "c_n", {call.B, call.H}, elements_.state);
+      if (!has_h || has_c != cell_.has_c) refuse("h_n");
       if (const index needed = runs.saved_bytes(call); saves && needed > 0) {
         saved = allocate(needed);
         call.saved = static_cast<S*>(bytes(saved.cast<View>(), "saved", needed));
@@ -366,25 +363,29 @@ class Kernel {
     if (!v || v->ndim() != ndim) refuse(name);
     return *v;
   }
-  // Of which all must be contiguous or, if strides are asked for, the last axis.
+  // Of which all must be contiguous or, if strides are asked for, the last axis. Returns
+  // whether there is one: that of no element may be null.
   template <class E>
-  void set(E*& to, const Arrays& arrays, const char* name,
+  bool set(E*& to, const Arrays& arrays, const char* name,
            const std::vector<index>& shape, const std::string& dtype,
            index* stride_t = nullptr, index* stride_b = nullptr) const {
     const View* const v = find(arrays, name);
-    if (!v) return;
+    if (!v) return false;
     if (!stride_b && !v->is_contiguous()) refuse(name);
     to = static_cast<E*>(checked(*v, name, shape, dtype));
-    if (!stride_b) return;
+    if (!stride_b) return true;
     if (v->size() > 0 && v->shape[2] > 1 && v->strides[2] != 1) refuse(name);
     *stride_t = v->strides[0];
     *stride_b = v->strides[1];
+    return true;
   }
 
   template <class F>
   void with_runs(const Arrays& arrays, const F& f) const {
     if (find(arrays, "packed")) {
       f(kernels_.runs);
+    } else if (!cell_.rows32.forward || elements_.storage != elements_.state) {
+      refuse("packed");
     } else if (precision_ == Precision::float64) {
       f(cell_.rows64);
     } else {
@@ -449,8 +450,10 @@ class Kernel {
       call.resets_t = v_resets->strides[0];
       call.resets_b = v_resets->strides[1];
     }
-    set(call.y, arrays, "y", {T, B, R}, storage, &call.y_t, &call.y_b);
-    if (!call.y || (T > 1 && B > 0 && call.y_t != B * call.y_b)) refuse("y");
+    if (!set(call.y, arrays, "y", {T, B, R}, storage, &call.y_t, &call.y_b) ||
+        (T > 1 && B > 0 && call.y_t != B * call.y_b)) {
+      refuse("y");
+    }
     set(call.cells, arrays, "cells", {T, B, H}, of_state, &call.cells_t, &call.cells_b);
     set(call.trace, arrays, "trace", {T, B, cell_.gates, H}, storage);
   }
@@ -467,8 +470,10 @@ class Kernel {
     set(call.dcells, arrays, "dcells", {T, B, H}, of_state, &call.dcells_t,
         &call.dcells_b);
     index dx_t = 0;
-    set(call.dx, arrays, "dx", {T, B, I}, storage, &dx_t, &call.dx_b);
-    if (!call.dx || (T > 1 && B > 0 && dx_t != B * call.dx_b)) refuse("dx");
+    if (!set(call.dx, arrays, "dx", {T, B, I}, storage, &dx_t, &call.dx_b) ||
+        (T > 1 && B > 0 && dx_t != B * call.dx_b)) {
+      refuse("dx");
+    }
     call.adds_dx = options.adds_dx;
     set(call.dweight_ih, arrays, "dweight_ih", {GH, I}, storage);
     set(call.dweight_hh, arrays, "dweight_hh", {GH, R}, storage);
@@ -476,11 +481,12 @@ class Kernel {
     set(call.dbias_hh, arrays, "dbias_hh", {GH}, storage);
     set(call.dweight_hr, arrays, "dweight_hr", {R, H}, storage);
     set_vectors(call.dvectors, arrays, "d", H);
-    set(call.dh0, arrays, "dh0", {B, R}, of_state);
-    set(call.dc0, arrays, "dc0", {B, H}, of_state);
+    const bool has_h = set(call.dh0, arrays, "dh0", {B, R}, of_state);
+    const bool has_c = set(call.dc0, arrays, "dc0", {B, H}, of_state);
+    if (!has_h || has_c != cell_.has_c) refuse("dh0");
     if (!call.dweight_ih || !call.dweight_hh || !call.dbias_ih || !call.dbias_hh ||
-        !call.dh0 || (cell_.has_c && !call.dc0) ||
-        !call.vectors.weight_ch != !call.dvectors.weight_ch) {
+        !call.dweight_hr != !call.weight_hr ||
+        !call.dvectors.weight_ch != !call.vectors.weight_ch) {
       refuse("a gradient");
     }
   }
@@ -742,7 +748,6 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<Kernel>(m, "Kernel")
       .def(py::init<const std::string&, const std::string&, int, std::uintptr_t>(),
            py::arg("cell"), py::arg("precision"), py::arg("device"), py::arg("stream"))
-      .def_property_readonly("state_dtype", &Kernel::state_dtype)
       .def("packed_bytes", &Kernel::packed_bytes)
       .def("pack", &Kernel::pack)
       .def("forward", &Kernel::forward)

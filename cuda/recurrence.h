@@ -493,7 +493,7 @@ void each_recurrent_block(int first, const F& f) {
 template <class A>
 struct Cells {
   const A* c0;  // or null: zeros
-  A* c;         // (T, B, H); at times without a step anything
+  const A* c;   // (T, B, H); at times without a step anything
   index c_t, c_b;
 
   // That from which a row takes a step, if it is not reset.
@@ -529,7 +529,6 @@ struct ForwardRecurrence : Recurrence<P> {
   S* saved;  // null in inference, or for cells that save nothing
   A* cells;  // or null
   index cells_t, cells_b;
-  S* trace;  // or null
 
   FUSEDRNN_DEVICE void operator()() const {
     this->template for_each_row_group<Engine>([&](Engine& engine) { run(engine); });
@@ -554,19 +553,14 @@ struct ForwardRecurrence : Recurrence<P> {
       resets[r] = masks.is_reset(this->time(begin), first_row + r);
       h_now[r] = h[(first_row + r) * H + unit];
       if constexpr (Cell::has_c) c_now[r] = c[(first_row + r) * H + unit];
-      if (units.mask.p > 0)
-        hidden |= unsigned{is_hidden(units, first_row + r, unit)} << r;
     }
+    if (units.mask && mine) hidden = hidden_items<2>(units, first_row, unit);
     const index earliest = this->reverse ? T - end : begin;
-    // W x of a turn, asked for a turn ahead.
+    // W x of a turn, asked for before its product, which waits for others.
     A ahead[2][gates] = {};
     const auto ask = [&](index n) {
-      if (units.draws) {
-        kept = 0;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          if (real[r]) kept |= draw(n, first_row + r, unit) << 2 * r;
-        }
+      if (units.kept && mine) {
+        kept = kept_items<2>(units, this->time(n), first_row, unit);
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -577,10 +571,10 @@ struct ForwardRecurrence : Recurrence<P> {
         }
       }
     };
-    ask(begin);
     for (index n = begin; n < end; ++n) {
+      ask(n);
       const index t = this->time(n);
-      Unit<Cell, V> at[2];
+      Items<Cell, V, 2> own;
       bool active[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -597,20 +591,28 @@ struct ForwardRecurrence : Recurrence<P> {
         for (int r = 0; r < 2; ++r) {
 #pragma unroll
           for (int k = 0; k < slots; ++k) {
-            at[r].v[k] = {of_bias[k]};
-            if (k >= first_input) at[r].v[k].value += ahead[r][k - first_input];
-            if (k < gates) at[r].v[k].value += sum[k / 2][k % 2 * 2 + r];
+            own.at[r].v[k] = {of_bias[k]};
+            if (k >= first_input) own.at[r].v[k].value += ahead[r][k - first_input];
+            if (k < gates) own.at[r].v[k].value += sum[k / 2][k % 2 * 2 + r];
           }
-          at[r].state = {{h_now[r]}, {c_now[r]}};
-          if (!units.any) {
-            at[r].state =
-                Cell::forward(at[r].v, at[r].state, Plain<V, true>{this->variant});
-          } else if (real[r]) {
-            at[r] = step_unit<Cell>(units, this->variant, H, unit, kept >> 2 * r, at[r]);
+          own.at[r].state = {{h_now[r]}, {c_now[r]}};
+        }
+        if (units.any) {
+          auto all = own;  // which the function called finds in memory
+          step_items(units, t, first_row, unit, active[0] | active[1] << 1, kept, all);
+          own = all;
+        } else {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            own.at[r].state = Cell::forward(own.at[r].v, own.at[r].state,
+                                            Plain<V, true>{this->variant});
           }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
           if (active[r]) {
-            h_now[r] = at[r].state.h.value;
-            c_now[r] = at[r].state.c.value;
+            h_now[r] = own.at[r].state.h.value;
+            c_now[r] = own.at[r].state.c.value;
           }
           const bool shows = !resets[r] && !(hidden >> r & 1);
           engine.stage(0, 0, r, shows ? h_now[r] * units.shown : A{0});
@@ -620,9 +622,8 @@ struct ForwardRecurrence : Recurrence<P> {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (!real[r]) continue;
-        store(t, first_row + r, unit, active[r], at[r].v, h_now[r], c_now[r]);
+        store(t, first_row + r, unit, active[r], own.at[r].v, h_now[r], c_now[r]);
       }
-      if (n + 1 < end) ask(n + 1);
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -630,10 +631,6 @@ struct ForwardRecurrence : Recurrence<P> {
       h[(first_row + r) * H + unit] = h_now[r];
       if constexpr (Cell::has_c) c[(first_row + r) * H + unit] = c_now[r];
     }
-  }
-
-  FUSEDRNN_DEVICE unsigned draw(index n, index b, index unit) const {
-    return kept_bits<Cell::has_c>(units, this->time(n), b, unit);
   }
 
   FUSEDRNN_DEVICE void store(index t, index b, index unit, bool active,
@@ -646,13 +643,6 @@ struct ForwardRecurrence : Recurrence<P> {
     }
     if (Cell::has_c && cells)
       cells[t * cells_t + b * cells_b + unit] = active ? c_now : 0;
-    if (trace) {
-      S* const to = trace + (t * B + b) * gates * H + unit;
-#pragma unroll
-      for (int k = 0; k < gates; ++k) {
-        to[k * H] = precision.storage(active ? v[first_input + k].value : A{0});
-      }
-    }
   }
 };
 
@@ -675,8 +665,6 @@ struct BackwardRecurrence : Recurrence<P> {
   Cells<A> cells;  // where the cell has c
   const S* dy;     // or null
   index dy_t, dy_b;
-  const A* dcells;  // or null
-  index dcells_t, dcells_b;
   A *dh, *dc;  // what reaches the state before past the product; at the end dh0, dc0
   S* da;
   int bptt;  // 0: gradients pass everywhere
@@ -714,13 +702,13 @@ struct BackwardRecurrence : Recurrence<P> {
         real[o][r] = mine && unit < H && b < B;
         past[o][r] = real[o][r] ? dh[b * H + unit] : 0;
         dc_now[o][r] = Cell::has_c && real[o][r] ? dc[b * H + unit] : 0;
-        if (units.mask.p > 0 && real[o][r]) {
-          drawn |= unsigned{is_hidden(units, b, unit)} << (hides + o * 2 + r);
-        }
       }
     }
-    // What a turn reads, asked for a turn ahead. Turn T is that of the initial state,
-    // which is left the product of step 0.
+    if (units.mask && mine) {
+      drawn = hidden_items<2 * octets>(units, first_row, engine.unit(0)) << hides;
+    }
+    // What a turn reads, asked for before its product. Turn T is that of the initial
+    // state, which is left the product of step 0.
     Inputs ahead[octets][2] = {};
     const auto ask = [&](index n) {
       if (n == T) return;
@@ -730,6 +718,11 @@ struct BackwardRecurrence : Recurrence<P> {
         resets[r] = real[0][r] && masks.is_reset(t, first_row + r);
         cuts[r] = resets[r] || (bptt && begins_chunk(t, length[r]));
       }
+      if (units.kept && mine) {
+        const index t = this->time(T - 1 - n);
+        drawn = drawn >> hides << hides |
+                kept_items<2 * octets>(units, t, first_row, engine.unit(0));
+      }
 #pragma unroll
       for (int o = 0; o < octets; ++o) {
 #pragma unroll
@@ -738,57 +731,51 @@ struct BackwardRecurrence : Recurrence<P> {
           read(ahead[o][r], T - 1 - n, length[r], first_row + r, engine.unit(o));
         }
       }
-      if (units.draws) {
-        drawn = drawn >> hides << hides;
-#pragma unroll
-        for (int o = 0; o < octets; ++o) {
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            if (!real[o][r]) continue;
-            const index t = this->time(T - 1 - n);
-            drawn |= kept_bits<Cell::has_c>(units, t, first_row + r, engine.unit(o))
-                     << 2 * (o * 2 + r);
-          }
-        }
-      }
     };
-    ask(begin);
     for (index n = begin; n < end; ++n) {
+      ask(n);
       const bool is_step = n < T;
       const index t = is_step ? this->time(T - 1 - n) : 0;
       A sum[Engine::pairs][4] = {};
       if (n > 0) engine.multiply(n, sum);
-      if (Cell::has_c && dcells && is_step) {
-#pragma unroll
-        for (int o = 0; o < octets; ++o) {
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            if (!real[o][r] || !masks.is_within(t, length[r])) continue;
-            const index of_row = t * dcells_t + (first_row + r) * dcells_b;
-            dc_now[o][r] += dcells[of_row + engine.unit(o)];
-          }
-        }
-      }
-      Unit<Cell, V> at[octets][2] = {};
+      Items<Cell, V, 2 * octets> own{};
       if (engine.has_item()) {
 #pragma unroll
+        for (int i = 0; i < own.count; ++i) {
+          past[i / 2][i % 2] += drawn >> (hides + i) & 1 ? A{0} : sum[0][i] * units.shown;
+        }
+        const bool active[2] = {is_step && masks.is_within(t, length[0]),
+                                is_step && masks.is_within(t, length[1])};
+        if (units.any) {
+          Items<Cell, V, 2 * octets> all;  // which the function called finds in memory
+          for (int i = 0; i < own.count; ++i) {
+            enter(ahead[i / 2][i % 2], resets[i % 2], past[i / 2][i % 2],
+                  dc_now[i / 2][i % 2], all, i);
+          }
+          step_items_back(units, t, first_row, engine.unit(0), active[0] | active[1] << 1,
+                          drawn, cuts[0] | cuts[1] << 1, all);
+          own = all;
+        }
+#pragma unroll
         for (int o = 0; o < octets; ++o) {
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            const int item = o * 2 + r;
-            past[o][r] += drawn >> (hides + item) & 1 ? A{0} : sum[0][item] * units.shown;
+            Unit<Cell, V>& at = own.at[o * 2 + r];
             bool passes = true;
-            if (real[o][r] && is_step && masks.is_within(t, length[r])) {
+            if (real[o][r] && active[r]) {
               passes = !cuts[r];
-              at[o][r].state = {{past[o][r]}, {dc_now[o][r]}};
-              take_step(ahead[o][r], resets[r], passes, first_row + r, engine.unit(o),
-                        drawn >> 2 * item, at[o][r]);
-              past[o][r] = passes ? at[o][r].state.h.value : A{0};
-              dc_now[o][r] = passes ? at[o][r].state.c.value : A{0};
+              if (!units.any) {
+                enter(ahead[o][r], resets[r], past[o][r], dc_now[o][r], own, o * 2 + r);
+                at.state =
+                    Cell::backward(at.v, own.prev[o * 2 + r], own.c[o * 2 + r],
+                                   at.state.h, at.state.c, Plain<V, true>{this->variant});
+              }
+              past[o][r] = passes ? at.state.h.value : A{0};
+              dc_now[o][r] = passes ? at.state.c.value : A{0};
             }
 #pragma unroll
             for (int k = 0; k < gates; ++k) {
-              engine.stage(k, o, r, passes ? at[o][r].v[k].value : A{0});
+              engine.stage(k, o, r, passes ? at.v[k].value : A{0});
             }
           }
         }
@@ -802,11 +789,10 @@ struct BackwardRecurrence : Recurrence<P> {
           S* const to = da + (t * B + first_row + r) * slots * H + engine.unit(o);
 #pragma unroll
           for (int k = 0; k < slots; ++k) {
-            to[k * H] = precision.storage(at[o][r].v[k].value);
+            to[k * H] = precision.storage(own.at[o * 2 + r].v[k].value);
           }
         }
       }
-      if (n + 1 < end) ask(n + 1);
     }
 #pragma unroll
     for (int o = 0; o < octets; ++o) {
@@ -846,25 +832,16 @@ struct BackwardRecurrence : Recurrence<P> {
     in.dy = dy ? precision.state(dy[t * dy_t + b * dy_b + unit]) : 0;
   }
 
-  // Writes da and what passes the product by, from the gradient of the state.
-  FUSEDRNN_DEVICE void take_step(const Inputs& in, bool is_reset, bool passes, index b,
-                                 index unit, unsigned kept, Unit<Cell, V>& at) const {
+  // What a step starts from: the item's values, and the gradient of the state after.
+  FUSEDRNN_DEVICE static void enter(const Inputs& in, bool is_reset, A dh_past, A dc_past,
+                                    Items<Cell, V, 2 * octets>& own, int item) {
 #pragma unroll
-    for (int k = 0; k < slots; ++k) at.v[k] = {in.slots_[k]};
-    State<V> prev{};
-    V c{};
-    if constexpr (Cell::has_direct) prev.h = {in.prev_h};
+    for (int k = 0; k < slots; ++k) own.at[item].v[k] = {in.slots_[k]};
+    own.at[item].state = {{dh_past + in.dy}, {dc_past}};
+    if constexpr (Cell::has_direct) own.prev[item].h = {in.prev_h};
     if constexpr (Cell::has_c) {
-      prev.c = {is_reset ? A{0} : in.prev_c};
-      c = {in.c};
-    }
-    at.state.h.value += in.dy;
-    if (units.any) {
-      at =
-          step_unit_back<Cell>(units, this->variant, H, b, unit, kept, prev, !passes, at);
-    } else {
-      at.state = Cell::backward(at.v, prev, c, at.state.h, at.state.c,
-                                Plain<V, true>{this->variant});
+      own.prev[item].c = {is_reset ? A{0} : in.prev_c};
+      own.c[item] = {in.c};
     }
   }
 };
@@ -876,7 +853,6 @@ struct SlotsAgain : Sizes {
   using Cell = CellOf<V>;
   static constexpr int slots = Cell::slots;
 
-  int variant;
   UnitOptions<A> units;
   Masks masks;
   const A* bias;  // (slots, H)
@@ -894,7 +870,7 @@ struct SlotsAgain : Sizes {
       if (Cell::has_c && !masks.is_reset(t, b)) {
         at.state.c = {cells.before(*this, masks, time(t), length, b, unit)};
       }
-      at = step_unit<Cell>(units, variant, H, unit, 0, at);
+      step_unit(units, unit, 0, at);
       for (int k = 0; k < slots; ++k) own[k * H] = at.v[k].value;
     });
   }

@@ -30,6 +30,9 @@ template void launch_sums(const RowSums<float>&, Stream);
 template void launch_sums(const RowSums<double>&, Stream);
 
 template void launch_each(const ReadLengths&, index, int, Stream);
+template void launch_each(const DrawZoneout&, index, int, Stream);
+template void launch_each(const DrawRecurrent<float>&, index, int, Stream);
+template void launch_each(const DrawRecurrent<double>&, index, int, Stream);
 
 template <class S>
 void drop_out(const Dropout<S>& problem, int ordinal, Stream stream) {

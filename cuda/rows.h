@@ -23,29 +23,14 @@ FUSEDRNN_DEVICE double dropout_factor(std::uint64_t seed, std::uint32_t draw,
   return words[n / block % 4] < Generator::threshold(p) ? 0 : 1 / (1 - p);
 }
 
-// What recurrent dropout lets R see of h: one draw for a whole call.
-struct RecurrentMask {
-  double p;  // 0: all
-  std::uint64_t seed;
-  std::uint32_t where;
-
-  static RecurrentMask of(const Options& o) {
-    return {o.training ? o.recurrent_dropout : 0, o.seed, o.where};
-  }
-  FUSEDRNN_DEVICE double factor(index b, index unit) const {
-    const auto draw = static_cast<std::uint32_t>(Draw::recurrent);
-    return p > 0 ? dropout_factor(seed, draw, where, p, 0, b, unit) : 1;
-  }
-};
-
 // What zoneout draws for a unit of a row at a time.
 struct ZoneoutWords {
   std::uint32_t h, c;
 };
-template <bool has_c>
 FUSEDRNN_CALLED ZoneoutWords zoneout_words(std::uint64_t seed, std::uint32_t where,
-                                           index time, index b, index unit) {
-  constexpr index block = Generator::block, words = has_c ? 2 : 4;  // of a counter for h
+                                           bool has_c, index time, index b, index unit) {
+  constexpr index block = Generator::block;
+  const index words = has_c ? 2 : 4;  // of a counter for h
   std::uint32_t drawn[4];
   Generator(seed, static_cast<std::uint32_t>(Draw::zoneout), where)
       .words(static_cast<std::uint32_t>(unit / (words * block) * block + unit % block),
@@ -161,7 +146,7 @@ struct Prepare : Sizes {
   index made;       // units of a segment that are written
   bool with_state;  // whether the operand of turn 0 is that state
   Masks masks;
-  RecurrentMask mask;
+  const A* mask;  // (B, H) of what R sees, or null
 
   FUSEDRNN_DEVICE void operator()() const {
     const index width = segments * padded, size = rows * width;
@@ -173,9 +158,9 @@ struct Prepare : Sizes {
       }
       const bool real = i < size && with_state && from && row < B && unit < H;
       const bool is_reset = real && T > 0 && masks.is_reset(time(0), row);
-      const auto factor = [&] { return static_cast<A>(mask.factor(row, unit)); };
-      operand[i] =
-          precision.operand(real && !is_reset ? from[row * H + unit] * factor() : A{0});
+      A value = real && !is_reset ? from[row * H + unit] : A{0};
+      if (real && mask) value *= mask[row * H + unit];
+      operand[i] = precision.operand(value);
     });
     for_each(B * H, [&](index i) {
       state[i] = from ? from[i] : A{0};
@@ -201,8 +186,8 @@ struct ReadLengths {
   }
 };
 
-// (T, B, H) the state that entered the step at each time, as R sees it: zero after a
-// reset, and where no step was taken.
+// (T, B, H) the state that entered the step at each time, or what R sees of it: zero
+// after a reset, and where no step was taken.
 template <class P>
 struct Previous : Sizes {
   using S = typename P::Storage;
@@ -214,7 +199,7 @@ struct Previous : Sizes {
   const A* h0;  // or null: zeros
   S* to;
   Masks masks;
-  RecurrentMask mask;
+  const A* mask;  // (B, H) of what R sees, or null
 
   FUSEDRNN_DEVICE void operator()() const {
     for_each(T * B * H, [&](index i) {
@@ -226,7 +211,7 @@ struct Previous : Sizes {
         } else {
           h = precision.state(y[time(step - 1) * y_t + b * y_b + unit]);
         }
-        h *= static_cast<A>(mask.factor(b, unit));
+        if (mask) h *= mask[b * H + unit];
       }
       to[i] = precision.storage(h);
     });
@@ -266,6 +251,42 @@ struct DropOut : Dropout<S> {
     });
   }
 };
+
+// What R sees of h: (B, n) of factors, one draw for a whole call.
+template <class A>
+struct DrawRecurrent {
+  Options options;
+  A* to;
+  index B, n;
+
+  FUSEDRNN_DEVICE void operator()() const {
+    for_each(B * n, [&](index i) {
+      const auto draw = static_cast<std::uint32_t>(Draw::recurrent);
+      to[i] = static_cast<A>(dropout_factor(options.seed, draw, options.where,
+                                            options.recurrent_dropout, 0, i / n, i % n));
+    });
+  }
+};
+inline bool drops(const Options& o) { return o.training && o.recurrent_dropout > 0; }
+
+// What zoneout keeps of each unit, (T, B, H): of h in bit 0, of c in bit 1.
+struct DrawZoneout {
+  Options options;
+  bool has_c;
+  std::uint8_t* to;
+  index T, B, H;
+
+  FUSEDRNN_DEVICE void operator()() const {
+    const std::uint32_t h = Generator::threshold(options.zoneout_h);
+    const std::uint32_t c = Generator::threshold(options.zoneout_c);
+    for_each(T * B * H, [&](index i) {
+      const ZoneoutWords drawn =
+          zoneout_words(options.seed, options.where, has_c, i / H / B, i / H % B, i % H);
+      to[i] = static_cast<std::uint8_t>((drawn.h < h) | (drawn.c < c) << 1);
+    });
+  }
+};
+inline bool zones_out(const Options& o) { return o.zoneout_h > 0 || o.zoneout_c > 0; }
 
 struct Convert : Conversion {
   FUSEDRNN_DEVICE void operator()() const {

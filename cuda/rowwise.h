@@ -89,7 +89,7 @@ struct BlockWalk {
     return total;
   }
   FUSEDRNN_DEVICE ZoneoutWords words(index u) const {
-    return zoneout_words<has_c>(options->seed, options->where, time, b, u);
+    return zoneout_words(options->seed, options->where, has_c, time, b, u);
   }
   FUSEDRNN_DEVICE static V drawn(std::uint32_t word, double p) {
     return {static_cast<A>(word < Generator::threshold(p) ? 1 : 0)};
@@ -149,15 +149,14 @@ struct RowKernel : Sizes {
   }
 };
 
-// mask, bias, and the state and what R sees of it before the first step.
+// bias, and the state and what R sees of it before the first step.
 template <template <class> class CellOf, class A>
 struct RowStart : RowKernel<CellOf, A> {
   using Base = RowKernel<CellOf, A>;
   using Base::B, Base::H, Base::R, Base::T, Base::mask, Base::masks, Base::model;
   using Base::slots;
   const A *bias_ih, *bias_hh;
-  RecurrentMask recurrent_mask;
-  A *bias_to, *zeros_to, *mask_to;
+  A *bias_to, *zeros_to;
   A *h, *c, *seen;  // null in backward
 
   FUSEDRNN_DEVICE void operator()() const {
@@ -174,16 +173,11 @@ struct RowStart : RowKernel<CellOf, A> {
     });
     for_each(H > R ? H : R, [&](index i) { zeros_to[i] = 0; });
     for_each(B * R, [&](index i) {
-      const index b = i / R, u = i % R;
-      A factor = 1;
-      if (mask_to) {
-        factor = static_cast<A>(recurrent_mask.factor(b, u));
-        mask_to[i] = factor;
-      }
+      const index b = i / R;
       if (!h) return;
       h[i] = this->h0 ? this->h0[i] : A{0};
       const bool is_reset = T > 0 && masks.is_reset(this->time(0), b);
-      seen[i] = is_reset ? A{0} : h[i] * factor;
+      seen[i] = is_reset ? A{0} : mask ? h[i] * mask[i] : h[i];
     });
     for_each(B * H, [&](index i) {
       if (c) c[i] = this->c0 ? this->c0[i] : A{0};
@@ -395,6 +389,7 @@ struct RowBackward : RowKernel<CellOf, A> {
           Cell::has_c ? this->before(t, b, this->c0, records + cell_at,
                                      B * this->record_values, this->record_values, H)
                       : nullptr,
+          nullptr,
           seen + row_at * R,
           dcells ? dcells + t * dcells_t + b * dcells_b : nullptr,
           dh + b * R,
@@ -462,8 +457,7 @@ class RowLayer {
     Room(const ForwardOf<A>& call, bool masked, Carver& carver)
         : bias(carver.take<A>(slots * call.H)),
           zeros(carver.take<A>(call.H > call.R ? call.H : call.R)),
-          mask(RecurrentMask::of(call.options).p > 0 ? carver.take<A>(call.B * call.R)
-                                                     : nullptr),
+          mask(drops(call.options) ? carver.take<A>(call.B * call.R) : nullptr),
           scratch(carver.take<A>(call.B * (2 + slots) * call.H)),
           lengths(call.lengths ? carver.take<int>(call.B) : nullptr),
           matmul(carver.take<char>(matmul_workspace)),
@@ -689,14 +683,16 @@ class RowLayer {
                              call.B};
       cuda::launch_each(read, call.B, call.device, call.stream);
     }
+    if (room.mask) {
+      const DrawRecurrent<A> draw{call.options, room.mask, call.B, call.R};
+      cuda::launch_each(draw, call.B * call.R, call.device, call.stream);
+    }
     RowStart<CellOf, A> kernel{};
     fill(kernel, call, room);
     kernel.bias_ih = call.bias_ih;
     kernel.bias_hh = call.bias_hh;
-    kernel.recurrent_mask = RecurrentMask::of(call.options);
     kernel.bias_to = room.bias;
     kernel.zeros_to = room.zeros;
-    kernel.mask_to = room.mask;
     kernel.h = h;
     kernel.c = c;
     kernel.seen = seen;

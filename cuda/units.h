@@ -18,55 +18,51 @@ struct UnitOptions {
     A clip, cell_clip, zoneout_h, zoneout_c;
   };
   Values options;
-  bool any;    // whether a step is more than the plain one
-  bool draws;  // zoneout at random
-  std::uint32_t below_h, below_c;
-  std::uint64_t seed;
-  std::uint32_t where;
-  RecurrentMask mask;
-  A shown;             // of an h that recurrent dropout leaves
-  const A* weight_ch;  // (peepholes, H), or null
-  A* dweight_ch;       // (B, peepholes, H): of each row, added to
-  Element saved;       // of what was saved for backward
+  int variant;
+  index B, H;
+  bool any;     // whether a step is more than the plain one
+  bool rounds;  // what is saved for backward, to 16 bits
+  bool bfloat;
+  A shown;                   // of an h that recurrent dropout leaves
+  const A* mask;             // (B, H), 0 where it does not; or null
+  const std::uint8_t* kept;  // (T, B, H) where zoneout draws (rows.h), or null
+  const A* weight_ch;        // (peepholes, H), or null
+  A* dweight_ch;             // (B, peepholes, H): of each row, added to
+  void* trace;               // (T, B, gates, H), as it is stored; or null
+  const A* dcells;           // or null
+  index dcells_t, dcells_b;
 
-  static UnitOptions of(const Options& o, const void* weight_ch) {
-    const bool zones_out = o.zoneout_h > 0 || o.zoneout_c > 0;
+  static UnitOptions of(const ForwardCall& call) {
+    const Options& o = call.options;
     constexpr double none = __builtin_inf();
     UnitOptions u{};
     u.options = {static_cast<A>(o.clip), static_cast<A>(o.cell_clip),
                  static_cast<A>(o.zoneout_h), static_cast<A>(o.zoneout_c)};
-    u.any = zones_out || o.clip < none || o.cell_clip < none || weight_ch;
-    u.draws = zones_out && o.training;
-    u.below_h = Generator::threshold(o.zoneout_h);
-    u.below_c = Generator::threshold(o.zoneout_c);
-    u.seed = o.seed;
-    u.where = o.where;
-    u.mask = RecurrentMask::of(o);
-    u.shown = static_cast<A>(1 / (1 - u.mask.p));
-    u.weight_ch = static_cast<const A*>(weight_ch);
-    u.saved = sizeof(A) == 8 ? Element::float64 : Element::float32;
+    u.variant = call.model.variant;
+    u.B = call.B;
+    u.H = call.H;
+    u.weight_ch = static_cast<const A*>(call.vectors.weight_ch);
+    u.any = zones_out(o) || o.clip < none || o.cell_clip < none || u.weight_ch;
+    u.bfloat = call.precision == Precision::bfloat16;
+    u.rounds = u.bfloat || call.precision == Precision::float16;
+    u.shown = static_cast<A>(drops(o) ? 1 / (1 - o.recurrent_dropout) : 1);
     return u;
   }
 };
 
-// Whether recurrent dropout hides h of a unit from R.
-template <class A>
-FUSEDRNN_CALLED bool is_hidden(const UnitOptions<A>& o, index b, index unit) {
-  return o.mask.factor(b, unit) == 0;
-}
-// Whether zoneout keeps what a unit had: of h in bit 0, of c in bit 1.
-template <bool has_c, class A>
-FUSEDRNN_DEVICE unsigned kept_bits(const UnitOptions<A>& o, index time, index b,
-                                   index unit) {
-  const ZoneoutWords drawn = zoneout_words<has_c>(o.seed, o.where, time, b, unit);
-  return unsigned{drawn.h < o.below_h} | unsigned{drawn.c < o.below_c} << 1;
-}
-
-// The values of a unit, and its state or the gradient of that.
+// The values of a unit in a row, and its state or the gradient of that.
 template <class Cell, class V>
 struct Unit {
   V v[Cell::slots];
   State<V> state;
+};
+// What a thread has of a step: units 8 apart, of two rows each, item 2 unit + row.
+template <class Cell, class V, int count_>
+struct Items {
+  static constexpr int count = count_;
+  Unit<Cell, V> at[count];
+  State<V> prev[count];  // backward
+  V c[count];
 };
 
 // A walk along one unit.
@@ -77,13 +73,14 @@ struct UnitWalk {
   static constexpr bool bias_is_in = true;
 
   A keeps_h, keeps_c;
-  Element saved;
+  bool rounds, bfloat;
   A* scratch;
 
-  FUSEDRNN_DEVICE UnitWalk(const UnitOptions<A>& o, unsigned kept_bits, Element element)
-      : keeps_h(o.draws ? static_cast<A>(kept_bits & 1) : o.options.zoneout_h),
-        keeps_c(o.draws ? static_cast<A>(kept_bits >> 1 & 1) : o.options.zoneout_c),
-        saved(element),
+  FUSEDRNN_DEVICE UnitWalk(const UnitOptions<A>& o, unsigned kept, bool of_saved)
+      : keeps_h(o.kept ? static_cast<A>(kept & 1) : o.options.zoneout_h),
+        keeps_c(o.kept ? static_cast<A>(kept >> 1 & 1) : o.options.zoneout_c),
+        rounds(of_saved && o.rounds),
+        bfloat(o.bfloat),
         scratch(nullptr) {}
 
   template <class F>
@@ -108,10 +105,7 @@ struct UnitWalk {
   FUSEDRNN_DEVICE static A root(A x) { return root_of(x); }
   FUSEDRNN_DEVICE V kept(V x) const {
     if constexpr (sizeof(A) == 4) {
-      if (saved == Element::bfloat16 || saved == Element::float16) {
-        const bool bfloat = saved == Element::bfloat16;
-        return {from_half(to_half(x.value, bfloat), bfloat)};
-      }
+      if (rounds) return {from_half(to_half(x.value, bfloat), bfloat)};
     }
     return x;
   }
@@ -120,26 +114,23 @@ struct UnitWalk {
 // The row of a unit: arrays of one value, but for parameters, whose blocks are H apart.
 template <class Cell, class A>
 FUSEDRNN_DEVICE device::RowWise<Cell, UnitWalk<A>> row_of_unit(const UnitOptions<A>& o,
-                                                               int variant, index H,
                                                                index unit,
                                                                const UnitWalk<A>& walk) {
   struct {
     typename UnitOptions<A>::Values options;
     Model model;
     Vectors<const A> vectors;
-  } asked{o.options, {0, H, H, variant, false, false}, {}};
+  } asked{o.options, {0, o.H, o.H, o.variant, false, false}, {}};
   if (o.weight_ch) asked.vectors.weight_ch = o.weight_ch + unit;
   return {asked, 1, nullptr, walk};
 }
 
 // From sums and the state before to the slots and the state after.
 template <class Cell, class A>
-FUSEDRNN_CALLED Unit<Cell, device::Vec<A>> step_unit(const UnitOptions<A>& o, int variant,
-                                                     index H, index unit, unsigned kept,
-                                                     Unit<Cell, device::Vec<A>> at) {
+FUSEDRNN_DEVICE void step_unit(const UnitOptions<A>& o, index unit, unsigned kept,
+                               Unit<Cell, device::Vec<A>>& at) {
   constexpr int slots = Cell::slots;
-  const auto rows =
-      row_of_unit<Cell>(o, variant, H, unit, UnitWalk<A>(o, kept, Element::float32));
+  const auto rows = row_of_unit<Cell>(o, unit, UnitWalk<A>(o, kept, false));
   A record[slots + 1], h = 0;
   for (int k = 0; k < slots; ++k) record[k] = at.v[k].value;
   const A h_prev = at.state.h.value, c_prev = record[slots] = at.state.c.value;
@@ -148,37 +139,117 @@ FUSEDRNN_CALLED Unit<Cell, device::Vec<A>> step_unit(const UnitOptions<A>& o, in
   rows.after(&h, &h_prev, nullptr, nullptr, 1);
   for (int k = 0; k < slots; ++k) at.v[k] = {record[k]};
   at.state = {{h}, {record[slots]}};
-  return at;
 }
 
 // From slots and the gradient of the state after to da and what of the gradient of the
 // state before passes the product by.
 template <class Cell, class A>
-FUSEDRNN_CALLED Unit<Cell, device::Vec<A>> step_unit_back(
-    const UnitOptions<A>& o, int variant, index H, index b, index unit, unsigned kept,
-    State<device::Vec<A>> prev, bool is_cut, Unit<Cell, device::Vec<A>> at) {
+FUSEDRNN_DEVICE void step_unit_back(const UnitOptions<A>& o, index b, index unit,
+                                    unsigned kept, const State<device::Vec<A>>& prev,
+                                    device::Vec<A> c, bool is_cut,
+                                    Unit<Cell, device::Vec<A>>& at) {
   constexpr int slots = Cell::slots;
-  const auto rows = row_of_unit<Cell>(o, variant, H, unit, UnitWalk<A>(o, kept, o.saved));
+  const auto rows = row_of_unit<Cell>(o, unit, UnitWalk<A>(o, kept, true));
   constexpr device::GradientRow<Cell> in(Model{}, Cell::has_c, 1, 1);
   A record[slots], da[slots + 2];
   for (int k = 0; k < slots; ++k) record[k] = at.v[k].value;
   const A h_prev = prev.h.value, c_prev = prev.c.value;
   A dh = at.state.h.value, dc = at.state.c.value, direct = 0;
-  const typename decltype(rows)::BackRow row{record, &h_prev, &c_prev, nullptr, nullptr,
-                                             &dh,    &dc,     &direct, da,      is_cut};
+  const typename decltype(rows)::BackRow row{
+      record,  &h_prev, &c_prev, o.options.zoneout_c > 0 ? nullptr : &c.value,
+      nullptr, nullptr, &dh,     &dc,
+      &direct, da,      is_cut};
   rows.before(row, 1);
   rows.backward(row, in, &dh, 1);
   for (int k = 0; k < slots; ++k) at.v[k] = {da[k]};
   at.state = {{direct}, {dc}};
   if constexpr (Cell::has_c) {
-    if (!o.weight_ch) return at;
+    if (!o.weight_ch) return;
     // Each sum is one thread's, which adds to it in order.
-    A* const to = o.dweight_ch + b * Cell::peepholes * H + unit;
+    A* const to = o.dweight_ch + b * Cell::peepholes * o.H + unit;
     add_to(to, da[Cell::I] * da[in.c_prev]);
-    add_to(to + H, da[Cell::F] * da[in.c_prev]);
-    add_to(to + 2 * H, da[Cell::O] * da[in.c]);
+    add_to(to + o.H, da[Cell::F] * da[in.c_prev]);
+    add_to(to + 2 * o.H, da[Cell::O] * da[in.c]);
   }
-  return at;
+}
+
+// What follows is of a thread's items, the first of them of a row and unit.
+template <class A>
+FUSEDRNN_DEVICE bool exists(const UnitOptions<A>& o, index row, index unit, int item) {
+  return row + item % 2 < o.B && unit + item / 2 * 8 < o.H;
+}
+
+// The bits of those whose h is hidden from R.
+template <int count, class A>
+FUSEDRNN_CALLED unsigned hidden_items(const UnitOptions<A>& o, index row, index unit) {
+  unsigned bits = 0;
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    if (!exists(o, row, unit, i)) continue;
+    bits |= unsigned{o.mask[(row + i % 2) * o.H + unit + i / 2 * 8] == 0} << i;
+  }
+  return bits;
+}
+// Two bits each: what zoneout keeps at a time.
+template <int count, class A>
+FUSEDRNN_CALLED unsigned kept_items(const UnitOptions<A>& o, index t, index row,
+                                    index unit) {
+  unsigned bits = 0;
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    if (!exists(o, row, unit, i)) continue;
+    const index at = (t * o.B + row + i % 2) * o.H + unit + i / 2 * 8;
+    bits |= unsigned{o.kept[at]} << 2 * i;
+  }
+  return bits;
+}
+
+// The step of those whose row is active, in bits of rows.
+template <class Cell, int count, class A>
+FUSEDRNN_CALLED void step_items(const UnitOptions<A>& o, index t, index row, index unit,
+                                unsigned active, unsigned kept,
+                                Items<Cell, device::Vec<A>, count>& own) {
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    if (!(active >> i % 2 & 1) || !exists(o, row, unit, i)) continue;
+    step_unit(o, unit + i / 2 * 8, kept >> 2 * i, own.at[i]);
+    if (!o.trace) continue;
+    index to = (t * o.B + row + i % 2) * Cell::gates * o.H + unit + i / 2 * 8;
+    for (int k = Cell::slots - Cell::gates; k < Cell::slots; ++k, to += o.H) {
+      const A value = own.at[i].v[k].value;
+      if constexpr (sizeof(A) == 4) {
+        if (o.rounds) {
+          static_cast<Half*>(o.trace)[to] = to_half(value, o.bfloat);
+          continue;
+        }
+      }
+      static_cast<A*>(o.trace)[to] = value;
+    }
+  }
+}
+template <class Cell, int count, class A>
+FUSEDRNN_CALLED void step_items_back(const UnitOptions<A>& o, index t, index row,
+                                     index unit, unsigned active, unsigned kept,
+                                     unsigned cut,
+                                     Items<Cell, device::Vec<A>, count>& own) {
+  A dcells[count] = {};  // asked for together
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    if (!o.dcells || !(active >> i % 2 & 1) || !exists(o, row, unit, i)) continue;
+    const index of_row = t * o.dcells_t + (row + i % 2) * o.dcells_b;
+    dcells[i] = o.dcells[of_row + unit + i / 2 * 8];
+  }
+#pragma unroll
+  for (int i = 0; i < count; ++i) own.at[i].state.c.value += dcells[i];
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    if (!(active >> i % 2 & 1) || !exists(o, row, unit, i)) {
+      own.at[i] = {};
+      continue;
+    }
+    step_unit_back(o, row + i % 2, unit + i / 2 * 8, kept >> 2 * i, own.prev[i], own.c[i],
+                   cut >> i % 2 & 1, own.at[i]);
+  }
 }
 
 }  // namespace fusedrnn::cuda

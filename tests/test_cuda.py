@@ -11,6 +11,7 @@ import copy
 import gc
 import io
 import pickle
+import types
 from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
@@ -340,11 +341,12 @@ def test_repetitions_are_bit_identical(precision: str, exchange: str) -> None:
 
 def test_exchanges_give_the_same_bits(precision: str) -> None:
     """Over more steps than a graph holds, calls queued at once, some warps without a unit."""
-    mode = "tf32" if precision == "tf32" else "exact"
-    calls = [
-        put(arguments(CELLS["gru"], Sizes(70, 3, 2, 40), seed=n), precision) for n in (1, 2)
-    ]
-    options = {"zoneout": 0.2, "recurrent_dropout": 0.3, "clip": 2.0, "seed": 5}
+    mode = {"precision": "tf32" if precision == "tf32" else "exact"}
+    plain = put(arguments(CELLS["gru"], Sizes(70, 3, 2, 40)), precision)
+    names = ["peephole", "clip", "zoneout", "recurrent_dropout", "return_cells"]
+    sizes = Sizes(70, 3, 2, 20 if precision == "float64" else 40)  # what fits the twin
+    values, options = with_options(CELLS["lstm"], sizes, names)
+    values = put(values, precision)
 
     def run(exchange: str) -> list[Any]:
         staged = exchange == "staged grid"
@@ -356,10 +358,7 @@ def test_exchanges_give_the_same_bits(precision: str) -> None:
             splits=1,
             resident=0,
         )
-        queued = [
-            fr.gru_vjp(**given, precision=mode, **asked)
-            for given, asked in zip(calls, ({}, options), strict=True)
-        ]
+        queued = [fr.gru_vjp(**plain, **mode), fr.lstm_vjp(**values, **mode, **options)]
         return [
             a for results, pullback in queued for a in (*results, *present(pullback(*results)))
         ]
@@ -788,6 +787,15 @@ def test_a_pullback_runs_on_the_stream_that_is_current(
     monkeypatch.setattr(cuda._Own, "stream", lambda self, a, device: 7)
     assert_same_bits(present(pullback(*results)), expected)
     assert (0, 0, 7) in ordered
+
+
+def test_another_framework_keeps_memory_of_ours() -> None:
+    """Lengths from the host are, beside an x of torch's."""
+
+    streams: list[int] = []
+    memory = types.SimpleNamespace(used_on=streams.append)
+    cuda._Torch(pytest.importorskip("torch")).used_on(memory, 0, 7)
+    assert streams == [7]
 
 
 def test_a_capture_refuses_what_it_cannot_keep(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@
 // FUSEDRNN_CALLED is for what is not worth a copy at each place.
 #ifdef __CUDACC__
 #define FUSEDRNN_DEVICE __device__ __forceinline__
-#define FUSEDRNN_CALLED __device__ __noinline__
+#define FUSEDRNN_CALLED __device__ __noinline__ inline
 #else
 #define FUSEDRNN_DEVICE inline
 #define FUSEDRNN_CALLED inline

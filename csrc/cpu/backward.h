@@ -860,7 +860,7 @@ class BackwardPass {
         const index b = own.rows.row(i), at = b * layout_.P;
         f(b, typename Rows::BackRow{
                  has_record ? saved(s) + b * record_ : y(s) + b * p_.y_b, h(b),
-                 Cell::has_c ? c(b) : nullptr, seen_before(s, b),
+                 Cell::has_c ? c(b) : nullptr, nullptr, seen_before(s, b),
                  p_.dcells ? p_.dcells + t * p_.dcells_t + b * p_.dcells_b : nullptr,
                  room_.dh + at, room_.dc + at, room_.direct + at, da(s) + b * da_stride_,
                  p_.is_cut(s, b, p_.options.bptt)});

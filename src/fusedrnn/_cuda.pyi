@@ -90,8 +90,6 @@ class Kernel:
     """A cell in a precision, on a device and stream."""
 
     def __init__(self, cell: str, precision: str, device: int, stream: int) -> None: ...
-    @property
-    def state_dtype(self) -> str: ...
     def packed_bytes(self, H: int, backward: bool, /) -> int: ...
     def pack(
         self,
@@ -111,7 +109,7 @@ class Kernel:
         allocate: Callable[[int], View],
         /,
     ) -> View | None:
-        """Run a layer, arrays by the names they have in csrc/problem.h.
+        """Run a layer, arrays by the names they have in cuda/kernels.h.
 
         Without `packed` weights steps go row by row. Returns what was saved for `backward`.
         """

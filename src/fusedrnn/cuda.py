@@ -402,6 +402,17 @@ class Framework(Protocol):
         """Keep an array's memory until a stream that it was not made on is done with it."""
 
 
+# Events and what must live until they have come.
+_held: deque[tuple[Any, Any]] = deque()
+
+
+def _hold(owner: Any, device: int, stream: int) -> None:
+    """Let an array live until what is queued on a stream is done."""
+    _held.append((_module().Event(device, stream), owner))
+    while _held and _held[0][0].is_done:
+        _held.popleft()
+
+
 class _Own:
     keeps_nothing = False
 
@@ -447,6 +458,8 @@ class _Torch(_Own):
     def used_on(self, owner: Any, device: int, stream: int) -> None:
         if isinstance(owner, self.torch.Tensor):
             owner.record_stream(self.torch.cuda.current_stream(device))
+        else:
+            super().used_on(owner, device, stream)
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int, stream: int) -> Any:
         torch = self.torch
@@ -470,13 +483,12 @@ class _CuPy(_Own):
         with self.cupy.cuda.Device(device):
             return int(self.cupy.cuda.get_current_stream().ptr)
 
+    def used_on(self, owner: Any, device: int, stream: int) -> None:
+        _hold(owner, device, stream)
+
     def empty(self, shape: tuple[int, ...], dtype: str, device: int, stream: int) -> Any:
         with self.cupy.cuda.Device(device):
             return self.cupy.empty(shape, dtype)
-
-
-# Events and what must live until they have come.
-_held: deque[tuple[Any, Any]] = deque()
 
 
 class _Exchange(_Own):
@@ -488,9 +500,7 @@ class _Exchange(_Own):
         self.back = back
 
     def used_on(self, owner: Any, device: int, stream: int) -> None:
-        _held.append((_module().Event(device, stream), owner))
-        while _held and _held[0][0].is_done:
-            _held.popleft()
+        _hold(owner, device, stream)
 
     def device(self, a: Any) -> int:
         if hasattr(a, "__dlpack__"):

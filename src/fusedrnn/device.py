@@ -320,12 +320,12 @@ class Device:
         h_n, c_n = h_and_c(problem.final)
         y, trace = self._made("y", problem.y, problem), problem.trace
         gates, made = problem.cell.gates, problem.cell.kernel_gates
-        if trace is not None:
-            every = trace
-            if made != gates:
-                T, B, _, H = trace.shape
-                every = self.see(self.empty((T, B, len(made), H), trace.dtype))
-            trace = self._made("trace", every, problem)
+        if trace is not None and made != gates:
+            T, B, _, H = trace.shape
+            dtype = self.state_dtype(self.dtype) if problem.row_wise else self.dtype
+            trace = self.see(self.empty((T, B, len(made), H), dtype))
+        elif trace is not None:
+            trace = self._made("trace", trace, problem)
         arrays |= {"h_n": h_n, "c_n": c_n, "y": y, "trace": trace}
         saves = save and not problem.request.recompute
         saved = kernel.forward(arrays, options, problem.reverse, saves, self._bytes)

@@ -44,7 +44,7 @@ def explain(
     H, R, G = layer.hidden_size, layer._width, len(layer._cell.gates)
     on_cpu = layer.device == "cpu"
     item = {"float64": 8, "bfloat16": 2, "float16": 2}.get(str(layer.dtype), 4)
-    asked = (request.beyond_plain if on_cpu else []) + layer._beyond_plain
+    asked = request.beyond_plain(on_cpu) + layer._beyond_plain
     why = [f"the plain kernels do not know {', '.join(asked)}"] if asked else []
     told = Explanation(
         layer=repr(layer),

@@ -121,7 +121,7 @@ def _check(
     rest = {n: v for n, v in given.items() if n not in (*_ARRAYS, *_OTHERS)}
     request = check_options(cell, rest, training, is_vjp=training)
     on_cpu = on is HOST
-    row_wise = bool(beyond_plain(cell, parameters, on_cpu) or (on_cpu and request.beyond_plain))
+    row_wise = bool(beyond_plain(cell, parameters, on_cpu) or request.beyond_plain(on_cpu))
     if out is not None:
         axis = "R" if R != H else "H"
         meaning = f"(T, {axis})" if unbatched else f"(T, B, {axis})"
@@ -385,7 +385,7 @@ def lstm_vjp(
 
     Otherwise 5·H values a step and row are kept beside x and y (9·H with LayerNorm). The
     arguments are kept by reference and y is read-only, because the pullback reads them; on a
-    GPU leave y as it is until then.
+    GPU leave y and cells as they are until then.
 
     Returns
     -------

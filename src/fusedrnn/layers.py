@@ -127,7 +127,7 @@ class _Layer(Generic[StateT]):
     _training: Request  # of a plain pullback
     _parameters: dict[str, Any]  # arrays of NumPy or, on a GPU, of `cuda`
     _sets: dict[str, Parameters]
-    _packed: dict[tuple[str, bool, bool], Any]
+    _packed: dict[tuple[str, bool], Any]
     _beyond_plain: list[str]  # whatever a call asks for
     _is_simple: bool  # the kernels take a call as it comes
     dtype: Any  # np.dtype or, on a GPU, its name
@@ -295,7 +295,7 @@ class _Layer(Generic[StateT]):
         on_cpu = self.device == "cpu"
         self._beyond_plain = beyond_plain(self._cell, self._of("l0"), on_cpu)
         is_one = self.num_layers == 1 and not (self.batch_first or self.bidirectional)
-        takes_rows = self._request.beyond_plain or self._beyond_plain
+        takes_rows = self._beyond_plain or self._request.beyond_plain(on_cpu)
         self._is_simple = on_cpu and is_one and not takes_rows
 
     def state_dict(self) -> dict[str, Any]:
@@ -401,23 +401,22 @@ class _Layer(Generic[StateT]):
         T, B, _ = problem.x.shape
         if forward and T * B <= FEW_ROWS and on is HOST and not problem.row_wise:
             return on.pack(self._cell, self._of(suffix), forward, borrow=True)
-        return self._pack_once(on, suffix, forward, problem.row_wise and on is not HOST)
+        return self._pack_once(on, suffix, forward)
 
     def _seen(self, on: Any, suffix: str) -> Parameters:
         """Return parameters as kernels see them."""
         own = self._of(suffix)
         return own if on is HOST else Parameters(*[p if p is None else on.see(p) for p in own])
 
-    def _pack_once(
-        self, on: Any, suffix: str, forward: Any = None, row_wise: bool = False
-    ) -> Any:
+    def _pack_once(self, on: Any, suffix: str, forward: Any = None) -> Any:
         """Return the kept packed weights, packing them on first use."""
         cache = self._packed  # before the parameters are read: see _forget_packed
-        key = (suffix, forward is not None, row_wise)
+        key = (suffix, forward is not None)
         packed = cache.get(key)
         if packed is None or (forward is not None and packed.isa != forward.isa):
             on.check_may_keep()
-            packed = on.pack(self._cell, self._seen(on, suffix), forward, row_wise=row_wise)
+            seen, row_wise = self._seen(on, suffix), bool(self._beyond_plain)
+            packed = on.pack(self._cell, seen, forward, row_wise=row_wise)
             cache[key] = packed
         return packed
 
@@ -506,7 +505,7 @@ class _Layer(Generic[StateT]):
         final = tuple([on.empty(shape, state_dtype) for shape in shapes])
         ends = tuple(map(on.see, final))
         keeps_cells = request.recompute and "c" in letters
-        row_wise = bool(self._beyond_plain or (on is HOST and request.beyond_plain))
+        row_wise = bool(self._beyond_plain or request.beyond_plain(on is HOST))
         cells = None
         traces: dict[str, Any] = {}
         tapes = []
@@ -698,8 +697,9 @@ class _Layer(Generic[StateT]):
 
         The arguments are those of a call, with bptt and recompute as in `fusedrnn.lstm_vjp`.
         x is kept by reference and y is read-only, because the pullback reads both; the rest is
-        copied. On a GPU everything is kept by reference, y too: leave it as it is until the
-        pullback was called. Assigning new parameters in between does not disturb it.
+        copied. On a GPU everything is kept by reference, y and cells too: leave them as they
+        are until the pullback was called. Assigning new parameters in between does not disturb
+        it.
 
         Returns
         -------

@@ -91,9 +91,12 @@ class Request:
         seed = secrets.randbits(64) if seed is None else seed
         return replace(self, options=replace(self.options, seed=seed))
 
+    def beyond_plain(self, on_cpu: bool) -> list[str]:
+        """Return what the plain kernels do not do: a step is then taken row by row."""
+        return self._beyond_cpu if on_cpu else []
+
     @cached_property
-    def beyond_plain(self) -> list[str]:
-        """What the CPU's plain kernels do not do: a step is then taken row by row."""
+    def _beyond_cpu(self) -> list[str]:
         o = self.options
         asked = {
             "clip": o.clip < math.inf,

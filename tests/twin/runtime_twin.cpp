@@ -76,14 +76,15 @@ OnDevice::OnDevice(int) : before_(0) {}
 OnDevice::~OnDevice() { (void)before_; }
 
 void* allocate(index bytes, Stream) {
+  if (bytes == 0) return nullptr;
   constexpr index most = index{1} << 32;
   void* const memory =
       bytes <= most
           ? std::aligned_alloc(256, static_cast<std::size_t>((bytes + 255) / 256 * 256))
           : nullptr;
-  if (!memory && bytes > 0) throw OutOfMemory("out of memory");
+  if (!memory) throw OutOfMemory("out of memory");
   // What nobody wrote is NaN in any precision.
-  if (memory) std::memset(memory, 0xff, static_cast<std::size_t>(bytes));
+  std::memset(memory, 0xff, static_cast<std::size_t>(bytes));
   return memory;
 }
 void release(void* memory, Stream) noexcept { std::free(memory); }
