@@ -163,8 +163,6 @@ class Layer {
           p.cells = saved.c;
           p.cells_t = saved.c_t;
           p.cells_b = saved.c_b;
-          p.units.trace = call.trace;
-          p.units.any |= call.trace != nullptr;
           return p;
         });
       });
@@ -565,7 +563,6 @@ class Layer {
                    index begin, index end) {
     static_cast<Sizes&>(p) = call;
     p.precision = P::of(call.precision);
-    p.variant = call.model.variant;
     p.plan = plan;
     p.begin = begin;
     p.end = end;

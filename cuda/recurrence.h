@@ -446,7 +446,6 @@ struct Recurrence : Sizes {
   using A = typename P::State;
 
   P precision;
-  int variant;  // of cells that share their kernels
   Plan plan;
   index begin, end;
   const Quad* weights;
@@ -605,7 +604,7 @@ struct ForwardRecurrence : Recurrence<P> {
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             own.at[r].state = Cell::forward(own.at[r].v, own.at[r].state,
-                                            Plain<V, true>{this->variant});
+                                            Plain<V, true>{units.variant});
           }
         }
 #pragma unroll
@@ -768,7 +767,7 @@ struct BackwardRecurrence : Recurrence<P> {
                 enter(ahead[o][r], resets[r], past[o][r], dc_now[o][r], own, o * 2 + r);
                 at.state =
                     Cell::backward(at.v, own.prev[o * 2 + r], own.c[o * 2 + r],
-                                   at.state.h, at.state.c, Plain<V, true>{this->variant});
+                                   at.state.h, at.state.c, Plain<V, true>{units.variant});
               }
               past[o][r] = passes ? at.state.h.value : A{0};
               dc_now[o][r] = passes ? at.state.c.value : A{0};

@@ -1,6 +1,6 @@
 // A step of one unit of a row with the options that need no other unit, as csrc/rows.h
 // has it, by the thread that has the unit: for the recurrences, which do a plain step by
-// themselves. What is here is called, so that a plain step pays for none of it.
+// themselves. They call what is here, so that it takes no register from that.
 #pragma once
 
 #include "vec.h"
@@ -18,7 +18,7 @@ struct UnitOptions {
     A clip, cell_clip, zoneout_h, zoneout_c;
   };
   Values options;
-  int variant;
+  int variant;  // of cells that share their kernels
   index B, H;
   bool any;     // whether a step is more than the plain one
   bool rounds;  // what is saved for backward, to 16 bits
@@ -42,7 +42,8 @@ struct UnitOptions {
     u.B = call.B;
     u.H = call.H;
     u.weight_ch = static_cast<const A*>(call.vectors.weight_ch);
-    u.any = zones_out(o) || o.clip < none || o.cell_clip < none || u.weight_ch;
+    u.trace = call.trace;
+    u.any = zones_out(o) || o.clip < none || o.cell_clip < none || u.weight_ch || u.trace;
     u.bfloat = call.precision == Precision::bfloat16;
     u.rounds = u.bfloat || call.precision == Precision::float16;
     u.shown = static_cast<A>(drops(o) ? 1 / (1 - o.recurrent_dropout) : 1);

@@ -135,7 +135,7 @@ def explain(
 
     Returns
     -------
-    A dict, of a call without options that change a step: "exchange" is "cluster" (blocks that
+    A dict, of a call without LayerNorm or a projection: "exchange" is "cluster" (blocks that
         share memory), "grid" (all blocks at once, by way of L2) or "step" (a launch for each
         step); "weights" says where the recurrent weights stay, "operand" from where warps read
         h (backward: da); the rest is the launch. Of "gru_before", whose steps always go row by

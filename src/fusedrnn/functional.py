@@ -580,7 +580,7 @@ def rnn_vjp(
     """Run `rnn` and return a function that computes its gradients.
 
     The arguments are those of `rnn`, with training, bptt and recompute as for `lstm_vjp`.
-    Nothing is kept beside x and y, H values a step and row with options.
+    Nothing is kept beside x and y; H values a step and row with zoneout and training=False.
 
     Returns
     -------
