@@ -276,7 +276,7 @@ def test_agrees_with_reference_on_any_plan(
     if not exists(cell, precision, sizes):
         return
     if options:
-        names = [n for n in (*options, kind) if n in options_of(cell)]
+        names = [n for n in options if n in options_of(cell)] + [kind] * (kind is not None)
         check_against_reference(cell, sizes, precision, reverse, names=names, factor=3)
     else:
         mask = {} if kind is None else masks(kind, sizes)
