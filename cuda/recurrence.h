@@ -752,7 +752,7 @@ struct BackwardRecurrence : Recurrence<P> {
                   dc_now[i / 2][i % 2], all, i);
           }
           step_items_back(units, t, first_row, engine.unit(0), active[0] | active[1] << 1,
-                          drawn, cuts[0] | cuts[1] << 1, all);
+                          drawn, all);
           own = all;
         }
 #pragma unroll

@@ -143,12 +143,11 @@ FUSEDRNN_DEVICE void step_unit(const UnitOptions<A>& o, index unit, unsigned kep
 }
 
 // From slots and the gradient of the state after to da and what of the gradient of the
-// state before passes the product by.
+// state before passes the product by, as if there were no cut.
 template <class Cell, class A>
 FUSEDRNN_DEVICE void step_unit_back(const UnitOptions<A>& o, index b, index unit,
                                     unsigned kept, const State<device::Vec<A>>& prev,
-                                    device::Vec<A> c, bool is_cut,
-                                    Unit<Cell, device::Vec<A>>& at) {
+                                    device::Vec<A> c, Unit<Cell, device::Vec<A>>& at) {
   constexpr int slots = Cell::slots;
   const auto rows = row_of_unit<Cell>(o, unit, UnitWalk<A>(o, kept, true));
   constexpr device::GradientRow<Cell> in(Model{}, Cell::has_c, 1, 1);
@@ -159,7 +158,7 @@ FUSEDRNN_DEVICE void step_unit_back(const UnitOptions<A>& o, index b, index unit
   const typename decltype(rows)::BackRow row{
       record,  &h_prev, &c_prev, o.options.zoneout_c > 0 ? nullptr : &c.value,
       nullptr, nullptr, &dh,     &dc,
-      &direct, da,      is_cut};
+      &direct, da,      false};
   rows.before(row, 1);
   rows.backward(row, in, &dh, 1);
   for (int k = 0; k < slots; ++k) at.v[k] = {da[k]};
@@ -231,7 +230,6 @@ FUSEDRNN_CALLED void step_items(const UnitOptions<A>& o, index t, index row, ind
 template <class Cell, int count, class A>
 FUSEDRNN_CALLED void step_items_back(const UnitOptions<A>& o, index t, index row,
                                      index unit, unsigned active, unsigned kept,
-                                     unsigned cut,
                                      Items<Cell, device::Vec<A>, count>& own) {
   A dcells[count] = {};  // asked for together
 #pragma unroll
@@ -249,7 +247,7 @@ FUSEDRNN_CALLED void step_items_back(const UnitOptions<A>& o, index t, index row
       continue;
     }
     step_unit_back(o, row + i % 2, unit + i / 2 * 8, kept >> 2 * i, own.prev[i], own.c[i],
-                   cut >> i % 2 & 1, own.at[i]);
+                   own.at[i]);
   }
 }
 
