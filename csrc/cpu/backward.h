@@ -747,8 +747,10 @@ class BackwardPass {
     each_entry(all, begin, own, [&](index s, index b) {
       const S* const h = h_before(s)(b);
       const S* const mask = room_.mask + b * layout_.P;
-      for (index j = 0; j < p_.R && drops(p_); ++j) {
-        seen(s)[b * layout_.P + j] = h[j] * mask[j];
+      S* const to = seen(s) + b * layout_.P;
+      for (index j = 0; j < p_.R && drops(p_); j += lanes) {
+        const index left = p_.R - j;
+        store_upto(load_upto<V>(h + j, left) * V::load(mask + j), to + j, left);
       }
     });
     if (Cell::has_c && again) {
