@@ -747,6 +747,7 @@ struct BackwardRecurrence : Recurrence<P> {
                                 is_step && masks.is_within(t, length[1])};
         if (units.any) {
           Items<Cell, V, 2 * octets> all;  // which the function called finds in memory
+#pragma unroll
           for (int i = 0; i < own.count; ++i) {
             enter(ahead[i / 2][i % 2], resets[i % 2], past[i / 2][i % 2],
                   dc_now[i / 2][i % 2], all, i);
