@@ -76,6 +76,9 @@ struct Options {
   std::uint32_t where;
   index bptt;  // 0: gradients pass everywhere
 };
+// Whether R sees another h' than the cell, and whether zoneout changes a state.
+constexpr bool drops(const Options& o) { return o.training && o.recurrent_dropout > 0; }
+constexpr bool zones_out(const Options& o) { return o.zoneout_h > 0 || o.zoneout_c > 0; }
 
 // Parameters that belong to options, contiguous as the user has them, or null.
 template <class S>

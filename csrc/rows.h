@@ -74,7 +74,7 @@ FUSEDRNN_DEVICE constexpr bool is_coupled(const Model& m) {
 // a unit that keeps its h gives its slots no gradient, whatever they are.
 template <class Cell>
 constexpr bool saves_slots(const Options& o) {
-  return Cell::saves || (!o.training && (o.zoneout_h > 0 || o.zoneout_c > 0));
+  return Cell::saves || (!o.training && zones_out(o));
 }
 
 // Where the parts of a record are.

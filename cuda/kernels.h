@@ -32,8 +32,8 @@ struct ForwardOf : Sizes {
   bool wide_lengths;
   const bool* resets;  // (T, B) at any strides, or null
   index resets_t, resets_b;
-  S* y;  // y_t = B y_b
-  index y_t, y_b;
+  S* y;  // rows y_b apart
+  index y_b;
   S *h_n, *c_n;  // of forward
   S* saved;      // null in inference, or to be computed again
   S* cells;      // (T, B, H) at any strides but the last, or null
@@ -103,6 +103,10 @@ struct CellEntry {
   Runs<float> rows32;  // empty for a cell that needs none
   Runs<double> rows64;
 };
+
+// Of states and sums.
+template <class A>
+constexpr Element state_element = sizeof(A) == 8 ? Element::float64 : Element::float32;
 
 // Hands out parts of one piece of memory; of none, to learn how large it must be.
 class Carver {

@@ -142,7 +142,7 @@ class Layer {
       const index earliest = earliest_time(call, begin, end);
       const index rows = (end - begin) * call.B, width = gates * call.H;
       const Element element = element_of(call.precision);
-      const Element sums = sizeof(A) == 8 ? Element::float64 : Element::float32;
+      constexpr Element sums = state_element<A>;
       matmul({x + earliest * call.B * x_b, element, rows, call.I, x_b, false},
              {call.weight_ih, element, width, call.I, call.I, true},
              {room.a_x, sums, rows, width, width, false}, false, tf32, room.matmul,
@@ -157,7 +157,7 @@ class Layer {
           p.h = static_cast<A*>(call.h_n);
           p.c = static_cast<A*>(call.c_n);
           p.y = static_cast<S*>(call.y);
-          p.y_t = call.y_t;
+          p.y_t = call.B * call.y_b;
           p.y_b = call.y_b;
           p.saved = saved.slots;
           p.cells = saved.c;
@@ -204,21 +204,21 @@ class Layer {
       const Previous<P> kernel{call,
                                P::of(call.precision),
                                static_cast<const S*>(call.y),
-                               call.y_t,
+                               call.B * call.y_b,
                                call.y_b,
                                static_cast<const A*>(call.h0),
                                room.h_prev,
-                               masks_of(call, room),
+                               room.drawn.masks(call),
                                mask};
       launch_each(kernel, rows * H, call.device, call.stream);
     };
     // Products see it masked, what passes them by does not.
-    const bool differs = Cell::has_direct && room.mask;
-    if (!differs || room.saved) previous(room.mask);
+    const bool differs = Cell::has_direct && room.drawn.mask;
+    if (!differs || room.saved) previous(room.drawn.mask);
     const S* x = static_cast<const S*>(call.x);
     index x_b = row_stride(call);
     if (room.x) {
-      gather_x(call, room.x, masks_of(call, room));
+      gather_x(call, room.x, room.drawn.masks(call));
       x = room.x;
       x_b = I;
     }
@@ -243,7 +243,7 @@ class Layer {
         p.weights = static_cast<const Quad*>(call.packed);
         p.h_prev = room.h_prev;
         p.y = static_cast<const S*>(call.y);
-        p.y_t = call.y_t;
+        p.y_t = call.B * call.y_b;
         p.y_b = call.y_b;
         p.saved = saved.slots;
         p.cells = cells_of(call, saved);
@@ -262,7 +262,7 @@ class Layer {
         return p;
       });
     });
-    if (differs) previous(room.mask);
+    if (differs) previous(room.drawn.mask);
 
     const auto multiply = [&](const Matrix& left, const Matrix& right, const Matrix& to,
                               bool adds = false) {
@@ -385,18 +385,12 @@ class Layer {
   // Scratch memory that both directions have.
   struct Room {
     E* operand;
-    int* lengths;
-    A* mask;             // (B, H) of recurrent dropout, or null
-    std::uint8_t* kept;  // (T, B, H) where zoneout draws, or null
+    Drawn<A> drawn;
     void* matmul;
     Room(const Call& call, const Plan& plan, int segments, Carver& carver)
         : operand(
               carver.take<E>(operands_in_turn * operand_rows(plan) * segments * plan.P)),
-          lengths(call.lengths ? carver.take<int>(call.B) : nullptr),
-          mask(drops(call.options) ? carver.take<A>(call.B * call.H) : nullptr),
-          kept(zones_out(call.options) && call.options.training
-                   ? carver.take<std::uint8_t>(call.T * call.B * call.H)
-                   : nullptr),
+          drawn(call, carver),
           matmul(carver.take<char>(matmul_workspace)) {}
     static index operand_rows(const Plan& plan) {
       return index{plan.row_groups} * plan.tiles * 8;
@@ -442,13 +436,10 @@ class Layer {
     }
   };
 
-  static Masks masks_of(const Call& call, const Room& room) {
-    return {room.lengths, call.resets, call.resets_t, call.resets_b};
-  }
   static UnitOptions<A> units_of(const Call& call, const Room& room) {
     auto units = UnitOptions<A>::of(call);
-    units.mask = room.mask;
-    units.kept = room.kept;
+    units.mask = room.drawn.mask;
+    units.kept = room.drawn.kept;
     return units;
   }
   static index earliest_time(const Sizes& p, index begin, index end) {
@@ -460,7 +451,7 @@ class Layer {
                             const Matrix& x, const Saved& saved) {
     const index H = call.H, rows = call.T * call.B;
     const Element element = element_of(call.precision);
-    const Element sums = sizeof(A) == 8 ? Element::float64 : Element::float32;
+    constexpr Element sums = state_element<A>;
     const auto multiply = [&](const Matrix& from, const void* weight, index block,
                               index count, index columns, index slot, bool adds) {
       const S* const blocks = static_cast<const S*>(weight) + block * H * columns;
@@ -476,7 +467,7 @@ class Layer {
     pack_bias(call.precision, call.bias_ih, call.bias_hh, room.bias, H, call.device,
               call.stream);
     const SlotsAgain<CellOf, A> again{
-        call,      units_of(call, room),  masks_of(call, room),
+        call,      units_of(call, room),  room.drawn.masks(call),
         room.bias, cells_of(call, saved), room.sums};
     launch(again, shape_of_each(rows * H, call.device), call.stream);
     if constexpr (sizeof(S) != sizeof(A)) {
@@ -523,20 +514,7 @@ class Layer {
 
   static void prepare(const Call& call, const Plan& plan, const Room& room, const A* from,
                       const A* c_from, A* state, A* c_state, bool forward) {
-    if (call.lengths) {
-      const ReadLengths read{call.lengths, call.wide_lengths, room.lengths, call.T,
-                             call.B};
-      launch_each(read, call.B, call.device, call.stream);
-    }
-    if (room.mask) {
-      const DrawRecurrent<A> draw{call.options, room.mask, call.B, call.H};
-      launch_each(draw, call.B * call.H, call.device, call.stream);
-    }
-    if (room.kept) {
-      const DrawZoneout draw{call.options, Cell::has_c, room.kept,
-                             call.T,       call.B,      call.H};
-      launch_each(draw, call.T * call.B * call.H, call.device, call.stream);
-    }
+    room.drawn.draw(call, Cell::has_c);
     const index rows = Room::operand_rows(plan);
     const index segments = forward ? 1 : gates;
     const int group_units =
@@ -553,8 +531,8 @@ class Layer {
                            plan.P,
                            index{plan.unit_groups} * group_units,
                            forward,
-                           masks_of(call, room),
-                           room.mask};
+                           room.drawn.masks(call),
+                           room.drawn.mask};
     launch_each(start, operands_in_turn * rows * segments * plan.P, call.device,
                 call.stream);
   }
@@ -567,7 +545,7 @@ class Layer {
     p.begin = begin;
     p.end = end;
     p.operand = room.operand;
-    p.masks = masks_of(call, room);
+    p.masks = room.drawn.masks(call);
     p.units = units_of(call, room);
   }
 

@@ -1,6 +1,7 @@
 // Which steps a row takes and where its state starts anew, as kernels ask for it.
 #pragma once
 
+#include "../csrc/problem.h"
 #include "device.h"
 
 namespace fusedrnn::cuda {
@@ -17,6 +18,15 @@ struct Masks {
   }
   FUSEDRNN_DEVICE bool is_active(index t, index b) const {
     return is_within(t, length(b));
+  }
+  // The time of a row's step before that of time t, or -1: that is its first.
+  FUSEDRNN_DEVICE index time_before(const Sizes& p, index t, int length) const {
+    const index before = p.reverse ? t + 1 : t - 1;
+    return before < 0 || before >= p.T || !is_within(before, length) ? -1 : before;
+  }
+  // Whether it begins a chunk of bptt times, but not the row; 0 for one chunk.
+  FUSEDRNN_DEVICE bool begins_chunk(const Sizes& p, int bptt, int t, int length) const {
+    return bptt && (t + p.reverse) % bptt == 0 && time_before(p, t, length) >= 0;
   }
   FUSEDRNN_DEVICE bool is_reset(index t, index b) const {
     return resets && resets[t * resets_t + b * resets_b];

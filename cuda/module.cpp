@@ -380,6 +380,18 @@ class Kernel {
     return true;
   }
 
+  // One that must be there, its rows by time and then by batch at one distance.
+  template <class E>
+  void set_rows(E*& to, const Arrays& arrays, const char* name,
+                const std::vector<index>& shape, index* stride) const {
+    index stride_t = 0;
+    const index T = shape[0], B = shape[1];
+    if (!set(to, arrays, name, shape, elements_.storage, &stride_t, stride) ||
+        (T > 1 && B > 0 && stride_t != B * *stride)) {
+      refuse(name);
+    }
+  }
+
   template <class F>
   void with_runs(const Arrays& arrays, const F& f) const {
     if (find(arrays, "packed")) {
@@ -450,10 +462,7 @@ class Kernel {
       call.resets_t = v_resets->strides[0];
       call.resets_b = v_resets->strides[1];
     }
-    if (!set(call.y, arrays, "y", {T, B, R}, storage, &call.y_t, &call.y_b) ||
-        (T > 1 && B > 0 && call.y_t != B * call.y_b)) {
-      refuse("y");
-    }
+    set_rows(call.y, arrays, "y", {T, B, R}, &call.y_b);
     set(call.cells, arrays, "cells", {T, B, H}, of_state, &call.cells_t, &call.cells_b);
     set(call.trace, arrays, "trace", {T, B, cell_.gates, H}, storage);
   }
@@ -469,11 +478,7 @@ class Kernel {
     set(call.dc_n, arrays, "dc_n", {B, H}, of_state);
     set(call.dcells, arrays, "dcells", {T, B, H}, of_state, &call.dcells_t,
         &call.dcells_b);
-    index dx_t = 0;
-    if (!set(call.dx, arrays, "dx", {T, B, I}, storage, &dx_t, &call.dx_b) ||
-        (T > 1 && B > 0 && dx_t != B * call.dx_b)) {
-      refuse("dx");
-    }
+    set_rows(call.dx, arrays, "dx", {T, B, I}, &call.dx_b);
     call.adds_dx = options.adds_dx;
     set(call.dweight_ih, arrays, "dweight_ih", {GH, I}, storage);
     set(call.dweight_hh, arrays, "dweight_hh", {GH, R}, storage);

@@ -495,13 +495,11 @@ struct Cells {
   const A* c;   // (T, B, H); at times without a step anything
   index c_t, c_b;
 
-  // That from which a row takes a step, if it is not reset.
-  FUSEDRNN_DEVICE A before(const Sizes& p, const Masks& masks, index step, int length,
+  // That from which a row takes the step of a time, if it is not reset.
+  FUSEDRNN_DEVICE A before(const Sizes& p, const Masks& masks, index t, int length,
                            index b, index unit) const {
-    const index time = p.time(step - 1);
-    if (step > 0 && masks.is_within(time, length)) {
-      return c[time * c_t + b * c_b + unit];
-    }
+    const index time = masks.time_before(p, t, length);
+    if (time >= 0) return c[time * c_t + b * c_b + unit];
     return c0 ? c0[b * p.H + unit] : A{0};
   }
 };
@@ -715,7 +713,7 @@ struct BackwardRecurrence : Recurrence<P> {
       for (int r = 0; r < 2; ++r) {
         const int t = static_cast<int>(this->time(T - 1 - n));
         resets[r] = real[0][r] && masks.is_reset(t, first_row + r);
-        cuts[r] = resets[r] || (bptt && begins_chunk(t, length[r]));
+        cuts[r] = resets[r] || masks.begins_chunk(*this, bptt, t, length[r]);
       }
       if (units.kept && mine) {
         const index t = this->time(T - 1 - n);
@@ -727,7 +725,8 @@ struct BackwardRecurrence : Recurrence<P> {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           if (!real[o][r]) continue;
-          read(ahead[o][r], T - 1 - n, length[r], first_row + r, engine.unit(o));
+          const index t = this->time(T - 1 - n);
+          read(ahead[o][r], t, length[r], first_row + r, engine.unit(o));
         }
       }
     };
@@ -806,15 +805,7 @@ struct BackwardRecurrence : Recurrence<P> {
     }
   }
 
-  // Whether a row's step at a time is the first of a chunk, but not of all.
-  FUSEDRNN_DEVICE bool begins_chunk(int t, int length) const {
-    const int last = (masks.lengths ? length : static_cast<int>(T)) - 1;
-    return (t + this->reverse) % bptt == 0 && t != (this->reverse ? last : 0);
-  }
-
-  FUSEDRNN_DEVICE void read(Inputs& in, index step, int length, index b,
-                            index unit) const {
-    const index t = this->time(step);
+  FUSEDRNN_DEVICE void read(Inputs& in, index t, int length, index b, index unit) const {
     if (Cell::saves || saved) {
       const S* const from = saved + (t * B + b) * slots * H + unit;
 #pragma unroll
@@ -827,7 +818,7 @@ struct BackwardRecurrence : Recurrence<P> {
     }
     if constexpr (Cell::has_c) {
       in.c = cells.c[t * cells.c_t + b * cells.c_b + unit];
-      in.prev_c = cells.before(*this, masks, step, length, b, unit);
+      in.prev_c = cells.before(*this, masks, t, length, b, unit);
     }
     in.dy = dy ? precision.state(dy[t * dy_t + b * dy_b + unit]) : 0;
   }
@@ -860,15 +851,14 @@ struct SlotsAgain : Sizes {
   A* slots_;  // (T, B, slots, H)
 
   FUSEDRNN_DEVICE void operator()() const {
-    for_each(T * B * H, [&](index i) {
-      const index unit = i % H, b = i / H % B, t = i / H / B;
+    for_each(T, B, H, [&](index t, index b, index unit, index) {
       const int length = masks.length(b);
       if (!masks.is_within(t, length)) return;
       A* const own = slots_ + (t * B + b) * slots * H + unit;
       Unit<Cell, V> at{};
       for (int k = 0; k < slots; ++k) at.v[k] = {own[k * H] + bias[k * H + unit]};
       if (Cell::has_c && !masks.is_reset(t, b)) {
-        at.state.c = {cells.before(*this, masks, time(t), length, b, unit)};
+        at.state.c = {cells.before(*this, masks, t, length, b, unit)};
       }
       step_unit(units, unit, 0, at);
       for (int k = 0; k < slots; ++k) own[k * H] = at.v[k].value;

@@ -23,22 +23,6 @@ FUSEDRNN_DEVICE double dropout_factor(std::uint64_t seed, std::uint32_t draw,
   return words[n / block % 4] < Generator::threshold(p) ? 0 : 1 / (1 - p);
 }
 
-// What zoneout draws for a unit of a row at a time.
-struct ZoneoutWords {
-  std::uint32_t h, c;
-};
-FUSEDRNN_CALLED ZoneoutWords zoneout_words(std::uint64_t seed, std::uint32_t where,
-                                           bool has_c, index time, index b, index unit) {
-  constexpr index block = Generator::block;
-  const index words = has_c ? 2 : 4;  // of a counter for h
-  std::uint32_t drawn[4];
-  Generator(seed, static_cast<std::uint32_t>(Draw::zoneout), where)
-      .words(static_cast<std::uint32_t>(unit / (words * block) * block + unit % block),
-             static_cast<std::uint32_t>(time), static_cast<std::uint32_t>(b), drawn);
-  const index word = unit / block % words;
-  return {drawn[word], drawn[has_c ? word + words : 0]};
-}
-
 // Of a kernel of so many independent elements: a few to a thread of a full device.
 inline Launch shape_of_each(index count, int ordinal) {
   const index most = index{device(ordinal).multiprocessors} * 8;
@@ -57,6 +41,11 @@ FUSEDRNN_DEVICE void for_each(index count, const F& f) {
   const index step = index{blocks_x()} * threads();
 #pragma unroll 1
   for (index i = index{block_x()} * threads() + thread(); i < count; i += step) f(i);
+}
+// f(t, b, n, i) for every element of (T, B, N), the i-th.
+template <class F>
+FUSEDRNN_DEVICE void for_each(index T, index B, index N, const F& f) {
+  for_each(T * B * N, [&](index i) { f(i / N / B, i / N % B, i % N, i); });
 }
 
 // weight_hh (gates·H, H) as Product reads it: for the forward, where an octet is a gate,
@@ -202,14 +191,15 @@ struct Previous : Sizes {
   const A* mask;  // (B, H) of what R sees, or null
 
   FUSEDRNN_DEVICE void operator()() const {
-    for_each(T * B * H, [&](index i) {
-      const index unit = i % H, b = i / H % B, t = i / H / B, step = time(t);
+    for_each(T, B, H, [&](index t, index b, index unit, index i) {
+      const int length = masks.length(b);
       A h = 0;
-      if (masks.is_active(t, b) && !masks.is_reset(t, b)) {
-        if (step == 0 || !masks.is_active(time(step - 1), b)) {
-          h = h0 ? h0[b * H + unit] : A{0};  // this row's first step
-        } else {
-          h = precision.state(y[time(step - 1) * y_t + b * y_b + unit]);
+      if (masks.is_within(t, length) && !masks.is_reset(t, b)) {
+        const index before = masks.time_before(*this, t, length);
+        if (before >= 0) {
+          h = precision.state(y[before * y_t + b * y_b + unit]);
+        } else if (h0) {
+          h = h0[b * H + unit];
         }
         if (mask) h *= mask[b * H + unit];
       }
@@ -230,8 +220,7 @@ struct GatherRows {
   Masks masks;
 
   FUSEDRNN_DEVICE void operator()() const {
-    for_each(T * B * width, [&](index i) {
-      const index column = i % width, b = i / width % B, t = i / width / B;
+    for_each(T, B, width, [&](index t, index b, index column, index i) {
       to[i] = masks.is_active(t, b) ? from[t * from_t + b * from_b + column] : S{};
     });
   }
@@ -241,9 +230,7 @@ struct GatherRows {
 template <class S>
 struct DropOut : Dropout<S> {
   FUSEDRNN_DEVICE void operator()() const {
-    for_each(this->T * this->B * this->N, [&](index at) {
-      const index n = at % this->N, j = at / this->N % this->B,
-                  i = at / this->N / this->B;
+    for_each(this->T, this->B, this->N, [&](index i, index j, index n, index) {
       const double factor =
           dropout_factor(this->seed, this->draw, this->where, this->p, i, j, n);
       const S value = this->from[i * this->from_t + j * this->from_b + n];
@@ -260,14 +247,13 @@ struct DrawRecurrent {
   index B, n;
 
   FUSEDRNN_DEVICE void operator()() const {
-    for_each(B * n, [&](index i) {
+    for_each(1, B, n, [&](index, index b, index unit, index i) {
       const auto draw = static_cast<std::uint32_t>(Draw::recurrent);
       to[i] = static_cast<A>(dropout_factor(options.seed, draw, options.where,
-                                            options.recurrent_dropout, 0, i / n, i % n));
+                                            options.recurrent_dropout, 0, b, unit));
     });
   }
 };
-inline bool drops(const Options& o) { return o.training && o.recurrent_dropout > 0; }
 
 // What zoneout keeps of each unit, (T, B, H): of h in bit 0, of c in bit 1.
 struct DrawZoneout {
@@ -277,21 +263,59 @@ struct DrawZoneout {
   index T, B, H;
 
   FUSEDRNN_DEVICE void operator()() const {
+    constexpr index block = Generator::block;
+    const index words = has_c ? 2 : 4;  // of a counter for h
+    const Generator generator(options.seed, static_cast<std::uint32_t>(Draw::zoneout),
+                              options.where);
     const std::uint32_t h = Generator::threshold(options.zoneout_h);
     const std::uint32_t c = Generator::threshold(options.zoneout_c);
-    for_each(T * B * H, [&](index i) {
-      const ZoneoutWords drawn =
-          zoneout_words(options.seed, options.where, has_c, i / H / B, i / H % B, i % H);
-      to[i] = static_cast<std::uint8_t>((drawn.h < h) | (drawn.c < c) << 1);
+    for_each(T, B, H, [&](index t, index b, index unit, index i) {
+      std::uint32_t drawn[4];
+      generator.words(
+          static_cast<std::uint32_t>(unit / (words * block) * block + unit % block),
+          static_cast<std::uint32_t>(t), static_cast<std::uint32_t>(b), drawn);
+      const index word = unit / block % words;
+      const bool keeps_c = has_c && drawn[(word + words) % 4] < c;
+      to[i] = static_cast<std::uint8_t>((drawn[word] < h) | keeps_c << 1);
     });
   }
 };
-inline bool zones_out(const Options& o) { return o.zoneout_h > 0 || o.zoneout_c > 0; }
+
+// What a call's kernels look at to mask rows and units, in its scratch memory.
+template <class A>
+struct Drawn {
+  int* lengths;        // or null
+  A* mask;             // (B, R) of what R sees of h, or null
+  std::uint8_t* kept;  // (T, B, H) where zoneout draws, or null
+
+  template <class S>
+  Drawn(const ForwardOf<S>& call, Carver& carver)
+      : lengths(call.lengths ? carver.take<int>(call.B) : nullptr),
+        mask(drops(call.options) ? carver.take<A>(call.B * call.R) : nullptr),
+        kept(zones_out(call.options) && call.options.training
+                 ? carver.take<std::uint8_t>(call.T * call.B * call.H)
+                 : nullptr) {}
+
+  template <class S>
+  Masks masks(const ForwardOf<S>& call) const {
+    return {lengths, call.resets, call.resets_t, call.resets_b};
+  }
+  // Queues what fills it.
+  template <class S>
+  void draw(const ForwardOf<S>& call, bool has_c) const {
+    const index T = call.T, B = call.B, H = call.H, R = call.R;
+    const auto queue = [&](const auto& kernel, index count) {
+      launch_each(kernel, count, call.device, call.stream);
+    };
+    if (lengths) queue(ReadLengths{call.lengths, call.wide_lengths, lengths, T, B}, B);
+    if (mask) queue(DrawRecurrent<A>{call.options, mask, B, R}, B * R);
+    if (kept) queue(DrawZoneout{call.options, has_c, kept, T, B, H}, T * B * H);
+  }
+};
 
 struct Convert : Conversion {
   FUSEDRNN_DEVICE void operator()() const {
-    for_each(T * B * N, [&](index at) {
-      const index n = at % N, j = at / N % B, i = at / N / B;
+    for_each(T, B, N, [&](index i, index j, index n, index) {
       const index in = i * from_t + j * from_b + n, out = i * to_t + j * to_b + n;
       if (to_element == Element::float64) {
         static_cast<double*>(to)[out] = static_cast<const double*>(from)[in];

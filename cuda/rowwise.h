@@ -30,14 +30,14 @@ using device::RowWise;
 using device::SlotBlocks;
 
 // The threads of a block along a row.
-template <class A, bool has_c>
+template <class A>
 struct BlockWalk {
   using S = A;
   using V = device::Vec<A>;
   static constexpr bool bias_is_in = false;
 
-  const Options* options;
-  index time, b;
+  const std::uint8_t* kept_bits;  // of the row where zoneout draws (rows.h), or null:
+  A keeps_h, keeps_c;             // what is expected
   A* scratch;
 
   template <class F>
@@ -62,12 +62,10 @@ struct BlockWalk {
   FUSEDRNN_DEVICE static V upto(const A* p, index u, index) { return {p[u]}; }
   FUSEDRNN_DEVICE static void put(V x, A* p, index u, index) { p[u] = x.value; }
   FUSEDRNN_DEVICE V keep_h(index u) const {
-    const double p = options->zoneout_h;
-    return options->training ? drawn(words(u).h, p) : V{static_cast<A>(p)};
+    return {kept_bits ? static_cast<A>(kept_bits[u] & 1) : keeps_h};
   }
   FUSEDRNN_DEVICE V keep_c(index u) const {
-    const double p = options->zoneout_c;
-    return options->training ? drawn(words(u).c, p) : V{static_cast<A>(p)};
+    return {kept_bits ? static_cast<A>(kept_bits[u] >> 1 & 1) : keeps_c};
   }
   FUSEDRNN_DEVICE static V kept(V x) { return x; }
   FUSEDRNN_DEVICE static float root(float x) { return root_of(x); }
@@ -88,12 +86,6 @@ struct BlockWalk {
     for (int i = 0; i < 32; ++i) total += parts[i];
     return total;
   }
-  FUSEDRNN_DEVICE ZoneoutWords words(index u) const {
-    return zoneout_words(options->seed, options->where, has_c, time, b, u);
-  }
-  FUSEDRNN_DEVICE static V drawn(std::uint32_t word, double p) {
-    return {static_cast<A>(word < Generator::threshold(p) ? 1 : 0)};
-  }
 };
 
 // What the kernels of a layer know, by value.
@@ -101,7 +93,7 @@ template <template <class> class CellOf, class A>
 struct RowKernel : Sizes {
   using V = device::Vec<A>;
   using Cell = CellOf<V>;
-  using Walk = BlockWalk<A, Cell::has_c>;
+  using Walk = BlockWalk<A>;
   using Rows = RowWise<Cell, Walk>;
   static constexpr int gates = Cell::gates, slots = Cell::slots;
 
@@ -111,30 +103,29 @@ struct RowKernel : Sizes {
   Masks masks;
   index record_values;
   const A *h0, *c0;
-  const A* bias;   // (slots, H)
-  const A* zeros;  // (max(R, H),)
-  const A* mask;   // (B, R) of what R sees, or null
-  A* scratch;      // (B, 2 + slots, H)
+  const A* bias;             // (slots, H)
+  const A* zeros;            // (max(R, H),)
+  const A* mask;             // (B, R) of what R sees, or null
+  const std::uint8_t* kept;  // (T, B, H) where zoneout draws, or null
+  A* scratch;                // (B, 2 + slots, H)
 
   FUSEDRNN_DEVICE Rows rows(index t, index b) const {
-    const Walk walk{&options, t, b, scratch + b * (2 + slots) * H};
+    const Walk walk{kept ? kept + (t * B + b) * H : nullptr,
+                    static_cast<A>(options.zoneout_h), static_cast<A>(options.zoneout_c),
+                    scratch + b * (2 + slots) * H};
     return Rows(*this, H, bias, walk);
   }
   FUSEDRNN_DEVICE bool is_active(index t, index b) const { return masks.is_active(t, b); }
-  // The time of the step before that of time t, or -1: a row's first.
-  FUSEDRNN_DEVICE index time_before(index t, index b) const {
-    const index before = reverse ? t + 1 : t - 1;
-    return before < 0 || before >= T || !is_active(before, b) ? -1 : before;
-  }
   FUSEDRNN_DEVICE bool is_cut(index t, index b) const {
-    if (masks.is_reset(t, b)) return true;
-    return options.bptt && (t + reverse) % options.bptt == 0 && time_before(t, b) >= 0;
+    const int bptt = options.bptt < T ? static_cast<int>(options.bptt) : 0;
+    return masks.is_reset(t, b) ||
+           masks.begins_chunk(*this, bptt, static_cast<int>(t), masks.length(b));
   }
   // A state before the step of time t, of what the steps left at `left`.
   FUSEDRNN_DEVICE const A* before(index t, index b, const A* given, const A* left,
                                   index time_apart, index row_apart, index width) const {
     if (masks.is_reset(t, b)) return zeros;
-    const index time = time_before(t, b);
+    const index time = masks.time_before(*this, t, masks.length(b));
     if (time >= 0) return left + time * time_apart + b * row_apart;
     return given ? given + b * width : zeros;
   }
@@ -324,28 +315,6 @@ struct RowAgain : RowKernel<CellOf, A> {
   }
 };
 
-// (T, B, R) h' as R sees it at each time, 0 where no step is taken.
-template <template <class> class CellOf, class A>
-struct RowSeen : RowKernel<CellOf, A> {
-  using Base = RowKernel<CellOf, A>;
-  using Base::B, Base::R, Base::T, Base::mask;
-  const A* y;
-  index y_b;
-  A* to;
-
-  FUSEDRNN_DEVICE void operator()() const {
-    for_each(T * B * R, [&](index i) {
-      const index t = i / R / B, b = i / R % B, u = i % R;
-      A value = 0;
-      if (this->is_active(t, b)) {
-        value = this->before(t, b, this->h0, y, B * y_b, y_b, R)[u];
-        if (mask) value *= mask[b * R + u];
-      }
-      to[i] = value;
-    });
-  }
-};
-
 // A step backward, in parts: dh and, unless that is projected, the cell; the cell, from
 // what the projection gives; the rest of a GRU that is reset before. Step -1 is the state
 // before the first.
@@ -446,20 +415,19 @@ class RowLayer {
   static constexpr int gates = Cell::gates, slots = Cell::slots;
   static constexpr int first_input = slots - gates;
   static constexpr int row_threads = 256;
-  static constexpr Element element = sizeof(A) == 8 ? Element::float64 : Element::float32;
+  static constexpr Element element = state_element<A>;
 
   // Scratch memory of both directions.
   struct Room {
-    A *bias, *zeros, *mask, *scratch;
-    int* lengths;
+    Drawn<A> drawn;
+    A *bias, *zeros, *scratch;
     void* matmul;
     A* x;  // a copy, or null
     Room(const ForwardOf<A>& call, bool masked, Carver& carver)
-        : bias(carver.take<A>(slots * call.H)),
+        : drawn(call, carver),
+          bias(carver.take<A>(slots * call.H)),
           zeros(carver.take<A>(call.H > call.R ? call.H : call.R)),
-          mask(drops(call.options) ? carver.take<A>(call.B * call.R) : nullptr),
           scratch(carver.take<A>(call.B * (2 + slots) * call.H)),
-          lengths(call.lengths ? carver.take<int>(call.B) : nullptr),
           matmul(carver.take<char>(matmul_workspace)),
           x(masked || !row_stride(call) ? carver.take<A>(call.T * call.B * call.I)
                                         : nullptr) {}
@@ -586,12 +554,13 @@ class RowLayer {
     const GradientRow<Cell> at = row_of(call);
     const index gradient = at.values;
 
-    RowSeen<CellOf, A> seen{};
-    fill(seen, call, room);
-    seen.y = call.y;
-    seen.y_b = call.y_b;
-    seen.to = room.seen;
-    launch_each(seen, all * R, call);
+    Sizes of_h = call;
+    of_h.H = R;
+    const Previous<Exact<A>> seen{
+        of_h,           {},      call.y,    B * call.y_b,
+        call.y_b,       call.h0, room.seen, room.drawn.masks(call),
+        room.drawn.mask};
+    cuda::launch_each(seen, all * R, call.device, call.stream);
     const Matrix x = gather_x(call, room);
     if (!call.saved) compute_again(call, room, x);
 
@@ -668,25 +637,18 @@ class RowLayer {
     kernel.model = call.model;
     kernel.options = call.options;
     kernel.vectors = call.vectors;
-    kernel.masks = {room.lengths, call.resets, call.resets_t, call.resets_b};
+    kernel.masks = room.drawn.masks(call);
     kernel.record_values = record(call.model);
     kernel.h0 = call.h0;
     kernel.c0 = call.c0;
     kernel.bias = room.bias;
     kernel.zeros = room.zeros;
-    kernel.mask = room.mask;
+    kernel.mask = room.drawn.mask;
+    kernel.kept = room.drawn.kept;
     kernel.scratch = room.scratch;
   }
   static void start(const ForwardOf<A>& call, const Room& room, A* h, A* c, A* seen) {
-    if (call.lengths) {
-      const ReadLengths read{call.lengths, call.wide_lengths, room.lengths, call.T,
-                             call.B};
-      cuda::launch_each(read, call.B, call.device, call.stream);
-    }
-    if (room.mask) {
-      const DrawRecurrent<A> draw{call.options, room.mask, call.B, call.R};
-      cuda::launch_each(draw, call.B * call.R, call.device, call.stream);
-    }
+    room.drawn.draw(call, Cell::has_c);
     RowStart<CellOf, A> kernel{};
     fill(kernel, call, room);
     kernel.bias_ih = call.bias_ih;
@@ -734,7 +696,7 @@ class RowLayer {
   static Matrix gather_x(const ForwardOf<A>& call, const Room& room) {
     const index rows = call.T * call.B;
     if (!room.x) return {call.x, element, rows, call.I, row_stride(call), false};
-    const Masks masks{room.lengths, call.resets, call.resets_t, call.resets_b};
+    const Masks masks = room.drawn.masks(call);
     const GatherRows<Exact<A>> gather{call.x, call.x_t, call.x_b, room.x,
                                       call.T, call.B,   call.I,   masks};
     cuda::launch_each(gather, rows * call.I, call.device, call.stream);

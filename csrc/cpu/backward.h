@@ -71,8 +71,8 @@ class BackwardPass {
       const index second = Second<L>(p.model).exists ? right_width(p.H) : 0;
       right = this->take(depth_of(p, layout) *
                          (right_width(p.I) + right_width(p.R) + second));
-      mask = this->take(drops(p) ? rows_of_P : 0);
-      seen = this->take(drops(p) ? steps * rows_of_P : 0);
+      mask = this->take(drops(p.options) ? rows_of_P : 0);
+      seen = this->take(drops(p.options) ? steps * rows_of_P : 0);
       dh = this->take(p.row_wise ? rows_of_P : 0);
       dm = this->take(second ? rows_of_P : 0);
       sums = this->take(p.row_wise ? vectors * layout.P : 0);
@@ -283,7 +283,7 @@ class BackwardPass {
                                                 resets_before<Cell>(p_.model))) {
         return false;
       }
-      for (int r = 0; r < rows && drops(p_); ++r) {
+      for (int r = 0; r < rows && drops(p_.options); ++r) {
         for (int n = 0; n < columns && column + n * lanes < layout_.P; ++n) {
           dh[r][n] =
               dh[r][n] * V::load(room_.mask + tile.b[r] * layout_.P + column + n * lanes);
@@ -709,7 +709,7 @@ class BackwardPass {
 
   // What R is multiplied by in the step of row b.
   const S* seen_before(index s, index b) const {
-    return drops(p_) ? seen(s) + b * layout_.P : h_before(s)(b);
+    return drops(p_.options) ? seen(s) + b * layout_.P : h_before(s)(b);
   }
   S* seen(index s) const { return room_.seen + s % stretch_ * p_.B * layout_.P; }
   S* records(index s) const { return room_.records + s % ring_ * p_.B * record_; }
@@ -727,7 +727,7 @@ class BackwardPass {
         start_cell(b, j);
         if (i >= working) leave_cell(b, j);
       }
-      if (drops(p_)) {
+      if (drops(p_.options)) {
         draw_seen(p_.options, b, p_.R, room_.mask + b * layout_.P);
       }
       // As padding of da is for the plain kernels.
@@ -742,13 +742,13 @@ class BackwardPass {
   // What the rows of a stretch need that was not saved.
   void prepare(const Schedule& all, const Team& team, index begin, index end) const {
     const bool again = computes_again(p_);
-    if (!drops(p_) && !again) return;
+    if (!drops(p_.options) && !again) return;
     const Range own = team.share(all.count(begin, end));
     each_entry(all, begin, own, [&](index s, index b) {
       const S* const h = h_before(s)(b);
       const S* const mask = room_.mask + b * layout_.P;
       S* const to = seen(s) + b * layout_.P;
-      for (index j = 0; j < p_.R && drops(p_); j += lanes) {
+      for (index j = 0; j < p_.R && drops(p_.options); j += lanes) {
         const index left = p_.R - j;
         store_upto(load_upto<V>(h + j, left) * V::load(mask + j), to + j, left);
       }
@@ -908,7 +908,8 @@ class BackwardPass {
     if (whole) meet(own, team);
     each_row(places, [&](index b, const typename Rows::BackRow& row) {
       rows_.close_backward(row, row_, room_.dm + b * layout_.P,
-                           drops(p_) ? room_.mask + b * layout_.P : nullptr, mine);
+                           drops(p_.options) ? room_.mask + b * layout_.P : nullptr,
+                           mine);
     });
   }
 

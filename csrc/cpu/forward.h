@@ -22,12 +22,6 @@
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// Whether R sees another h' than the cell.
-template <class Problem>
-bool drops(const Problem& p) {
-  return p.options.training && p.options.recurrent_dropout > 0;
-}
-
 // Hands out parts of one piece of memory, in whole cache lines; of none, to learn how
 // large it must be.
 template <class S>
@@ -139,8 +133,8 @@ class ForwardPass {
                              threads);
       zeros = this->of_thread((p.row_wise ? slots : 1) * layout.P, rank, threads);
       c0 = this->take(rows_of_P);
-      mask = this->take(drops(p) ? rows_of_P : 0);
-      seen = this->take(drops(p) ? 3 * rows_of_P : 0);
+      mask = this->take(drops(p.options) ? rows_of_P : 0);
+      seen = this->take(drops(p.options) ? 3 * rows_of_P : 0);
       operand = this->take(Second<L>(p.model).exists ? rows_of_P : 0);
       const index record = record_stride<L>(p.model);
       records = this->take(records_are_saved(p) ? 0 : stretch(p, layout) * p.B * record);
@@ -372,7 +366,7 @@ class ForwardPass {
   }
   // What R is multiplied by.
   StateBefore<S> operand_before(index s) const {
-    if (!drops(p_)) return h_before(s);
+    if (!drops(p_.options)) return h_before(s);
     return {p_, s, room_.zeros, room_.seen, seen(s - 1), layout_.P, layout_.P};
   }
   S* seen(index s) const { return room_.seen + (1 + (s & 1)) * p_.B * layout_.P; }
@@ -491,7 +485,7 @@ class ForwardPass {
 
   void start_rows(const Blocks<L>& own, const Team& team) const {
     rows_.e.start(p_.options, layout_.P);
-    if (!drops(p_)) return;
+    if (!drops(p_.options)) return;
     const index all = own.rows.rows();
     const Range places = own.alone ? Range{0, all} : team.share(all);
     for (index i = places.begin; i < places.end; ++i) {
@@ -543,7 +537,7 @@ class ForwardPass {
     const Part mine = part(own, team, count, units(own));
     const auto finish = [&](index b, const typename Rows::Row& row, Range of) {
       rows_.after(y(s) + b * p_.y_b, row.h_prev, room_.mask + b * layout_.P,
-                  drops(p_) ? seen(s) + b * layout_.P : nullptr, of);
+                  drops(p_.options) ? seen(s) + b * layout_.P : nullptr, of);
     };
     if (whole) meet(own, team);
     each_row(own, s, mine.places, [&](index b, const typename Rows::Row& row) {

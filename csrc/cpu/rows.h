@@ -134,7 +134,7 @@ struct Walk {
   }
   // 1 for the units of row b that keep their h and c at a time, else 0.
   void draw(const Options& o, index time, index b, Range units) const {
-    if (!o.training || (o.zoneout_h == 0 && o.zoneout_c == 0)) return;
+    if (!o.training || !zones_out(o)) return;
     const Generator generator(o.seed, static_cast<std::uint32_t>(Draw::zoneout), o.where);
     const std::uint32_t h = Generator::threshold(o.zoneout_h);
     const std::uint32_t c = Generator::threshold(o.zoneout_c);
