@@ -20,7 +20,8 @@
 //                       is 0, whatever the direction; without effect where none is taken
 //
 // Gradients carry the name of what they belong to with a prefix d. A null pointer among
-// dy, dh_n, dc_n, dcells stands for zeros, that of a mask for none. Outputs alias
+// dy, dh_n, dc_n, dcells stands for zeros, that of a mask for none, and among dx and the
+// gradients of parameters for one that nobody wants and that costs nothing. Outputs alias
 // nothing.
 #pragma once
 
@@ -133,7 +134,7 @@ struct Backward : Steps {
   S* dx;
   index dx_t, dx_b;
   S *dweight_ih, *dweight_hh, *dbias_ih, *dbias_hh;  // contiguous, torch's shapes
-  S* dweight_hr;                                     // or null, as the next
+  S* dweight_hr;
   Vectors<S> dvectors;
   S *dh0, *dc0;
 };

@@ -51,6 +51,7 @@ struct BackwardOf : ForwardOf<S> {
   S* dx;  // (T, B, I), rows dx_b apart
   index dx_b;
   bool adds_dx;  // to what is there
+  // Null where nobody wants them, as dx and dvectors.
   S *dweight_ih, *dweight_hh, *dbias_ih, *dbias_hh, *dweight_hr;
   Vectors<S> dvectors;
   S *dh0, *dc0;

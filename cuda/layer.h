@@ -266,7 +266,7 @@ class Layer {
 
     const auto multiply = [&](const Matrix& left, const Matrix& right, const Matrix& to,
                               bool adds = false) {
-      matmul(left, right, to, adds, tf32, room.matmul, call.stream);
+      if (to.data) matmul(left, right, to, adds, tf32, room.matmul, call.stream);
     };
     const index da_stride = slots * H;
     const S* const of_input = room.da + first_input * H;
@@ -276,7 +276,8 @@ class Layer {
     multiply(matrix(of_input, rows, gates * H, da_stride, true), matrix(x, rows, I, x_b),
              matrix(call.dweight_ih, gates * H, I, I));
     each_recurrent_block<Cell>(0, [&](int slot, int block, int count) {
-      S* const to = static_cast<S*>(call.dweight_hh) + block * H * H;
+      S* const all = static_cast<S*>(call.dweight_hh);
+      S* const to = all ? all + block * H * H : nullptr;
       multiply(matrix(room.da + slot * H, rows, count * H, da_stride, true),
                matrix(room.h_prev, rows, H, H), matrix(to, count * H, H, H));
     });
@@ -290,9 +291,9 @@ class Layer {
                           static_cast<S*>(call.dbias_ih),
                           static_cast<S*>(call.dbias_hh)};
     blocks_of_slots(bias.input_block, bias.recurrent_block);
-    launch_columns(bias, call.stream);
+    if (bias.dbias_ih || bias.dbias_hh) launch_columns(bias, call.stream);
     if constexpr (Cell::peepholes > 0) {
-      if (!room.dweight_ch) return;
+      if (!room.dweight_ch || !call.dvectors.weight_ch) return;
       RowSums<A> sums{};
       sums.rows = call.B;
       sums.H = H;
@@ -366,15 +367,18 @@ class Layer {
     S* slots;
     A* c;
     index c_t, c_b;
+    // One piece of memory, c before the smaller slots: so much for each step and row.
     Saved(const Call& call, Carver& carver)
-        : slots(carver.take<S>(device::saves_slots<Cell>(call.options)
-                                   ? call.T * call.B * Layer::slots * call.H
-                                   : 0)),
-          c(static_cast<A*>(call.cells)),
-          c_t(call.cells_t),
-          c_b(call.cells_b) {
-      if (!Cell::has_c || c) return;
-      c = carver.take<A>(call.T * call.B * call.H);
+        : c(static_cast<A*>(call.cells)), c_t(call.cells_t), c_b(call.cells_b) {
+      const index count = call.T * call.B * call.H;
+      const bool keeps_c = Cell::has_c && !c;
+      const index of_c = keeps_c ? count * index{sizeof(A)} : 0;
+      const bool has_slots = device::saves_slots<Cell>(call.options);
+      const index of_slots = has_slots ? count * Layer::slots * index{sizeof(S)} : 0;
+      char* const all = carver.take<char>(of_c + of_slots);
+      slots = all && has_slots ? reinterpret_cast<S*>(all + of_c) : nullptr;
+      if (!keeps_c) return;
+      c = reinterpret_cast<A*>(all);
       c_t = call.B * call.H;
       c_b = call.H;
     }

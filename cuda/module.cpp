@@ -291,6 +291,16 @@ class Kernel {
     });
     return saved;
   }
+  // What a forward of these arrays, whose values do not matter, would save.
+  index saved_bytes(const Arrays& arrays, const CallOptions& options) const {
+    index needed = 0;
+    with_runs(arrays, [&]<class S>(const Runs<S>& runs) {
+      ForwardOf<S> call{};
+      fill<S>(call, arrays, options, false);
+      needed = runs.saved_bytes(call);
+    });
+    return needed;
+  }
   void backward(const Arrays& arrays, const CallOptions& options, bool reverse,
                 const py::function& allocate) const {
     with_runs(arrays, [&]<class S>(const Runs<S>& runs) {
@@ -478,7 +488,7 @@ class Kernel {
     set(call.dc_n, arrays, "dc_n", {B, H}, of_state);
     set(call.dcells, arrays, "dcells", {T, B, H}, of_state, &call.dcells_t,
         &call.dcells_b);
-    set_rows(call.dx, arrays, "dx", {T, B, I}, &call.dx_b);
+    if (find(arrays, "dx")) set_rows(call.dx, arrays, "dx", {T, B, I}, &call.dx_b);
     call.adds_dx = options.adds_dx;
     set(call.dweight_ih, arrays, "dweight_ih", {GH, I}, storage);
     set(call.dweight_hh, arrays, "dweight_hh", {GH, R}, storage);
@@ -489,11 +499,6 @@ class Kernel {
     const bool has_h = set(call.dh0, arrays, "dh0", {B, R}, of_state);
     const bool has_c = set(call.dc0, arrays, "dc0", {B, H}, of_state);
     if (!has_h || has_c != cell_.has_c) refuse("dh0");
-    if (!call.dweight_ih || !call.dweight_hh || !call.dbias_ih || !call.dbias_hh ||
-        !call.dweight_hr != !call.weight_hr ||
-        !call.dvectors.weight_ch != !call.vectors.weight_ch) {
-      refuse("a gradient");
-    }
   }
 
   template <class S>
@@ -756,6 +761,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def("packed_bytes", &Kernel::packed_bytes)
       .def("pack", &Kernel::pack)
       .def("forward", &Kernel::forward)
+      .def("saved_bytes", &Kernel::saved_bytes)
       .def("backward", &Kernel::backward)
       .def("explain", &Kernel::explain);
 

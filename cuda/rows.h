@@ -365,10 +365,10 @@ struct BiasGradients {
     for (int other = 1; other < warps; ++other) sum += sums[other * 32 + lane()];
     const int slot = static_cast<int>(column / H);
     const index unit = column % H;
-    if (input_block[slot] >= 0) {
+    if (dbias_ih && input_block[slot] >= 0) {
       dbias_ih[input_block[slot] * H + unit] = precision.storage(sum);
     }
-    if (recurrent_block[slot] >= 0) {
+    if (dbias_hh && recurrent_block[slot] >= 0) {
       dbias_hh[recurrent_block[slot] * H + unit] = precision.storage(sum);
     }
   }

@@ -622,7 +622,7 @@ class RowLayer {
     return row;
   }
   static void clear(A* to, index count, const ForwardOf<A>& call) {
-    if (to) cuda::clear(to, count * index{sizeof(A)}, call.stream);
+    cuda::clear(to, count * index{sizeof(A)}, call.stream);
   }
   static void give(const A* from, A* to, index count, const ForwardOf<A>& call) {
     const index bytes = count * index{sizeof(A)};
@@ -775,21 +775,26 @@ class RowLayer {
     const auto of = [&](index from, index columns, bool transposed) {
       return Matrix{room.gradients + from, element, all, columns, gradient, transposed};
     };
-    multiply(call, room, of(at.input, gates * H, false),
-             blocks_of(call.weight_ih, 0, gates, H, I, false),
-             {call.dx, element, all, I, call.dx_b, false}, call.adds_dx);
-    multiply(call, room, of(at.input, gates * H, true), x,
-             {call.dweight_ih, element, gates * H, I, I, false});
+    if (call.dx) {
+      multiply(call, room, of(at.input, gates * H, false),
+               blocks_of(call.weight_ih, 0, gates, H, I, false),
+               {call.dx, element, all, I, call.dx_b, false}, call.adds_dx);
+    }
+    if (call.dweight_ih) {
+      multiply(call, room, of(at.input, gates * H, true), x,
+               {call.dweight_ih, element, gates * H, I, I, false});
+    }
     each_recurrent(call, [&](int slot, int block, int count) {
+      if (!call.dweight_hh) return;
       multiply(call, room, of(at.recurrent + slot * H, count * H, true),
                {room.seen, element, all, R, R, false},
                {call.dweight_hh + block * H * R, element, count * H, R, R, false});
     });
-    if (resets_before<Cell>(call.model)) {
+    if (resets_before<Cell>(call.model) && call.dweight_hh) {
       multiply(call, room, of(at.recurrent, H, true), of(at.reset, H, false),
                {call.dweight_hh + 2 * H * R, element, H, R, R, false});
     }
-    if (call.model.projects) {
+    if (call.dweight_hr) {
       multiply(call, room, of(at.dh, R, true), of(at.m, H, false),
                {call.dweight_hr, element, R, H, H, false});
     }
@@ -823,7 +828,7 @@ class RowLayer {
       add(v.gamma_c, 0, at.seen_c, room.gradients + at.normal_c, gradient);
       add(v.beta_c, 0, at.seen_c);
     }
-    launch_sums(sums, call.stream);
+    if (sums.count > 0) launch_sums(sums, call.stream);
   }
 };
 

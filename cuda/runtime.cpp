@@ -115,7 +115,7 @@ void copy(void* to, const void* from, index bytes, Stream stream) {
         "copy");
 }
 void clear(void* memory, index bytes, Stream stream) {
-  if (bytes == 0) return;
+  if (!memory || bytes == 0) return;
   check(cudaMemsetAsync(memory, 0, static_cast<std::size_t>(bytes),
                         static_cast<cudaStream_t>(stream)),
         "zeros");

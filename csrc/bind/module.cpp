@@ -171,7 +171,47 @@ class Weights {
   // needs preparing or is wrong, None: the caller then takes the long way, which words
   // errors.
   py::object call(const py::object& x, const py::object& state) const {
-    return single_ ? call_as<float>(x, state) : call_as<double>(x, state);
+    const bool pair = cell_.has_c;
+    py::object h0 = state, c0 = py::none();
+    if (pair && !state.is_none()) {
+      if (!PyTuple_CheckExact(state.ptr()) || PyTuple_GET_SIZE(state.ptr()) != 2) {
+        return py::none();
+      }
+      h0 = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(state.ptr(), 0));
+      c0 = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(state.ptr(), 1));
+      if (h0.is_none() || c0.is_none()) return py::none();
+    }
+    const auto made = plain_forward(x, h0, c0, false, false, 1);
+    if (!made) return py::none();
+    py::object last = made->h_n;
+    if (pair) last = py::make_tuple(made->h_n, *made->c_n);
+    return py::make_tuple(made->y, std::move(last));
+  }
+
+  // What a plain call makes.
+  struct Made {
+    Array y, h_n;
+    MaybeArray c_n, saved;
+  };
+  // A plain call as it comes, or nothing where an argument needs preparing or is wrong:
+  // x (T, B, I) of contiguous rows, h0 and c0 (B, H), or (layers, B, H) where that is
+  // not 0, or None for zeros.
+  std::optional<Made> plain_forward(const py::handle& x, const py::handle& h0,
+                                    const py::handle& c0, bool reverse, bool saves,
+                                    index layers) const {
+    return single_ ? plain_forward_as<float>(x, h0, c0, reverse, saves, layers)
+                   : plain_forward_as<double>(x, h0, c0, reverse, saves, layers);
+  }
+  // And back: the gradients of x, h0, c0 and the parameters whose bits are in `wanted`.
+  py::object plain_backward(const py::handle& x, const py::handle& h0,
+                            const py::handle& c0, bool reverse, const py::handle& y,
+                            const py::handle& saved, const py::handle& dy,
+                            const py::handle& dh_n, const py::handle& dc_n,
+                            unsigned wanted) const {
+    return single_ ? plain_backward_as<float>(x, h0, c0, reverse, y, saved, dy, dh_n,
+                                              dc_n, wanted)
+                   : plain_backward_as<double>(x, h0, c0, reverse, y, saved, dy, dh_n,
+                                               dc_n, wanted);
   }
 
   // `forward`: the weights of the forward, where backward needs them, which is row by
@@ -181,7 +221,7 @@ class Weights {
                 const MaybeArray& resets, bool reverse, const Array& y,
                 const MaybeArray& saved, const MaybeArray& cells, const MaybeArray& dy,
                 const MaybeArray& dh_n, const MaybeArray& dc_n, const MaybeArray& dcells,
-                Array dx, Arrays& d, Array dh0, MaybeArray dc0) const {
+                MaybeArray dx, Arrays& d, Array dh0, MaybeArray dc0) const {
     if (&forward.cell_ != &cell_ || forward.single_ != single_) refuse("forward");
     visit(true, [&]<class S>(const S* packed) {
       Backward<S> p{};
@@ -209,8 +249,8 @@ class Weights {
       p.dcells_t = dcells ? stride(*dcells, 0) : 0;
       p.dcells_b = dcells ? stride(*dcells, 1) : 0;
       p.dx = write<S>(dx, "dx", {p.T, p.B, p.I});
-      p.dx_t = stride(dx, 0);
-      p.dx_b = stride(dx, 1);
+      p.dx_t = dx ? stride(*dx, 0) : 0;
+      p.dx_b = dx ? stride(*dx, 1) : 0;
       p.dweight_ih = write<S>(d[0], "dweight_ih", {GH, p.I});
       p.dweight_hh = write<S>(d[1], "dweight_hh", {GH, p.R});
       p.dbias_ih = write<S>(d[2], "dbias_ih", {GH});
@@ -222,8 +262,6 @@ class Weights {
       p.dh0 = write<S>(dh0, "dh0", {p.B, p.R});
       p.dc0 = write<S>(dc0, "dc0", {p.B, p.H});
       if (cell_.has_c && !(p.c0 && p.dc0)) refuse("c0 or dc0");
-      if (!(p.dweight_ih && p.dweight_hh && p.dbias_ih && p.dbias_hh)) refuse("d");
-      if (model_.projects && !p.dweight_hr) refuse("dweight_hr");
       const bool again = saved_size && !p.saved;
       if (again && (!options.row_wise || (cell_.has_c && !p.cells))) refuse("saved");
       const py::gil_scoped_release release;
@@ -267,57 +305,146 @@ class Weights {
     return told;
   }
 
+  // The same of an array whose rows are contiguous, and their strides.
   template <class S>
-  py::object call_as(const py::object& x, const py::object& state) const {
-    if (backward_ || !py::isinstance<Array>(x)) return py::none();
+  static const S* ready_rows(const py::handle& object, const std::array<index, 3>& shape,
+                             index& stride_t, index& stride_b) {
+    if (!py::isinstance<py::array_t<S>>(object)) return nullptr;
+    const auto a = py::reinterpret_borrow<Array>(object);
+    if (a.ndim() != 3 || !std::equal(shape.begin(), shape.end(), a.shape()))
+      return nullptr;
+    const index size = sizeof(S);
+    const bool whole = a.strides(0) % size == 0 && a.strides(1) % size == 0;
+    const bool contiguous = a.strides(2) == size || shape[2] == 1;
+    const bool aligned = a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+    if (!whole || !contiguous || !aligned) return nullptr;
+    stride_t = stride(a, 0);
+    stride_b = stride(a, 1);
+    return static_cast<const S*>(a.data());
+  }
+
+  // A new array, large ones of memory that is used again.
+  template <class S>
+  static Array make(const std::vector<index>& shape) {
+    index size = sizeof(S);
+    for (const index n : shape) size *= n;
+    return size >= large_array ? allocate(shape, py::dtype::of<S>())
+                               : Array(py::dtype::of<S>(), shape);
+  }
+
+  // A state before the first step, zeros for None, null where it is not ready.
+  template <class S>
+  static const S* start_at(const py::handle& given, index B, index H, index layers,
+                           std::optional<Array>& zeros) {
+    if (!given.is_none() && layers > 0) return ready<S>(given, {layers, B, H});
+    if (!given.is_none()) return ready<S>(given, {B, H});
+    if (!zeros) {
+      zeros.emplace(make<S>({B, H}));
+      std::fill_n(static_cast<S*>(zeros->mutable_data()), B * H, S(0));
+    }
+    return static_cast<const S*>(zeros->data());
+  }
+
+  // x, the sizes and the state of a plain call; false where something is not ready.
+  template <template <class> class Problem, class S>
+  bool start_plain(Problem<S>& p, const py::handle& x, const py::handle& h0,
+                   const py::handle& c0, bool reverse, index layers,
+                   std::optional<Array>& zeros) const {
+    if (!py::isinstance<Array>(x) || model_.projects || model_.norm) return false;
     const auto rows = py::reinterpret_borrow<Array>(x);
-    if (rows.ndim() != 3 || rows.shape(0) < 1 || rows.shape(1) < 1) return py::none();
-    Forward<S> p{};
-    sizes(p, rows, false);
+    if (rows.ndim() != 3 || rows.shape(0) < 1 || rows.shape(1) < 1) return false;
+    sizes(p, rows, reverse);
     p.model = model_;
     p.options = CallOptions{}.values;
-    const bool pair = cell_.has_c;
-    p.x = ready<S>(x, {p.T, p.B, p.I});
-    p.x_t = p.B * p.I;
-    p.x_b = p.I;
-    std::optional<py::array_t<S>> zeros;
-    if (state.is_none()) {
-      zeros.emplace(p.B * p.H);
-      std::fill_n(zeros->mutable_data(), p.B * p.H, S(0));
-      p.h0 = zeros->data();
-      p.c0 = pair ? p.h0 : nullptr;
-    } else if (!pair) {
-      p.h0 = ready<S>(state, {1, p.B, p.H});
-    } else if (PyTuple_CheckExact(state.ptr()) && PyTuple_GET_SIZE(state.ptr()) == 2) {
-      p.h0 = ready<S>(PyTuple_GET_ITEM(state.ptr(), 0), {1, p.B, p.H});
-      p.c0 = ready<S>(PyTuple_GET_ITEM(state.ptr(), 1), {1, p.B, p.H});
-    }
-    if (!p.x || !p.h0 || (pair && !p.c0)) return py::none();
+    p.x = ready_rows<S>(x, {p.T, p.B, p.I}, p.x_t, p.x_b);
+    p.h0 = start_at<S>(h0, p.B, p.H, layers, zeros);
+    if (cell_.has_c) p.c0 = start_at<S>(c0, p.B, p.H, layers, zeros);
+    return p.x && p.h0 && (p.c0 || !cell_.has_c);
+  }
 
-    const py::dtype dtype = rows.dtype();
-    const auto empty = [&](index T) {
-      const bool large = T * p.B * p.H * index{sizeof(S)} >= large_array;
-      return large ? allocate({T, p.B, p.H}, dtype)
-                   : Array(dtype, std::array<index, 3>{T, p.B, p.H});
+  template <class S>
+  std::optional<Made> plain_forward_as(const py::handle& x, const py::handle& h0,
+                                       const py::handle& c0, bool reverse, bool saves,
+                                       index layers) const {
+    Forward<S> p{};
+    std::optional<Array> zeros;
+    if (backward_ || !start_plain(p, x, h0, c0, reverse, layers, zeros)) return {};
+    const auto& kernels = cell_.kernels<S>();
+    const auto state = [&] {
+      return layers > 0 ? make<S>({layers, p.B, p.H}) : make<S>({p.B, p.H});
     };
-    Array y = empty(p.T), h_n = empty(1), c_n = pair ? empty(1) : Array();
+    Made made{make<S>({p.T, p.B, p.H}), state(), {}, {}};
+    if (cell_.has_c) made.c_n = state();
+    const index size = saves ? kernels.saved_size(model_, p.options) : 0;
+    if (size > 0) made.saved = make<S>({p.T, p.B, size});
     p.weights = packed_.as<const S>();
     if (borrow_) {
       p.weight_ih = static_cast<const S*>(weight_ih_.data());
       p.weight_hh = static_cast<const S*>(weight_hh_.data());
     }
-    p.y = static_cast<S*>(y.mutable_data());
+    const auto values = [](MaybeArray& a) {
+      return a ? static_cast<S*>(a->mutable_data()) : nullptr;
+    };
+    p.y = static_cast<S*>(made.y.mutable_data());
     p.y_t = p.B * p.H;
     p.y_b = p.H;
-    p.h_n = static_cast<S*>(h_n.mutable_data());
-    if (pair) p.c_n = static_cast<S*>(c_n.mutable_data());
+    p.h_n = static_cast<S*>(made.h_n.mutable_data());
+    p.c_n = values(made.c_n);
+    p.saved = values(made.saved);
+    const py::gil_scoped_release release;
+    run(kernels, cell_.gates, p);
+    return made;
+  }
+
+  template <class S>
+  py::object plain_backward_as(const py::handle& x, const py::handle& h0,
+                               const py::handle& c0, bool reverse, const py::handle& y,
+                               const py::handle& saved, const py::handle& dy,
+                               const py::handle& dh_n, const py::handle& dc_n,
+                               unsigned wanted) const {
+    Backward<S> p{};
+    std::optional<Array> zeros;
+    if (!backward_ || !start_plain(p, x, h0, c0, reverse, 0, zeros)) return py::none();
+    const auto& kernels = cell_.kernels<S>();
+    const index GH = cell_.gates * p.H, size = kernels.saved_size(model_, p.options);
+    const std::array<index, 3> of_y{p.T, p.B, p.H};
+    p.y = ready_rows<S>(y, of_y, p.y_t, p.y_b);
+    p.saved = size > 0 ? ready<S>(saved, {p.T, p.B, size}) : nullptr;
+    p.dy = dy.is_none() ? nullptr : ready_rows<S>(dy, of_y, p.dy_t, p.dy_b);
+    p.dh_n = dh_n.is_none() ? nullptr : ready<S>(dh_n, {p.B, p.H});
+    p.dc_n = dc_n.is_none() ? nullptr : ready<S>(dc_n, {p.B, p.H});
+    const bool is_ready = p.y && (p.saved || size == 0) && (p.dy || dy.is_none()) &&
+                          (p.dh_n || dh_n.is_none()) && (p.dc_n || dc_n.is_none());
+    if (!is_ready) return py::none();
+    p.weights = packed_.as<const S>();
+    p.weight_ih = static_cast<const S*>(weight_ih_.data());
+    p.weight_hh = static_cast<const S*>(weight_hh_.data());
+    std::vector<Array> kept;
+    py::list made;
+    int bit = 0;
+    // The state's gradients are made in any case.
+    const auto gradient = [&](S*& to, bool there, bool needed,
+                              const std::vector<index>& shape) {
+      const bool is_wanted = wanted >> bit++ & 1;
+      if (!there || !(is_wanted || needed)) return;
+      kept.push_back(make<S>(shape));
+      to = static_cast<S*>(kept.back().mutable_data());
+      if (is_wanted) made.append(kept.back());
+    };
+    gradient(p.dx, true, false, {p.T, p.B, p.I});
+    gradient(p.dh0, true, true, {p.B, p.H});
+    gradient(p.dc0, cell_.has_c, true, {p.B, p.H});
+    gradient(p.dweight_ih, true, false, {GH, p.I});
+    gradient(p.dweight_hh, true, false, {GH, p.H});
+    gradient(p.dbias_ih, true, false, {GH});
+    gradient(p.dbias_hh, true, false, {GH});
+    p.dx_t = p.B * p.I;
+    p.dx_b = p.I;
     {
       const py::gil_scoped_release release;
-      run(cell_.kernels<S>(), cell_.gates, p);
+      run(kernels, cell_.gates, p);
     }
-    py::object last = std::move(h_n);
-    if (pair) last = py::make_tuple(std::move(last), std::move(c_n));
-    return py::make_tuple(std::move(y), std::move(last));
+    return made;
   }
 
   static const Isa& find_isa(const std::string& name) {
@@ -419,6 +546,38 @@ class Weights {
   const std::array<MaybeArray, 5> vectors_;
   Memory packed_;
 };
+
+// Whether parameters can be read as they are.
+bool are_whole(const Arrays& p) {
+  constexpr int needed =
+      int{py::array::c_style} | int{py::detail::npy_api::NPY_ARRAY_ALIGNED_};
+  return std::all_of(p.begin(), p.end(), [](const MaybeArray& a) {
+    return !a || (a->flags() & needed) == needed;
+  });
+}
+
+// Of an op that does not keep its weights: packed, unless there are few rows.
+py::object plain_forward(const std::string& cell, const Arrays& parameters,
+                         const py::array& x, const py::object& h0, const py::object& c0,
+                         bool reverse, bool saves, index few_rows, index layers) {
+  if (x.ndim() != 3 || !are_whole(parameters)) return py::none();
+  const bool borrow = x.shape(0) * x.shape(1) <= few_rows;
+  const Weights weights(cell, parameters, false, {}, borrow);
+  auto made = weights.plain_forward(x, h0, c0, reverse, saves, layers);
+  if (!made) return py::none();
+  return py::make_tuple(made->y, made->h_n, made->c_n, made->saved);
+}
+
+py::object plain_backward(const std::string& cell, const Arrays& parameters,
+                          const py::array& x, const py::object& h0, const py::object& c0,
+                          bool reverse, const py::object& y, const py::object& saved,
+                          const py::object& dy, const py::object& dh_n,
+                          const py::object& dc_n, unsigned wanted, index few_rows) {
+  if (x.ndim() != 3 || !are_whole(parameters)) return py::none();
+  const bool borrow = x.shape(0) * x.shape(1) <= few_rows;
+  const Weights weights(cell, parameters, true, {}, borrow);
+  return weights.plain_backward(x, h0, c0, reverse, y, saved, dy, dh_n, dc_n, wanted);
+}
 
 template <class S>
 void drop_as(const Array& from, double p, std::uint64_t seed, std::uint32_t draw,
@@ -538,6 +697,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_isa", &set_isa);
   m.def("get_num_threads", &get_num_threads);
   m.def("set_num_threads", &set_num_threads);
+  m.def("follow_threads", &follow_threads);
+  m.def("plain_forward", &plain_forward);
+  m.def("plain_backward", &plain_backward);
   m.def("allocate", &allocate);
   m.attr("LARGE_ARRAY") = large_array;
   m.def("drop", &drop);

@@ -423,6 +423,7 @@ class BackwardPass {
 
   // dx = Wᵀ da, rows of the stretch shared out.
   void write_dx(const Schedule& all, const Team& team, index begin, index end) const {
+    if (!p_.dx) return;
     for (index s = begin; s < end; ++s) {
       for (index i = all.count(s) + team.rank; i < all.rows(); i += team.count) {
         S* const dx = p_.dx + p_.time(s) * p_.dx_t + all.row(i) * p_.dx_b;
@@ -457,6 +458,7 @@ class BackwardPass {
   // Sums run over the rows of a depth block in order and then over the blocks.
   void add_weight_gradients(const Schedule& all, const Team& team, index begin,
                             index end) const {
+    if (!p_.dweight_ih && !p_.dweight_hh && !p_.dweight_hr && !wants_biases()) return;
     const Range of_da = team.share(slots * layout_.P, grad_tile);
     const index rows = all.count(begin, end);
     for (index done = 0; done < rows; done += grad_depth) {
@@ -481,8 +483,8 @@ class BackwardPass {
       S* const h_panels = x_panels + depth * right_width(p_.I);
       S* const second_panels = h_panels + depth * right_width(p_.R);
       if (done > 0) team.meet();  // the panels are still being read
-      pack_right(team, x_row, depth, p_.I, x_panels);
-      pack_right(team, h_row, depth, p_.R, h_panels);
+      if (p_.dweight_ih) pack_right(team, x_row, depth, p_.I, x_panels);
+      if (p_.dweight_hh) pack_right(team, h_row, depth, p_.R, h_panels);
       const bool twice = resets_before<Cell>(p_.model);
       if (twice || p_.model.projects) {
         const S* second_row[grad_depth];
@@ -520,7 +522,7 @@ class BackwardPass {
       } else {
         add(own, {of_W, of_R});
       }
-      if (p_.model.projects) {
+      if (p_.model.projects && p_.dweight_hr) {
         constexpr int only[] = {0};
         const Range of_dh = team.share(round_up(p_.R, lanes), grad_tile);
         add({row_.dh + of_dh.begin, row_.dh + of_dh.end},
@@ -537,7 +539,7 @@ class BackwardPass {
                           const S* const* h_row, Range own, bool first) const {
     const auto add = [&](index column, int block, const S* const* right, index N,
                          S* dweight) {
-      if (block < 0) return;
+      if (block < 0 || !dweight) return;
       S* const to = dweight + (block * p_.H + column % layout_.P) * N;
       V factor[depth];
       for (int k = 0; k < depth; ++k) factor[k] = V::broadcast(da_row[k][column]);
@@ -596,14 +598,14 @@ class BackwardPass {
     index units;
     const S* right;
     index N;
-    S* dweight;  // (blocks·units, N)
+    S* dweight;  // (blocks·units, N), or null
   };
   // dweight += leftᵀ · right for the columns in `block`, packed, that belong to it.
   void add_products(index depth, Range block, const Target& of, bool first) const {
     const S* const left = room_.left;
     const auto& [begin, blocks, order, units, right, N, dweight] = of;
     const index P = round_up(units, lanes), end = begin + blocks * P;
-    if (block.end <= begin || block.begin >= end) return;
+    if (!dweight || block.end <= begin || block.begin >= end) return;
     S* rows[grad_tiles_at_once][grad_tile];  // null for padding and other columns
     for (int r = 0; r < grad_tiles_at_once * grad_tile; ++r) {
       const index column = block.begin + r, at = column - begin;
@@ -652,6 +654,7 @@ class BackwardPass {
 
   void add_bias_gradients(const S* const* da_row, index depth, Range own,
                           bool first) const {
+    if (!wants_biases()) return;
     // Eight sums side by side hide the latency of an addition.
     constexpr int at_once = 8;
     for (index column = own.begin; column < own.end; column += at_once * lanes) {
@@ -672,14 +675,17 @@ class BackwardPass {
     }
   }
 
+  bool wants_biases() const { return p_.dbias_ih || p_.dbias_hh; }
   void write_bias_gradients(Range own) const {
+    if (!wants_biases()) return;
     for (index column = own.begin; column < own.end; ++column) {
       const int slot = static_cast<int>(column / layout_.P);
       const index unit = column % layout_.P;
       if (unit >= p_.H) continue;
       const int input = L::blocks.input[slot], recurrent = L::blocks.recurrent[slot];
-      if (input >= 0) p_.dbias_ih[input * p_.H + unit] = room_.dbias[column];
-      if (recurrent >= 0) p_.dbias_hh[recurrent * p_.H + unit] = room_.dbias[column];
+      const S sum = room_.dbias[column];
+      if (p_.dbias_ih && input >= 0) p_.dbias_ih[input * p_.H + unit] = sum;
+      if (p_.dbias_hh && recurrent >= 0) p_.dbias_hh[recurrent * p_.H + unit] = sum;
     }
   }
 
@@ -934,6 +940,8 @@ class BackwardPass {
   // The gradients of peepholes and of LayerNorm's vectors, columns shared out.
   void add_vector_gradients(const Schedule& all, const Team& team, index begin,
                             index end) const {
+    const auto& [weight_ch, gamma_ih, gamma_hh, gamma_c, beta_c] = p_.dvectors;
+    if (!weight_ch && !gamma_ih && !gamma_hh && !gamma_c && !beta_c) return;
     const Range own = team.share(layout_.P, lanes);
     const auto sum = [&](int vector) { return room_.sums + vector * layout_.P; };
     for (int v = 0; v < vectors && end == p_.T; ++v) {
@@ -946,7 +954,7 @@ class BackwardPass {
       }
     };
     const bool norm = p_.model.norm, norm_c = norm && Cell::has_c;
-    const bool has_peephole = peepholes > 0 && p_.vectors.weight_ch;
+    const bool has_peephole = peepholes > 0 && weight_ch;
     const Range entries{0, all.count(begin, end)};
     each_entry(
         all, begin, norm || has_peephole ? entries : Range{0, 0}, [&](index s, index b) {
@@ -977,7 +985,6 @@ class BackwardPass {
         to[block * p_.H + u] = sum(vector)[u];
       }
     };
-    const auto& [weight_ch, gamma_ih, gamma_hh, gamma_c, beta_c] = p_.dvectors;
     for (int k = 0; k < peepholes; ++k) write(k, weight_ch, k);
     for (int k = 0; k < gates; ++k) {
       write(peepholes + k, gamma_ih, L::Cell::input_gate[k]);

@@ -76,7 +76,7 @@ const Isa* best_isa() {
 }
 
 std::atomic<const Isa*> chosen_isa{nullptr};
-std::atomic<int> chosen_threads{0};
+std::atomic<int> chosen_threads{0}, followed_threads{0};
 
 }  // namespace
 
@@ -100,10 +100,13 @@ void set_isa(const std::string& name) {
 }
 
 void set_num_threads(int n) { chosen_threads.store(n); }
+void follow_threads(int n) { followed_threads.store(n); }
 
 int get_num_threads() {
   const int chosen = chosen_threads.load(std::memory_order_relaxed);
-  return chosen > 0 ? chosen : omp_get_max_threads();
+  if (chosen > 0) return chosen;
+  const int followed = followed_threads.load(std::memory_order_relaxed);
+  return followed > 0 ? followed : omp_get_max_threads();
 }
 
 namespace {

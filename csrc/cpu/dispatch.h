@@ -26,6 +26,8 @@ void set_isa(const std::string& name);
 
 // n = 0 follows OpenMP (OMP_NUM_THREADS, omp_set_num_threads).
 void set_num_threads(int n);
+// What n = 0 means instead, 0 for OpenMP again.
+void follow_threads(int n);
 int get_num_threads();
 
 template <class S>

@@ -85,13 +85,52 @@ class Weights:
         dh_n: Array | None,
         dc_n: Array | None,
         dcells: Array | None,
-        dx: Array,
+        dx: Array | None,
         gradients: list[Array | None],
         dh0: Array,
         dc0: Array | None,
         /,
     ) -> None:
-        """Write gradients, those of parameters in their order, as `reference.Parameters`."""
+        """Write gradients, those of parameters in their order, as `reference.Parameters`.
+
+        One that is None costs nothing.
+        """
+
+def plain_forward(
+    cell: str,
+    parameters: list[Array | None],
+    x: Array,
+    h0: Array | None,
+    c0: Array | None,
+    reverse: bool,
+    saves: bool,
+    few_rows: int,
+    layers: int,
+    /,
+) -> tuple[Array, Array, Array | None, Array | None] | None:
+    """Pack and run a layer that is asked for nothing more: y, h_n, c_n, what is saved.
+
+    Up to so few rows the weights are read as they are. States are (B, H), or (1, B, H) for
+    layers = 1. None where an argument needs preparing.
+    """
+
+def plain_backward(
+    cell: str,
+    parameters: list[Array | None],
+    x: Array,
+    h0: Array | None,
+    c0: Array | None,
+    reverse: bool,
+    y: Array,
+    saved: Array | None,
+    dy: Array | None,
+    dh_n: Array | None,
+    dc_n: Array | None,
+    wanted: int,
+    few_rows: int,
+    /,
+) -> list[Array] | None:
+    """Return those gradients whose bits are in `wanted`: x, h0, c0, parameters in order."""
 
 def drop(a: Array, p: float, seed: int, what: str, where: int, to: Array, /) -> None:
     """Write dropout of (T, B, n) into `to`, of "weights" or "between" layers."""
@@ -106,6 +145,9 @@ def get_isa() -> str: ...
 def set_isa(name: str, /) -> None: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: int, /) -> None: ...
+def follow_threads(n: int, /) -> None:
+    """Say how many threads calls may use where nobody set it, 0 for what OpenMP says."""
+
 def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], /) -> Array:
     """Return an uninitialised array; large ones reuse memory that was freed."""
 

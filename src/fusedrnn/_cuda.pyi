@@ -114,6 +114,9 @@ class Kernel:
         Without `packed` weights steps go row by row. Returns what was saved for `backward`.
         """
 
+    def saved_bytes(self, arrays: dict[str, View | None], options: Options, /) -> int:
+        """Return how much a forward of arrays like these saves; their values do not matter."""
+
     def backward(
         self,
         arrays: dict[str, View | None],

@@ -6,6 +6,7 @@ framework.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -388,13 +389,14 @@ class Tape:
         dy: View | None,
         d_final: tuple[View | None, ...],
         d_cells: View | None,
-        dx: View,
+        dx: View | None,
         d_state: tuple[View, ...],
         adds: bool = False,
+        wanted: Collection[str] = Parameters._fields,
     ) -> Parameters:
-        """Queue dx (or add it, if `adds`) and the initial state's gradient.
+        """Queue dx (or add it, if `adds`), if there is one, and the initial state's gradient.
 
-        Return the gradients of the parameters.
+        Return the gradients of the parameters that are wanted; others cost nothing.
         """
         on = self.on.now()
         problem = self.problem
@@ -403,7 +405,7 @@ class Tape:
             on._use(x, *problem.state, y, self.saved, problem.cells, *masks)
         coupled = problem.cell.is_coupled
         weights = self.weights.parameters
-        shapes = gradient_shapes(weights)
+        shapes = gradient_shapes(weights, wanted)
         d = Parameters(*(None if s is None else on.empty(s, x.dtype) for s in shapes))
         dh_n, dc_n = h_and_c(d_final)
         dh0, dc0 = h_and_c(d_state)
@@ -412,18 +414,20 @@ class Tape:
         arrays |= {k: on._given(k, a, problem) for k, a in (("y", y), ("dy", dy))}
         arrays |= {"dh_n": dh_n, "dc_n": dc_n, "dh0": dh0, "dc0": dc0}
         arrays |= {"saved": self.saved, "dcells": d_cells}
-        wanted = {"x": dx} | {k: on.see(v) for k, v in d._asdict().items() if v is not None}
-        made = {k: on._made(k, to, problem) for k, to in wanted.items()}
-        if adds and made["x"] is not dx:
+        asked = {k: on.see(v) for k, v in d._asdict().items() if v is not None}
+        if dx is not None:
+            asked["x"] = dx
+        made = {k: on._made(k, to, problem) for k, to in asked.items()}
+        if adds and dx is not None and made["x"] is not dx:
             on._cuda.convert(dx, made["x"], on.stream)
         arrays |= {f"d{k}": v for k, v in made.items()}
         kernel.backward(arrays, options, problem.reverse, on._bytes)
-        for name, to in wanted.items():
+        for name, to in asked.items():
             on._finish(made[name], to)
         on._keep(*arrays.values())
         if coupled:
             d = with_forget_gate(d, on._remove)
-        if problem.request.drops_weights:
+        if problem.request.drops_weights and d.weight_hh is not None:
             seen = on.see(d.weight_hh)
             on.drop_weights(seen, problem.request, seen)
         return d

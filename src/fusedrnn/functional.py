@@ -238,14 +238,11 @@ def _vjp(call: _Call) -> tuple[tuple[Any, ...], Callable[..., Grads]]:
         state_dtype = on.state_dtype(problem.x.dtype)
         d_state = tuple(on.empty((B, widths[letter]), state_dtype) for letter in letters)
         d = tape.backward(dy, d_final, d_cells, on.see(dx), tuple(map(on.see, d_state)))
-        by_name = {
-            name: on.give(gradient)
-            for name, gradient in d._asdict().items()
-            if getattr(parameters, name) is not None
+        by_name: dict[str, Any] = {
+            k: None if a is None else on.give(a) for k, a in d._asdict().items()
         }
-        biases = {n: by_name.pop(n, None) for n in ("bias_ih", "bias_hh")}
         d0 = dict(zip(("h0", "c0"), map(call.user_view, d_state), strict=False))
-        return Grads(call.user_view(dx), **by_name, **biases, **d0)
+        return Grads(call.user_view(dx), **by_name, **d0)
 
     return call.results(), pullback
 

@@ -9,7 +9,7 @@ row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -95,12 +95,14 @@ def _grow(shape: tuple[int, ...], blocks: int) -> tuple[int, ...]:
     return (shape[0] // blocks * (blocks + 1), *shape[1:])
 
 
-def gradient_shapes(parameters: Parameters) -> Parameters:
-    """Return the shapes of what backward makes: biases have gradients even if they are None."""
-    weight_ih, weight_hh, _, _, *rest = parameters
-    rows = (weight_ih.shape[0],)
-    others = [None if p is None else p.shape for p in rest]
-    return Parameters(weight_ih.shape, weight_hh.shape, rows, rows, *others)
+def gradient_shapes(parameters: Parameters, wanted: Collection[str]) -> Parameters:
+    """Return the shapes of the gradients of those parameters that are wanted."""
+    shapes = {
+        name: p.shape
+        for name, p in parameters._asdict().items()
+        if p is not None and name in wanted
+    }
+    return Parameters(*map(shapes.get, Parameters._fields))
 
 
 @dataclass(slots=True)
@@ -158,17 +160,18 @@ class Tape:
         dy: Array | None,
         d_final: tuple[Array | None, ...],
         d_cells: Array | None,
-        dx: Array,
+        dx: Array | None,
         d_state: tuple[Array, ...],
         adds: bool = False,
+        wanted: Collection[str] = Parameters._fields,
     ) -> Parameters:
-        """Write dx (or add it, if `adds`) and the initial state's gradient.
+        """Write dx (or add it, if `adds`), if there is one, and the initial state's gradient.
 
-        Return the gradients of the parameters; those of both biases are there in any case.
+        Return the gradients of the parameters that are wanted; others cost nothing.
         """
-        if adds:
+        if adds and dx is not None:
             own = HOST.empty(dx.shape, dx.dtype)
-            d_parameters = self.backward(dy, d_final, d_cells, own, d_state)
+            d_parameters = self.backward(dy, d_final, d_cells, own, d_state, wanted=wanted)
             dx += own
             return d_parameters
         problem, request = self.problem, self.problem.request
@@ -176,13 +179,16 @@ class Tape:
         B = x.shape[1]
         T, lengths, resets = problem.masks.within(len(x))
         if len(x) > T:
-            dx[T:] = 0
-            x, y, dx = x[:T], y[:T], dx[:T]
-            dy, cells, d_cells = (None if a is None else a[:T] for a in (dy, cells, d_cells))
+            if dx is not None:
+                dx[T:] = 0
+            x, y = x[:T], y[:T]
+            dx, dy, cells, d_cells = (
+                None if a is None else a[:T] for a in (dx, dy, cells, d_cells)
+            )
         is_empty = T == 0 or B == 0
         make = np.zeros if is_empty else HOST.empty
         coupled = problem.cell.is_coupled and not is_empty
-        gradients = gradient_shapes(self.parameters)
+        gradients = gradient_shapes(self.parameters, wanted)
         if coupled:
             gradients = with_forget_gate(gradients, _grow)
         gradients = Parameters(*[None if s is None else make(s, x.dtype) for s in gradients])
@@ -203,7 +209,7 @@ class Tape:
             resets,
             problem.reverse,
             y,
-            self.saved,
+            None if self.saved is None else self.saved[:T],
             cells,
             None if dy is None else _rows(dy),
             None if dh_n is None else contiguous(dh_n),
@@ -216,7 +222,7 @@ class Tape:
         )
         if coupled:
             gradients = with_forget_gate(gradients, _remove)
-        if request.drops_weights:
+        if request.drops_weights and gradients.weight_hh is not None:
             HOST.drop_weights(gradients.weight_hh, request, gradients.weight_hh)
         return gradients
 
@@ -345,7 +351,7 @@ class Host:
         options = told_options(problem.request, problem.row_wise)
         size = weights.saved_size(options) if save else 0
         if size and not problem.request.recompute:
-            saved = allocate((T, B, size), x.dtype)
+            saved = allocate((len(problem.x), B, size), x.dtype)
         h0, c0 = h_and_c(problem.state)
         h_n, c_n = h_and_c(problem.final)
         every = trace
@@ -362,7 +368,7 @@ class Host:
             y,
             h_n,
             c_n,
-            saved,
+            None if saved is None else saved[:T],
             cells,
             every,
         )

@@ -9,10 +9,14 @@ recurrent part. Blocks of H rows belong to the gates in torch's order.
 A step returns what leads back from it: a function from the gradients of its results to
 those of its arguments, which adds the parameters' to a dict. The gradients written out here
 are proved against complex-step derivatives in tests/test_reference.py.
+
+Forward takes PyTorch's tensors, too, of which autograd then sees every operation: that is how
+`fusedrnn.torch` differentiates more than once, or forward. Gradients are written for NumPy.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -97,6 +101,32 @@ class Options:
     bptt: int = 0
 
 
+# Arrays of either kind
+
+
+def _module(a: Any) -> Any:
+    """Return what a is computed with: PyTorch for its tensors, whose names are NumPy's here."""
+    return np if isinstance(a, (np.ndarray, np.generic)) else sys.modules["torch"]
+
+
+def _like(a: Any, values: Any, dtype: Any = None) -> Any:
+    """Return values as an array of a's kind, in PyTorch on its device."""
+    if _module(a) is np:
+        return np.asarray(values, dtype)
+    return _module(a).as_tensor(values, dtype=dtype, device=a.device)
+
+
+def _zeros(a: Any, *shape: int) -> Any:
+    """Return zeros of a's kind and dtype."""
+    return np.zeros(shape, a.dtype) if _module(a) is np else a.new_zeros(shape)
+
+
+def _blocks(a: Any, count: int) -> list[Any]:
+    """Return equal parts of the last axis."""
+    n = a.shape[-1] // count
+    return [a[..., k * n : (k + 1) * n] for k in range(count)]
+
+
 # Random numbers
 
 _ZONEOUT, _RECURRENT, _WEIGHTS, _BETWEEN = range(4)  # what they are for
@@ -134,16 +164,17 @@ def _drawn(
     return np.asarray(np.choose(word, philox(counter, o.seed)) < threshold)
 
 
-def _dropped(what: int, i: Any, j: Any, n: int, p: float, o: Options, dtype: Any) -> Array:
-    """Return 0 for the elements that are dropped and 1/(1-p) for the others."""
+def _dropped(what: int, i: Any, j: Any, n: int, p: float, o: Options, a: Any) -> Array:
+    """Return 0 for the elements that are dropped and 1/(1-p) for the others, as a is."""
     drawn = _drawn(what, 4, 0, np.asarray(i), np.asarray(j), n, p, o)
-    return np.where(drawn, 0, 1 / (1 - p)).astype(dtype)
+    mask: Array = _like(a, np.where(drawn, 0, 1 / (1 - p)), a.dtype)
+    return mask
 
 
 def dropout(y: Array, p: float, seed: int, where: int) -> Array:
     """Return the mask of the dropout after layer `where`, whose y is (T, B, …)."""
     i, j = np.ogrid[: y.shape[0], : y.shape[1]]
-    return _dropped(_BETWEEN, i, j, y.shape[-1], p, Options(seed=seed, where=where), y.dtype)
+    return _dropped(_BETWEEN, i, j, y.shape[-1], p, Options(seed=seed, where=where), y)
 
 
 # Parts of a cell
@@ -151,22 +182,24 @@ def dropout(y: Array, p: float, seed: int, where: int) -> Array:
 
 def sigmoid(a: Array) -> Array:
     """σ(a) = 1 / (1 + exp(-a)), through tanh so that nothing overflows."""
-    half = a.dtype.type(0.5)
-    value: Array = half + half * np.tanh(half * a)
+    value: Array = 0.5 + 0.5 * _module(a).tanh(0.5 * a)
     return value
 
 
-def _clipped(a: Array, bound: float) -> tuple[Array, Array]:
+def _clipped(a: Array, bound: float) -> tuple[Array, Any]:
     """Return a within [-bound, bound], and whether a gradient passes."""
     if np.isinf(bound):
-        return a, np.ones(a.shape, bool)
-    inside = np.abs(a.real) < bound
-    return np.where(inside, a, np.sign(a.real) * bound).astype(a.dtype), inside
+        return a, True
+    module = _module(a)
+    inside = abs(a.real) < bound
+    return module.where(inside, a, module.sign(a.real) * bound), inside
 
 
-def _mixed(keep: Array, old: Array, new: Array) -> Array:
-    """Return keep·old + (1 - keep)·new, of values that may be inf if keep is 0 throughout."""
-    return keep * old + (1 - keep) * new if np.any(keep) else new
+def _mixed(keep: Any, old: Any, new: Any) -> Any:
+    """Return old where a mask says so, or keep·old + (1 - keep)·new; values may be inf."""
+    if isinstance(keep, float):
+        return keep * old + (1 - keep) * new if keep else new
+    return _module(keep).where(keep, old, new)
 
 
 def _sum(a: Array) -> Array:
@@ -178,7 +211,7 @@ def _sum(a: Array) -> Array:
 def _normalised(a: Array) -> tuple[Array, Callable[[Array], Array]]:
     """(a - mean) / sqrt(variance + ε) of each row (Ba et al. 2016), and back."""
     centred = a - a.mean(-1, keepdims=True)
-    scale = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + EPSILON)
+    scale = ((centred**2).mean(-1, keepdims=True) + EPSILON) ** -0.5
     n = centred * scale
 
     def pull(dn: Array) -> Array:
@@ -267,18 +300,20 @@ def _lstm(coupled: bool) -> Callable[[Array, Array, State, Parameters, Options],
         c_prev = state[1]
         a_x, pull_x = _input_part(x, slice(None), p)
         a_h, pull_h = _recurrent_part(seen, slice(None), p)
-        a = dict(zip(letters, np.split(a_x + a_h, len(letters), -1), strict=True))
+        xp = _module(a_x)
+        a = dict(zip(letters, _blocks(a_x + a_h, len(letters)), strict=True))
         peephole: dict[str, Array] = {}
         if p.weight_ch is not None:
-            peephole = dict(zip(sees_c, np.split(p.weight_ch, len(sees_c)), strict=True))
+            peephole = dict(zip(sees_c, _blocks(p.weight_ch, len(sees_c)), strict=True))
         passes, gates = {}, {}
 
         def activate(letter: str, c: Array) -> None:
-            bounded, passes[letter] = _clipped(a[letter] + peephole.get(letter, 0) * c, o.clip)
-            gates[letter] = np.tanh(bounded) if letter == "g" else sigmoid(bounded)
+            sum_of = a[letter] + peephole[letter] * c if letter in peephole else a[letter]
+            bounded, passes[letter] = _clipped(sum_of, o.clip)
+            gates[letter] = xp.tanh(bounded) if letter == "g" else sigmoid(bounded)
 
         for letter in letters[:-1]:
-            activate(letter, c_prev if letter in peephole else np.zeros_like(c_prev))
+            activate(letter, c_prev)
         i, g = gates["i"], gates["g"]
         f = 1 - i if coupled else gates["f"]
         c, c_passes = _clipped(f * c_prev + i * g, o.cell_clip)
@@ -287,7 +322,7 @@ def _lstm(coupled: bool) -> Callable[[Array, Array, State, Parameters, Options],
         if p.gamma_c is not None:
             n, unnormalise = _normalised(c)
             seen_c = p.gamma_c * n + p.beta_c
-        tanh_c = np.tanh(seen_c)
+        tanh_c = xp.tanh(seen_c)
 
         def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
             dh, dc = d
@@ -329,14 +364,14 @@ def _gru(reset_after: bool) -> Callable[[Array, Array, State, Parameters, Option
         x_n, pull_x_n = _input_part(x, new, p)
         h_rz, pull_h_rz = _recurrent_part(seen, rz, p)
         bounded, passes_rz = _clipped(x_rz + h_rz, o.clip)
-        r, z = np.split(sigmoid(bounded), 2, -1)
+        r, z = _blocks(sigmoid(bounded), 2)
         if reset_after:
             h_n, pull_h_n = _recurrent_part(seen, new, p)
             bounded, passes_n = _clipped(x_n + r * h_n, o.clip)
         else:
             h_n, pull_h_n = _recurrent_part(r * seen, new, p)
             bounded, passes_n = _clipped(x_n + h_n, o.clip)
-        n = np.tanh(bounded)
+        n = _module(bounded).tanh(bounded)
 
         def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
             (dh,) = d
@@ -379,12 +414,12 @@ COUPLED_LSTM = Cell("igo", ("h", "c"), _lstm(coupled=True))
 GRU = Cell("rzn", ("h",), _gru(reset_after=True))
 GRU_RESET_BEFORE = Cell("rzn", ("h",), _gru(reset_after=False))
 RNN: dict[str, Cell] = {
-    "tanh": Cell("h", ("h",), _rnn(np.tanh, lambda h: 1 - h**2)),
+    "tanh": Cell("h", ("h",), _rnn(lambda a: _module(a).tanh(a), lambda h: 1 - h**2)),
     "relu": Cell(
         "h",
         ("h",),
         _rnn(
-            lambda a: np.where(a.real <= 0, a.dtype.type(0), a),
+            lambda a: _module(a).where(a.real <= 0, _module(a).zeros_like(a), a),
             lambda h: (h.real > 0).astype(h.dtype),
         ),
     ),
@@ -430,65 +465,67 @@ def run(
     step is 0 where resets is true.
     """
     p, o = parameters, options or Options()
+    where = _module(x).where
     T, batch, dtype = len(x), x.shape[1:-1], x.dtype
     B, H = (batch or (1,))[0], p.weight_ih.shape[0] // len(cell.gates)
     R = H if p.weight_hr is None else len(p.weight_hr)
     start: State = tuple(
-        np.zeros((*batch, width), dtype) if s is None else s
+        _zeros(x, *batch, width) if s is None else s
         for s, width in zip(state, (R, H), strict=False)
     )
-    zero = dtype.type(0)
+    zero = 0.0
     times = range(T)[:: -1 if reverse else 1]
-    times_of_rows = np.arange(T).reshape(T, *[1] * (x.ndim - 1))
-    until = np.asarray(T if lengths is None else lengths)[..., None]
+    times_of_rows = _like(x, np.arange(T).reshape(T, *[1] * (x.ndim - 1)))
+    until = _like(x, T if lengths is None else lengths)[..., None]
     taken = times_of_rows < until
-    fresh = taken & (False if resets is None else np.asarray(resets)[..., None])
+    fresh = taken & (False if resets is None else _like(x, resets)[..., None])
     cut = fresh
     if o.bptt:
         boundary = times_of_rows + reverse
         cut = fresh | ((boundary % o.bptt == 0) & (boundary > 0) & (boundary < until))
-    x = np.where(taken, x, zero)
+    x = where(taken, x, zero)
 
     rows = np.arange(B).reshape(batch)
-    keeps = tuple(dtype.type(zoneout) for zoneout in o.zoneout)
-    seen_mask: Any = dtype.type(1)
-    weight_mask: Any = dtype.type(1)
+    seen_mask: Any = 1.0
+    weight_mask: Any = 1.0
     if o.training and o.recurrent_dropout:
-        seen_mask = _dropped(_RECURRENT, 0, rows, R, o.recurrent_dropout, o, dtype)
+        seen_mask = _dropped(_RECURRENT, 0, rows, R, o.recurrent_dropout, o, x)
     if o.training and o.weight_dropout:
         of_weights = np.arange(len(p.weight_hh))
-        weight_mask = _dropped(_WEIGHTS, 0, of_weights, R, o.weight_dropout, o, dtype)
+        weight_mask = _dropped(_WEIGHTS, 0, of_weights, R, o.weight_dropout, o, x)
         p = p._replace(weight_hh=p.weight_hh * weight_mask)
 
     def keep(t: int) -> tuple[Any, ...]:
-        if not o.training:
-            return keeps
+        if not o.training or not any(o.zoneout):
+            return o.zoneout
         time, words = np.full(batch, t), 4 // len(cell.states)
         return tuple(
-            _drawn(_ZONEOUT, words, words * n, time, rows, width, o.zoneout[n], o).astype(dtype)
+            _like(x, _drawn(_ZONEOUT, words, words * n, time, rows, width, o.zoneout[n], o))
             for n, (_, width) in enumerate(zip(cell.states, (R, H), strict=False))
         )
 
     now = start
     steps: list[tuple[State, Step]] = []
-    y = np.zeros((T, *batch, R), dtype)
-    cells = np.zeros((T, *batch, H), dtype) if "c" in cell.states else None
-    gates: dict[str, Array] = {}
+    made: dict[str, list[Any]] = {}
     for t in times:
-        old = tuple(np.where(fresh[t], zero, s) for s in now)
+        old = tuple(where(fresh[t], zero, s) for s in now)
+        if o.bptt and not isinstance(x, np.ndarray):  # autograd must not pass
+            old = tuple(where(cut[t], s.detach(), s) for s in old)
         step = cell.step(x[t], old[0] * seen_mask, old, p, o)
         (h, *c), kept = step.state, keep(t)
         if p.weight_hr is not None:
             h = h @ p.weight_hr.T
         new = tuple(_mixed(k, s, n) for k, s, n in zip(kept, old, (h, *c), strict=False))
-        now = tuple(np.where(taken[t], n, s) for n, s in zip(new, now, strict=True))
+        now = tuple(where(taken[t], n, s) for n, s in zip(new, now, strict=True))
         steps.append((old, step))
-        y[t] = np.where(taken[t], now[0], zero)
-        if cells is not None:
-            cells[t] = np.where(taken[t], now[1], zero)
-        for letter, gate in step.gates.items():
-            every = gates.setdefault(letter, np.zeros((T, *batch, H), dtype))
-            every[t] = np.where(taken[t], gate, zero)
+        of_step = dict(zip(("y", "cells"), now, strict=False)) | step.gates
+        for name, value in of_step.items():
+            made.setdefault(name, []).append(where(taken[t], value, zero))
+    by_time = slice(None, None, -1 if reverse else 1)
+    every = {k: _module(x).stack(steps_of[by_time]) for k, steps_of in made.items()}
+    y = every.pop("y", _zeros(x, T, *batch, R))
+    cells = every.pop("cells", _zeros(x, T, *batch, H) if "c" in cell.states else None)
+    gates = every or dict.fromkeys(cell.gates, _zeros(x, T, *batch, H))
 
     def pullback(
         dy: Array | None = None,

@@ -92,7 +92,7 @@ void copy(void* to, const void* from, index bytes, Stream) {
   std::memcpy(to, from, static_cast<std::size_t>(bytes));
 }
 void clear(void* memory, index bytes, Stream) {
-  std::memset(memory, 0, static_cast<std::size_t>(bytes));
+  if (memory) std::memset(memory, 0, static_cast<std::size_t>(bytes));
 }
 void synchronize(Stream) {}
 void order(Stream, Stream) {}
