@@ -169,6 +169,9 @@ class RowWise {
   };
 
   FUSEDRNN_DEVICE void normalise_inputs(S* at) const {
+    e.once([&] {
+      for (int group = 0; group < record.stats; ++group) at[record.scale() + group] = 0;
+    });
     normalise(at, record.input(0), first_input, end_x, 0);
     if (split) normalise(at, record.input(0), end_x, slots, 1);
   }

@@ -132,6 +132,11 @@ class Weights {
                    : cell_.f64.saved_size(model_, options.values);
   }
 
+  index saved_values(const CallOptions& options) const {
+    return single_ ? cell_.f32.saved_values(model_, options.values)
+                   : cell_.f64.saved_values(model_, options.values);
+  }
+
   void forward(const CallOptions& options, const Array& x, const Array& h0,
                const MaybeArray& c0, const MaybeArray& lengths, const MaybeArray& resets,
                bool reverse, Array y, Array h_n, MaybeArray c_n, MaybeArray saved,
@@ -547,20 +552,24 @@ class Weights {
   Memory packed_;
 };
 
-// Whether parameters can be read as they are.
-bool are_whole(const Arrays& p) {
+// Whether parameters can be read as they are: of one type that the kernels have.
+bool are_ready(const Arrays& p) {
   constexpr int needed =
       int{py::array::c_style} | int{py::detail::npy_api::NPY_ARRAY_ALIGNED_};
-  return std::all_of(p.begin(), p.end(), [](const MaybeArray& a) {
-    return !a || (a->flags() & needed) == needed;
-  });
+  const auto all = [&](const auto& is_ready) {
+    return std::all_of(p.begin(), p.end(), [&](const MaybeArray& a) {
+      return !a || (is_ready(*a) && (a->flags() & needed) == needed);
+    });
+  };
+  return all([](const Array& a) { return py::isinstance<py::array_t<float>>(a); }) ||
+         all([](const Array& a) { return py::isinstance<py::array_t<double>>(a); });
 }
 
 // Of an op that does not keep its weights: packed, unless there are few rows.
 py::object plain_forward(const std::string& cell, const Arrays& parameters,
                          const py::array& x, const py::object& h0, const py::object& c0,
                          bool reverse, bool saves, index few_rows, index layers) {
-  if (x.ndim() != 3 || !are_whole(parameters)) return py::none();
+  if (x.ndim() != 3 || !are_ready(parameters)) return py::none();
   const bool borrow = x.shape(0) * x.shape(1) <= few_rows;
   const Weights weights(cell, parameters, false, {}, borrow);
   auto made = weights.plain_forward(x, h0, c0, reverse, saves, layers);
@@ -573,7 +582,7 @@ py::object plain_backward(const std::string& cell, const Arrays& parameters,
                           bool reverse, const py::object& y, const py::object& saved,
                           const py::object& dy, const py::object& dh_n,
                           const py::object& dc_n, unsigned wanted, index few_rows) {
-  if (x.ndim() != 3 || !are_whole(parameters)) return py::none();
+  if (x.ndim() != 3 || !are_ready(parameters)) return py::none();
   const bool borrow = x.shape(0) * x.shape(1) <= few_rows;
   const Weights weights(cell, parameters, true, {}, borrow);
   return weights.plain_backward(x, h0, c0, reverse, y, saved, dy, dh_n, dc_n, wanted);
@@ -676,6 +685,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("cell", &Weights::cell)
       .def_property_readonly("isa", &Weights::isa)
       .def("saved_size", &Weights::saved_size)
+      .def("saved_values", &Weights::saved_values)
       .def("plan", &Weights::plan)
       .def("call", &Weights::call)
       .def("forward", &Weights::forward)

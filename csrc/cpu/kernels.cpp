@@ -29,6 +29,10 @@ constexpr Kernels<S> kernels_of() {
       [](const Model& m, const Options& o) {
         return saves_slots<typename L::Cell>(o) ? record_stride<L>(m) : 0;
       },
+      [](const Model& m, const Options& o) -> index {
+        const Record<typename L::Cell> record{m.norm, L(m).P};
+        return saves_slots<typename L::Cell>(o) ? record.values() : 0;
+      },
       [](const Forward<S>& p, int threads) {
         return ForwardPass<CellOf, S>::plan(p, threads);
       },

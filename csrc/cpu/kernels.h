@@ -27,6 +27,8 @@ struct Kernels {
   index (*packed_size)(const Model&, bool backward, bool borrow);
   void (*pack)(const Parameters<S>&, bool backward, bool borrow, S* to, const Team&);
   index (*saved_size)(const Model&, const Options&);  // per step and row
+  index (*saved_values)(const Model&,
+                        const Options&);  // those at its start that are written
   ForwardPlan (*plan)(const Forward<S>&, int threads);
   index (*forward_workspace)(const Forward<S>&, int threads);
   void (*forward)(const Forward<S>&, S* workspace, const Team&);

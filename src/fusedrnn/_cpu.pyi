@@ -45,6 +45,9 @@ class Weights:
     def saved_size(self, options: Options, /) -> int:
         """Return how many values are saved for backward per step and row, beside x and y."""
 
+    def saved_values(self, options: Options, /) -> int:
+        """Return how many of those are written, the first."""
+
     def plan(self, T: int, B: int, options: Options, /) -> dict[str, Any]:
         """Return how a forward of that size is laid out."""
 

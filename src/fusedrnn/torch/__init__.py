@@ -1,0 +1,12 @@
+"""PyTorch's recurrent modules on our kernels, in the place of those of torch.nn.
+
+>>> import torch, fusedrnn.torch as ft
+>>> model = torch.nn.Sequential(torch.nn.LSTM(3, 4))
+>>> print(ft.swap(model))
+0: LSTM(3, 4)
+"""
+
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .swapping import Swapped, swap
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "Swapped", "swap"]

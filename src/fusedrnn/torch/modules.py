@@ -1,0 +1,913 @@
+"""Modules in the place of torch.nn's: the same names, arguments, parameters and results.
+
+What is not said here is as PyTorch's documentation says of the module of the same name. Options
+of ours stay on the fused kernels, forward and backward.
+"""
+
+from __future__ import annotations
+
+import json
+import numbers
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import init
+from torch.nn.functional import dropout
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import checks
+from ..cells import CELLS
+from ..functional import rnn_cell
+from ..options import check_options
+from ..reference import Parameters
+from . import ops
+from .call import parse
+from .kernels import compute_layer
+from .packed import Layout
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class RNNOptions(TypedDict, total=False):
+    """Keyword arguments beyond torch.nn's; see `fusedrnn.LSTM`."""
+
+    clip: float | None
+    zoneout: float | tuple[float, float]
+    recurrent_dropout: float
+    weight_dropout: float
+    orthogonal: bool
+    precision: str
+
+
+class GRUOptions(RNNOptions, total=False):
+    """Keyword arguments beyond torch.nn's; see `fusedrnn.GRU`."""
+
+    reset_after: bool
+    layer_norm: bool
+
+
+class LSTMOptions(RNNOptions, total=False):
+    """Keyword arguments beyond torch.nn's; see `fusedrnn.LSTM`."""
+
+    peephole: bool
+    coupled_gates: bool
+    layer_norm: bool
+    cell_clip: float | None
+    forget_bias: float | None
+
+
+_OPTIONS: dict[str, Any] = {
+    "peephole": False,
+    "coupled_gates": False,
+    "reset_after": True,
+    "layer_norm": False,
+    "clip": None,
+    "cell_clip": None,
+    "zoneout": 0.0,
+    "recurrent_dropout": 0.0,
+    "weight_dropout": 0.0,
+    "forget_bias": None,
+    "orthogonal": False,
+    "precision": "exact",
+}
+
+
+def _of_cell(kind: Any) -> dict[str, Any]:
+    """Return the options that a cell has, and what they are unless given."""
+    return {n: value for n, value in _OPTIONS.items() if n in kind.__optional_keys__}
+
+
+_TOLD = ("clip", "cell_clip", "zoneout", "recurrent_dropout", "weight_dropout")
+_HALVES = (torch.bfloat16, torch.float16)
+
+State = Tensor | tuple[Tensor, Tensor]
+
+
+def _what(a: Any) -> str:
+    return type(a).__name__ + (f" of {len(a)}" if isinstance(a, (tuple, list)) else "")
+
+
+def _check_kind(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{name} should be of type {kind.__name__}, got: {type(value).__name__}"
+        )
+
+
+class _Recurrent(nn.Module):
+    """What layers and single steps share: a cell's parameters and options."""
+
+    input_size: int
+    hidden_size: int
+    bias: bool
+    _defaults: Mapping[str, Any]  # of the options that the cell has
+
+    def __init__(
+        self,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        bias: bool,
+        proj_size: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        _check_kind("input_size", input_size, int)
+        _check_kind("hidden_size", hidden_size, int)
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+            if size <= 0:
+                raise ValueError(f"{name} must be greater than zero, got {size}")
+        if not 0 <= proj_size < hidden_size:
+            raise ValueError(
+                f"proj_size must be from 0, for none, to hidden_size - 1 = {hidden_size - 1}, "
+                f"got {proj_size}"
+            )
+        self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bool(bias)
+        self.proj_size = proj_size
+        self._cell = cell
+        unknown = [name for name in options if name not in self._defaults]
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}")
+        self._options = dict(self._defaults) | dict(options)
+        self._check_options(self._options)
+
+    def _check_options(self, given: Mapping[str, Any]) -> None:
+        for name in ("peephole", "coupled_gates", "reset_after", "layer_norm", "orthogonal"):
+            checks.flag(name, given.get(name, False))
+        if given["precision"] not in ("exact", "tf32"):
+            raise ValueError(f'precision must be "exact" or "tf32", got {given["precision"]!r}')
+        told = {name: given[name] for name in _TOLD if name in given}
+        request = check_options(CELLS[self._cell], told | {"training": True, "seed": 0})
+        self._is_random = request.is_random
+        if given.get("forget_bias") is not None:
+            checks.number("forget_bias", given["forget_bias"])
+            if not self.bias or given["coupled_gates"]:
+                raise ValueError("forget_bias must be None without a forget gate or a bias")
+        asked = {"cell": self._cell} | {
+            name: value
+            for name, value in given.items()
+            if name in (*_TOLD, "precision") and value != _OPTIONS[name]
+        }
+        self._told = json.dumps(asked)[:-1]
+
+    # Parameters
+
+    @property
+    def _width(self) -> int:
+        """How many units h has."""
+        return self.proj_size or self.hidden_size
+
+    def _add_parameters(self, suffix: str, I: int, **factory: Any) -> list[str | None]:
+        """Register a cell's parameters; return the names of all that `Parameters` has."""
+        wanted = {
+            "weight_hr": self.proj_size > 0,
+            "weight_ch": self._options.get("peephole", False),
+        }
+        wanted |= dict.fromkeys(("bias_ih", "bias_hh"), self.bias)
+        norms = ("gamma_ih", "gamma_hh", "gamma_c", "beta_c")
+        wanted |= dict.fromkeys(norms, self._options.get("layer_norm", False))
+        shapes = CELLS[self._cell].parameter_shapes(I, self.hidden_size, self.proj_size or None)
+        names: list[str | None] = []
+        for kind in Parameters._fields:
+            name = kind + suffix if kind in shapes and wanted.get(kind, True) else None
+            names.append(name)
+            if name is not None:
+                value = torch.empty(shapes[kind].lengths, **factory)
+                self.register_parameter(name, nn.Parameter(value))
+        return names
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, uniform in ±1/√H, by the same numbers as torch.nn."""
+        bound, H = self.hidden_size**-0.5, self.hidden_size
+        forget_bias = self._options.get("forget_bias")
+        for name, p in self.named_parameters():
+            kind = name.rpartition(".")[2]
+            if kind.startswith(("gamma", "beta")):
+                init.constant_(p, float(kind.startswith("gamma")))
+                continue
+            init.uniform_(p, -bound, bound)
+            if self._options["orthogonal"] and kind.startswith("weight_hh"):
+                for block in p.detach().split(H):
+                    init.orthogonal_(block)
+            if forget_bias is not None and kind.startswith("bias"):
+                init.constant_(p.detach()[H : 2 * H], forget_bias * kind.startswith("bias_ih"))
+
+    def _get(self, name: str | None) -> Tensor | None:
+        """Return what an attribute is now: others may have put a tensor in its place."""
+        if name is None:
+            return None
+        p = self._parameters.get(name)
+        return getattr(self, name) if p is None else p
+
+    def extra_repr(self) -> str:
+        """Return the arguments that were not left out."""
+        return ", ".join([f"{self.input_size}, {self.hidden_size}", *self._extra()])
+
+    def _extra(self, *names_and_defaults: tuple[str, Any]) -> Iterator[str]:
+        named = [*names_and_defaults, *((n, _OPTIONS[n]) for n in self._defaults)]
+        for name, default in named:
+            value = getattr(self, name)
+            if value != default:
+                yield f"{name}={value!r}" if isinstance(value, str) else f"{name}={value}"
+
+    # Calls
+
+    def _check_like_weights(self, name: str, a: Any, like: Tensor, error: type) -> None:
+        if not isinstance(a, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(a).__name__}")
+        if a.device != like.device:
+            raise RuntimeError(
+                f"{name} must be on {like.device} like the parameters, got {a.device}"
+            )
+        if a.dtype != like.dtype and not _is_cast(like.device.type):
+            raise error(
+                f"{name} must have the dtype of the parameters, {like.dtype}, got {a.dtype}: "
+                f"convert it by .to({like.dtype}), or the module by .to({a.dtype})"
+            )
+
+    def _seed(self, seed: int | None) -> Tensor | None:
+        """Return what random numbers depend on, drawn from PyTorch's for None."""
+        if not (self._is_random and self.training):
+            return None
+        if seed is None:
+            return torch.randint(2**63 - 1, (1,))
+        given = checks.seed(seed)
+        assert given is not None
+        return torch.tensor([given - 2**64 if given >= 2**63 else given])
+
+    def _asked(
+        self,
+        tensors: Iterable[Any],
+        return_cells: bool = False,
+        trace: bool = False,
+        bptt: int | None = None,
+        recompute: bool = False,
+    ) -> str:
+        """Return the end of the string that tells what a call is asked for."""
+        asked = ""
+        if _saves(tensors, self.training):
+            asked += ', "save": true'
+        if self.training and self._is_random:
+            asked += ', "training": true'
+        if return_cells:
+            asked += ', "return_cells": true'
+        if trace:
+            asked += ', "trace": true'
+        if bptt is not None:
+            asked += f', "bptt": {checks.positive("bptt", bptt)}'
+        if recompute:
+            asked += ', "recompute": true'
+        return asked + "}"
+
+    def _compute(self, told: str, *tensors: Any) -> tuple[Tensor, ...]:
+        """Run the cell over x (T, B, I), the first of the tensors of `ops.Inputs`."""
+        x = tensors[0]
+        dtype = _computed_in(x)
+        if dtype is None:
+            return ops.run_forward(told, *tensors)
+        kind = x.device.type
+        of_state = torch.promote_types(dtype, torch.float32)
+        cast = [
+            a
+            if a is None or not a.is_floating_point()
+            else a.to(of_state if 0 < i < 3 else dtype)
+            for i, a in enumerate(tensors)
+        ]
+        result = dtype if _is_cast(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            return tuple(a.to(result) for a in ops.run_forward(told, *cast))
+
+
+def _saves(tensors: Iterable[Any], training: bool) -> bool:
+    """Whether backward may be asked for."""
+    if not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        return training or not _is_exporting()
+    return ops.is_transformed() or any(a is not None and a.requires_grad for a in tensors)
+
+
+def _is_cast(kind: str) -> bool:
+    """Whether autocast is at work on a kind of device."""
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
+def _computed_in(x: Tensor) -> torch.dtype | None:
+    """Return the dtype to compute in if it may be another than that of all tensors."""
+    kind = x.device.type
+    if _is_cast(kind):
+        return torch.float32 if kind == "cpu" else torch.get_autocast_dtype(kind)
+    if x.dtype in _HALVES:
+        return torch.float32 if kind == "cpu" else x.dtype
+    return None
+
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def _option(name: str) -> Any:
+    return property(lambda self: self._options.get(name, _OPTIONS[name]))
+
+
+for _name in _OPTIONS:
+    setattr(_Recurrent, _name, _option(_name))
+
+
+class _Layers(_Recurrent):
+    """A stack of layers in one or both directions."""
+
+    mode: str
+
+    def __init__(
+        self,
+        mode: str,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        proj_size: int,
+        device: Any,
+        dtype: torch.dtype | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        is_number = isinstance(dropout, numbers.Number) and not isinstance(dropout, bool)
+        if not is_number or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be a probability from 0 to 1, got {dropout!r}")
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(
+                f"dropout is between layers: dropout={dropout} has no effect with num_layers=1",
+                stacklevel=3,
+            )
+        _check_kind("bias", bias, bool)
+        _check_kind("batch_first", batch_first, bool)
+        super().__init__(cell, input_size, hidden_size, bias, proj_size, options)
+        if num_layers <= 0:
+            raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
+        self.mode = mode
+        self.num_layers, self.batch_first = num_layers, batch_first
+        self.dropout, self.bidirectional = float(dropout), bool(bidirectional)
+        self._names: list[list[str | None]] = []
+        for layer in range(num_layers):
+            I = self._width * (1 + self.bidirectional) if layer else input_size
+            for suffix in (f"_l{layer}", f"_l{layer}_reverse")[: 1 + self.bidirectional]:
+                self._names.append(self._add_parameters(suffix, I, device=device, dtype=dtype))
+        self._is_pair = len(CELLS[self._cell].states) > 1
+        is_one = num_layers == 1 and not (bidirectional or proj_size)
+        self._is_simple = (
+            is_one and parse(self._told + "}").is_plain and not any(self._names[0][4:])
+        )
+        self.reset_parameters()
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The parameters of each layer and direction."""
+        return [[getattr(self, n) for n in names if n is not None] for names in self._names]
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the kernels read parameters wherever they lie."""
+
+    def extra_repr(self) -> str:
+        """Return the arguments that were not left out."""
+        names: dict[str, Any] = {"proj_size": 0, "num_layers": 1, "bias": True}
+        names |= {"batch_first": False, "dropout": 0.0, "bidirectional": False}
+        shown = [f"{self.input_size}, {self.hidden_size}", *self._extra(*names.items())]
+        return ", ".join(shown)
+
+    # Calls
+
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        lengths: Any = None,
+        resets: Any = None,
+        *,
+        return_cells: bool = False,
+        trace: bool = False,
+        bptt: int | None = None,
+        recompute: bool = False,
+        seed: int | None = None,
+    ) -> tuple[Any, ...]:
+        """Run the layers over sequences.
+
+        Parameters
+        ----------
+        input: (T, B, I), (B, T, I) if batch_first, (T, I), or a PackedSequence.
+        hx: h_0 or, of an LSTM, (h_0, c_0), each (layers*directions, B, H) or without B; None
+            for zeros.
+        lengths: (B,) integers 0 to T in any order, or None for T; not with a PackedSequence.
+        resets: bool, shaped like input without its last axis, true where the state that enters
+            the step is 0; not with a PackedSequence.
+        return_cells, trace, bptt, recompute: as for `fusedrnn.lstm_vjp`.
+        seed: what zoneout, recurrent and weight dropout depend on in training, 0 to 2**64 - 1;
+            None draws it from PyTorch's generator.
+
+        Returns
+        -------
+        output, h_n or (h_n, c_n): as of torch.nn; then every c of the last layer and a dict of
+        every gate by names as "i_l0", if asked for.
+
+        Raises
+        ------
+        RuntimeError, ValueError, TypeError: what torch.nn refuses, with the same type; each
+            names the argument, what was expected and what came.
+        """
+        asks = trace or return_cells or recompute or bptt is not None
+        if self._is_simple and lengths is None and resets is None and not asks:
+            simple = self._run_simple(input, hx)
+            if simple is not None:
+                return simple
+        kept: dict[str, Any] = {"bptt": bptt, "recompute": recompute}
+        kept |= {"return_cells": return_cells, "trace": trace}
+        weights = [[self._get(n) for n in names] for names in self._names]
+        if isinstance(input, PackedSequence):
+            return self._run_packed(input, hx, lengths, resets, weights, kept, seed)
+        first = weights[0][0]
+        assert first is not None
+        self._check_like_weights("input", input, first, ValueError)
+        if input.dim() not in (2, 3):
+            raise ValueError(
+                f"input must have 2 or 3 dimensions, got shape {tuple(input.shape)}"
+            )
+        self._check_size(input)
+        unbatched = input.dim() == 2
+        x = input.unsqueeze(1) if unbatched else input
+        if self.batch_first and not unbatched:
+            x = x.transpose(0, 1)
+        state = self._state(hx, x.shape[1], unbatched, first)
+        if lengths is not None:
+            lengths = (
+                torch.as_tensor(lengths).reshape(-1) if unbatched else torch.as_tensor(lengths)
+            )
+            _check_integers(lengths, x.shape[1])
+        if resets is not None:
+            resets = _checked_resets(resets, tuple(input.shape[:-1]))
+            resets = resets.unsqueeze(1) if unbatched else resets
+            resets = resets.transpose(0, 1) if self.batch_first and not unbatched else resets
+        y, final, cells, gates = self._run(x, state, lengths, resets, weights, kept, seed)
+
+        def give(a: Tensor) -> Tensor:
+            if unbatched:
+                return a.squeeze(1)
+            return a.transpose(0, 1) if self.batch_first else a
+
+        results: list[Any] = [give(y), self._given(final, unbatched)]
+        if return_cells:
+            results.append(give(cells))
+        if trace:
+            results.append({name: give(gate) for name, gate in gates.items()})
+        return tuple(results)
+
+    def _run_simple(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
+        """Run a plain layer where only results are wanted and nothing needs preparing.
+
+        Else return None: the long way words errors. A step takes a few microseconds.
+        """
+        is_pair = self._is_pair
+        h0, c0 = hx if is_pair and type(hx) is tuple and len(hx) == 2 else (hx, None)
+        tensors = (input, h0, c0, *map(self._get, self._names[0][:4]))
+        if type(input) is not Tensor or (is_pair and (h0 is None) != (c0 is None)):
+            return None
+        if not ops.is_nobody_looking(tensors) or input.dim() != 3:
+            return None
+        if self.batch_first:
+            tensors = (input.transpose(0, 1), *tensors[1:])
+        made = compute_layer(self._cell, tensors)
+        if made is None:
+            return None
+        y = made[0].transpose(0, 1) if self.batch_first else made[0]
+        return y, tuple(made[1:]) if is_pair else made[1]
+
+    def _check_size(self, input: Tensor) -> None:
+        if input.shape[-1] != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size = {self.input_size}, "
+                f"got {input.shape[-1]}"
+            )
+
+    def _state(self, hx: Any, B: Any, unbatched: bool, like: Tensor) -> tuple[Any, ...]:
+        """Check h_0, and c_0, and return them with B."""
+        letters = CELLS[self._cell].states
+        if hx is None:
+            return (None,) * len(letters)
+        if len(letters) > 1 and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
+            raise TypeError(f"hx must be a pair (h_0, c_0), got {_what(hx)}")
+        checked = []
+        count = self.num_layers * (1 + self.bidirectional)
+        widths = (self._width, self.hidden_size)
+        for n, (letter, a, width) in enumerate(
+            zip(letters, hx if len(letters) > 1 else (hx,), widths, strict=False)
+        ):
+            name = f"hx[{n}]" if len(letters) > 1 else "hx"
+            self._check_like_weights(name, a, like, RuntimeError)
+            if a.dim() != 3 - unbatched:
+                raise RuntimeError(
+                    f"{name} must have {3 - unbatched} dimensions for an input of "
+                    f"{3 - unbatched}, got shape {tuple(a.shape)}"
+                )
+            expected = (count, width) if unbatched else (count, B, width)
+            if a.shape != expected:
+                raise RuntimeError(
+                    f"{name}, {letter}_0, must have shape {expected}, got {tuple(a.shape)}"
+                )
+            checked.append(a.unsqueeze(1) if unbatched else a)
+        return tuple(checked)
+
+    def _given(self, state: list[Tensor], unbatched: bool) -> Any:
+        views = [a.squeeze(1) if unbatched else a for a in state]
+        return tuple(views) if len(views) > 1 else views[0]
+
+    def _run(
+        self,
+        x: Tensor,
+        state: tuple[Any, ...],
+        lengths: Any,
+        resets: Any,
+        weights: list[list[Any]],
+        kept: dict[str, Any],
+        seed: int | None,
+        layout: Layout | None = None,
+    ) -> tuple[Tensor, list[Tensor], Any, dict[str, Tensor]]:
+        """Return y, the final state, every c, and every gate, time-major."""
+        D, letters = 1 + self.bidirectional, CELLS[self._cell].states
+        asked = self._asked((x, *state, *(p for of_one in weights for p in of_one)), **kept)
+        masks = (lengths, resets, self._seed(seed))
+        final: list[list[Tensor]] = [[] for _ in letters]
+        gates: dict[str, Tensor] = {}
+        for layer in range(self.num_layers):
+            if layer and self.dropout and self.training:
+                x = self._dropped(x, layout)
+            ys, cells = [], []
+            for at in range(layer * D, (layer + 1) * D):
+                start = [None if s is None else s[at] for s in state]
+                start += [None] * (2 - len(start))
+                told = f'{self._told}, "where": {at}' if at else self._told
+                told += ', "reverse": true' if at % D else ""
+                y, h_n, c_n, c, trace, _ = self._compute(
+                    told + asked, x, *start, *weights[at], *masks
+                )
+                ys.append(y)
+                cells.append(c)
+                for ends, end in zip(final, (h_n, c_n), strict=False):
+                    ends.append(end)
+                if kept["trace"]:
+                    suffix = f"_l{layer}" + "_reverse" * (at % D)
+                    for k, letter in enumerate(CELLS[self._cell].gates):
+                        gates[letter + suffix] = trace[:, :, k]
+            x = ys[0] if D == 1 else torch.cat(ys, -1)
+        every_c = cells[0] if D == 1 else torch.cat(cells, -1)
+        stacked = [s[0].unsqueeze(0) if len(s) == 1 else torch.stack(s) for s in final]
+        return x, stacked, every_c, gates
+
+    def _dropped(self, y: Tensor, layout: Layout | None) -> Tensor:
+        """Return what the layer after sees of y; in packed data PyTorch drops what is there."""
+        if layout is None:
+            return dropout(y, self.dropout, True)
+        return layout.pad(dropout(layout.pack(y), self.dropout, True))
+
+    def _run_packed(
+        self,
+        packed: PackedSequence,
+        hx: Any,
+        lengths: Any,
+        resets: Any,
+        weights: list[list[Any]],
+        kept: dict[str, Any],
+        seed: int | None,
+    ) -> tuple[Any, ...]:
+        """Run over a PackedSequence."""
+        for name, a in (("lengths", lengths), ("resets", resets)):
+            if a is not None:
+                raise TypeError(f"{name} must be None with a PackedSequence, which has its own")
+        data, _, order, back = packed
+        self._check_like_weights("input.data", data, weights[0][0], ValueError)
+        if data.dim() != 2:
+            raise RuntimeError(
+                f"input.data must have 2 dimensions, got shape {tuple(data.shape)}"
+            )
+        self._check_size(data)
+        layout = Layout.of(packed)
+        state = self._state(hx, layout.B, False, weights[0][0])
+        if order is not None:
+            state = tuple(None if s is None else s.index_select(1, order) for s in state)
+        x = layout.pad(data)
+        y, final, cells, gates = self._run(
+            x, state, layout.lengths, None, weights, kept, seed, layout
+        )
+        if back is not None:
+            final = [s.index_select(1, back) for s in final]
+
+        def give(a: Tensor) -> PackedSequence:
+            return PackedSequence(layout.pack(a), *packed[1:])
+
+        results: list[Any] = [give(y), self._given(final, False)]
+        if kept["return_cells"]:
+            results.append(give(cells))
+        if kept["trace"]:
+            results.append({name: give(gate) for name, gate in gates.items()})
+        return tuple(results)
+
+
+def _check_integers(lengths: Tensor, B: Any) -> None:
+    if lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    if lengths.shape != (B,):
+        raise ValueError(f"lengths must have shape (B,) = ({B},), got {tuple(lengths.shape)}")
+
+
+def _checked_resets(resets: Any, expected: tuple[Any, ...]) -> Tensor:
+    found = torch.as_tensor(resets)
+    if found.dtype != torch.bool:
+        raise TypeError(f"resets must be bool, got {found.dtype}")
+    if found.shape != expected:
+        raise ValueError(
+            f"resets must have the shape of input without its last axis, {expected}, "
+            f"got {tuple(found.shape)}"
+        )
+    return found
+
+
+class LSTM(_Layers):
+    """`torch.nn.LSTM` on our kernels.
+
+    ::
+
+        a = weight_ih x_t + bias_ih + weight_hh h' + bias_hh
+        i, f, o = σ(a_i), σ(a_f), σ(a_o)        g = tanh(a_g)
+        c = f c' + i g                          h = o tanh(c)
+
+    Parameters
+    ----------
+    input_size … dtype: as of torch.nn, in its order.
+    peephole, coupled_gates, layer_norm, clip, cell_clip, zoneout, recurrent_dropout,
+        weight_dropout, forget_bias, orthogonal: as of `fusedrnn.LSTM`, by keyword. Parameters
+        that they bring follow those of a layer's direction: weight_ch_l0, gamma_ih_l0, ….
+    precision: "tf32" lets a GPU's matrix units multiply float32, rounded to 10 bits.
+
+    On the CPU bfloat16 and float16 are computed in float32 and rounded at the end of each
+    layer; under autocast the CPU computes in float32, a GPU in the type of autocast.
+
+    Raises
+    ------
+    TypeError, ValueError: an argument of a wrong type or value.
+
+    >>> import torch, fusedrnn.torch as ft
+    >>> lstm = ft.LSTM(3, 4, num_layers=2, batch_first=True, zoneout=(0.1, 0.2))
+    >>> output, (h_n, c_n) = lstm(torch.zeros(5, 7, 3), lengths=[7, 2, 0, 7, 1])
+    >>> output.shape, h_n.shape
+    (torch.Size([5, 7, 4]), torch.Size([2, 5, 4]))
+    >>> lstm
+    LSTM(3, 4, num_layers=2, batch_first=True, zoneout=(0.1, 0.2))
+    """
+
+    _defaults = _of_cell(LSTMOptions)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Unpack[LSTMOptions],
+    ) -> None:
+        cell = "lstm_coupled" if options.get("coupled_gates") else "lstm"
+        shape = (input_size, hidden_size, num_layers, bias, batch_first, dropout)
+        super().__init__("LSTM", cell, *shape, bidirectional, proj_size, device, dtype, options)
+
+
+class GRU(_Layers):
+    """`torch.nn.GRU` on our kernels.
+
+    The equations and the options reset_after, layer_norm, clip, zoneout, recurrent_dropout,
+    weight_dropout, orthogonal are those of `fusedrnn.GRU`; all else is as for `LSTM`.
+
+    >>> import torch, fusedrnn.torch as ft
+    >>> gru = ft.GRU(3, 4, bidirectional=True)
+    >>> output, h_n = gru(torch.zeros(7, 5, 3))
+    >>> output.shape, h_n.shape
+    (torch.Size([7, 5, 8]), torch.Size([2, 5, 4]))
+    """
+
+    _defaults = _of_cell(GRUOptions)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Unpack[GRUOptions],
+    ) -> None:
+        _check_no_projection(options)
+        cell = "gru" if options.get("reset_after", True) else "gru_before"
+        shape = (input_size, hidden_size, num_layers, bias, batch_first, dropout)
+        super().__init__("GRU", cell, *shape, bidirectional, 0, device, dtype, options)
+
+
+class RNN(_Layers):
+    """`torch.nn.RNN` on our kernels.
+
+    The equations and the options clip, zoneout, recurrent_dropout, weight_dropout, orthogonal
+    are those of `fusedrnn.RNN`, nonlinearity is "tanh", "relu" or "identity"; all else is as
+    for `LSTM`.
+
+    >>> import torch, fusedrnn.torch as ft
+    >>> output, h_n = ft.RNN(3, 4, nonlinearity="relu")(torch.zeros(7, 5, 3))
+    >>> output.shape
+    torch.Size([7, 5, 4])
+    """
+
+    _defaults = _of_cell(RNNOptions)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Unpack[RNNOptions],
+    ) -> None:
+        _check_no_projection(options)
+        cell = rnn_cell(nonlinearity).name
+        self.nonlinearity = nonlinearity
+        shape = (input_size, hidden_size, num_layers, bias, batch_first, dropout)
+        mode = f"RNN_{nonlinearity.upper()}"
+        super().__init__(mode, cell, *shape, bidirectional, 0, device, dtype, options)
+
+
+def _check_no_projection(options: Mapping[str, Any]) -> None:
+    if "proj_size" in options:
+        raise ValueError("proj_size is an LSTM's")
+
+
+class _Step(_Recurrent):
+    """One step of a cell, for loops that are written out."""
+
+    def __init__(
+        self,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        bias: bool,
+        device: Any,
+        dtype: torch.dtype | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        super().__init__(cell, input_size, hidden_size, bias, 0, options)
+        self._names = self._add_parameters("", input_size, device=device, dtype=dtype)
+        if not bias:
+            self.register_parameter("bias_ih", None)
+            self.register_parameter("bias_hh", None)
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        """Return the arguments that were not left out."""
+        shown = [f"{self.input_size}, {self.hidden_size}", *self._extra(("bias", True))]
+        return ", ".join(shown)
+
+    def forward(self, input: Tensor, hx: Any = None, *, seed: int | None = None) -> Any:
+        """Take a step.
+
+        Parameters
+        ----------
+        input: (B, I) or (I,).
+        hx: the state before, h or, of an LSTM, (h, c), each (B, H) or (H,); None for zeros.
+        seed: what zoneout, recurrent and weight dropout depend on in training; None draws it.
+
+        Returns
+        -------
+        The state after, in the form of hx.
+
+        Raises
+        ------
+        RuntimeError, ValueError, TypeError: what torch.nn refuses, with the same type.
+        """
+        weights = [self._get(n) for n in self._names]
+        first = weights[0]
+        assert first is not None
+        letters = CELLS[self._cell].states
+        is_pair = len(letters) > 1
+        if hx is not None and is_pair and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
+            raise TypeError(f"hx must be a pair (h, c), got {_what(hx)}")
+        given = {"input": input}
+        if hx is not None:
+            given |= {"hx[0]": hx[0], "hx[1]": hx[1]} if is_pair else {"hx": hx}
+        for name, a in given.items():
+            if isinstance(a, Tensor) and a.dim() not in (1, 2):
+                raise ValueError(
+                    f"{name} must have 1 or 2 dimensions, got shape {tuple(a.shape)}"
+                )
+        for name, a in given.items():
+            self._check_like_weights(name, a, first, RuntimeError)
+            size = self.input_size if name == "input" else self.hidden_size
+            expected = (*input.shape[:-1], size)
+            if a.shape != expected:
+                raise RuntimeError(
+                    f"{name} must have shape {tuple(expected)}, got {tuple(a.shape)}"
+                )
+        unbatched = input.dim() == 1
+        x, *state = (a.unsqueeze(0) if unbatched else a for a in given.values())
+        asked = self._asked((x, *state, *weights))
+        start = [*state, None, None][:2]
+        made = self._compute(
+            self._told + asked, x.unsqueeze(0), *start, *weights, None, None, self._seed(seed)
+        )
+        ends = [a.squeeze(0) if unbatched else a for a in made[1 : 1 + len(letters)]]
+        return tuple(ends) if is_pair else ends[0]
+
+
+class LSTMCell(_Step):
+    """`torch.nn.LSTMCell` on our kernels: one step of `LSTM`, with its options.
+
+    >>> import torch, fusedrnn.torch as ft
+    >>> h, c = ft.LSTMCell(3, 4)(torch.zeros(5, 3))
+    >>> h.shape
+    torch.Size([5, 4])
+    """
+
+    _defaults = _of_cell(LSTMOptions)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Unpack[LSTMOptions],
+    ) -> None:
+        cell = "lstm_coupled" if options.get("coupled_gates") else "lstm"
+        super().__init__(cell, input_size, hidden_size, bias, device, dtype, options)
+
+
+class GRUCell(_Step):
+    """`torch.nn.GRUCell` on our kernels: one step of `GRU`, with its options.
+
+    >>> import torch, fusedrnn.torch as ft
+    >>> ft.GRUCell(3, 4)(torch.zeros(5, 3)).shape
+    torch.Size([5, 4])
+    """
+
+    _defaults = _of_cell(GRUOptions)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Unpack[GRUOptions],
+    ) -> None:
+        cell = "gru" if options.get("reset_after", True) else "gru_before"
+        super().__init__(cell, input_size, hidden_size, bias, device, dtype, options)
+
+
+class RNNCell(_Step):
+    """`torch.nn.RNNCell` on our kernels: one step of `RNN`, with its options.
+
+    >>> import torch, fusedrnn.torch as ft
+    >>> ft.RNNCell(3, 4, nonlinearity="relu")(torch.zeros(5, 3)).shape
+    torch.Size([5, 4])
+    """
+
+    _defaults = _of_cell(RNNOptions)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Unpack[RNNOptions],
+    ) -> None:
+        cell = rnn_cell(nonlinearity).name
+        super().__init__(cell, input_size, hidden_size, bias, device, dtype, options)
+        self.nonlinearity = nonlinearity

@@ -1,0 +1,590 @@
+"""fusedrnn.torch's modules stand in the place of torch.nn's."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import masks
+
+import fusedrnn as fr
+from fusedrnn.cells import CELLS
+
+torch = pytest.importorskip("torch", reason="the modules are PyTorch's")
+pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
+
+from torch import nn  # noqa: E402
+from torch.nn.utils import parametrize  # noqa: E402
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence  # noqa: E402
+from torch.testing._internal import common_modules  # noqa: E402
+
+import fusedrnn.torch as ft  # noqa: E402
+
+NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
+LAYERS = NAMES[:3]
+DOUBLE = torch.float64
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"bias": False},
+    {"num_layers": 2, "bidirectional": True, "batch_first": True, "dropout": 0.4},
+]
+
+
+def pair(name: str, *args: Any, **options: Any) -> tuple[Any, Any]:
+    """Torch's module and ours, made from the same random numbers."""
+    made = []
+    for home in (nn, ft):
+        torch.manual_seed(3)
+        made.append(getattr(home, name)(*args, **options))
+    return made[0], made[1]
+
+
+def flat(results: Any) -> list[Any]:
+    if isinstance(results, (tuple, list)) and not isinstance(results, PackedSequence):
+        return [a for r in results for a in flat(r)]
+    return [results.data if isinstance(results, PackedSequence) else results]
+
+
+def assert_same(theirs: Any, ours: Any, *inputs: Any, **tolerance: float) -> None:
+    """Results and the gradients of inputs and parameters, the random numbers alike."""
+    tolerance = tolerance or {"atol": 1e-12, "rtol": 1e-12}
+    found = []
+    for module in (theirs, ours):
+        leaves = [a for a in flat(inputs) if a is not None]
+        for a in leaves:
+            a.grad = None
+        torch.manual_seed(5)
+        results = flat(module(*inputs))
+        torch.manual_seed(6)
+        sum((r * torch.randn_like(r)).sum() for r in results).backward()
+        gradients = [a.grad for a in leaves] + [p.grad for p in module.parameters()]
+        found.append(([r.detach() for r in results], gradients))
+    for expected, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, **tolerance)
+
+
+# Torch's own tests' inputs
+
+
+def sampled(kind: str) -> list[Any]:
+    """What torch's own tests give to a module, or expect it to refuse."""
+    found = []
+    for info in common_modules.module_db:
+        name = info.module_cls.__name__
+        if name not in NAMES or info.module_cls.__module__ != "torch.nn.modules.rnn":
+            continue
+        made = getattr(info, f"module_{kind}_func")(
+            info, device="cpu", dtype=DOUBLE, requires_grad=kind == "inputs", training=True
+        )
+        found += [pytest.param(name, m, id=f"{name}-{i}") for i, m in enumerate(made)]
+    return found
+
+
+@pytest.mark.parametrize(("name", "sample"), sampled("inputs"))
+def test_torchs_own_inputs(name: str, sample: Any) -> None:
+    made, given = sample.constructor_input, sample.forward_input
+    theirs, ours = pair(name, *made.args, **made.kwargs, dtype=DOUBLE)
+    assert_same(theirs, ours, *given.args)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_torchs_own_packed_inputs(name: str, bidirectional: bool) -> None:
+    info = next(m for m in common_modules.module_db if m.module_cls is getattr(nn, name))
+    if name == "LSTM":
+        data = common_modules.make_packed_sequence(
+            torch.randn(5, 5, 2, dtype=DOUBLE), torch.tensor([5, 3, 3, 2, 2])
+        )
+        theirs, ours = pair(name, 2, 3, 2, bidirectional=bidirectional, dtype=DOUBLE)
+        assert_same(theirs, ours, data.detach() if hasattr(data, "detach") else data)
+        return
+    for sample in info.module_inputs_func(
+        info,
+        device="cpu",
+        dtype=DOUBLE,
+        requires_grad=False,
+        training=True,
+        with_packed_sequence=True,
+    ):
+        made, given = sample.constructor_input, sample.forward_input
+        if isinstance(given.args[0], PackedSequence):
+            theirs, ours = pair(name, *made.args, **made.kwargs, dtype=DOUBLE)
+            for a, b in zip(flat(theirs(*given.args)), flat(ours(*given.args)), strict=True):
+                torch.testing.assert_close(b, a)
+
+
+@pytest.mark.parametrize(("name", "sample"), sampled("error_inputs"))
+def test_what_torch_refuses(name: str, sample: Any) -> None:
+    """With the same type of exception, by module and by call."""
+    wrong = sample.module_error_input
+    made = wrong.constructor_input
+
+    def make_and_call() -> None:
+        module = getattr(ft, name)(*made.args, **made.kwargs)
+        module(*wrong.forward_input.args)
+
+    with pytest.raises(sample.error_type) as refused:
+        make_and_call()
+    assert type(refused.value) is sample.error_type
+    assert len(str(refused.value)) > 10
+
+
+# The same module
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments(name: str) -> None:
+    """In torch's order, with torch's defaults; ours come after, by keyword."""
+    ours = inspect.signature(getattr(ft, name).__init__).parameters
+    documented = {
+        "LSTM": "input_size hidden_size num_layers bias batch_first dropout bidirectional "
+        "proj_size device dtype",
+        "GRU": "input_size hidden_size num_layers bias batch_first dropout bidirectional "
+        "device dtype",
+        "RNN": "input_size hidden_size num_layers nonlinearity bias batch_first dropout "
+        "bidirectional device dtype",
+        "LSTMCell": "input_size hidden_size bias device dtype",
+        "GRUCell": "input_size hidden_size bias device dtype",
+        "RNNCell": "input_size hidden_size bias nonlinearity device dtype",
+    }[name]
+    assert list(ours) == ["self", *documented.split(), "options"]
+    assert not issubclass(getattr(ft, name), nn.RNNBase)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_parameters(name: str, options: dict[str, Any]) -> None:
+    theirs, ours = pair(name, 3, 5, **options)
+    for a, b in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
+        assert a[0] == b[0]
+        assert torch.equal(a[1], b[1])
+    assert [len(w) for w in ours.all_weights] == [len(w) for w in theirs.all_weights]
+    assert ours.extra_repr() == theirs.extra_repr()
+    ours.flatten_parameters()
+    fresh = getattr(ft, name)(3, 5, **options)
+    fresh.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(fresh.state_dict())
+    assert all(map(torch.equal, theirs.parameters(), fresh.parameters()))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("options", FORMS, ids=str)
+@pytest.mark.parametrize("kind", ["batched", "unbatched", "packed", "sorted"])
+@pytest.mark.parametrize("has_state", [False, True])
+def test_agrees_with_torch(name: str, options: Any, kind: str, has_state: bool) -> None:
+    """In every form of input, dropout drawing the same numbers, packed or not."""
+    theirs, ours = pair(name, 3, 5, **options, dtype=DOUBLE)
+    rng = torch.Generator().manual_seed(1)
+    first, count = options.get("batch_first", False), 4 if len(options) > 1 else 1
+    T, B = 7, 4
+    x = torch.randn((B, T, 3) if first else (T, B, 3), generator=rng, dtype=DOUBLE)
+    if kind == "unbatched":
+        x = x[0] if first else x[:, 0]
+    x = x.contiguous().requires_grad_()
+    batch = () if kind == "unbatched" else (B,)
+    states = [
+        torch.randn((count, *batch, 5), generator=rng, dtype=DOUBLE).requires_grad_()
+        for _ in range(2 if name == "LSTM" else 1)
+    ]
+    hx = (tuple(states) if name == "LSTM" else states[0]) if has_state else None
+    if kind in ("packed", "sorted"):
+        lengths = [7, 4, 4, 1] if kind == "sorted" else [4, 7, 1, 4]
+        leaf = pack_padded_sequence(x.detach(), lengths, first, kind == "sorted")
+        x = PackedSequence(leaf.data.requires_grad_(), *leaf[1:])
+        x_theirs, x_ours = (module(x, hx)[0] for module in (theirs, ours))
+        if not options.get("dropout"):
+            torch.testing.assert_close(x_ours.data, x_theirs.data)
+        assert torch.equal(x_ours.batch_sizes, x_theirs.batch_sizes)
+        assert (x_ours.unsorted_indices is None) == (x_theirs.unsorted_indices is None)
+
+    def call(module: Any) -> Any:
+        def forward(*_: Any) -> Any:
+            return module(x, hx)
+
+        forward.parameters = module.parameters  # type: ignore[attr-defined]
+        return forward
+
+    leaves = [x.data if isinstance(x, PackedSequence) else x, *(states if has_state else [])]
+    assert_same(call(theirs), call(ours), *leaves)
+
+
+@pytest.mark.parametrize("name", NAMES[3:])
+@pytest.mark.parametrize("has_state", [False, True])
+def test_cells_agree_with_torch(name: str, has_state: bool) -> None:
+    theirs, ours = pair(name, 3, 5, dtype=DOUBLE)
+    assert [n for n, _ in theirs.named_parameters()] == [n for n, _ in ours.named_parameters()]
+    states = [torch.randn(4, 5, dtype=DOUBLE, requires_grad=True) for _ in range(2)]
+    hx = (tuple(states) if name == "LSTMCell" else states[0]) if has_state else None
+    assert_same(theirs, ours, torch.randn(4, 3, dtype=DOUBLE, requires_grad=True), hx)
+    bare = getattr(ft, name)(3, 5, bias=False)
+    assert bare.state_dict().keys() == getattr(nn, name)(3, 5, bias=False).state_dict().keys()
+    assert repr(bare) == repr(getattr(nn, name)(3, 5, bias=False))
+
+
+# Our options
+
+LAYER_OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "LSTM": [
+        {"peephole": True, "proj_size": 4, "cell_clip": 0.6},
+        {"coupled_gates": True, "clip": 1.5},
+        {"layer_norm": True, "zoneout": (0.2, 0.3)},
+    ],
+    "GRU": [
+        {"reset_after": False, "recurrent_dropout": 0.3},
+        {"layer_norm": True, "clip": 1.5, "weight_dropout": 0.2},
+    ],
+    "RNN": [{"nonlinearity": "identity", "zoneout": 0.3}, {"nonlinearity": "relu"}],
+}
+OPTION_CASES = [(name, options) for name, all_of in LAYER_OPTIONS.items() for options in all_of]
+
+
+@pytest.mark.parametrize(("name", "options"), OPTION_CASES, ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_options_agree_with_our_layers(name: str, options: Any, training: bool) -> None:
+    """Through two layers in both directions, masked, forward and backward."""
+    more = {"num_layers": 2, "bidirectional": True, "batch_first": True, **options}
+    module = getattr(ft, name)(3, 6, **more, dtype=DOUBLE).train(training)
+    layer = getattr(fr, name)(3, 6, **more, dtype=np.float64)
+    layer.load_state_dict(module.state_dict())
+    assert list(layer.state_dict()) == list(module.state_dict())
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 8, 3))
+    both = masks("both", fr_sizes(8, 5))
+    both["resets"] = both["resets"].T.copy()
+    asked: dict[str, Any] = {"trace": True, "seed": 2**63 + 5}
+    if name == "LSTM":
+        asked["return_cells"] = True
+    expected, pullback = layer.vjp(x, **both, **asked, training=training, bptt=3)
+    x_t = torch.from_numpy(x).requires_grad_()
+    found = module(x_t, **{k: torch.from_numpy(v) for k, v in both.items()}, **asked, bptt=3)
+    results = [r for r in flat(expected) if not isinstance(r, dict)]
+    ours = [r for r in flat(found) if not isinstance(r, dict)]
+    for a, e in zip(ours, results, strict=True):
+        np.testing.assert_array_equal(a.detach().numpy(), e)
+    assert list(found[-1]) == list(expected[-1])
+    for letter, gate in found[-1].items():
+        np.testing.assert_array_equal(gate.numpy(), expected[-1][letter])
+        assert not gate.requires_grad
+    d = [rng.normal(size=r.shape) for r in results]
+    torch.autograd.backward(ours, list(map(torch.from_numpy, d)))
+    d_state = tuple(d[1:3]) if name == "LSTM" else d[1]
+    grads = pullback(d[0], d_state, *d[3:])
+    np.testing.assert_array_equal(x_t.grad.numpy(), grads.x)
+    for key, p in module.named_parameters():
+        np.testing.assert_array_equal(p.grad.numpy(), grads.parameters[key], err_msg=key)
+
+
+def fr_sizes(T: int, B: int) -> Any:
+    from helpers import Sizes
+
+    return Sizes(T, B, 3, 6)
+
+
+def test_random_masks_come_from_torchs_generator() -> None:
+    module, x = ft.LSTM(3, 4, zoneout=0.3, recurrent_dropout=0.2), torch.randn(5, 2, 3)
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(module(x)[0])
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+    plain = ft.GRU(3, 4)
+    state = torch.get_rng_state()
+    module.eval()(x)
+    plain(x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_recompute_and_checkpoints_change_nothing() -> None:
+    module, x = ft.LSTM(3, 8, zoneout=0.2, num_layers=2), torch.randn(6, 2, 3)
+    gradients = []
+    for way in ("saved", "recompute", "checkpoint"):
+        module.zero_grad()
+        torch.manual_seed(0)
+        if way == "checkpoint":
+            y, _ = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
+        else:
+            y, _ = module(x, recompute=way == "recompute")
+        y.square().sum().backward()
+        gradients.append([p.grad for p in module.parameters()])
+    for others in gradients[1:]:
+        torch.testing.assert_close(others, gradients[0])
+
+
+def test_init_options() -> None:
+    lstm = ft.LSTM(3, 4, forget_bias=1.0, orthogonal=True, layer_norm=True)
+    both = lstm.bias_ih_l0 + lstm.bias_hh_l0
+    assert torch.equal(both[4:8], torch.ones(4))
+    for block in lstm.weight_hh_l0.split(4):
+        torch.testing.assert_close(block @ block.T, torch.eye(4))
+    assert torch.equal(lstm.gamma_ih_l0, torch.ones(16))
+    assert torch.equal(lstm.beta_c_l0, torch.zeros(4))
+    assert lstm.layer_norm is True
+    with pytest.raises(AttributeError):
+        lstm.layer_norm = False
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_empty_batches_and_sequences(name: str) -> None:
+    module = getattr(ft, name)(3, 4)
+    for T, B in ((0, 2), (5, 0)):
+        x = torch.zeros(T, B, 3, requires_grad=True)
+        y, last = module(x)
+        assert y.shape == (T, B, 4)
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+        assert not flat(last)[0].any()
+
+
+def test_other_strides() -> None:
+    """Views and parameters that are not contiguous."""
+    theirs, ours = pair("LSTM", 3, 4, dtype=DOUBLE)
+    for module in (theirs, ours):
+        module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.detach().T.contiguous().T)
+    wide = torch.randn(6, 5, 7, dtype=DOUBLE)
+    x = wide[::2, :, 1:7:2].detach().requires_grad_()
+    h = torch.randn(4, 5, 1, dtype=DOUBLE).permute(2, 1, 0).detach().requires_grad_()
+    assert_same(theirs, ours, x, (h, h))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, (h, h)), theirs(x, (h, h)))
+
+
+# Around it
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_and_files(name: str) -> None:
+    module = getattr(ft, name)(3, 4, clip=2.0)
+    x = torch.randn(5, 3)
+    expected = flat(module(x))[0]
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    other = getattr(ft, name)(3, 4, clip=2.0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    whole = io.BytesIO()
+    torch.save(module, whole)
+    whole.seek(0)
+    for again in (
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        other,
+        torch.load(whole, weights_only=False),
+    ):
+        assert torch.equal(flat(again(x))[0], expected)
+        assert repr(again) == repr(module)
+
+
+def test_parametrize() -> None:
+    """A weight that is computed anew at each call, and the old weight drop that deletes one."""
+    theirs, ours = pair("LSTM", 3, 4, dtype=DOUBLE)
+    for module in (theirs, ours):
+        nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+        parametrize.register_parametrization(module, "weight_ih_l0", Half())
+    x = torch.randn(5, 2, 3, dtype=DOUBLE, requires_grad=True)
+    assert_same(theirs, ours, x)
+    results = []
+    for module in pair("GRU", 3, 4):
+        raw = module.weight_hh_l0
+        del module._parameters["weight_hh_l0"]
+        module.register_parameter("weight_hh_l0_raw", raw)
+        module.weight_hh_l0 = raw * 0
+        results.append(module(torch.ones(1, 1, 3))[0])
+    torch.testing.assert_close(results[1], results[0])
+
+
+class Half(nn.Module):
+    def forward(self, w: Any) -> Any:
+        return w / 2
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "RMSprop"])
+def test_optimizers(name: str, optimizer: str) -> None:
+    losses = []
+    for module in pair(name, 3, 8, dtype=DOUBLE):
+        step = getattr(torch.optim, optimizer)(module.parameters(), lr=0.01)
+        torch.manual_seed(0)
+        x = torch.randn(6, 4, 3, dtype=DOUBLE)
+        for _ in range(5):
+            loss = (module(x)[0] - x.sum(-1, keepdim=True)).square().mean()
+            step.zero_grad()
+            loss.backward()
+            step.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_halves_and_autocast_on_the_cpu(name: str, half: Any) -> None:
+    """Computed in float32: as close as the rounding of what goes in and comes out."""
+    module = getattr(ft, name)(3, 4)
+    x = torch.randn(5, 2, 3) if name in LAYERS else torch.randn(5, 3)
+    expected = flat(module(x))[0].detach()
+    with torch.autocast("cpu", half):
+        y = flat(module(x.to(half)))[0]
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, expected, atol=0.02, rtol=0.02)
+    y.sum().backward()
+    assert next(module.parameters()).grad.dtype == torch.float32
+    y = flat(module.to(half)(x.to(half)))[0]
+    assert y.dtype == half
+    torch.testing.assert_close(y.float(), expected, atol=0.03, rtol=0.03)
+    y.float().sum().backward()
+    with torch.no_grad():
+        assert torch.equal(flat(module(x.to(half)))[0], y)
+
+
+def test_inference_takes_weights_as_they_are_now() -> None:
+    """Also where they were written to behind autograd's back."""
+    module, x = ft.LSTM(3, 4), torch.randn(9, 2, 3)
+    with torch.no_grad():
+        before = module(x)[0]
+        module.weight_hh_l0.data.mul_(2)
+        after = module(x)[0]
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, module(x)[0])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_threads_follow_torch(name: str) -> None:
+    before = torch.get_num_threads()
+    module, x = getattr(ft, name)(3, 4), torch.randn(5, 2, 3)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            module(x)
+            assert fr.get_num_threads() == threads
+        fr.set_num_threads(2)
+        module(x)
+        assert fr.get_num_threads() == 2
+    finally:
+        fr.set_num_threads(0)
+        torch.set_num_threads(before)
+
+
+# Wrong input
+
+
+def wrong(what: str) -> tuple[Any, ...]:
+    """A module and arguments of which one is wrong."""
+    lstm, x = ft.LSTM(3, 4), torch.randn(5, 2, 3)
+    h = torch.zeros(1, 2, 4)
+    packed = pack_padded_sequence(x.double(), [5, 2])
+    return {
+        "no tensor": (lstm, [[1.0]]),
+        "dtype": (lstm, x.double()),
+        "integers": (lstm, x.int()),
+        "rank": (lstm, x[None]),
+        "features": (lstm, x[..., :2]),
+        "device": (lstm, x.to("meta")),
+        "hx device": (lstm, x, (h.to("meta"), h)),
+        "hx dtype": (lstm, x, (h.double(), h)),
+        "hx alone": (lstm, x, h),
+        "hx of three": (lstm, x, (h, h, h)),
+        "hx rank": (lstm, x, (h[0], h[0])),
+        "hx shape": (lstm, x, (h[:, :1], h)),
+        "c shape": (lstm, x, (h, h[..., :2])),
+        "hx None": (lstm, x, (None, h)),
+        "packed dtype": (lstm, packed),
+        "packed features": (lstm, pack_padded_sequence(x[..., :2], [5, 2])),
+        "packed lengths": (lstm, pack_padded_sequence(x, [5, 2]), None, [5, 2]),
+        "lengths kind": (lstm, x, None, [1.0, 2.0]),
+        "lengths shape": (lstm, x, None, [1]),
+        "lengths value": (lstm, x, None, [1, 6]),
+        "resets kind": (lstm, x, None, None, torch.zeros(5, 2)),
+        "resets shape": (lstm, x, None, None, torch.zeros(2, 5, dtype=torch.bool)),
+    }[what]
+
+
+WRONG = {
+    "no tensor": (TypeError, "input must be a tensor, got list"),
+    "dtype": (ValueError, r"input must have the dtype .*float32, got torch.float64.*\.to\("),
+    "integers": (ValueError, r"input must have the dtype .*float32, got torch.int32"),
+    "rank": (ValueError, r"input must have 2 or 3 dimensions, got shape \(1, 5, 2, 3\)"),
+    "features": (RuntimeError, r"input.size\(-1\) must be equal to input_size = 3, got 2"),
+    "device": (RuntimeError, "input must be on cpu like the parameters, got meta"),
+    "hx device": (RuntimeError, r"hx\[0\] must be on cpu like the parameters, got meta"),
+    "hx dtype": (RuntimeError, r"hx\[0\] must have the dtype .*float32, got torch.float64"),
+    "hx alone": (TypeError, r"hx must be a pair \(h_0, c_0\), got Tensor"),
+    "hx of three": (TypeError, r"hx must be a pair \(h_0, c_0\), got tuple of 3"),
+    "hx rank": (RuntimeError, r"hx\[0\] must have 3 dimensions .*got shape \(2, 4\)"),
+    "hx shape": (RuntimeError, r"hx\[0\], h_0, must have shape \(1, 2, 4\), got \(1, 1, 4\)"),
+    "c shape": (RuntimeError, r"hx\[1\], c_0, must have shape \(1, 2, 4\), got \(1, 2, 2\)"),
+    "hx None": (TypeError, r"hx\[0\] must be a tensor, got NoneType"),
+    "packed dtype": (ValueError, r"input.data must have the dtype .*float32, got .*float64"),
+    "packed features": (RuntimeError, r"input_size = 3, got 2"),
+    "packed lengths": (TypeError, "lengths must be None with a PackedSequence"),
+    "lengths kind": (TypeError, "lengths must be integers, got torch.float32"),
+    "lengths shape": (ValueError, r"lengths must have shape \(B,\) = \(2,\), got \(1,\)"),
+    "lengths value": (ValueError, "lengths must be from 0 to T = 5, got 6"),
+    "resets kind": (TypeError, "resets must be bool, got torch.float32"),
+    "resets shape": (ValueError, r"resets must have .* \(5, 2\), got \(2, 5\)"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("has_gradient", [False, True])
+def test_wrong_calls(what: str, has_gradient: bool) -> None:
+    module, *arguments = wrong(what)
+    error, message = WRONG[what]
+    with pytest.raises(error, match=message), torch.set_grad_enabled(has_gradient):
+        module(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("LSTM", {"zoneout": 1.5}, ValueError, "zoneout"),
+        ("LSTM", {"dropout": 2.0}, ValueError, "dropout must be a probability"),
+        ("LSTM", {"dropout": True}, ValueError, "dropout must be a probability"),
+        ("LSTM", {"proj_size": 4}, ValueError, "proj_size must be from 0"),
+        ("LSTM", {"reset_after": True}, TypeError, "LSTM has no option reset_after"),
+        ("LSTM", {"forget_bias": 1.0, "bias": False}, ValueError, "forget_bias must be None"),
+        ("LSTM", {"peephole": 1}, TypeError, "peephole must be a bool"),
+        ("LSTM", {"precision": "bf16"}, ValueError, "precision must be"),
+        ("GRU", {"proj_size": 2}, ValueError, "proj_size"),
+        ("GRU", {"cell_clip": 1.0}, TypeError, "GRU has no option cell_clip"),
+        ("RNN", {"nonlinearity": "gelu"}, ValueError, "nonlinearity must be one of"),
+        ("RNN", {"layer_norm": True}, TypeError, "RNN has no option layer_norm"),
+        ("GRUCell", {"hidden": 3}, TypeError, "GRUCell has no option hidden"),
+    ],
+)
+def test_wrong_arguments(name: str, options: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        getattr(ft, name)(3, 4, **options)
+
+
+def test_dropout_of_one_layer_warns() -> None:
+    with pytest.warns(UserWarning, match="dropout is between layers"):
+        ft.LSTM(3, 4, dropout=0.5)
+
+
+def test_meta_modules() -> None:
+    """Shapes alone, and later filled."""
+    module = ft.LSTM(3, 4, num_layers=2, device="meta")
+    y, (h_n, _) = module(torch.empty(5, 2, 3, device="meta"))
+    assert y.shape == (5, 2, 4)
+    assert h_n.shape == (2, 2, 4)
+    assert y.is_meta
+    module = module.to_empty(device="cpu")
+    module.reset_parameters()
+    assert module(torch.zeros(5, 2, 3))[0].isfinite().all()
+
+
+def test_every_cell_has_a_module() -> None:
+    """A new cell is seen here: it wants a module that makes it."""
+    made = [
+        ft.LSTM(1, 1),
+        ft.LSTM(1, 1, coupled_gates=True),
+        ft.GRU(1, 1),
+        ft.GRU(1, 1, reset_after=False),
+        *(ft.RNN(1, 1, nonlinearity=n) for n in ("tanh", "relu", "identity")),
+    ]
+    assert {m._cell for m in made} == set(CELLS)
