@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "../csrc/vec/random.h"
-#include "dlpack.h"
+#include "../csrc/bind/dlpack.h"
 #include "kernels.h"
 
 namespace py = pybind11;

@@ -16,6 +16,7 @@
 #include "../cpu/dispatch.h"
 #include "../cpu/memory.h"
 #include "../vec/random.h"
+#include "dlpack.h"
 
 namespace py = pybind11;
 
@@ -552,6 +553,30 @@ class Weights {
   Memory packed_;
 };
 
+// The array that a capsule of DLPack is about, which it keeps. PyTorch's own way to NumPy
+// would forbid a tensor's storage to be given back and taken anew, as FSDP does.
+Array from_dlpack(const py::capsule& capsule) {
+  const auto& tensor = capsule.get_pointer<DLManagedTensor>()->dl_tensor;
+  if (tensor.device.device_type != kDLCPU) throw py::type_error("must be on the CPU");
+  const DLDataType type = tensor.dtype;
+  const char* kind = nullptr;
+  if (type.code == kDLFloat && type.bits == 32) kind = "f4";
+  if (type.code == kDLFloat && type.bits == 64) kind = "f8";
+  if (type.code == kDLInt && type.bits == 32) kind = "i4";
+  if (type.code == kDLInt && type.bits == 64) kind = "i8";
+  if (type.code == kDLBool) kind = "?";
+  if (!kind || type.lanes != 1) throw py::type_error("has a dtype that the CPU has not");
+  const index itemsize = type.bits / 8;
+  std::vector<index> strides(static_cast<std::size_t>(tensor.ndim));
+  for (std::size_t axis = 0; axis < strides.size(); ++axis) {
+    strides[axis] = tensor.strides[axis] * itemsize;
+  }
+  char* const at = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  return Array(py::dtype(kind),
+               std::vector<index>(tensor.shape, tensor.shape + tensor.ndim), strides, at,
+               capsule);
+}
+
 // Whether parameters can be read as they are: of one type that the kernels have.
 bool are_ready(const Arrays& p) {
   constexpr int needed =
@@ -708,6 +733,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("get_num_threads", &get_num_threads);
   m.def("set_num_threads", &set_num_threads);
   m.def("follow_threads", &follow_threads);
+  m.def("from_dlpack", &from_dlpack);
   m.def("plain_forward", &plain_forward);
   m.def("plain_backward", &plain_backward);
   m.def("allocate", &allocate);

@@ -99,6 +99,9 @@ class Weights:
         One that is None costs nothing.
         """
 
+def from_dlpack(capsule: object, /) -> Array:
+    """Return the array on the CPU that a capsule is about."""
+
 def plain_forward(
     cell: str,
     parameters: list[Array | None],

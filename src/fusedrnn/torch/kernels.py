@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 from .. import _cpu, cuda
 from ..device import backend_of
@@ -29,6 +30,13 @@ def _follow_threads() -> None:
         _followed = threads
 
 
+def _array(a: Maybe) -> Any:
+    """See a tensor on the CPU, whatever autograd thinks of it."""
+    if a is None:
+        return None
+    return _cpu.from_dlpack(to_dlpack(a.resolve_neg() if a.is_neg() else a))
+
+
 class _Layer:
     """One call, its tensors as the kernels of their backend see them."""
 
@@ -47,7 +55,7 @@ class _Layer:
         """See a tensor, whatever autograd thinks of it."""
         if a is None:
             return None
-        return a.numpy(force=a.is_cpu) if self.on is HOST else self.on.see(a.contiguous())
+        return _array(a) if self.on is HOST else self.on.see(a.contiguous())
 
     def give(self, made: Any) -> Tensor:
         """Return the tensor of what `on.empty` made."""
@@ -77,10 +85,10 @@ class _Layer:
         """Return the masks of rows."""
         (T, B, _), lengths, resets = self.x.shape, self.given.lengths, self.given.resets
         if lengths is not None:
-            values = lengths.numpy() if lengths.device.type == "cpu" else lengths
+            values = _array(lengths) if lengths.is_cpu else lengths
             lengths = self.on.lengths(values, T, (B,))
         if resets is not None:
-            values = resets.numpy() if resets.device.type == "cpu" else resets
+            values = _array(resets) if resets.is_cpu else resets
             resets = self.on.resets(values, (T, B), "(T, B)")
         return self.on.masks(lengths, resets)
 
@@ -160,11 +168,6 @@ def _is_plain(call: Call, tensors: Sequence[Any]) -> bool:
     return set(map(type, tensors[_PLAIN:])) == _NOTHING
 
 
-def _array(a: Maybe) -> Any:
-    """See a tensor, whatever autograd thinks of it; one that is not on the CPU is refused."""
-    return None if a is None else a.numpy(force=a.is_cpu)
-
-
 _REST = [None] * (SMOOTH - _PLAIN)
 
 
@@ -187,7 +190,7 @@ def compute_layer(cell: str, tensors: Sequence[Any]) -> list[Tensor] | None:
     """
     try:
         arrays = _arrays(tensors)
-    except (TypeError, NotImplementedError):  # not on the CPU, or of a type of PyTorch's own
+    except TypeError:  # of a type that the kernels have not
         return None
     made = _cpu.plain_forward(cell, *arrays, False, False, FEW_ROWS, 1)
     return made and [torch.from_numpy(a) for a in made if a is not None]

@@ -314,7 +314,7 @@ def is_nobody_looking(tensors: Sequence[Any]) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or is_transformed()
         or torch.is_autocast_enabled("cpu")
-        or not tensors[0].is_cpu
+        or not all(a is None or a.is_cpu for a in tensors)
         or not _is_plain(tensors[0], tensors)
     )
 
