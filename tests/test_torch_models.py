@@ -1,0 +1,283 @@
+"""Three models as they are usually written train the same with our modules swapped in."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the models are PyTorch's")
+
+from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence  # noqa: E402
+
+import fusedrnn.torch as ft  # noqa: E402
+
+STEPS = 20
+
+
+# A language model after AWD-LSTM (Merity, Keskar & Socher 2017)
+
+
+class WeightDrop(nn.Module):
+    """Drops elements of an LSTM's recurrent weights, by setting the attribute at each call."""
+
+    def __init__(self, module: Any, p: float) -> None:
+        super().__init__()
+        self.module, self.p = module, p
+        raw = module.weight_hh_l0
+        del module._parameters["weight_hh_l0"]
+        module.register_parameter("weight_hh_l0_raw", nn.Parameter(raw.data))
+        module.weight_hh_l0 = raw.data
+
+    def forward(self, *args: Any) -> Any:
+        raw = self.module.weight_hh_l0_raw
+        self.module.weight_hh_l0 = F.dropout(raw, self.p, self.training)
+        return self.module(*args)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, vocabulary: int = 30, size: int = 12, hidden: int = 16) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, size)
+        sizes = [size, hidden, hidden, size]
+        self.layers = nn.ModuleList(
+            WeightDrop(nn.LSTM(a, b), 0.3) for a, b in itertools.pairwise(sizes)
+        )
+        self.head = nn.Linear(size, vocabulary)
+        self.head.weight = self.embedding.weight
+
+    @staticmethod
+    def locked_dropout(x: Any, p: float) -> Any:
+        return x * F.dropout(torch.ones_like(x[:1]), p)
+
+    def forward(self, tokens: Any, states: Any) -> Any:
+        x, after = self.locked_dropout(self.embedding(tokens), 0.2), []
+        for layer, state in zip(self.layers, states, strict=True):
+            x, state = layer(x, state)
+            after.append(tuple(s.detach() for s in state))
+            raw, x = x, self.locked_dropout(x, 0.2)
+        return self.head(x), raw, x, after
+
+
+def language_model(swapped: Callable[[Any], Any]) -> Iterator[float]:
+    model = swapped(LanguageModel())
+    step = torch.optim.SGD(model.parameters(), lr=2.0, weight_decay=1e-6)
+    text, states, length = torch.randint(30, (STEPS * 9 + 1, 4)), [None] * 3, 9
+    for n in range(STEPS):
+        part = text[n * length : (n + 1) * length + 1]
+        logits, raw, dropped, states = model(part[:-1], states)
+        loss = F.cross_entropy(logits.flatten(0, 1), part[1:].flatten())
+        step.zero_grad()
+        smooth = (raw[1:] - raw[:-1]).square().mean()
+        (loss + 2 * dropped.square().mean() + smooth).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+        step.step()
+        yield loss.item()
+
+
+# Translation with attention (Bahdanau et al. 2015; Luong et al. 2015)
+
+
+class Translator(nn.Module):
+    def __init__(self, vocabulary: int = 25, size: int = 8, hidden: int = 12) -> None:
+        super().__init__()
+        self.source = nn.Embedding(vocabulary, size, padding_idx=0)
+        self.target = nn.Embedding(vocabulary, size, padding_idx=0)
+        self.encoder = nn.GRU(
+            size, hidden, num_layers=2, dropout=0.2, bidirectional=True, batch_first=True
+        )
+        self.bridge = nn.Linear(2 * hidden, hidden)
+        self.decoder = nn.GRU(size + 2 * hidden, hidden, batch_first=True)
+        self.cell = nn.LSTMCell(hidden, hidden)
+        self.score = nn.Linear(hidden, 2 * hidden, bias=False)
+        self.head = nn.Linear(3 * hidden, vocabulary)
+
+    def forward(self, source: Any, lengths: Any, target: Any) -> Any:
+        packed = pack_padded_sequence(
+            self.source(source), lengths, batch_first=True, enforce_sorted=False
+        )
+        memory, last = self.encoder(packed)
+        memory, _ = pad_packed_sequence(memory, batch_first=True)
+        is_there = torch.arange(memory.shape[1]) < lengths[:, None]
+        state = self.bridge(torch.cat([last[-2], last[-1]], -1)).tanh().unsqueeze(0)
+        context, carried, logits = torch.zeros_like(memory[:, :1]), None, []
+        for t in range(target.shape[1]):
+            x = torch.cat([self.target(target[:, t : t + 1]), context], -1)
+            y, state = self.decoder(x, state)
+            carried = self.cell(y[:, 0], carried)
+            y = y + carried[0].unsqueeze(1)
+            scores = self.score(y) @ memory.transpose(1, 2)
+            weights = scores.masked_fill(~is_there.unsqueeze(1), -torch.inf).softmax(-1)
+            context = weights @ memory
+            logits.append(self.head(torch.cat([y, context], -1)))
+        return torch.cat(logits, 1)
+
+
+def translation(swapped: Callable[[Any], Any]) -> Iterator[float]:
+    model = Translator()
+    step = torch.optim.Adam(model.parameters(), lr=0.01)
+    model = swapped(model)  # after the optimizer was made: parameters are shared
+    for _ in range(STEPS):
+        lengths = torch.randint(1, 9, (6,))
+        source, target = torch.randint(1, 25, (6, 8)), torch.randint(1, 25, (6, 7))
+        logits = model(source, lengths, target[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten())
+        step.zero_grad()
+        loss.backward()
+        step.step()
+        yield loss.item()
+
+
+# Proximal policy optimisation with a recurrent policy (Schulman et al. 2017)
+
+
+class Policy(nn.Module):
+    """An episode's end within a rollout sets the state to zero: the sequence is cut there."""
+
+    def __init__(self, observations: int = 5, hidden: int = 10, actions: int = 3) -> None:
+        super().__init__()
+        self.base = nn.Sequential(nn.Linear(observations, hidden), nn.Tanh())
+        self.rnn = nn.LSTM(hidden, hidden)
+        self.actor, self.critic = nn.Linear(hidden, actions), nn.Linear(hidden, 1)
+
+    def forward(self, seen: Any, masks: Any) -> Any:
+        x = self.base(seen)
+        ends = (masks[1:] == 0).any(1).nonzero().squeeze(1).add(1).tolist()
+        state = tuple(torch.zeros(1, x.shape[1], x.shape[2]).to(x) for _ in range(2))
+        parts = []
+        for begin, end in zip([0, *ends], [*ends, len(x)], strict=True):
+            state = tuple(s * masks[begin].view(1, -1, 1) for s in state)
+            y, state = self.rnn(x[begin:end], state)
+            parts.append(y)
+        y = torch.cat(parts)
+        return torch.distributions.Categorical(logits=self.actor(y)), self.critic(y)[..., 0]
+
+
+class PolicyWithResets(Policy):
+    """The same in one call of ours."""
+
+    def forward(self, seen: Any, masks: Any) -> Any:
+        y, _ = self.rnn(self.base(seen), resets=masks == 0)
+        return torch.distributions.Categorical(logits=self.actor(y)), self.critic(y)[..., 0]
+
+
+def reinforcement(swapped: Callable[[Any], Any], kind: Any = Policy) -> Iterator[float]:
+    model = swapped(kind())
+    step = torch.optim.Adam(model.parameters(), lr=0.003, eps=1e-5)
+    for _ in range(STEPS // 4):
+        seen = torch.randn(16, 4, 5)
+        masks = (torch.rand(16, 4) > 0.1).to(seen)
+        with torch.no_grad():
+            policy, value = model(seen, masks)
+            actions = policy.sample()
+            old = policy.log_prob(actions)
+            rewards = seen[..., 0] * (actions == 0) + seen[..., 1] * (actions == 1)
+            advantages, gain = torch.zeros_like(rewards), torch.zeros(4)
+            for t in reversed(range(15)):
+                delta = rewards[t] + 0.99 * value[t + 1] * masks[t + 1] - value[t]
+                gain = delta + 0.99 * 0.95 * masks[t + 1] * gain
+                advantages[t] = gain
+            returns = advantages + value
+        for _ in range(4):
+            policy, now = model(seen, masks)
+            ratio = (policy.log_prob(actions) - old).exp()
+            clipped = ratio.clamp(0.8, 1.2)
+            gained = torch.min(ratio * advantages, clipped * advantages).mean()
+            loss = (now - returns).square().mean() / 2 - gained - 0.01 * policy.entropy().mean()
+            step.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            step.step()
+            yield loss.item()
+
+
+@pytest.fixture(autouse=True)
+def _in_float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def losses(training: Any, swapped: Callable[[Any], Any], **options: Any) -> list[float]:
+    torch.manual_seed(1)
+    return list(training(swapped, **options))
+
+
+def with_ours(model: Any) -> Any:
+    expected = {n for n, m in model.named_modules() if type(m).__module__.endswith("rnn")}
+    done = ft.swap(model)
+    assert set(done.replaced) == expected
+    assert not done.kept
+    assert not [
+        m for m in model.modules() if type(m).__module__.startswith("torch.nn.modules.rnn")
+    ]
+    return model
+
+
+@pytest.mark.parametrize("training", [language_model, translation, reinforcement])
+def test_the_same_losses(training: Any) -> None:
+    expected = losses(training, lambda model: model)
+    found = losses(training, with_ours)
+    assert len(found) == STEPS
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert found == pytest.approx(expected, abs=1e-9)  # it is much closer
+    assert len(set(found)) == STEPS
+
+
+def test_resets_are_what_masks_mean() -> None:
+    expected = losses(reinforcement, lambda model: model)
+    found = losses(reinforcement, with_ours, kind=PolicyWithResets)
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_swap_keeps_what_a_module_had() -> None:
+    """Parameters, their order, hooks, mode; a class of one's own is left alone."""
+
+    class Own(nn.GRU):
+        pass
+
+    shared = nn.LSTM(3, 4, 2, dropout=0.1)
+    seen: list[Any] = []
+    shared.register_forward_hook(lambda module, inputs, output: seen.append(type(module)))
+    shared.weight_hh_l0.requires_grad_(False)
+    model = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared]), "own": Own(3, 4)}).eval()
+    parameters, state = list(model.parameters()), copy.deepcopy(model.state_dict())
+    y = model["a"](torch.ones(5, 2, 3))[0]
+    done = ft.swap(model)
+    assert str(done) == (
+        "a: LSTM(3, 4, num_layers=2, dropout=0.1)\n"
+        "b.0: LSTM(3, 4, num_layers=2, dropout=0.1)\n"
+        "own: kept, Own is a class of its own"
+    )
+    assert model["a"] is model["b"][0]
+    assert not model["a"].training
+    assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
+    assert list(model.state_dict()) == list(state)
+    torch.testing.assert_close(model["a"](torch.ones(5, 2, 3))[0], y)
+    assert seen == [nn.LSTM, ft.LSTM]
+    assert str(ft.swap(nn.Sequential(nn.Linear(2, 2)))) == "no recurrent module of torch.nn"
+
+
+def test_swap_moves_parametrizations() -> None:
+    model = nn.Sequential(nn.LSTM(3, 4))
+    nn.utils.parametrizations.weight_norm(model[0], "weight_hh_l0")
+    parameters = dict(model.named_parameters())
+    y = model(torch.ones(5, 2, 3))[0]
+    ft.swap(model)
+    assert {n: id(p) for n, p in model.named_parameters()} == {
+        n: id(p) for n, p in parameters.items()
+    }
+    torch.testing.assert_close(model(torch.ones(5, 2, 3))[0], y)
+
+
+@pytest.mark.parametrize(
+    "model", [None, nn.LSTM, nn.LSTM(2, 2)], ids=["none", "class", "itself"]
+)
+def test_swap_refuses(model: Any) -> None:
+    with pytest.raises(TypeError, match="model must"):
+        ft.swap(model)
