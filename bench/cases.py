@@ -36,6 +36,8 @@ SHAPES = {  # T, B, I, H
     "hundred": (100, 1, 100, 100),
     "digits": (28, 64, 28, 128),
 }
+# Those whose figures of other machines and peers are known.
+USUAL = tuple(SHAPES)[:11]
 STREAMING_SHAPES = {f"H{H}": (1, 1, H, H) for H in (64, 128, 256, 512)}
 CELLS = ("LSTM", "GRU")
 MODES = ("inference", "training", "streaming")

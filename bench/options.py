@@ -11,19 +11,16 @@ and the memory that a forward leaves to its backward with and without recompute.
 
 from __future__ import annotations
 
-import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from cases import seconds_of
-from conftest import commit, cpu_name
+from turns import in_turn, report, spread
 
 import fusedrnn as fr
 
 T, B, I, H = 100, 32, 128, 256
-ROUNDS = 15
 
 # Of the layer, of the call, of which cells, the target.
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str, float | None]] = {
@@ -78,25 +75,7 @@ def step(cell: str, layer_options: dict[str, Any], call_options: dict[str, Any])
     return run
 
 
-def in_turn(runs: list[Callable[[], Any]]) -> np.ndarray:
-    """Seconds of each run in each round, (rounds, runs)."""
-    for run in runs:
-        run()
-    rounds = []
-    for n in range(ROUNDS):
-        order = range(len(runs)) if n % 2 else reversed(range(len(runs)))
-        seconds = {i: seconds_of(runs[i], 2) for i in order}
-        rounds.append([seconds[i] for i in range(len(runs))])
-    return np.array(rounds)
-
-
-def spread(ratios: np.ndarray) -> str:
-    low, middle, high = np.percentile(ratios, [25, 50, 75])
-    return f"{middle:.3f} ({low:.3f}–{high:.3f})"
-
-
 def options(threads: int) -> Iterator[str]:
-    fr.set_num_threads(threads)
     yield f"### {threads} thread{'s' * (threads > 1)}, time over the plain cell's"
     yield ""
     yield "| option | LSTM | GRU | RNN | at most |"
@@ -152,31 +131,15 @@ def memory() -> Iterator[str]:
     yield ""
 
 
-def main(arguments: list[str]) -> None:
-    report = None
-    if "--report" in arguments:
-        at = arguments.index("--report")
-        report = pathlib.Path(arguments[at + 1])
-        del arguments[at : at + 2]
-    counts = [int(a) for a in arguments] or [1, 2]
-    lines = []
-
-    def tell(line: str) -> None:
-        print(line, flush=True)
-        lines.append(line)
-
-    tell(f"# Options, T, B, I, H = {T}, {B}, {I}, {H}, forward and backward\n")
-    config = fr.show_config("dict")
-    tell(f"{cpu_name()} · {config['isa']} · {config['compiler']} · commit {commit()}\n")
-    for count in counts:
-        for part in (options(count), packed(count)):
-            for line in part:
-                tell(line)
-    for line in memory():
-        tell(line)
-    if report:
-        report.write_text("\n".join(lines) + "\n")
+def of_threads(threads: int) -> Iterator[str]:
+    yield from options(threads)
+    yield from packed(threads)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    report(
+        sys.argv[1:],
+        f"Options, T, B, I, H = {T}, {B}, {I}, {H}, forward and backward",
+        of_threads,
+        memory,
+    )

@@ -15,6 +15,7 @@
 
 #include "../cpu/dispatch.h"
 #include "../cpu/memory.h"
+#include "../cpu/team.h"
 #include "../vec/random.h"
 #include "dlpack.h"
 
@@ -733,6 +734,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("get_num_threads", &get_num_threads);
   m.def("set_num_threads", &set_num_threads);
   m.def("follow_threads", &follow_threads);
+  m.def("share_team", &share_team);
   m.def("from_dlpack", &from_dlpack);
   m.def("plain_forward", &plain_forward);
   m.def("plain_backward", &plain_backward);

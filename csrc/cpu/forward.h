@@ -424,22 +424,37 @@ class ForwardPass {
   }
 
   // a += left · weightᵀ for weight (gates·H, K) as it is, from column `offset` of each
-  // panel on: parts of the panels are packed on the way, in the same order.
+  // panel on: squares of it are transposed on the way and summed in the same order.
   template <int together, int offset, int rows, int columns>
-  void add_unpacked(V (&a)[rows][columns], RowsAt<S, rows> left, const S* weight, index K,
-                    const int* blocks, index panel) const {
-    constexpr index depth = lanes * (together < 4 ? 4 / together : 1);
-    S packed[together * depth * L::width * lanes];
-    for (index k = 0; k < K; k += depth) {
-      const index part = K - k < depth ? K - k : depth;
+  void add_unpacked(V (&a)[rows][columns], const RowsAt<S, rows>& left, const S* weight,
+                    index K, const int* blocks, index panel) const {
+    constexpr index at_once = 8 * lanes;  // cache lines of a row before the next
+    for (index begin = 0; begin < K; begin += at_once) {
+      const index end = K - begin < at_once ? K : begin + at_once;
       for (int p = 0; p < together; ++p) {
-        pack_gate_panel(layout_, weight, K, blocks, panel + p, {k, k + part},
-                        packed + p * layout_.panel_size(part));
+        for (int vector = 0; vector < L::width; ++vector) {
+          for (index k = begin; k < end; k += lanes) {
+            const index depth = K - k < lanes ? K - k : lanes;
+            V square[lanes];
+            load_square(layout_, weight, K, blocks, panel + p, vector, k, depth, square);
+            for (int r = 0; r < rows; ++r) {
+              V& to = a[r][p * L::sums + offset + vector];
+              V sum = to;
+              if (depth == lanes) {
+#pragma GCC unroll 16
+                for (int i = 0; i < lanes; ++i) {
+                  sum = fma(V::broadcast(left.p[r][k + i]), square[i], sum);
+                }
+              } else {
+                for (int i = 0; i < depth; ++i) {
+                  sum = fma(V::broadcast(left.p[r][k + i]), square[i], sum);
+                }
+              }
+              to = sum;
+            }
+          }
+        }
       }
-      multiply<together>(a, Sums<V, rows, columns>{a},
-                         Product<RowsAt<S, rows>, Panels<V, L::width>, offset>{
-                             left, {packed, 0, part}, part});
-      for (int r = 0; r < rows; ++r) left.p[r] += depth;
     }
   }
 

@@ -102,27 +102,37 @@ struct Second {
   }
 };
 
-// One panel's part for k in [begin, end), from the blocks of weight (gates·H, K) that
-// blocks[] names. Squares of lanes × lanes are transposed.
+// One vector of a panel for lanes of k, of which `left` are there, from the blocks of
+// weight (gates·H, K) that blocks[] names: square[i] is that of k + i.
+template <class L, class S, class V>
+inline void load_square(const L& layout, const S* weight, index K, const int* blocks,
+                        index panel, int vector, index k, index left,
+                        V (&square)[V::lanes]) {
+  const int slot = vector / L::unit_vectors;
+  const index unit = panel * L::panel_units + vector % L::unit_vectors * V::lanes;
+  const S* const rows = weight + (blocks[slot] * layout.H + unit) * K + k;
+#pragma GCC unroll 16
+  for (int u = 0; u < V::lanes; ++u) {
+    const bool real = unit + u < layout.H;
+    square[u] = real ? load_upto<V>(rows + u * K, left) : V::broadcast(0);
+    // So many rows at once no machine foresees.
+    __builtin_prefetch(rows + u * K + 4 * V::lanes);
+  }
+  transpose(square);
+}
+
+// One panel's part for k in [begin, end). Squares of lanes × lanes are transposed.
 template <class L, class S>
 void pack_gate_panel(const L& layout, const S* weight, index K, const int* blocks,
                      index panel, Range part, S* to) {
   using V = typename L::V;
   constexpr int lanes = V::lanes;
   for (int vector = 0; vector < L::width; ++vector) {
-    const int slot = vector / L::unit_vectors;
-    const index unit = panel * L::panel_units + vector % L::unit_vectors * lanes;
-    const S* const rows = weight + (blocks[slot] * layout.H + unit) * K;
     S* column = to + vector * lanes;
     for (index k = part.begin; k < part.end; k += lanes) {
       V square[lanes];
       const index left = part.end - k;
-#pragma GCC unroll 16
-      for (int u = 0; u < lanes; ++u) {
-        const bool real = unit + u < layout.H;
-        square[u] = real ? load_upto<V>(rows + u * K + k, left) : V::broadcast(0);
-      }
-      transpose(square);
+      load_square(layout, weight, K, blocks, panel, vector, k, left, square);
       if (left >= lanes) {
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) square[i].store(column + i * L::width * lanes);

@@ -4,9 +4,11 @@
 #include <chrono>
 #include <memory>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -33,6 +35,7 @@ void pause() {
 constexpr int spins_before_yield = 1000;  // some 15 µs
 constexpr int yields_before_sleep = 200;  // with the spins between, some 0.3 ms
 constexpr std::chrono::microseconds just_before{300};
+using Clock = std::chrono::steady_clock;
 
 // Waits until done() without sleeping; calls slow() once when it takes long.
 template <class F, class G>
@@ -158,8 +161,6 @@ class Pool {
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
-
   bool are_awake(int count) const {
     const auto none_asleep = [](const auto& worker) { return !worker->is_asleep(); };
     return count <= static_cast<int>(workers_.size()) &&
@@ -178,7 +179,72 @@ class Pool {
   std::vector<std::unique_ptr<Worker>> workers_;
 };
 
+// The OpenMP of another library, by the functions that gcc's parallel regions call.
+struct OpenMP {
+  void (*parallel)(void (*work)(void*), void* argument, unsigned threads, unsigned flags);
+  int (*thread_num)();
+  int (*num_threads)();
+  int (*max_threads)();
+  int forks;  // as of when it was found: a forked child must not use it
+};
+std::atomic<const OpenMP*> lent{nullptr};
+
+// On all its threads, so that it need not end some, of which the first `threads` work.
+void run_on(const OpenMP& omp, int threads, bool brief, const Job& job) {
+  thread_local Clock::time_point last;
+  if (brief) {
+    const auto now = Clock::now();
+    const bool alone = now - last > just_before;
+    last = now;
+    if (alone) return job.work(job.argument, {0, 1, nullptr});
+  }
+  struct Region {
+    const OpenMP& omp;
+    int threads;
+    const Job& job;
+    Barrier barrier;
+  } region{omp, threads, job, {}};
+  const auto work = [](void* argument) {
+    auto& of = *static_cast<Region*>(argument);
+    const int rank = of.omp.thread_num();
+    const int count = std::min(of.threads, of.omp.num_threads());
+    if (rank >= count) return;
+    of.barrier.keep_apart(rank, count);
+    const Team team{rank, count, &of.barrier};
+    of.job.work(of.job.argument, team);
+    team.meet();  // ours yields to a member that has not begun
+  };
+  omp.parallel(work, &region, static_cast<unsigned>(std::max(threads, omp.max_threads())),
+               0);
+  last = Clock::now();
+}
+
 }  // namespace
+
+bool share_team(const char* library) {
+#if defined(__unix__)
+  void* const handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+  if (!handle) return false;
+  OpenMP omp{};
+  const auto find = [&](auto& function, const char* name) {
+    function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(handle, name));
+    return function != nullptr;
+  };
+  const bool found = find(omp.parallel, "GOMP_parallel") &&
+                     find(omp.thread_num, "omp_get_thread_num") &&
+                     find(omp.num_threads, "omp_get_num_threads") &&
+                     find(omp.max_threads, "omp_get_max_threads");
+  if (!found) return false;
+  static OpenMP kept;
+  kept = omp;
+  kept.forks = forks();
+  lent.store(&kept, std::memory_order_release);
+  return true;
+#else
+  static_cast<void>(library);
+  return false;
+#endif
+}
 
 void Barrier::wait(int rank, int count) {
   const int phase = phase_.load(std::memory_order_relaxed);
@@ -218,6 +284,8 @@ void Barrier::keep_apart([[maybe_unused]] int rank, [[maybe_unused]] int count) 
 
 void run_on_team(int threads, bool brief, Job job) {
   if (threads == 1) return job.work(job.argument, {0, 1, nullptr});
+  const OpenMP* const omp = lent.load(std::memory_order_acquire);
+  if (omp && omp->forks == forks()) return run_on(*omp, threads, brief, job);
   thread_local Pool pool;
   pool.run(threads, brief, job);
 }

@@ -4,6 +4,9 @@
 // libgomp spins for 10 ms without yielding, so that two of its threads on one core, or
 // beside another process, took 8 ms over a call of 0.1 ms. And its pool does not survive
 // fork. OpenMP is asked only how many threads the user wants (dispatch.cpp).
+//
+// But beside a library whose OpenMP threads spin after each of its own calls, a pool of
+// ours would share their cores. Then those threads do our work, too: share_team().
 #pragma once
 
 #include <atomic>
@@ -56,6 +59,10 @@ struct Job {
   void (*work)(const void* argument, const Team& team);
   const void* argument;
 };
+
+// Lets calls run on the threads of an OpenMP library that is loaded, in this process but
+// not in those forked off. Whether there is one of that name, with gcc's interface.
+bool share_team(const char* library);
 
 // Runs the job on `threads` threads, the calling one and workers of its own, which it
 // keeps for later calls, and returns when all are done. Waking workers takes as long as a

@@ -102,6 +102,9 @@ class Weights:
 def from_dlpack(capsule: object, /) -> Array:
     """Return the array on the CPU that a capsule is about."""
 
+def share_team(library: str, /) -> bool:
+    """Let calls run on the threads of an OpenMP library that is loaded, if it is."""
+
 def plain_forward(
     cell: str,
     parameters: list[Array | None],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
 
 from .. import _cpu, cuda
 from ..device import backend_of
@@ -18,7 +19,18 @@ from ..options import Request
 from ..reference import Parameters
 from .call import READ, SMOOTH, Call, Inputs, Maybe, Outputs, parse
 
+
+def _share_team() -> bool:
+    """Run on PyTorch's own threads, which spin on their cores after each of its operations."""
+    home = pathlib.Path(torch.__file__).parent
+    files = [*home.glob("lib/*omp*.so*"), *home.parent.glob("torch.libs/*omp*.so*")]
+    # A library of that name may have been loaded from elsewhere before.
+    return any(_cpu.share_team(name) for file in files for name in (str(file), file.name))
+
+
+_share_team()
 _followed = 0
+_to_dlpack: Any = torch.utils.dlpack.to_dlpack  # type: ignore[attr-defined]
 
 
 def _follow_threads() -> None:
@@ -34,7 +46,7 @@ def _array(a: Maybe) -> Any:
     """See a tensor on the CPU, whatever autograd thinks of it."""
     if a is None:
         return None
-    return _cpu.from_dlpack(to_dlpack(a.resolve_neg() if a.is_neg() else a))
+    return _cpu.from_dlpack(_to_dlpack(a.resolve_neg() if a.is_neg() else a))
 
 
 class _Layer:

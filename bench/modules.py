@@ -1,0 +1,148 @@
+"""fusedrnn.torch against torch.nn, through autograd, in turn.
+
+python bench/modules.py             both thread counts, some 8 minutes
+python bench/modules.py 1           one thread
+python bench/modules.py --report FILE
+
+Forward and backward of one layer, float32, gradients of x and of the parameters: torch.nn's
+time over ours, and ours compiled over ours. A row is the median of the rounds' ratios, with
+their quartiles. Below, a PackedSequence of lengths drawn evenly, and what a call of a module
+takes beyond a call of a layer of NumPy's at sizes where that is a few microseconds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from cases import SHAPES, USUAL
+from turns import in_turn, report, spread
+
+import fusedrnn as fr
+import fusedrnn.torch as ft
+
+CELLS = ("LSTM", "GRU")
+LEAST = {"LSTM": 1.5, "GRU": 4.0}
+
+
+def modules_of(cell: str, I: int, H: int) -> tuple[Any, Any]:
+    theirs, ours = getattr(torch.nn, cell)(I, H), getattr(ft, cell)(I, H)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def step(call: Any, module: Any, x: Any, dy: Any) -> Callable[[], None]:
+    def run() -> None:
+        module.zero_grad()
+        x.grad = None
+        call(x)[0].backward(dy)
+
+    return run
+
+
+def training(threads: int) -> Iterator[str]:
+    torch.set_num_threads(threads)
+    yield f"### {threads} thread{'s' * (threads > 1)}, training"
+    yield ""
+    yield "| cell | T, B, I, H | ours, ms | × torch.nn | compiled / ours |"
+    yield "|---|---|---|---|---|"
+    for cell in CELLS:
+        medians = []
+        for name in USUAL:
+            T, B, I, H = SHAPES[name]
+            theirs, ours = modules_of(cell, I, H)
+            x, dy = torch.randn(T, B, I, requires_grad=True), torch.randn(T, B, H)
+            assert torch.allclose(ours(x)[0], theirs(x)[0], atol=1e-5)
+            torch._dynamo.reset()
+            compiled = torch.compile(ours, fullgraph=True)
+            runs = [
+                step(ours, ours, x, dy),
+                step(theirs, theirs, x, dy),
+                step(compiled, ours, x, dy),
+            ]
+            times = in_turn(runs, 9, 0.05)
+            ratios = times[:, 1:] / times[:, :1]
+            medians.append(np.median(ratios[:, 0]))
+            shown = f"{np.median(times[:, 0]) * 1e3:.3f}"
+            columns = (spread(ratios[:, 0], 2), spread(ratios[:, 1]))
+            yield f"| {cell} | {T}, {B}, {I}, {H} | {shown} | {' | '.join(columns)} |"
+        mean, least = np.exp(np.mean(np.log(medians))), min(medians)
+        told = f"{mean:.2f}, least {least:.2f}"
+        yield f"| {cell} | geometric mean | | {told} (at least {LEAST[cell]}, 1.0) | |"
+    yield ""
+
+
+def packed(threads: int) -> Iterator[str]:
+    T, B, I, H = SHAPES["speech"]
+    lengths = np.random.default_rng(0).integers(1, T + 1, B)
+    yield f"PackedSequence, T, B, I, H = {T}, {B}, {I}, {H}, lengths drawn evenly from 1…T:"
+    for cell in CELLS:
+        theirs, ours = modules_of(cell, I, H)
+        x = torch.randn(T, B, I)
+        given = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        dy = torch.randn(len(given.data), H)
+
+        def run(module: Any, given: Any = given, dy: Any = dy) -> None:
+            module.zero_grad()
+            module(given)[0].data.backward(dy)
+
+        times = in_turn([lambda m=ours, r=run: r(m), lambda m=theirs, r=run: r(m)])
+        ratios = spread(times[:, 1] / times[:, 0], 2)
+        yield f"{cell}: torch.nn's time over ours {ratios}, at least 3."
+    yield ""
+
+
+def overhead() -> Iterator[str]:
+    fr.set_num_threads(1)
+    torch.set_num_threads(1)
+    yield "Microseconds of a call, module (NumPy's layer), least of the rounds, one thread:"
+    yield ""
+    yield "| cell | T, B, I, H | inference | beyond, at most 15 | with backward | torch.nn |"
+    yield "|---|---|---|---|---|---|"
+    for cell in CELLS:
+        for T, B, I, H in ((1, 1, 64, 64), (1, 1, 128, 128), (20, 2, 16, 32)):
+            theirs, ours = modules_of(cell, I, H)
+            layer = getattr(fr, cell)(I, H)
+            leaf, d = torch.randn(T, B, I), torch.randn(T, B, H)
+            x, dy = leaf.numpy(), d.numpy()
+            state: Any = (torch.randn(1, B, H), torch.randn(1, B, H))
+            arrays: Any = tuple(s.numpy() for s in state)
+            if cell == "GRU":
+                state, arrays = state[0], arrays[0]
+            with_gradient = leaf.clone().requires_grad_()
+
+            def infer(ours: Any = ours, x: Any = leaf, state: Any = state) -> None:
+                with torch.no_grad():
+                    ours(x, state)
+
+            def pulled(layer: Any = layer, x: Any = x, dy: Any = dy) -> None:
+                _, pullback = layer.vjp(x)
+                pullback(dy)
+
+            runs = [
+                infer,
+                lambda layer=layer, x=x, arrays=arrays: layer(x, arrays),
+                step(ours, ours, with_gradient, d),
+                pulled,
+                step(theirs, theirs, with_gradient, d),
+            ]
+            us = in_turn(runs, 15, 0.02).min(0) * 1e6
+            beyond = us[0] - us[1]
+            yield (
+                f"| {cell} | {T}, {B}, {I}, {H} | {us[0]:.1f} ({us[1]:.1f}) | {beyond:.1f} | "
+                f"{us[2]:.0f} ({us[3]:.0f}) | {us[4]:.0f} |"
+            )
+    yield ""
+
+
+def of_threads(threads: int) -> Iterator[str]:
+    yield from training(threads)
+    yield from packed(threads)
+
+
+if __name__ == "__main__":
+    title = f"fusedrnn.torch against torch.nn {torch.__version__}, float32"
+    report(sys.argv[1:], title, of_threads, overhead)
