@@ -353,7 +353,8 @@ def test_export(name: str, options: Any, training: bool) -> None:
     program = torch.export.export(module, (torch.randn(6, 5, 3),), dynamic_shapes=(dims,))
     told = [n.args[0] for n in program.graph.nodes if "fusedrnn" in str(n.target)]
     assert told
-    assert all(("save" in json.loads(t)) == training for t in told)
+    if hasattr(torch.compiler, "is_exporting"):
+        assert all(("save" in json.loads(t)) == training for t in told)
     x = torch.randn(11, 8, 3)
     if not (training and "zoneout" in options):
         torch.testing.assert_close(program.module()(x)[0], module(x)[0])
@@ -376,6 +377,7 @@ def test_what_is_exported_in_inference_can_go_back() -> None:
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.skipif(not hasattr(ops.forward, "register_autocast"), reason="PyTorch 2.6")
 def test_autocast_of_the_operator() -> None:
     text, tensors = call_of(CELLS["lstm"], [])
     halves = [a if a is None else a.detach().to(torch.bfloat16) for a in tensors]

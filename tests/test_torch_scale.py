@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 import fusedrnn.torch as ft  # noqa: E402
 
 WORLD, STEPS, T, B = 2, 6, 7, 6
+# PyTorch 2.6 has no FSDP2 on CPUs.
+WAYS = ("DDP",) if torch.__version__.startswith("2.6.") else ("DDP", "FSDP2")
 
 
 class Model(nn.Module):
@@ -73,7 +75,7 @@ def process(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     mine = slice(rank * B // WORLD, (rank + 1) * B // WORLD)
     losses = {}
-    for way in ("DDP", "FSDP2"):
+    for way in WAYS:
         model, tokens, targets, lengths = make()
         if way == "DDP":
             module: Any = DistributedDataParallel(model)
@@ -91,7 +93,7 @@ def test_processes_agree_with_one_on_the_joined_batch(tmp_path: Path) -> None:
     expected = train(*make())
     torch.multiprocessing.spawn(process, (str(tmp_path),), WORLD)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORLD)]
-    for way in ("DDP", "FSDP2"):
+    for way in WAYS:
         mean = [sum(of_step) / WORLD for of_step in zip(*(f[way] for f in found), strict=True)]
         assert mean == pytest.approx(expected, abs=1e-10), way
     assert expected[-1] < expected[0]

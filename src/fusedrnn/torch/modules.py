@@ -425,8 +425,12 @@ class _Layers(_Recurrent):
             simple = self._run_simple(input, hx)
             if simple is not None:
                 return simple
-        kept: dict[str, Any] = {"bptt": bptt, "recompute": recompute}
-        kept |= {"return_cells": return_cells, "trace": trace}
+        kept: dict[str, Any] = {
+            "bptt": bptt,
+            "recompute": recompute,
+            "return_cells": return_cells,
+            "trace": trace,
+        }
         weights = [[self._get(n) for n in names] for names in self._names]
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, lengths, resets, weights, kept, seed)
@@ -503,9 +507,9 @@ class _Layers(_Recurrent):
         checked = []
         count = self.num_layers * (1 + self.bidirectional)
         widths = (self._width, self.hidden_size)
-        for n, (letter, a, width) in enumerate(
-            zip(letters, hx if len(letters) > 1 else (hx,), widths, strict=False)
-        ):
+        given = hx if len(letters) > 1 else (hx,)
+        for n, (letter, a) in enumerate(zip(letters, given, strict=True)):
+            width = widths[n]
             name = f"hx[{n}]" if len(letters) > 1 else "hx"
             self._check_like_weights(name, a, like, RuntimeError)
             if a.dim() != 3 - unbatched:
@@ -556,7 +560,7 @@ class _Layers(_Recurrent):
                 )
                 ys.append(y)
                 cells.append(c)
-                for ends, end in zip(final, (h_n, c_n), strict=False):
+                for ends, end in zip(final, (h_n, c_n)[: len(final)], strict=True):
                     ends.append(end)
                 if kept["trace"]:
                     suffix = f"_l{layer}" + "_reverse" * (at % D)
@@ -815,8 +819,10 @@ class _Step(_Recurrent):
         if hx is not None and is_pair and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
             raise TypeError(f"hx must be a pair (h, c), got {_what(hx)}")
         given = {"input": input}
-        if hx is not None:
-            given |= {"hx[0]": hx[0], "hx[1]": hx[1]} if is_pair else {"hx": hx}
+        if hx is not None and is_pair:
+            given = {"input": input, "hx[0]": hx[0], "hx[1]": hx[1]}
+        elif hx is not None:
+            given = {"input": input, "hx": hx}
         for name, a in given.items():
             if isinstance(a, Tensor) and a.dim() not in (1, 2):
                 raise ValueError(

@@ -200,9 +200,10 @@ def _pull_second(ctx: Any, *d: Maybe) -> tuple[Any, ...]:
 
 forward.register_autograd(_pull, setup_context=_keep)
 backward.register_autograd(lambda ctx, d: _pull_second(ctx, *d), setup_context=_keep_for_second)
-# The CPU computes in float32 at least.
-forward.register_autocast("cpu", torch.float32)
-forward.register_autocast("cuda", torch.float16)
+# The CPU computes in float32 at least. PyTorch 2.6 does not know how; the modules cast anyway.
+if hasattr(forward, "register_autocast"):
+    forward.register_autocast("cpu", torch.float32)
+    forward.register_autocast("cuda", torch.float16)
 
 
 # Batches of calls
