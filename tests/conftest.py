@@ -4,6 +4,7 @@ is covered at once.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -40,3 +41,15 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     fr.set_num_threads(request.param)
     yield request.param
     fr.set_num_threads(0)
+
+
+@pytest.fixture(autouse=True)
+def _team(request: pytest.FixtureRequest) -> None:
+    """Threads of ours, but in the tests of what runs on PyTorch's."""
+    if "fusedrnn.torch" in sys.modules:
+        from fusedrnn.torch import kernels
+
+        if request.module.__name__.startswith("test_torch_"):
+            kernels.share_team()
+        else:
+            _cpu.share_team("")

@@ -43,14 +43,16 @@ def test_examples_in_docstrings(module: str) -> None:
     assert results.attempted > 0
 
 
-def test_example_in_readme(monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+@pytest.mark.parametrize("page", ["README.md", "docs/torch.md"])
+def test_examples_in_pages(page: str) -> None:
+    pytest.importorskip("torch", reason="some examples use PyTorch")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S)
     assert blocks
     names: dict[str, Any] = {}  # one goes on from the other
     for block in blocks:
         if "cuda" in block and not fr.cuda.is_available():
             continue  # needs a GPU
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, page, "exec"), names)
 
 
 def test_public_names_have_docstrings() -> None:

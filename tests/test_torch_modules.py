@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import inspect
 import io
 import pickle
@@ -576,6 +578,19 @@ def test_meta_modules() -> None:
     module = module.to_empty(device="cpu")
     module.reset_parameters()
     assert module(torch.zeros(5, 2, 3))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("module", ["", ".call", ".modules", ".swapping"])
+def test_examples_in_docstrings(module: str) -> None:
+    results = doctest.testmod(importlib.import_module(f"fusedrnn.torch{module}"))
+    assert results.failed == 0
+    assert results.attempted > 0
+
+
+def test_public_names_have_docstrings() -> None:
+    for name in ft.__all__:
+        assert getattr(ft, name).__doc__, name
+        assert ">>>" in getattr(ft, name).__doc__ or name == "Swapped"
 
 
 def test_every_cell_has_a_module() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
 
 import fusedrnn.torch as ft  # noqa: E402
-from fusedrnn.torch import ops  # noqa: E402
+from fusedrnn.torch import kernels, ops  # noqa: E402
 from fusedrnn.torch.call import SMOOTH, Inputs  # noqa: E402
 
 SIZES = Sizes(4, 3, 3, 5)
@@ -425,3 +427,18 @@ def test_masks_of_any_kind() -> None:
     y, _ = module(x[:, 0], None, 4, torch.zeros(6, dtype=torch.bool))
     assert not y[4:].any()
     assert fr.get_num_threads() >= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are shared on Linux alone")
+def test_calls_run_on_torchs_threads(threads: int) -> None:
+    """And give the same bits on any number of them, from several threads of Python at once."""
+    assert kernels.share_team()
+    module, x = ft.GRU(20, 150), torch.randn(40, 9, 20)
+    torch.relu(torch.randn(1000, 1000))  # its threads spin now
+    expected = module(x)[0]
+    fr.set_num_threads(1)
+    assert torch.equal(module(x)[0], expected)
+    fr.set_num_threads(threads)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: module(x)[0], range(12)))
+    assert all(torch.equal(y, expected) for y in found)

@@ -222,7 +222,9 @@ void run_on(const OpenMP& omp, int threads, bool brief, const Job& job) {
 }  // namespace
 
 bool share_team(const char* library) {
+  lent.store(nullptr);
 #if defined(__unix__)
+  if (!*library) return false;
   void* const handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
   if (!handle) return false;
   OpenMP omp{};

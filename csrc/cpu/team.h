@@ -61,7 +61,8 @@ struct Job {
 };
 
 // Lets calls run on the threads of an OpenMP library that is loaded, in this process but
-// not in those forked off. Whether there is one of that name, with gcc's interface.
+// not in those forked off. Whether there is one of that name, with gcc's interface; none
+// by that of "".
 bool share_team(const char* library);
 
 // Runs the job on `threads` threads, the calling one and workers of its own, which it

@@ -19,7 +19,8 @@ def set_num_threads(n: int) -> None:
     Parameters
     ----------
     n: a positive number, or 0 to follow OpenMP again (OMP_NUM_THREADS, or one thread a
-       core), which is the default. A call too small to gain from more threads uses fewer.
+       core), or PyTorch once `fusedrnn.torch` was called, which is the default. A call too
+       small to gain from more threads uses fewer.
 
     Raises
     ------

@@ -20,7 +20,7 @@ from ..reference import Parameters
 from .call import READ, SMOOTH, Call, Inputs, Maybe, Outputs, parse
 
 
-def _share_team() -> bool:
+def share_team() -> bool:
     """Run on PyTorch's own threads, which spin on their cores after each of its operations."""
     home = pathlib.Path(torch.__file__).parent
     files = [*home.glob("lib/*omp*.so*"), *home.parent.glob("torch.libs/*omp*.so*")]
@@ -28,9 +28,10 @@ def _share_team() -> bool:
     return any(_cpu.share_team(name) for file in files for name in (str(file), file.name))
 
 
-_share_team()
+share_team()
 _followed = 0
 _to_dlpack: Any = torch.utils.dlpack.to_dlpack  # type: ignore[attr-defined]
+_from_dlpack = _cpu.from_dlpack
 
 
 def _follow_threads() -> None:
@@ -44,9 +45,7 @@ def _follow_threads() -> None:
 
 def _array(a: Maybe) -> Any:
     """See a tensor on the CPU, whatever autograd thinks of it."""
-    if a is None:
-        return None
-    return _cpu.from_dlpack(_to_dlpack(a.resolve_neg() if a.is_neg() else a))
+    return None if a is None else _from_dlpack(_to_dlpack(a.resolve_neg()))
 
 
 class _Layer:
@@ -186,7 +185,9 @@ _REST = [None] * (SMOOTH - _PLAIN)
 def _arrays(tensors: Sequence[Any]) -> tuple[list[Any], Any, Any, Any]:
     """Return the parameters, x, h0 and c0 of a plain call."""
     _follow_threads()
-    x, h0, c0, *parameters = map(_array, tensors)
+    x, h0, c0, *parameters = [
+        None if a is None else _from_dlpack(_to_dlpack(a.resolve_neg())) for a in tensors
+    ]
     return parameters + _REST, x, h0, c0
 
 
@@ -202,7 +203,7 @@ def compute_layer(cell: str, tensors: Sequence[Any]) -> list[Tensor] | None:
     """
     try:
         arrays = _arrays(tensors)
-    except TypeError:  # of a type that the kernels have not
+    except (TypeError, BufferError, RuntimeError):  # elsewhere, or of an unknown type
         return None
     made = _cpu.plain_forward(cell, *arrays, False, False, FEW_ROWS, 1)
     return made and [torch.from_numpy(a) for a in made if a is not None]

@@ -309,13 +309,14 @@ def _is_plain(x: Tensor, tensors: Sequence[Any]) -> bool:
 
 def is_nobody_looking(tensors: Sequence[Any]) -> bool:
     """Whether not even autograd looks at a call on the CPU, nor autocast."""
+    if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in tensors):
+        return False
     return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or torch.autograd.forward_ad._current_level >= 0
         or is_transformed()
         or torch.is_autocast_enabled("cpu")
-        or not all(a is None or a.is_cpu for a in tensors)
+        or not tensors[0].is_cpu
         or not _is_plain(tensors[0], tensors)
     )
 
