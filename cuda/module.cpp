@@ -14,8 +14,8 @@
 #include <utility>
 #include <vector>
 
-#include "../csrc/vec/random.h"
 #include "../csrc/bind/dlpack.h"
+#include "../csrc/vec/random.h"
 #include "kernels.h"
 
 namespace py = pybind11;

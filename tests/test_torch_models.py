@@ -242,12 +242,17 @@ def test_swap_keeps_what_a_module_had() -> None:
         pass
 
     shared = nn.LSTM(3, 4, 2, dropout=0.1)
+    x = torch.ones(5, 2, 3, requires_grad=True)
     seen: list[Any] = []
+    backward: list[Any] = []
     shared.register_forward_hook(lambda module, inputs, output: seen.append(type(module)))
     shared.weight_hh_l0.requires_grad_(False)
+    shared.register_full_backward_hook(lambda module, *_: backward.append(type(module)))
+    shared.adapter, shared.tag = nn.Linear(4, 2), "mine"
     model = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared]), "own": Own(3, 4)}).eval()
     parameters, state = list(model.parameters()), copy.deepcopy(model.state_dict())
-    y = model["a"](torch.ones(5, 2, 3))[0]
+    y = model["a"](x)[0]
+    y.sum().backward()
     done = ft.swap(model)
     assert str(done) == (
         "a: LSTM(3, 4, num_layers=2, dropout=0.1)\n"
@@ -258,8 +263,11 @@ def test_swap_keeps_what_a_module_had() -> None:
     assert not model["a"].training
     assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
     assert list(model.state_dict()) == list(state)
-    torch.testing.assert_close(model["a"](torch.ones(5, 2, 3))[0], y)
-    assert seen == [nn.LSTM, ft.LSTM]
+    again = model["a"](x)[0]
+    torch.testing.assert_close(again, y)
+    again.sum().backward()
+    assert seen == backward == [nn.LSTM, ft.LSTM]
+    assert model["a"].tag == "mine"
     assert str(ft.swap(nn.Sequential(nn.Linear(2, 2)))) == "no recurrent module of torch.nn"
 
 

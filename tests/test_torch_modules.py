@@ -223,6 +223,10 @@ def test_cells_agree_with_torch(name: str, has_state: bool) -> None:
     states = [torch.randn(4, 5, dtype=DOUBLE, requires_grad=True) for _ in range(2)]
     hx = (tuple(states) if name == "LSTMCell" else states[0]) if has_state else None
     assert_same(theirs, ours, torch.randn(4, 3, dtype=DOUBLE, requires_grad=True), hx)
+    if name == "RNNCell":
+        theirs, ours = pair(name, 3, 5, nonlinearity="relu")
+        assert repr(ours) == repr(theirs)
+        assert repr(ft.RNN(3, 5, nonlinearity="relu")) == "RNN(3, 5, nonlinearity=relu)"
     bare = getattr(ft, name)(3, 5, bias=False)
     assert bare.state_dict().keys() == getattr(nn, name)(3, 5, bias=False).state_dict().keys()
     assert repr(bare) == repr(getattr(nn, name)(3, 5, bias=False))
@@ -302,6 +306,22 @@ def test_random_masks_come_from_torchs_generator() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+RANDOM = [("zoneout", 0.3), ("recurrent_dropout", 0.3), ("weight_dropout", 0.3)]
+
+
+@pytest.mark.parametrize(("option", "p"), RANDOM)
+@pytest.mark.parametrize("name", LAYERS)
+def test_draws_without_gradients_too(name: str, option: str, p: float) -> None:
+    """Monte Carlo dropout: in training mode under no_grad, and not in evaluation."""
+    module, x = getattr(ft, name)(3, 9, **{option: p}), torch.randn(5, 2, 3)
+    with torch.no_grad():
+        drawn = [module(x, seed=seed)[0] for seed in (1, 2)]
+        still = [module.eval()(x, seed=seed)[0] for seed in (1, 2)]
+    assert torch.equal(module.train()(x, seed=1)[0], drawn[0])
+    assert not torch.equal(*drawn)
+    assert torch.equal(*still)
+
+
 def test_recompute_and_checkpoints_change_nothing() -> None:
     module, x = ft.LSTM(3, 8, zoneout=0.2, num_layers=2), torch.randn(6, 2, 3)
     gradients = []
@@ -334,13 +354,20 @@ def test_init_options() -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_empty_batches_and_sequences(name: str) -> None:
     module = getattr(ft, name)(3, 4)
-    for T, B in ((0, 2), (5, 0)):
-        x = torch.zeros(T, B, 3, requires_grad=True)
-        y, last = module(x)
-        assert y.shape == (T, B, 4)
-        y.sum().backward()
-        assert x.grad.shape == x.shape
-        assert not flat(last)[0].any()
+    x = torch.zeros(5, 0, 3, requires_grad=True)
+    y, _ = module(x)
+    assert y.shape == (5, 0, 4)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    for T, B in ((0, 2), (0, 0)):
+        with pytest.raises(RuntimeError, match="at least one step"):
+            module(torch.zeros(T, B, 3))
+    x = torch.randn(5, 2, 3, requires_grad=True)  # of rows that take none
+    y, last = module(x, lengths=[0, 0])
+    assert not y.any()
+    assert not flat(last)[0].any()
+    y.sum().backward()
+    assert not x.grad.any()
 
 
 def test_other_strides() -> None:
@@ -494,6 +521,9 @@ def wrong(what: str) -> tuple[Any, ...]:
         "hx shape": (lstm, x, (h[:, :1], h)),
         "c shape": (lstm, x, (h, h[..., :2])),
         "hx None": (lstm, x, (None, h)),
+        "hx of a GRU": (ft.GRU(3, 4), x, (h,)),
+        "hx an array": (lstm, x, (h.numpy(), h)),
+        "steps": (lstm, x[:0]),
         "packed dtype": (lstm, packed),
         "packed features": (lstm, pack_padded_sequence(x[..., :2], [5, 2])),
         "packed lengths": (lstm, pack_padded_sequence(x, [5, 2]), None, [5, 2]),
@@ -520,6 +550,9 @@ WRONG = {
     "hx shape": (RuntimeError, r"hx\[0\], h_0, must have shape \(1, 2, 4\), got \(1, 1, 4\)"),
     "c shape": (RuntimeError, r"hx\[1\], c_0, must have shape \(1, 2, 4\), got \(1, 2, 2\)"),
     "hx None": (TypeError, r"hx\[0\] must be a tensor, got NoneType"),
+    "hx of a GRU": (TypeError, "hx must be a tensor, got tuple"),
+    "hx an array": (TypeError, r"hx\[0\] must be a tensor, got ndarray"),
+    "steps": (RuntimeError, r"input must have at least one step, got shape \(0, 2, 3\)"),
     "packed dtype": (ValueError, r"input.data must have the dtype .*float32, got .*float64"),
     "packed features": (RuntimeError, r"input_size = 3, got 2"),
     "packed lengths": (TypeError, "lengths must be None with a PackedSequence"),
@@ -561,6 +594,44 @@ def test_wrong_calls(what: str, has_gradient: bool) -> None:
 def test_wrong_arguments(name: str, options: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         getattr(ft, name)(3, 4, **options)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
+def test_damaged_weights(name: str) -> None:
+    """One of another type, elsewhere or none at all is named."""
+    x = torch.randn(5, 2, 3) if name == "LSTM" else torch.randn(2, 3)
+    suffix = "_l0" * (name == "LSTM")
+
+    def damaged(value: Any) -> Any:
+        module = getattr(ft, name)(3, 4)
+        setattr(module, f"bias_hh{suffix}", value)
+        return module
+
+    size = 16 if name == "LSTM" else 12
+    for value, error, message in (
+        (nn.Parameter(torch.zeros(size, dtype=DOUBLE)), RuntimeError, "must have the dtype"),
+        (nn.Parameter(torch.zeros(size, device="meta")), RuntimeError, "must be on cpu"),
+        (None, TypeError, "must be a tensor, got None"),
+    ):
+        module = damaged(value)
+        for has_gradient in (True, False):
+            with (
+                pytest.raises(error, match=f"bias_hh{suffix} {message}"),
+                torch.set_grad_enabled(has_gradient),
+            ):
+                module(x)
+
+
+def test_numbers_of_numpy_are_options() -> None:
+    lstm = ft.LSTM(3, 4, clip=np.float32(3), zoneout=(np.float64(0.1), 0))
+    assert lstm(torch.zeros(2, 1, 3))[0].shape == (2, 1, 4)
+
+
+def test_packed_sequences_under_another_default_device() -> None:
+    lstm, x = ft.LSTM(3, 4), pack_padded_sequence(torch.randn(5, 2, 3), [5, 2])
+    expected = lstm(x)[0].data
+    with torch.device("meta"):
+        torch.testing.assert_close(lstm(x)[0].data, expected)
 
 
 def test_dropout_of_one_layer_warns() -> None:

@@ -404,6 +404,24 @@ def test_wrong_tensors(changed: Any, error: Any, message: str) -> None:
         ops.forward(text, *(Inputs(*tensors)._replace(**changed)))
 
 
+def test_no_row_takes_a_step() -> None:
+    text, tensors = call_of(CELLS["lstm"], [])
+    given = Inputs(*tensors)._replace(lengths=torch.zeros(SIZES.B, dtype=torch.int64))
+    torch.library.opcheck(ops.forward, (text, *given))
+
+
+def test_the_definition_of_halves() -> None:
+    """States are float32 beside an x of 16 bits, as on a GPU."""
+    text, tensors = call_of(CELLS["lstm"], ["return_cells"])
+    exact = ops.define(text, *tensors)
+    given = Inputs(*(a if a is None else a.detach().to(torch.bfloat16) for a in tensors))
+    given = given._replace(h0=given.h0.float(), c0=given.c0.float())
+    made = ops.define(text, *given)
+    kinds = [torch.bfloat16, *[torch.float32] * 3]
+    assert [a.dtype for a in made[:4]] == kinds
+    torch.testing.assert_close(made[0].double(), exact[0], atol=0.05, rtol=0.05)
+
+
 def test_wrong_strings() -> None:
     with pytest.raises(KeyError):
         ops.parse('{"cell": "transformer"}')

@@ -312,7 +312,7 @@ class Weights {
     return told;
   }
 
-  // The same of an array whose rows are contiguous, and their strides.
+  // The values of an array whose rows are contiguous, and their strides, else null.
   template <class S>
   static const S* ready_rows(const py::handle& object, const std::array<index, 3>& shape,
                              index& stride_t, index& stride_b) {

@@ -23,9 +23,10 @@ from .call import READ, SMOOTH, Call, Inputs, Maybe, Outputs, parse
 def share_team() -> bool:
     """Run on PyTorch's own threads, which spin on their cores after each of its operations."""
     home = pathlib.Path(torch.__file__).parent
-    files = [*home.glob("lib/*omp*.so*"), *home.parent.glob("torch.libs/*omp*.so*")]
+    files = [*home.glob("lib/lib*.so*"), *home.parent.glob("torch.libs/lib*.so*")]
+    found = [f for f in files if f.name.startswith(("libgomp", "libiomp", "libomp"))]
     # A library of that name may have been loaded from elsewhere before.
-    return any(_cpu.share_team(name) for file in files for name in (str(file), file.name))
+    return any(_cpu.share_team(name) for file in found for name in (str(file), file.name))
 
 
 share_team()
@@ -52,12 +53,14 @@ class _Layer:
     """One call, its tensors as the kernels of their backend see them."""
 
     def __init__(self, call: Call, tensors: Sequence[Any]) -> None:
-        self.call, self.given = call, given = call, Inputs(*tensors)
+        self.call = call
+        self.given = given = Inputs(*tensors)
         if given.x.device.type == "cpu":
             self.on: Any = HOST
             _follow_threads()
         else:
-            self.on = backend_of(given.x, call.precision)
+            is_single = given.x.dtype == torch.float32
+            self.on = backend_of(given.x, call.precision if is_single else "exact")
         self.x = self.see(given.x)
         self.parameters = Parameters(*map(self.see, given.parameters))
         self.row_wise = call.is_row_wise(given)
@@ -125,10 +128,10 @@ class _Layer:
         problem = self.problem(y, (h_n, c_n)[: len(call.cell.states)], cells, trace)
         saved = on.forward(self.pack(problem), problem, call.saves)
         results = [x.new_empty(0) if a is None else self.give(a) for a in made]
-        if saved is not None:
+        if saved is None:  # nothing is, or no row takes a step
+            kept = x.new_empty(saved_shape(call, self.given))
+        else:
             kept = self.give(saved) if on is HOST else saved.owner
-        else:  # nothing is, or x is empty
-            kept = x.new_empty(0 if x.numel() else saved_shape(call, self.given))
         return (*results, kept)  # type: ignore[return-value]
 
     def backward(
@@ -185,7 +188,7 @@ _REST = [None] * (SMOOTH - _PLAIN)
 def _arrays(tensors: Sequence[Any]) -> tuple[list[Any], Any, Any, Any]:
     """Return the parameters, x, h0 and c0 of a plain call."""
     _follow_threads()
-    x, h0, c0, *parameters = [
+    x, h0, c0, *parameters = [  # as _array, seven calls less
         None if a is None else _from_dlpack(_to_dlpack(a.resolve_neg())) for a in tensors
     ]
     return parameters + _REST, x, h0, c0
@@ -321,7 +324,8 @@ def _saved_bytes(
     module = cuda._module()
     is_wide = dtype in ("float32", "float64")
     wide = dtype if is_wide else "float32"
-    precision = cuda.precision_of(dtype, call.precision)
+    asked = call.precision if dtype == "float32" else "exact"
+    precision = cuda.precision_of(dtype, asked)
     if row_wise and not is_wide:
         dtype, precision = wide, "tf32"
     T = 256  # so that no rounding shows

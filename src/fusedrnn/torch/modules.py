@@ -82,13 +82,17 @@ def _of_cell(kind: Any) -> dict[str, Any]:
 
 
 _TOLD = ("clip", "cell_clip", "zoneout", "recurrent_dropout", "weight_dropout")
+_STATES = {Tensor, nn.Parameter, type(None)}
 _HALVES = (torch.bfloat16, torch.float16)
-
-State = Tensor | tuple[Tensor, Tensor]
 
 
 def _what(a: Any) -> str:
     return type(a).__name__ + (f" of {len(a)}" if isinstance(a, (tuple, list)) else "")
+
+
+def _as_floats(value: Any) -> Any:
+    """Return a number or numbers, NumPy's or not, as JSON has them."""
+    return list(map(float, value)) if isinstance(value, (tuple, list)) else float(value)
 
 
 def _check_kind(name: str, value: Any, kind: type) -> None:
@@ -148,7 +152,7 @@ class _Recurrent(nn.Module):
             if not self.bias or given["coupled_gates"]:
                 raise ValueError("forget_bias must be None without a forget gate or a bias")
         asked = {"cell": self._cell} | {
-            name: value
+            name: value if name == "precision" else _as_floats(value)
             for name, value in given.items()
             if name in (*_TOLD, "precision") and value != _OPTIONS[name]
         }
@@ -201,7 +205,11 @@ class _Recurrent(nn.Module):
         if name is None:
             return None
         p = self._parameters.get(name)
-        return getattr(self, name) if p is None else p
+        if p is None:
+            p = getattr(self, name)
+            if p is None:
+                raise TypeError(f"{name} must be a tensor, got None")
+        return p
 
     def extra_repr(self) -> str:
         """Return the arguments that were not left out."""
@@ -212,7 +220,7 @@ class _Recurrent(nn.Module):
         for name, default in named:
             value = getattr(self, name)
             if value != default:
-                yield f"{name}={value!r}" if isinstance(value, str) else f"{name}={value}"
+                yield f"{name}={value}"
 
     # Calls
 
@@ -229,15 +237,22 @@ class _Recurrent(nn.Module):
                 f"convert it by .to({like.dtype}), or the module by .to({a.dtype})"
             )
 
+    def _check_weights(self, names: list[str | None], weights: list[Any], like: Tensor) -> None:
+        """Check that parameters are where and of the type that the first is."""
+        for name, p in zip(names, weights, strict=True):
+            if p is not None and (p.dtype != like.dtype or p.device != like.device):
+                self._check_like_weights(str(name), p, like, RuntimeError)
+
     def _seed(self, seed: int | None) -> Tensor | None:
         """Return what random numbers depend on, drawn from PyTorch's for None."""
         if not (self._is_random and self.training):
             return None
         if seed is None:
-            return torch.randint(2**63 - 1, (1,))
+            return torch.randint(2**63 - 1, (1,), device="cpu")
         given = checks.seed(seed)
         assert given is not None
-        return torch.tensor([given - 2**64 if given >= 2**63 else given])
+        signed = given - 2**64 if given >= 2**63 else given
+        return torch.tensor([signed], device="cpu")
 
     def _asked(
         self,
@@ -279,7 +294,8 @@ class _Recurrent(nn.Module):
         ]
         result = dtype if _is_cast(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
-            return tuple(a.to(result) for a in ops.run_forward(told, *cast))
+            *made, saved = ops.run_forward(told, *cast)
+        return (*(a.to(result) for a in made), saved)
 
 
 def _saves(tensors: Iterable[Any], training: bool) -> bool:
@@ -299,7 +315,7 @@ def _is_cast(kind: str) -> bool:
 def _computed_in(x: Tensor) -> torch.dtype | None:
     """Return the dtype to compute in if it may be another than that of all tensors."""
     kind = x.device.type
-    if _is_cast(kind):
+    if _is_cast(kind) and x.dtype != torch.float64:  # which autocast leaves alone
         return torch.float32 if kind == "cpu" else torch.get_autocast_dtype(kind)
     if x.dtype in _HALVES:
         return torch.float32 if kind == "cpu" else x.dtype
@@ -378,6 +394,8 @@ class _Layers(_Recurrent):
         """Return the arguments that were not left out."""
         names: dict[str, Any] = {"proj_size": 0, "num_layers": 1, "bias": True}
         names |= {"batch_first": False, "dropout": 0.0, "bidirectional": False}
+        if hasattr(self, "nonlinearity"):
+            names["nonlinearity"] = "tanh"
         shown = [f"{self.input_size}, {self.hidden_size}", *self._extra(*names.items())]
         return ", ".join(shown)
 
@@ -421,7 +439,8 @@ class _Layers(_Recurrent):
             names the argument, what was expected and what came.
         """
         asks = trace or return_cells or recompute or bptt is not None
-        if self._is_simple and lengths is None and resets is None and not asks:
+        draws = self._is_random and self.training
+        if self._is_simple and lengths is None and resets is None and not (asks or draws):
             simple = self._run_simple(input, hx)
             if simple is not None:
                 return simple
@@ -446,12 +465,13 @@ class _Layers(_Recurrent):
         x = input.unsqueeze(1) if unbatched else input
         if self.batch_first and not unbatched:
             x = x.transpose(0, 1)
+        if x.shape[0] == 0:
+            raise RuntimeError(
+                f"input must have at least one step, got shape {tuple(input.shape)}"
+            )
         state = self._state(hx, x.shape[1], unbatched, first)
         if lengths is not None:
-            lengths = (
-                torch.as_tensor(lengths).reshape(-1) if unbatched else torch.as_tensor(lengths)
-            )
-            _check_integers(lengths, x.shape[1])
+            lengths = _checked_lengths(lengths, x.shape[1], unbatched)
         if resets is not None:
             resets = _checked_resets(resets, tuple(input.shape[:-1]))
             resets = resets.unsqueeze(1) if unbatched else resets
@@ -479,6 +499,8 @@ class _Layers(_Recurrent):
         h0, c0 = hx if is_pair and type(hx) is tuple and len(hx) == 2 else (hx, None)
         tensors = (input, h0, c0, *map(self._get, self._names[0][:4]))
         if type(input) is not Tensor or (is_pair and (h0 is None) != (c0 is None)):
+            return None
+        if not {type(h0), type(c0)} <= _STATES:
             return None
         if not ops.is_nobody_looking(tensors) or input.dim() != 3:
             return None
@@ -542,7 +564,10 @@ class _Layers(_Recurrent):
     ) -> tuple[Tensor, list[Tensor], Any, dict[str, Tensor]]:
         """Return y, the final state, every c, and every gate, time-major."""
         D, letters = 1 + self.bidirectional, CELLS[self._cell].states
-        asked = self._asked((x, *state, *(p for of_one in weights for p in of_one)), **kept)
+        every = [p for of_one in weights for p in of_one if p is not None]
+        for names, of_one in zip(self._names, weights, strict=True):
+            self._check_weights(names, of_one, every[0])
+        asked = self._asked((x, *state, *every), **kept)
         masks = (lengths, resets, self._seed(seed))
         final: list[list[Tensor]] = [[] for _ in letters]
         gates: dict[str, Tensor] = {}
@@ -555,9 +580,8 @@ class _Layers(_Recurrent):
                 start += [None] * (2 - len(start))
                 told = f'{self._told}, "where": {at}' if at else self._told
                 told += ', "reverse": true' if at % D else ""
-                y, h_n, c_n, c, trace, _ = self._compute(
-                    told + asked, x, *start, *weights[at], *masks
-                )
+                given = (x, *start, *weights[at], *masks)
+                y, h_n, c_n, c, trace, _ = self._compute(told + asked, *given)
                 ys.append(y)
                 cells.append(c)
                 for ends, end in zip(final, (h_n, c_n)[: len(final)], strict=True):
@@ -620,11 +644,15 @@ class _Layers(_Recurrent):
         return tuple(results)
 
 
-def _check_integers(lengths: Tensor, B: Any) -> None:
-    if lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
-        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
-    if lengths.shape != (B,):
-        raise ValueError(f"lengths must have shape (B,) = ({B},), got {tuple(lengths.shape)}")
+def _checked_lengths(lengths: Any, B: Any, unbatched: bool) -> Tensor:
+    found = torch.as_tensor(lengths)
+    if found.dtype.is_floating_point or found.dtype == torch.bool:
+        raise TypeError(f"lengths must be integers, got {found.dtype}")
+    if unbatched and found.numel() == 1:
+        found = found.reshape(1)
+    if found.shape != (B,):
+        raise ValueError(f"lengths must have shape (B,) = ({B},), got {tuple(found.shape)}")
+    return found if found.dtype == torch.int32 else found.to(torch.int64)
 
 
 def _checked_resets(resets: Any, expected: tuple[Any, ...]) -> Tensor:
@@ -654,7 +682,8 @@ class LSTM(_Layers):
     peephole, coupled_gates, layer_norm, clip, cell_clip, zoneout, recurrent_dropout,
         weight_dropout, forget_bias, orthogonal: as of `fusedrnn.LSTM`, by keyword. Parameters
         that they bring follow those of a layer's direction: weight_ch_l0, gamma_ih_l0, ….
-    precision: "tf32" lets a GPU's matrix units multiply float32, rounded to 10 bits.
+    precision: "tf32" lets a GPU's matrix units multiply float32, rounded to 10 bits; without
+        effect on other types and on the CPU.
 
     On the CPU bfloat16 and float16 are computed in float32 and rounded at the end of each
     layer; under autocast the CPU computes in float32, a GPU in the type of autocast.
@@ -791,7 +820,10 @@ class _Step(_Recurrent):
 
     def extra_repr(self) -> str:
         """Return the arguments that were not left out."""
-        shown = [f"{self.input_size}, {self.hidden_size}", *self._extra(("bias", True))]
+        names: dict[str, Any] = {"bias": True}
+        if hasattr(self, "nonlinearity"):
+            names["nonlinearity"] = "tanh"
+        shown = [f"{self.input_size}, {self.hidden_size}", *self._extra(*names.items())]
         return ", ".join(shown)
 
     def forward(self, input: Tensor, hx: Any = None, *, seed: int | None = None) -> Any:
@@ -814,6 +846,7 @@ class _Step(_Recurrent):
         weights = [self._get(n) for n in self._names]
         first = weights[0]
         assert first is not None
+        self._check_weights(self._names, weights, first)
         letters = CELLS[self._cell].states
         is_pair = len(letters) > 1
         if hx is not None and is_pair and (not isinstance(hx, (tuple, list)) or len(hx) != 2):

@@ -123,8 +123,13 @@ class _Eager(torch.autograd.Function):
 
 
 def define(text: str, *tensors: Any) -> Outputs:
-    """Compute what `forward` does by operations of PyTorch, which know every derivative."""
-    call, given = parse(text), Inputs(*tensors)
+    """Compute what `forward` does by operations of PyTorch, which know every derivative.
+
+    16 bits are float32 in between, as states are.
+    """
+    of_state, of_x = _state_dtype(tensors[0]), tensors[0].dtype
+    wide = [a.to(of_state) if a is not None and a.is_floating_point() else a for a in tensors]
+    call, given = parse(text), Inputs(*wide)
     options = with_seed(call, given).options
     run: Any = reference.run
     done = run(
@@ -140,11 +145,11 @@ def define(text: str, *tensors: Any) -> Outputs:
     none = given.x.new_empty(0)
     gates = list(done.gates.values())
     return (
-        done.y,
+        done.y.to(of_x),
         done.state[0],
         done.state[1] if call.has_c else none,
         done.cells if call.keeps_cells else none,
-        torch.stack(gates, 2) if call.request.trace else none,
+        torch.stack(gates, 2).to(of_x) if call.request.trace else none,
         none,
     )
 
@@ -200,10 +205,10 @@ def _pull_second(ctx: Any, *d: Maybe) -> tuple[Any, ...]:
 
 forward.register_autograd(_pull, setup_context=_keep)
 backward.register_autograd(lambda ctx, d: _pull_second(ctx, *d), setup_context=_keep_for_second)
-# The CPU computes in float32 at least. PyTorch 2.6 does not know how; the modules cast anyway.
+# As states are float32 at least. The modules cast to what autocast says; PyTorch 2.6 cannot.
 if hasattr(forward, "register_autocast"):
     forward.register_autocast("cpu", torch.float32)
-    forward.register_autocast("cuda", torch.float16)
+    forward.register_autocast("cuda", torch.float32)
 
 
 # Batches of calls
@@ -234,7 +239,7 @@ def _vmap_forward(info: Any, in_dims: tuple[Any, ...], text: str, *tensors: Any)
     joint = run_forward(text, *joined)
     is_there = [a.dim() > 1 for a in joint]
     views = [
-        a.unflatten(at, (V, -1)) if here else a
+        a.unflatten(at, (V, a.shape[at] // V)) if here else a
         for a, at, here in zip(joint, _OUTPUT_ROWS, is_there, strict=True)
     ]
     where = [at if here else None for at, here in zip(_OUTPUT_ROWS, is_there, strict=True)]
@@ -300,9 +305,11 @@ def is_transformed() -> bool:
     return _C._functorch.peek_interpreter_stack() is not None
 
 
-def _is_plain(x: Tensor, tensors: Sequence[Any]) -> bool:
-    """Whether only autograd looks at a call, no mode and no subclass, and kernels are there."""
+def _is_unobserved(x: Tensor, tensors: Sequence[Any]) -> bool:
+    """Whether only autograd looks, no mode, tracer or subclass, and kernels are there."""
     if _C._len_torch_dispatch_stack() > 0 or not (x.is_cpu or x.is_cuda):
+        return False
+    if _C._get_tracing_state() is not None:  # torch.jit.trace
         return False
     return set(map(type, tensors)) <= _OWN
 
@@ -317,7 +324,7 @@ def is_nobody_looking(tensors: Sequence[Any]) -> bool:
         or is_transformed()
         or torch.is_autocast_enabled("cpu")
         or not tensors[0].is_cpu
-        or not _is_plain(tensors[0], tensors)
+        or not _is_unobserved(tensors[0], tensors)
     )
 
 
@@ -331,7 +338,7 @@ def run_forward(text: str, *tensors: Any) -> Outputs:
         results = define(text, *tensors)
     elif is_transformed():
         results = _in_transform(text, *tensors)
-    elif not _is_plain(tensors[0], tensors):
+    elif not _is_unobserved(tensors[0], tensors):
         results = forward(text, *tensors)
     elif parse(text).saves:
         results = _in_autograd(text, *tensors)
@@ -347,7 +354,7 @@ def run_backward(text: str, wanted: int, *tensors: Any) -> Sequence[Tensor]:
         gradients = backward(text, wanted, *tensors)
     elif is_transformed():
         gradients = _back_in_transform(text, wanted, *tensors)
-    elif torch.is_grad_enabled() or not _is_plain(tensors[READ], tensors):
+    elif torch.is_grad_enabled() or not _is_unobserved(tensors[READ], tensors):
         gradients = backward(text, wanted, *tensors)
     else:
         gradients = compute_backward(text, wanted, *tensors)

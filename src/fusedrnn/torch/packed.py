@@ -59,7 +59,7 @@ class Layout(NamedTuple):
         """Read it off the batch sizes."""
         sizes = packed.batch_sizes
         T, B = len(sizes), int(sizes[0])
-        is_there = sizes[:, None] > torch.arange(B)
+        is_there = sizes[:, None] > torch.arange(B, device=sizes.device)
         rows = is_there.flatten().nonzero().squeeze(1)
         return cls(T, B, is_there.sum(0), rows.to(packed.data.device))
 

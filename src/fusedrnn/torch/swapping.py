@@ -28,6 +28,7 @@ _ARGUMENTS = (
     "proj_size",
     "nonlinearity",
 )
+_OF_TORCH = ("_flat_weight", "_all_weights")
 
 
 class Swapped(NamedTuple):
@@ -117,14 +118,18 @@ def _replacement(old: nn.Module, kind: Any) -> nn.Module:
     new: nn.Module = kind(**given, device="meta")
     if dropout is not None:
         new.dropout = dropout
-    names = [name for name, p in new._parameters.items() if p is not None]
     new._parameters.clear()
     new._parameters.update(old._parameters)
     new._buffers.update(old._buffers)
-    new.__dict__.update({n: old.__dict__[n] for n in names if n in old.__dict__})
+    for name, module in old._modules.items():
+        if name != "parametrizations":
+            new._modules[name] = module
+    # Weights that are attributes, and what a user put there, not what torch.nn keeps.
+    own = [n for n in old.__dict__ if n not in new.__dict__]
+    new.__dict__.update({n: old.__dict__[n] for n in own if not n.startswith(_OF_TORCH)})
     parametrize.transfer_parametrizations_and_params(old, new)
     new.train(old.training)
     for name, value in old.__dict__.items():
-        if name.endswith("_hooks") or "_hooks_" in name:
+        if name.endswith(("_hooks", "_hook")) or "_hooks_" in name:
             new.__dict__[name] = value
     return new
