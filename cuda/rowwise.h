@@ -467,7 +467,7 @@ class RowLayer {
     return round_up(Record<Cell>{m.norm, m.H}.values(), 4);
   }
   static index saved_bytes(const ForwardOf<A>& call) {
-    return call.T * call.B * record(call.model) * index{sizeof(A)};
+    return round_up(call.T * call.B * record(call.model) * index{sizeof(A)}, 256);
   }
   static index forward_workspace(const ForwardOf<A>& call) {
     Carver carver(nullptr);

@@ -771,6 +771,81 @@ def test_torch_tensors_on_the_twin(dtype: str, monkeypatch: pytest.MonkeyPatch) 
         np.testing.assert_array_equal(a.numpy(), b.to(torch.float64).numpy())
 
 
+TORCH_OPTIONS = [
+    ("lstm", []),
+    ("gru", ["lengths", "reverse"]),
+    ("rnn_relu", ["resets", "bptt"]),
+    ("rnn_tanh", ["zoneout in inference"]),
+    ("lstm", ["zoneout", "recurrent_dropout", "weight_dropout", "peephole", "trace"]),
+    ("lstm_coupled", ["clip", "recompute", "both"]),
+    ("lstm", ["return_cells", "recompute"]),
+    ("lstm", ["projection", "layer_norm", "cell_clip"]),
+    ("gru_before", ["layer_norm", "zoneout", "lengths"]),
+]
+
+
+@pytest.mark.skipif(not TWIN, reason="a real GPU runs PyTorch's own tests")
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
+@pytest.mark.parametrize(("name", "options"), TORCH_OPTIONS, ids=str)
+def test_torch_operators_on_the_twin(
+    name: str, options: list[str], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an operator's kernels make is of the form that its fake says, and is right."""
+    torch = pytest.importorskip("torch")
+    from test_torch_ops import call_of
+
+    from fusedrnn.torch import kernels, ops
+    from fusedrnn.torch.call import Inputs
+
+    plain, framework = cuda.framework_of, cuda._Torch(HostTorch(torch))
+    monkeypatch.setattr(
+        cuda, "framework_of", lambda a: framework if isinstance(a, torch.Tensor) else plain(a)
+    )
+    monkeypatch.setattr(Inputs, "is_on_gpu", property(lambda _: True))
+    monkeypatch.setattr(kernels, "_is_plain", lambda *_: False)
+    kernels._saved_bytes.cache_clear()
+    text, exact = call_of(CELLS[name], options)
+    kind = getattr(torch, dtype)
+    wide = torch.float64 if dtype == "float64" else torch.float32
+    given = []
+    for field, a in zip(Inputs._fields, exact, strict=True):
+        if a is not None and a.is_floating_point():
+            a = a.detach().to(wide if field in ("h0", "c0") else kind)
+        given.append(a)
+    made, fake = kernels.compute_forward(text, *given), ops._fake_forward(text, *given)
+    form = [(tuple(a.shape), a.dtype) for a in fake]
+    assert [(tuple(a.shape), a.dtype) for a in made] == form
+    leaves = [
+        a if a is None or not a.is_floating_point() else a.double().requires_grad_()
+        for a in given
+    ]
+    expected = ops.define(text, *leaves)
+    is_there = ops.parse(text).is_there
+    outputs = list(zip(made[:4], expected[:4], is_there, strict=True))
+    pairs = [(a, e) for a, e, here in outputs if here]
+    for a, e in pairs:
+        assert norm_error(a.double().numpy(), e.detach().numpy()) <= TOLERANCE[dtype]
+    torch.manual_seed(0)
+    d = [torch.randn_like(a) if here else None for a, _, here in outputs]
+    smooth = [n for n, a in enumerate(leaves) if a is not None and a.is_floating_point()]
+    for wanted_of in (smooth, smooth[-1:], smooth[:1], smooth[1:-1]):
+        wanted = sum(1 << n for n in wanted_of)
+        read = (*d, made[0], made[3], made[5], *given)
+        gradients = kernels.compute_backward(text, wanted, *read)
+        fakes = ops._fake_backward(text, wanted, *read)
+        forms = [(tuple(a.shape), a.dtype) for a in fakes]
+        assert [(tuple(a.shape), a.dtype) for a in gradients] == forms
+        right = torch.autograd.grad(
+            [e for _, e in pairs],
+            [leaves[n] for n in wanted_of],
+            [g.double() for g in d if g is not None],
+            retain_graph=True,
+        )
+        for n, a, e in zip(wanted_of, gradients, right, strict=True):
+            error = norm_error(a.double().numpy(), e.numpy())
+            assert error <= 3 * TOLERANCE[dtype], Inputs._fields[n]
+
+
 # Streams and captures
 
 

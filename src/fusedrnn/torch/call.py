@@ -49,6 +49,11 @@ class Inputs(NamedTuple):
         return Parameters(*self[3:SMOOTH])
 
     @property
+    def is_on_gpu(self) -> bool:
+        """Whether the kernels of CUDA are asked; what is nowhere is as on the CPU."""
+        return self.x.is_cuda
+
+    @property
     def present(self) -> tuple[str, ...]:
         """The names of the parameters that there are."""
         return tuple(n for n, p in self.parameters._asdict().items() if p is not None)
@@ -121,7 +126,7 @@ class Call:
 
     def is_row_wise(self, given: Inputs) -> bool:
         """Whether the plain kernels do not do."""
-        on_cpu = given.x.device.type == "cpu"
+        on_cpu = not given.is_on_gpu
         of_layer = beyond_plain(self.cell, given.parameters, on_cpu)
         return bool(of_layer or self.request.beyond_plain(on_cpu))
 

@@ -55,12 +55,12 @@ class _Layer:
     def __init__(self, call: Call, tensors: Sequence[Any]) -> None:
         self.call = call
         self.given = given = Inputs(*tensors)
-        if given.x.device.type == "cpu":
-            self.on: Any = HOST
-            _follow_threads()
-        else:
+        if given.is_on_gpu:
             is_single = given.x.dtype == torch.float32
-            self.on = backend_of(given.x, call.precision if is_single else "exact")
+            self.on: Any = backend_of(given.x, call.precision if is_single else "exact")
+        else:
+            self.on = HOST
+            _follow_threads()
         self.x = self.see(given.x)
         self.parameters = Parameters(*map(self.see, given.parameters))
         self.row_wise = call.is_row_wise(given)
@@ -251,7 +251,7 @@ def saved_shape(call: Call, given: Inputs) -> tuple[Any, ...]:
     if not call.saves or call.request.recompute:
         return (0,)
     of_layer = (call, given.present, int(I), int(H), int(R), call.is_row_wise(given))
-    if given.x.device.type == "cuda":
+    if given.is_on_gpu:
         count = _saved_bytes(*of_layer, str(given.x.dtype)[6:], given.x.device.index or 0)
         return ((T * B * count + 255) // 256 * 256,) if count else (0,)
     size, _ = _saved_size(*of_layer, given.x.dtype == torch.float64, _cpu.get_isa())
@@ -261,7 +261,7 @@ def saved_shape(call: Call, given: Inputs) -> tuple[Any, ...]:
 def clean_saved(text: str, saved: Tensor, *tensors: Any) -> None:
     """Fill what a forward on the CPU leaves as it was: who compares results may see it."""
     call, given = parse(text), Inputs(*tensors)
-    if saved.dim() != 3 or not saved.is_cpu:
+    if saved.dim() != 3 or given.is_on_gpu:
         return
     _, _, I, H, R = call.sizes(given)
     of_layer = (call, given.present, I, H, R, call.is_row_wise(given))
@@ -331,7 +331,7 @@ def _saved_bytes(
     T = 256  # so that no rounding shows
 
     def view(shape: tuple[int, ...], dtype: str) -> Any:
-        return module.View(0, shape, None, dtype, device, None)
+        return module.View(256, shape, None, dtype, device, None)  # null would be none
 
     shapes = _parameter_shapes(call, present, I, H, R)
     arrays = {
@@ -339,8 +339,8 @@ def _saved_bytes(
         for name, shape in shapes.items()
     }
     arrays |= {"x": view((T, 1, I), dtype), "y": view((T, 1, R), dtype)}
-    arrays["packed"] = None if row_wise else view((1,), "uint8")
-    arrays["cells"] = view((T, 1, H), wide) if call.keeps_cells else None
     kernel = module.Kernel(call.cell.name, precision, device, 0)
+    arrays["packed"] = None if row_wise else view((kernel.packed_bytes(H, False),), "uint8")
+    arrays["cells"] = view((T, 1, H), wide) if call.keeps_cells else None
     options = module.Options(*values_of(call.request.options), False)
     return int(kernel.saved_bytes(arrays, options)) // T

@@ -34,7 +34,7 @@ def _fake_forward(text: str, *tensors: Any) -> Outputs:
         for shape, dtype in zip(call.output_shapes(given), dtypes, strict=True)
     ]
     shape = saved_shape(call, given)
-    is_bytes = given.x.device.type == "cuda" and shape != (0,)
+    is_bytes = given.is_on_gpu and shape != (0,)
     saved = given.x.new_empty(shape, dtype=torch.uint8 if is_bytes else of_x)
     return (*made, saved)  # type: ignore[return-value]
 
