@@ -574,6 +574,21 @@ def test_wrong_calls(what: str, has_gradient: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        ({"trace": 1}, TypeError, "trace must be a bool, got int"),
+        ({"recompute": "yes"}, TypeError, "recompute must be a bool, got str"),
+        ({"return_cells": True}, TypeError, "gru has no option 'return_cells'"),
+        ({"bptt": 0}, ValueError, "bptt must be from 1"),
+        ({"seed": -1}, ValueError, "seed must be from 0"),
+    ],
+)
+def test_wrong_options_of_a_call(asked: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        ft.GRU(3, 4, zoneout=0.1)(torch.zeros(5, 2, 3), **asked)
+
+
+@pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
         ("LSTM", {"zoneout": 1.5}, ValueError, "zoneout"),

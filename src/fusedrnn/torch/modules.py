@@ -268,14 +268,12 @@ class _Recurrent(nn.Module):
             asked += ', "save": true'
         if self.training and self._is_random:
             asked += ', "training": true'
-        if return_cells:
-            asked += ', "return_cells": true'
-        if trace:
-            asked += ', "trace": true'
+        flags = {"return_cells": return_cells, "trace": trace, "recompute": recompute}
+        for name, value in flags.items():
+            if value is not False and checks.flag(name, value):
+                asked += f', "{name}": true'
         if bptt is not None:
             asked += f', "bptt": {checks.positive("bptt", bptt)}'
-        if recompute:
-            asked += ', "recompute": true'
         return asked + "}"
 
     def _compute(self, told: str, *tensors: Any) -> tuple[Tensor, ...]:
