@@ -399,12 +399,12 @@ class ForwardPass {
     if (p_.weight_ih) {
       multiply<together>(a, start);
       if (with_x) {
-        add_unpacked<together, L::input_offset>(a, x, p_.weight_ih, p_.I,
-                                                L::Cell::input_gate, panel);
+        add_unpacked<together>(a, L::input_offset, x, p_.weight_ih, p_.I,
+                               L::Cell::input_gate, panel);
       }
       if (with_h) {
-        add_unpacked<together, 0>(a, h, p_.weight_hh, p_.R, L::Cell::recurrent_gate,
-                                  panel);
+        add_unpacked<together>(a, 0, h, p_.weight_hh, p_.R, L::Cell::recurrent_gate,
+                               panel);
       }
       return;
     }
@@ -425,9 +425,10 @@ class ForwardPass {
 
   // a += left · weightᵀ for weight (gates·H, K) as it is, from column `offset` of each
   // panel on: squares of it are transposed on the way and summed in the same order.
-  template <int together, int offset, int rows, int columns>
-  void add_unpacked(V (&a)[rows][columns], const RowsAt<S, rows>& left, const S* weight,
-                    index K, const int* blocks, index panel) const {
+  template <int together, int rows, int columns>
+  [[gnu::noinline]] void add_unpacked(V (&a)[rows][columns], int offset,
+                                      const RowsAt<S, rows>& left, const S* weight,
+                                      index K, const int* blocks, index panel) const {
     constexpr index at_once = 8 * lanes;  // cache lines of a row before the next
     for (index begin = 0; begin < K; begin += at_once) {
       const index end = K - begin < at_once ? K : begin + at_once;
