@@ -129,6 +129,7 @@ def main() -> None:
     if rank == 0:
         print(f"\n{write(model, alphabet, 300)}")
     if ranks > 1:
+        distributed.barrier()  # while the first writes: one that leaves early may end badly
         distributed.destroy_process_group()
 
 

@@ -489,26 +489,41 @@ class _Layers(_Recurrent):
         return tuple(results)
 
     def _run_simple(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
-        """Run a plain layer where only results are wanted and nothing needs preparing.
+        """Run a plain layer where nothing needs preparing and only autograd may look.
 
         Else return None: the long way words errors. A step takes a few microseconds.
         """
+        if torch.compiler.is_compiling():
+            return None
         is_pair = self._is_pair
         h0, c0 = hx if is_pair and type(hx) is tuple and len(hx) == 2 else (hx, None)
         tensors = (input, h0, c0, *map(self._get, self._names[0][:4]))
         if type(input) is not Tensor or (is_pair and (h0 is None) != (c0 is None)):
             return None
-        if not {type(h0), type(c0)} <= _STATES:
-            return None
-        if not ops.is_nobody_looking(tensors) or input.dim() != 3:
+        if not {type(h0), type(c0)} <= _STATES or input.dim() != 3:
             return None
         if self.batch_first:
             tensors = (input.transpose(0, 1), *tensors[1:])
-        made = compute_layer(self._cell, tensors)
+        if not ops.is_for_autograd_alone(tensors):
+            return None
+        if not ops.has_gradient(tensors):
+            made = compute_layer(self._cell, tensors)
+        elif hx is None and self._is_usual(tensors[0], tensors[3:]):
+            y, *ends = ops.run_with_gradient(f'{self._told}, "save": true}}', tensors)
+            made = [y, *(a.unsqueeze(0) for a in ends[: 1 + is_pair])]
+        else:
+            made = None
         if made is None:
             return None
         y = made[0].transpose(0, 1) if self.batch_first else made[0]
         return y, tuple(made[1:]) if is_pair else made[1]
+
+    def _is_usual(self, x: Tensor, weights: tuple[Any, ...]) -> bool:
+        """Whether x (T, B, I) is of its size, and all of a type that the CPU knows."""
+        T, _, I = x.shape
+        kinds = {(a.dtype, a.is_cpu) for a in weights if a is not None}
+        known = x.dtype in (torch.float32, torch.float64)
+        return known and kinds == {(x.dtype, True)} and T > 0 and self.input_size == I
 
     def _check_size(self, input: Tensor) -> None:
         if input.shape[-1] != self.input_size:

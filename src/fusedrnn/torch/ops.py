@@ -314,10 +314,8 @@ def _is_unobserved(x: Tensor, tensors: Sequence[Any]) -> bool:
     return set(map(type, tensors)) <= _OWN
 
 
-def is_nobody_looking(tensors: Sequence[Any]) -> bool:
-    """Whether not even autograd looks at a call on the CPU, nor autocast."""
-    if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in tensors):
-        return False
+def is_for_autograd_alone(tensors: Sequence[Any]) -> bool:
+    """Whether x is on the CPU, and at most autograd looks at a call."""
     return not (
         torch.compiler.is_compiling()
         or torch.autograd.forward_ad._current_level >= 0
@@ -326,6 +324,18 @@ def is_nobody_looking(tensors: Sequence[Any]) -> bool:
         or not tensors[0].is_cpu
         or not _is_unobserved(tensors[0], tensors)
     )
+
+
+def has_gradient(tensors: Sequence[Any]) -> bool:
+    """Whether autograd looks at a call."""
+    return torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in tensors)
+
+
+def run_with_gradient(text: str, tensors: Sequence[Any]) -> Outputs:
+    """Call what `run_forward` does when only autograd looks."""
+    rest = (None,) * (len(Inputs._fields) - len(tensors))
+    results: Outputs = _in_autograd(text, *tensors, *rest)
+    return results
 
 
 def run_forward(text: str, *tensors: Any) -> Outputs:
