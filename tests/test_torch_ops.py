@@ -18,6 +18,7 @@ from fusedrnn.cells import CELLS, Cell
 
 torch = pytest.importorskip("torch", reason="the operators are PyTorch's")
 
+from torch import library  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
 
@@ -121,7 +122,7 @@ def test_second_and_forward_derivatives(name: str, options: list[str]) -> None:
 def test_opcheck(name: str, options: list[str]) -> None:
     """Schema, shapes of fakes, autograd's registration, tracing with sizes that vary."""
     text, tensors = call_of(CELLS[name], options)
-    torch.library.opcheck(ops.forward, (text, *tensors))
+    library.opcheck(ops.forward, (text, *tensors))
     with torch.no_grad():
         y, h_n, c_n, cells, _, saved = ops.compute_forward(text, *tensors)
     is_there = ops.parse(text).is_there
@@ -132,7 +133,7 @@ def test_opcheck(name: str, options: list[str]) -> None:
     # Traced backward twice it takes long, and a tracer cannot know a seed's masks.
     if len(options) > 1 or options[0] not in ("plain", "lengths"):
         tensors, d = ([a if a is None else a.detach() for a in of] for of in (tensors, d))
-    torch.library.opcheck(ops.backward, (text, wanted, *d, y, cells, saved, *tensors))
+    library.opcheck(ops.backward, (text, wanted, *d, y, cells, saved, *tensors))
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -407,7 +408,7 @@ def test_wrong_tensors(changed: Any, error: Any, message: str) -> None:
 def test_no_row_takes_a_step() -> None:
     text, tensors = call_of(CELLS["lstm"], [])
     given = Inputs(*tensors)._replace(lengths=torch.zeros(SIZES.B, dtype=torch.int64))
-    torch.library.opcheck(ops.forward, (text, *given))
+    library.opcheck(ops.forward, (text, *given))
 
 
 def test_the_definition_of_halves() -> None:

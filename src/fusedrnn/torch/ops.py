@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .. import reference
 from .call import READ, SMOOTH, SMOOTH_OUTPUTS, Inputs, Maybe, Outputs, parse
@@ -65,13 +65,13 @@ def _forward(text: str, *tensors: Any) -> Outputs:
     return made
 
 
-forward = torch.library.custom_op(
+forward = library.custom_op(
     "fusedrnn::forward",
     _forward,
     mutates_args=(),
     schema=f"(str call, {_ARGUMENTS}) -> (" + ", ".join(["Tensor"] * 6) + ")",
 )
-backward = torch.library.custom_op(
+backward = library.custom_op(
     "fusedrnn::backward",
     compute_backward,
     mutates_args=(),
