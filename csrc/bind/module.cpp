@@ -64,6 +64,10 @@ S* write(MaybeArray& a, const char* name, std::initializer_list<index> shape) {
 
 index stride(const Array& a, int axis) { return a.strides(axis) / a.itemsize(); }
 
+// Of an array that kernels can read as it is.
+constexpr int whole_flags =
+    int{py::array::c_style} | int{py::detail::npy_api::NPY_ARRAY_ALIGNED_};
+
 // From so many bytes on it pays to keep an array's memory when it is freed.
 constexpr index large_array = 1 << 17;
 
@@ -287,9 +291,8 @@ class Weights {
     for (const index n : shape) {
       if (a.shape(axis++) != n) return nullptr;
     }
-    constexpr int needed =
-        int{py::array::c_style} | int{py::detail::npy_api::NPY_ARRAY_ALIGNED_};
-    return (a.flags() & needed) == needed ? static_cast<const S*>(a.data()) : nullptr;
+    return (a.flags() & whole_flags) == whole_flags ? static_cast<const S*>(a.data())
+                                                    : nullptr;
   }
 
   template <class S>
@@ -580,11 +583,9 @@ Array from_dlpack(const py::capsule& capsule) {
 
 // Whether parameters can be read as they are: of one type that the kernels have.
 bool are_ready(const Arrays& p) {
-  constexpr int needed =
-      int{py::array::c_style} | int{py::detail::npy_api::NPY_ARRAY_ALIGNED_};
   const auto all = [&](const auto& is_ready) {
     return std::all_of(p.begin(), p.end(), [&](const MaybeArray& a) {
-      return !a || (is_ready(*a) && (a->flags() & needed) == needed);
+      return !a || (is_ready(*a) && (a->flags() & whole_flags) == whole_flags);
     });
   };
   return all([](const Array& a) { return py::isinstance<py::array_t<float>>(a); }) ||

@@ -84,6 +84,22 @@ class Cell:
             shapes["gamma_c"] = shapes["beta_c"] = Shape((H,), "(H,)")
         return shapes
 
+    def layer_shapes(
+        self, I: int, H: int, proj_size: int, bias: bool, peephole: bool, layer_norm: bool
+    ) -> dict[str, Shape]:
+        """Return those that a layer with these arguments has."""
+        left_out = set()
+        if not bias:
+            left_out |= {"bias_ih", "bias_hh"}
+        if not proj_size:
+            left_out |= {"weight_hr"}
+        if not peephole:
+            left_out |= {"weight_ch"}
+        if not layer_norm:
+            left_out |= {"gamma_ih", "gamma_hh", "gamma_c", "beta_c"}
+        shapes = self.parameter_shapes(I, H, proj_size or None)
+        return {name: shape for name, shape in shapes.items() if name not in left_out}
+
 
 CELLS = {
     cell.name: cell

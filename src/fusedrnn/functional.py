@@ -354,7 +354,7 @@ def lstm(
     >>> list(gates), bool((gates["i"][2:, 1] == 0).all())
     (['i', 'f', 'g', 'o'], True)
     """
-    cell = _lstm_cell(options)
+    cell = lstm_cell(options)
     weights = (weight_ih, weight_hh, bias_ih, bias_hh)
     return _forward(_check(cell, x, weights, (h0, c0), options, out=out))
 
@@ -400,13 +400,14 @@ def lstm_vjp(
     >>> grads.weight_hh.shape
     (16, 4)
     """
-    cell = _lstm_cell(options)
+    cell = lstm_cell(options)
     weights = (weight_ih, weight_hh, bias_ih, bias_hh)
     given = options | {"bptt": bptt, "recompute": recompute}
     return _vjp(_check(cell, x, weights, (h0, c0), given, training=True))
 
 
-def _lstm_cell(options: Any) -> Cell:
+def lstm_cell(options: Any) -> Cell:
+    """Take from options what selects the cell."""
     coupled = checks.flag("coupled_gates", options.pop("coupled_gates", False))
     return CELLS["lstm_coupled" if coupled else "lstm"]
 
@@ -468,7 +469,7 @@ def gru(
     >>> y.shape
     (5, 2, 4)
     """
-    cell, weights = _gru_cell(options), (weight_ih, weight_hh, bias_ih, bias_hh)
+    cell, weights = gru_cell(options), (weight_ih, weight_hh, bias_ih, bias_hh)
     return _forward(_check(cell, x, weights, (h0,), options, out=out))
 
 
@@ -500,12 +501,13 @@ def gru_vjp(
     >>> pullback(2 * y).x.shape
     (5, 2, 3)
     """
-    cell, weights = _gru_cell(options), (weight_ih, weight_hh, bias_ih, bias_hh)
+    cell, weights = gru_cell(options), (weight_ih, weight_hh, bias_ih, bias_hh)
     given = options | {"bptt": bptt, "recompute": recompute}
     return _vjp(_check(cell, x, weights, (h0,), given, training=True))
 
 
-def _gru_cell(options: Any) -> Cell:
+def gru_cell(options: Any) -> Cell:
+    """Take from options what selects the cell."""
     after = checks.flag("reset_after", options.pop("reset_after", True))
     return CELLS["gru" if after else "gru_before"]
 

@@ -19,7 +19,7 @@ from .device import backend_of
 from .explain import Explanation, explain
 from .functional import rnn_cell
 from .kernel import FEW_ROWS, HOST, Problem
-from .options import Request, beyond_plain, check_options
+from .options import DEFAULTS, Request, beyond_plain, check_options
 from .reference import Array, Nonlinearity, Parameters
 
 StateT = TypeVar("StateT")
@@ -35,16 +35,7 @@ _DEFAULTS: dict[str, Any] = {
     "dropout": 0.0,
     "bidirectional": False,
     "proj_size": 0,
-    "reset_after": True,
-    "coupled_gates": False,
-    "peephole": False,
-    "layer_norm": False,
-    "clip": None,
-    "cell_clip": None,
-    "zoneout": 0.0,
-    "recurrent_dropout": 0.0,
-    "weight_dropout": 0.0,
-}
+} | DEFAULTS
 _FIXED = ("input_size", "hidden_size", *_DEFAULTS, "dtype", "device", "precision")
 _KINDS = Parameters._fields
 _PARAMETERS = tuple(f"{kind}_l" for kind in _KINDS)
@@ -191,22 +182,12 @@ class _Layer(Generic[StateT]):
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all parameters, by name and in torch's order."""
-        wanted = {"weight_ih", "weight_hh"}
-        if self.bias:
-            wanted |= {"bias_ih", "bias_hh"}
-        if self.proj_size:
-            wanted |= {"weight_hr"}
-        if self.peephole:
-            wanted |= {"weight_ch"}
-        if self.layer_norm:
-            wanted |= {"gamma_ih", "gamma_hh", "gamma_c", "beta_c"}
+        has = (self.proj_size, self.bias, self.peephole, self.layer_norm)
         shapes: dict[str, tuple[int, ...]] = {}
         for layer, _, suffix in self._directions():
             I = self.input_size if layer == 0 else self._width * (1 + self.bidirectional)
-            of_kinds = self._cell.parameter_shapes(I, self.hidden_size, self.proj_size or None)
-            for kind, shape in of_kinds.items():
-                if kind in wanted:
-                    shapes[f"{kind}_{suffix}"] = shape.lengths
+            for kind, shape in self._cell.layer_shapes(I, self.hidden_size, *has).items():
+                shapes[f"{kind}_{suffix}"] = shape.lengths
         return shapes
 
     @property

@@ -60,6 +60,20 @@ class LSTMOptions(CommonOptions, total=False):
     beta_c: Array | None
 
 
+# Of a layer, in the order in which it shows them.
+DEFAULTS: dict[str, Any] = {
+    "reset_after": True,
+    "coupled_gates": False,
+    "peephole": False,
+    "layer_norm": False,
+    "clip": None,
+    "cell_clip": None,
+    "zoneout": 0.0,
+    "recurrent_dropout": 0.0,
+    "weight_dropout": 0.0,
+}
+
+
 @dataclass(frozen=True)
 class Request:
     """Checked options of a cell, and which results are wanted."""

@@ -522,10 +522,15 @@ def run(
         for name, value in of_step.items():
             made.setdefault(name, []).append(where(taken[t], value, zero))
     by_time = slice(None, None, -1 if reverse else 1)
-    every = {k: _module(x).stack(steps_of[by_time]) for k, steps_of in made.items()}
-    y = every.pop("y", _zeros(x, T, *batch, R))
-    cells = every.pop("cells", _zeros(x, T, *batch, H) if "c" in cell.states else None)
-    gates = every or dict.fromkeys(cell.gates, _zeros(x, T, *batch, H))
+
+    def over_time(name: str, width: int) -> Any:
+        steps_of = made.get(name)
+        stack = _module(x).stack
+        return stack(steps_of[by_time]) if steps_of else _zeros(x, T, *batch, width)
+
+    y = over_time("y", R)
+    cells = over_time("cells", H) if "c" in cell.states else None
+    gates = {letter: over_time(letter, H) for letter in cell.gates}
 
     def pullback(
         dy: Array | None = None,

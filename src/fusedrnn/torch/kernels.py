@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -245,16 +245,39 @@ def compute_backward(text: str, wanted: int, *tensors: Any) -> list[Tensor]:
     return _Layer(call, inputs).backward(wanted, d, y, cells, saved)
 
 
+class _Form(NamedTuple):
+    """What the size of what is saved depends on, beside T, B and the type."""
+
+    call: Call
+    present: tuple[str, ...]  # of the parameters
+    I: int
+    H: int
+    R: int
+    row_wise: bool
+
+    @classmethod
+    def of(cls, call: Call, given: Inputs) -> _Form:
+        """Read it off the tensors."""
+        _, _, I, H, R = call.sizes(given)
+        return cls(call, given.present, int(I), int(H), int(R), call.is_row_wise(given))
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return those that there are."""
+        projected = self.R if "weight_hr" in self.present else None
+        shapes = self.call.cell.parameter_shapes(self.I, self.H, projected)
+        return {name: shapes[name].lengths for name in self.present}
+
+
 def saved_shape(call: Call, given: Inputs) -> tuple[Any, ...]:
     """Return the shape of what a forward saves."""
-    T, B, I, H, R = call.sizes(given)
+    T, B, _ = given.x.shape
     if not call.saves or call.request.recompute:
         return (0,)
-    of_layer = (call, given.present, int(I), int(H), int(R), call.is_row_wise(given))
+    form = _Form.of(call, given)
     if given.is_on_gpu:
-        count = _saved_bytes(*of_layer, str(given.x.dtype)[6:], given.x.device.index or 0)
+        count = _saved_bytes(form, str(given.x.dtype)[6:], given.x.device.index or 0)
         return ((T * B * count + 255) // 256 * 256,) if count else (0,)
-    size, _ = _saved_size(*of_layer, given.x.dtype == torch.float64, _cpu.get_isa())
+    size, _ = _saved_size(form, given.x.dtype == torch.float64, _cpu.get_isa())
     return (T, B, size) if size else (0,)
 
 
@@ -263,9 +286,8 @@ def clean_saved(text: str, saved: Tensor, *tensors: Any) -> None:
     call, given = parse(text), Inputs(*tensors)
     if saved.dim() != 3 or given.is_on_gpu:
         return
-    _, _, I, H, R = call.sizes(given)
-    of_layer = (call, given.present, I, H, R, call.is_row_wise(given))
-    _, values = _saved_size(*of_layer, given.x.dtype == torch.float64, _cpu.get_isa())
+    form = _Form.of(call, given)
+    _, values = _saved_size(form, given.x.dtype == torch.float64, _cpu.get_isa())
     saved[..., values:] = 0
     if given.lengths is not None:
         lengths = given.lengths.tolist()
@@ -278,49 +300,24 @@ def clean_saved(text: str, saved: Tensor, *tensors: Any) -> None:
                 saved[length:longest, b] = 0
 
 
-def _parameter_shapes(
-    call: Call, present: Sequence[str], I: int, H: int, R: int
-) -> dict[str, tuple[int, ...]]:
-    projected = R if "weight_hr" in present else None
-    shapes = call.cell.parameter_shapes(I, H, projected)
-    return {name: shapes[name].lengths for name in present}
-
-
 @functools.cache
-def _saved_size(
-    call: Call,
-    present: Sequence[str],
-    I: int,
-    H: int,
-    R: int,
-    row_wise: bool,
-    double: bool,
-    _: str,
-) -> tuple[int, int]:
+def _saved_size(form: _Form, double: bool, _: str) -> tuple[int, int]:
     """Return how many values a step and row have on the CPU, and how many are written.
 
     That depends on the ISA in use.
     """
     dtype = np.float64 if double else np.float32
-    shapes = _parameter_shapes(call, present, I, H, R)
+    shapes = form.parameter_shapes()
     parameters = Parameters(**{name: np.zeros(shape, dtype) for name, shape in shapes.items()})
-    weights = HOST.pack(call.cell, parameters, borrow=not row_wise)
-    options = told_options(call.request, row_wise)
+    weights = HOST.pack(form.call.cell, parameters, borrow=not form.row_wise)
+    options = told_options(form.call.request, form.row_wise)
     return weights.saved_size(options), weights.saved_values(options)
 
 
 @functools.cache
-def _saved_bytes(
-    call: Call,
-    present: Sequence[str],
-    I: int,
-    H: int,
-    R: int,
-    row_wise: bool,
-    dtype: str,
-    device: int,
-) -> int:
+def _saved_bytes(form: _Form, dtype: str, device: int) -> int:
     """Return how many bytes a step and row have on a GPU."""
+    call, _, I, H, R, row_wise = form
     module = cuda._module()
     is_wide = dtype in ("float32", "float64")
     wide = dtype if is_wide else "float32"
@@ -333,7 +330,7 @@ def _saved_bytes(
     def view(shape: tuple[int, ...], dtype: str) -> Any:
         return module.View(256, shape, None, dtype, device, None)  # null would be none
 
-    shapes = _parameter_shapes(call, present, I, H, R)
+    shapes = form.parameter_shapes()
     arrays = {
         name: view(shape, wide if name == "weight_ch" else dtype)
         for name, shape in shapes.items()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import numbers
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import checks
 from ..cells import CELLS
-from ..functional import rnn_cell
-from ..options import check_options
+from ..functional import gru_cell, lstm_cell, rnn_cell
+from ..options import DEFAULTS, check_options
 from ..reference import Parameters
 from . import ops
 from .call import parse
@@ -60,20 +60,7 @@ class LSTMOptions(RNNOptions, total=False):
     forget_bias: float | None
 
 
-_OPTIONS: dict[str, Any] = {
-    "peephole": False,
-    "coupled_gates": False,
-    "reset_after": True,
-    "layer_norm": False,
-    "clip": None,
-    "cell_clip": None,
-    "zoneout": 0.0,
-    "recurrent_dropout": 0.0,
-    "weight_dropout": 0.0,
-    "forget_bias": None,
-    "orthogonal": False,
-    "precision": "exact",
-}
+_OPTIONS = DEFAULTS | {"forget_bias": None, "orthogonal": False, "precision": "exact"}
 
 
 def _of_cell(kind: Any) -> dict[str, Any]:
@@ -84,10 +71,6 @@ def _of_cell(kind: Any) -> dict[str, Any]:
 _TOLD = ("clip", "cell_clip", "zoneout", "recurrent_dropout", "weight_dropout")
 _STATES = {Tensor, nn.Parameter, type(None)}
 _HALVES = (torch.bfloat16, torch.float16)
-
-
-def _what(a: Any) -> str:
-    return type(a).__name__ + (f" of {len(a)}" if isinstance(a, (tuple, list)) else "")
 
 
 def _as_floats(value: Any) -> Any:
@@ -108,7 +91,8 @@ class _Recurrent(nn.Module):
     input_size: int
     hidden_size: int
     bias: bool
-    _defaults: Mapping[str, Any]  # of the options that the cell has
+    _shown: ClassVar[dict[str, Any]]  # defaults of arguments of torch.nn's
+    _defaults: ClassVar[dict[str, Any]]  # of the options that the cell has
 
     def __init__(
         self,
@@ -133,6 +117,7 @@ class _Recurrent(nn.Module):
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bool(bias)
         self.proj_size = proj_size
         self._cell = cell
+        self._is_pair = len(CELLS[cell].states) > 1
         unknown = [name for name in options if name not in self._defaults]
         if unknown:
             raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}")
@@ -140,7 +125,7 @@ class _Recurrent(nn.Module):
         self._check_options(self._options)
 
     def _check_options(self, given: Mapping[str, Any]) -> None:
-        for name in ("peephole", "coupled_gates", "reset_after", "layer_norm", "orthogonal"):
+        for name in ("peephole", "layer_norm", "orthogonal"):
             checks.flag(name, given.get(name, False))
         if given["precision"] not in ("exact", "tf32"):
             raise ValueError(f'precision must be "exact" or "tf32", got {given["precision"]!r}')
@@ -167,22 +152,13 @@ class _Recurrent(nn.Module):
 
     def _add_parameters(self, suffix: str, I: int, **factory: Any) -> list[str | None]:
         """Register a cell's parameters; return the names of all that `Parameters` has."""
-        wanted = {
-            "weight_hr": self.proj_size > 0,
-            "weight_ch": self._options.get("peephole", False),
-        }
-        wanted |= dict.fromkeys(("bias_ih", "bias_hh"), self.bias)
-        norms = ("gamma_ih", "gamma_hh", "gamma_c", "beta_c")
-        wanted |= dict.fromkeys(norms, self._options.get("layer_norm", False))
-        shapes = CELLS[self._cell].parameter_shapes(I, self.hidden_size, self.proj_size or None)
-        names: list[str | None] = []
-        for kind in Parameters._fields:
-            name = kind + suffix if kind in shapes and wanted.get(kind, True) else None
-            names.append(name)
-            if name is not None:
-                value = torch.empty(shapes[kind].lengths, **factory)
-                self.register_parameter(name, nn.Parameter(value))
-        return names
+        options = (self._options.get(name, False) for name in ("peephole", "layer_norm"))
+        has = (self.proj_size, self.bias, *options)
+        shapes = CELLS[self._cell].layer_shapes(I, self.hidden_size, *has)
+        for kind, shape in shapes.items():
+            value = torch.empty(shape.lengths, **factory)
+            self.register_parameter(kind + suffix, nn.Parameter(value))
+        return [kind + suffix if kind in shapes else None for kind in Parameters._fields]
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew, uniform in ±1/√H, by the same numbers as torch.nn."""
@@ -213,14 +189,13 @@ class _Recurrent(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the arguments that were not left out."""
-        return ", ".join([f"{self.input_size}, {self.hidden_size}", *self._extra()])
-
-    def _extra(self, *names_and_defaults: tuple[str, Any]) -> Iterator[str]:
-        named = [*names_and_defaults, *((n, _OPTIONS[n]) for n in self._defaults)]
-        for name, default in named:
-            value = getattr(self, name)
+        shown = [f"{self.input_size}, {self.hidden_size}"]
+        defaults = self._shown | {"nonlinearity": "tanh"} | self._defaults
+        for name, default in defaults.items():
+            value = getattr(self, name, default)
             if value != default:
-                yield f"{name}={value}"
+                shown.append(f"{name}={value}")
+        return ", ".join(shown)
 
     # Calls
 
@@ -243,14 +218,26 @@ class _Recurrent(nn.Module):
             if p is not None and (p.dtype != like.dtype or p.device != like.device):
                 self._check_like_weights(str(name), p, like, RuntimeError)
 
+    def _split(self, hx: Any) -> dict[str, Any]:
+        """Return the states that a user gave, by their names."""
+        if hx is None:
+            return {}
+        if not self._is_pair:
+            return {"hx": hx}
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+            what = type(hx).__name__ + (
+                f" of {len(hx)}" if isinstance(hx, (tuple, list)) else ""
+            )
+            raise TypeError(f"hx must be a pair (h_0, c_0), got {what}")
+        return {"hx[0]": hx[0], "hx[1]": hx[1]}
+
     def _seed(self, seed: int | None) -> Tensor | None:
         """Return what random numbers depend on, drawn from PyTorch's for None."""
+        given = checks.seed(seed)
         if not (self._is_random and self.training):
             return None
-        if seed is None:
+        if given is None:
             return torch.randint(2**63 - 1, (1,), device="cpu")
-        given = checks.seed(seed)
-        assert given is not None
         signed = given - 2**64 if given >= 2**63 else given
         return torch.tensor([signed], device="cpu")
 
@@ -298,11 +285,9 @@ class _Recurrent(nn.Module):
 
 def _saves(tensors: Iterable[Any], training: bool) -> bool:
     """Whether backward may be asked for."""
-    if not torch.is_grad_enabled():
-        return False
     if torch.compiler.is_compiling():
-        return training or not _is_exporting()
-    return ops.is_transformed() or any(a is not None and a.requires_grad for a in tensors)
+        return torch.is_grad_enabled() and (training or not _is_exporting())
+    return torch.is_grad_enabled() if ops.is_transformed() else ops.has_gradient(tensors)
 
 
 def _is_cast(kind: str) -> bool:
@@ -331,10 +316,27 @@ for _name in _OPTIONS:
     setattr(_Recurrent, _name, _option(_name))
 
 
+class _Made(NamedTuple):
+    """What layers made, time-major; every c and gate only if asked for."""
+
+    y: Tensor
+    final: list[Tensor]
+    cells: Tensor
+    gates: dict[str, Tensor]
+
+
 class _Layers(_Recurrent):
     """A stack of layers in one or both directions."""
 
     mode: str
+    _shown: ClassVar[dict[str, Any]] = {
+        "proj_size": 0,
+        "num_layers": 1,
+        "bias": True,
+        "batch_first": False,
+        "dropout": 0.0,
+        "bidirectional": False,
+    }
 
     def __init__(
         self,
@@ -373,7 +375,6 @@ class _Layers(_Recurrent):
             I = self._width * (1 + self.bidirectional) if layer else input_size
             for suffix in (f"_l{layer}", f"_l{layer}_reverse")[: 1 + self.bidirectional]:
                 self._names.append(self._add_parameters(suffix, I, device=device, dtype=dtype))
-        self._is_pair = len(CELLS[self._cell].states) > 1
         is_one = num_layers == 1 and not (bidirectional or proj_size)
         self._is_simple = (
             is_one and parse(self._told + "}").is_plain and not any(self._names[0][4:])
@@ -387,15 +388,6 @@ class _Layers(_Recurrent):
 
     def flatten_parameters(self) -> None:
         """Do nothing: the kernels read parameters wherever they lie."""
-
-    def extra_repr(self) -> str:
-        """Return the arguments that were not left out."""
-        names: dict[str, Any] = {"proj_size": 0, "num_layers": 1, "bias": True}
-        names |= {"batch_first": False, "dropout": 0.0, "bidirectional": False}
-        if hasattr(self, "nonlinearity"):
-            names["nonlinearity"] = "tanh"
-        shown = [f"{self.input_size}, {self.hidden_size}", *self._extra(*names.items())]
-        return ", ".join(shown)
 
     # Calls
 
@@ -474,18 +466,25 @@ class _Layers(_Recurrent):
             resets = _checked_resets(resets, tuple(input.shape[:-1]))
             resets = resets.unsqueeze(1) if unbatched else resets
             resets = resets.transpose(0, 1) if self.batch_first and not unbatched else resets
-        y, final, cells, gates = self._run(x, state, lengths, resets, weights, kept, seed)
+        made = self._run(x, state, lengths, resets, weights, kept, seed)
 
         def give(a: Tensor) -> Tensor:
             if unbatched:
                 return a.squeeze(1)
             return a.transpose(0, 1) if self.batch_first else a
 
-        results: list[Any] = [give(y), self._given(final, unbatched)]
-        if return_cells:
-            results.append(give(cells))
-        if trace:
-            results.append({name: give(gate) for name, gate in gates.items()})
+        return self._results(give, made, kept, unbatched)
+
+    def _results(
+        self, give: Callable[[Tensor], Any], made: _Made, kept: dict[str, Any], unbatched: bool
+    ) -> tuple[Any, ...]:
+        """Return what the user gets, sequences as `give` makes them of (T, B, …)."""
+        views = [a.squeeze(1) if unbatched else a for a in made.final]
+        results: list[Any] = [give(made.y), tuple(views) if self._is_pair else views[0]]
+        if kept["return_cells"]:
+            results.append(give(made.cells))
+        if kept["trace"]:
+            results.append({name: give(gate) for name, gate in made.gates.items()})
         return tuple(results)
 
     def _run_simple(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
@@ -534,18 +533,14 @@ class _Layers(_Recurrent):
 
     def _state(self, hx: Any, B: Any, unbatched: bool, like: Tensor) -> tuple[Any, ...]:
         """Check h_0, and c_0, and return them with B."""
-        letters = CELLS[self._cell].states
-        if hx is None:
-            return (None,) * len(letters)
-        if len(letters) > 1 and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
-            raise TypeError(f"hx must be a pair (h_0, c_0), got {_what(hx)}")
+        given = self._split(hx)
+        if not given:
+            return (None,) * (1 + self._is_pair)
         checked = []
         count = self.num_layers * (1 + self.bidirectional)
-        widths = (self._width, self.hidden_size)
-        given = hx if len(letters) > 1 else (hx,)
-        for n, (letter, a) in enumerate(zip(letters, given, strict=True)):
-            width = widths[n]
-            name = f"hx[{n}]" if len(letters) > 1 else "hx"
+        letters = CELLS[self._cell].states
+        widths = (self._width, self.hidden_size)[: len(given)]
+        for (name, a), letter, width in zip(given.items(), letters, widths, strict=True):
             self._check_like_weights(name, a, like, RuntimeError)
             if a.dim() != 3 - unbatched:
                 raise RuntimeError(
@@ -560,10 +555,6 @@ class _Layers(_Recurrent):
             checked.append(a.unsqueeze(1) if unbatched else a)
         return tuple(checked)
 
-    def _given(self, state: list[Tensor], unbatched: bool) -> Any:
-        views = [a.squeeze(1) if unbatched else a for a in state]
-        return tuple(views) if len(views) > 1 else views[0]
-
     def _run(
         self,
         x: Tensor,
@@ -574,15 +565,15 @@ class _Layers(_Recurrent):
         kept: dict[str, Any],
         seed: int | None,
         layout: Layout | None = None,
-    ) -> tuple[Tensor, list[Tensor], Any, dict[str, Tensor]]:
-        """Return y, the final state, every c, and every gate, time-major."""
-        D, letters = 1 + self.bidirectional, CELLS[self._cell].states
+    ) -> _Made:
+        """Run all layers over x (T, B, I)."""
+        D = 1 + self.bidirectional
         every = [p for of_one in weights for p in of_one if p is not None]
         for names, of_one in zip(self._names, weights, strict=True):
             self._check_weights(names, of_one, every[0])
         asked = self._asked((x, *state, *every), **kept)
         masks = (lengths, resets, self._seed(seed))
-        final: list[list[Tensor]] = [[] for _ in letters]
+        final: list[list[Tensor]] = [[] for _ in range(1 + self._is_pair)]
         gates: dict[str, Tensor] = {}
         for layer in range(self.num_layers):
             if layer and self.dropout and self.training:
@@ -606,7 +597,7 @@ class _Layers(_Recurrent):
             x = ys[0] if D == 1 else torch.cat(ys, -1)
         every_c = cells[0] if D == 1 else torch.cat(cells, -1)
         stacked = [s[0].unsqueeze(0) if len(s) == 1 else torch.stack(s) for s in final]
-        return x, stacked, every_c, gates
+        return _Made(x, stacked, every_c, gates)
 
     def _dropped(self, y: Tensor, layout: Layout | None) -> Tensor:
         """Return what the layer after sees of y; in packed data PyTorch drops what is there."""
@@ -640,21 +631,14 @@ class _Layers(_Recurrent):
         if order is not None:
             state = tuple(None if s is None else s.index_select(1, order) for s in state)
         x = layout.pad(data)
-        y, final, cells, gates = self._run(
-            x, state, layout.lengths, None, weights, kept, seed, layout
-        )
+        made = self._run(x, state, layout.lengths, None, weights, kept, seed, layout)
         if back is not None:
-            final = [s.index_select(1, back) for s in final]
+            made = made._replace(final=[s.index_select(1, back) for s in made.final])
 
         def give(a: Tensor) -> PackedSequence:
             return PackedSequence(layout.pack(a), *packed[1:])
 
-        results: list[Any] = [give(y), self._given(final, False)]
-        if kept["return_cells"]:
-            results.append(give(cells))
-        if kept["trace"]:
-            results.append({name: give(gate) for name, gate in gates.items()})
-        return tuple(results)
+        return self._results(give, made, kept, False)
 
 
 def _checked_lengths(lengths: Any, B: Any, unbatched: bool) -> Tensor:
@@ -705,6 +689,8 @@ class LSTM(_Layers):
     ------
     TypeError, ValueError: an argument of a wrong type or value.
 
+    Source: Hochreiter & Schmidhuber 1997; forget gate: Gers, Schmidhuber & Cummins 2000.
+
     >>> import torch, fusedrnn.torch as ft
     >>> lstm = ft.LSTM(3, 4, num_layers=2, batch_first=True, zoneout=(0.1, 0.2))
     >>> output, (h_n, c_n) = lstm(torch.zeros(5, 7, 3), lengths=[7, 2, 0, 7, 1])
@@ -730,7 +716,7 @@ class LSTM(_Layers):
         dtype: torch.dtype | None = None,
         **options: Unpack[LSTMOptions],
     ) -> None:
-        cell = "lstm_coupled" if options.get("coupled_gates") else "lstm"
+        cell = lstm_cell(dict(options)).name
         shape = (input_size, hidden_size, num_layers, bias, batch_first, dropout)
         super().__init__("LSTM", cell, *shape, bidirectional, proj_size, device, dtype, options)
 
@@ -738,8 +724,16 @@ class LSTM(_Layers):
 class GRU(_Layers):
     """`torch.nn.GRU` on our kernels.
 
-    The equations and the options reset_after, layer_norm, clip, zoneout, recurrent_dropout,
-    weight_dropout, orthogonal are those of `fusedrnn.GRU`; all else is as for `LSTM`.
+    ::
+
+        r = σ(W_r x_t + b_ir + R_r h' + b_hr)
+        z = σ(W_z x_t + b_iz + R_z h' + b_hz)
+        n = tanh(W_n x_t + b_in + r (R_n h' + b_hn))
+        h = (1 - z) n + z h'
+
+    The options reset_after, layer_norm, clip, zoneout, recurrent_dropout, weight_dropout,
+    orthogonal are those of `fusedrnn.GRU`; all else, shapes and errors, is as for `LSTM`.
+    Source: Cho et al. 2014, in the form of cuDNN and PyTorch.
 
     >>> import torch, fusedrnn.torch as ft
     >>> gru = ft.GRU(3, 4, bidirectional=True)
@@ -764,7 +758,7 @@ class GRU(_Layers):
         **options: Unpack[GRUOptions],
     ) -> None:
         _check_no_projection(options)
-        cell = "gru" if options.get("reset_after", True) else "gru_before"
+        cell = gru_cell(dict(options)).name
         shape = (input_size, hidden_size, num_layers, bias, batch_first, dropout)
         super().__init__("GRU", cell, *shape, bidirectional, 0, device, dtype, options)
 
@@ -772,9 +766,13 @@ class GRU(_Layers):
 class RNN(_Layers):
     """`torch.nn.RNN` on our kernels.
 
-    The equations and the options clip, zoneout, recurrent_dropout, weight_dropout, orthogonal
-    are those of `fusedrnn.RNN`, nonlinearity is "tanh", "relu" or "identity"; all else is as
-    for `LSTM`.
+    ::
+
+        h = φ(weight_ih x_t + bias_ih + weight_hh h' + bias_hh)
+
+    nonlinearity is φ, "tanh", "relu" or "identity". The options clip, zoneout,
+    recurrent_dropout, weight_dropout, orthogonal are those of `fusedrnn.RNN`; all else, shapes
+    and errors, is as for `LSTM`. Source: Elman 1990.
 
     >>> import torch, fusedrnn.torch as ft
     >>> output, h_n = ft.RNN(3, 4, nonlinearity="relu")(torch.zeros(7, 5, 3))
@@ -814,6 +812,8 @@ def _check_no_projection(options: Mapping[str, Any]) -> None:
 class _Step(_Recurrent):
     """One step of a cell, for loops that are written out."""
 
+    _shown: ClassVar[dict[str, Any]] = {"bias": True}
+
     def __init__(
         self,
         cell: str,
@@ -830,14 +830,6 @@ class _Step(_Recurrent):
             self.register_parameter("bias_ih", None)
             self.register_parameter("bias_hh", None)
         self.reset_parameters()
-
-    def extra_repr(self) -> str:
-        """Return the arguments that were not left out."""
-        names: dict[str, Any] = {"bias": True}
-        if hasattr(self, "nonlinearity"):
-            names["nonlinearity"] = "tanh"
-        shown = [f"{self.input_size}, {self.hidden_size}", *self._extra(*names.items())]
-        return ", ".join(shown)
 
     def forward(self, input: Tensor, hx: Any = None, *, seed: int | None = None) -> Any:
         """Take a step.
@@ -860,15 +852,7 @@ class _Step(_Recurrent):
         first = weights[0]
         assert first is not None
         self._check_weights(self._names, weights, first)
-        letters = CELLS[self._cell].states
-        is_pair = len(letters) > 1
-        if hx is not None and is_pair and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
-            raise TypeError(f"hx must be a pair (h, c), got {_what(hx)}")
-        given = {"input": input}
-        if hx is not None and is_pair:
-            given = {"input": input, "hx[0]": hx[0], "hx[1]": hx[1]}
-        elif hx is not None:
-            given = {"input": input, "hx": hx}
+        given = {"input": input, **self._split(hx)}
         for name, a in given.items():
             if isinstance(a, Tensor) and a.dim() not in (1, 2):
                 raise ValueError(
@@ -889,12 +873,14 @@ class _Step(_Recurrent):
         made = self._compute(
             self._told + asked, x.unsqueeze(0), *start, *weights, None, None, self._seed(seed)
         )
-        ends = [a.squeeze(0) if unbatched else a for a in made[1 : 1 + len(letters)]]
-        return tuple(ends) if is_pair else ends[0]
+        ends = [a.squeeze(0) if unbatched else a for a in made[1 : 2 + self._is_pair]]
+        return tuple(ends) if self._is_pair else ends[0]
 
 
 class LSTMCell(_Step):
-    """`torch.nn.LSTMCell` on our kernels: one step of `LSTM`, with its options.
+    """`torch.nn.LSTMCell` on our kernels: one step of `LSTM`, its equations and options.
+
+    Takes x (B, I) and the state (h, c), each (B, H), or without B; returns the state after.
 
     >>> import torch, fusedrnn.torch as ft
     >>> h, c = ft.LSTMCell(3, 4)(torch.zeros(5, 3))
@@ -913,12 +899,14 @@ class LSTMCell(_Step):
         dtype: torch.dtype | None = None,
         **options: Unpack[LSTMOptions],
     ) -> None:
-        cell = "lstm_coupled" if options.get("coupled_gates") else "lstm"
+        cell = lstm_cell(dict(options)).name
         super().__init__(cell, input_size, hidden_size, bias, device, dtype, options)
 
 
 class GRUCell(_Step):
-    """`torch.nn.GRUCell` on our kernels: one step of `GRU`, with its options.
+    """`torch.nn.GRUCell` on our kernels: one step of `GRU`, its equations and options.
+
+    Takes x (B, I) and the state h, (B, H), or without B; returns the state after.
 
     >>> import torch, fusedrnn.torch as ft
     >>> ft.GRUCell(3, 4)(torch.zeros(5, 3)).shape
@@ -936,12 +924,14 @@ class GRUCell(_Step):
         dtype: torch.dtype | None = None,
         **options: Unpack[GRUOptions],
     ) -> None:
-        cell = "gru" if options.get("reset_after", True) else "gru_before"
+        cell = gru_cell(dict(options)).name
         super().__init__(cell, input_size, hidden_size, bias, device, dtype, options)
 
 
 class RNNCell(_Step):
-    """`torch.nn.RNNCell` on our kernels: one step of `RNN`, with its options.
+    """`torch.nn.RNNCell` on our kernels: one step of `RNN`, its equations and options.
+
+    Takes x (B, I) and the state h, (B, H), or without B; returns the state after.
 
     >>> import torch, fusedrnn.torch as ft
     >>> ft.RNNCell(3, 4, nonlinearity="relu")(torch.zeros(5, 3)).shape

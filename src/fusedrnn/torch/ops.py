@@ -7,7 +7,7 @@ Derivatives of derivatives, and forward-mode ones, come from the cell's definiti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -326,21 +326,25 @@ def is_for_autograd_alone(tensors: Sequence[Any]) -> bool:
     )
 
 
-def has_gradient(tensors: Sequence[Any]) -> bool:
+def has_gradient(tensors: Iterable[Any]) -> bool:
     """Whether autograd looks at a call."""
     return torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in tensors)
 
 
+def _padded(tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """Return all that operators take: what is left out at the end is None."""
+    return (*tensors, *(None,) * (len(Inputs._fields) - len(tensors)))
+
+
 def run_with_gradient(text: str, tensors: Sequence[Any]) -> Outputs:
     """Call what `run_forward` does when only autograd looks."""
-    rest = (None,) * (len(Inputs._fields) - len(tensors))
-    results: Outputs = _in_autograd(text, *tensors, *rest)
+    results: Outputs = _in_autograd(text, *_padded(tensors))
     return results
 
 
-def run_forward(text: str, *tensors: Any) -> Outputs:
+def run_forward(text: str, *given: Any) -> Outputs:
     """Call the operator, or what it does, or for forward-mode derivatives its definition."""
-    tensors += (None,) * (len(Inputs._fields) - len(tensors))
+    tensors = _padded(given)
     results: Outputs
     if torch.compiler.is_compiling():
         results = forward(text, *tensors)
