@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import SHAPES, USUAL
+from cases import SHAPES, USUAL, seconds_of
 from turns import in_turn, report, spread
 
 import fusedrnn as fr
 import fusedrnn.torch as ft
+from fusedrnn import _cpu
+from fusedrnn.torch import kernels, ops
 
 CELLS = ("LSTM", "GRU")
 LEAST = {"LSTM": 1.5, "GRU": 4.0}
@@ -138,6 +140,64 @@ def overhead() -> Iterator[str]:
     yield ""
 
 
+class Chain(torch.nn.Module):
+    """Four elementwise operations, for what compiling costs whatever it compiles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vectors = torch.nn.ParameterList(torch.ones(64) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        a, b, c, d = self.vectors
+        return (torch.sin(x * a + b) * c + d,)
+
+
+def around() -> Iterator[str]:
+    """What a compiled module and an operator cost by themselves, forward and backward."""
+    x, dy = torch.randn(1, 1, 64, requires_grad=True), torch.randn(1, 1, 64)
+    chain, gru = Chain(), ft.GRU(64, 64)
+    text = '{"cell": "gru", "save": true}'
+    rest = (None, None, *gru.parameters(), *[None] * 9)
+    ways = [ops.run_forward, ops.forward]
+    runs = [
+        step(chain, chain, x, dy),
+        step(torch.compile(chain, fullgraph=True), chain, x, dy),
+        *(step(lambda x, way=way: way(text, x, *rest), gru, x, dy) for way in ways),
+    ]
+    us = in_turn(runs, 15, 0.02).min(0) * 1e6
+    yield f"A chain of four elementwise operations: {us[0]:.0f}, compiled {us[1]:.0f} µs."
+    yield f"A GRU's step (H = 64) in the eager way: {us[2]:.0f}, by operators {us[3]:.0f} µs."
+    yield ""
+
+
+def beside_torch() -> Iterator[str]:
+    """Two threads, on PyTorch's or on our own, after an operation that PyTorch shares out."""
+    torch.set_num_threads(2)
+    fr.set_num_threads(2)
+    T, B, I, H = SHAPES["weather"]
+    gru, x, dy = ft.GRU(I, H), torch.randn(T, B, I, requires_grad=True), torch.randn(T, B, H)
+    train, big = step(gru, gru, x, dy), torch.randn(1000, 1000)
+
+    def after(shares: bool) -> float:
+        kernels.share_team() if shares else _cpu.share_team("")
+        seconds = []
+        for _ in range(60):
+            torch.relu(big)
+            seconds.append(seconds_of(train, 1))
+        return float(np.median(seconds)) * 1e3
+
+    own, shared = after(False), after(True)
+    yield f"GRU, T, B, I, H = {T}, {B}, {I}, {H}, forward and backward after torch.relu, 2 threads:"
+    yield f"{own:.1f} ms on threads of our own, {shared:.1f} ms on PyTorch's."
+    yield ""
+
+
+def at_last() -> Iterator[str]:
+    yield from overhead()
+    yield from around()
+    yield from beside_torch()
+
+
 def of_threads(threads: int) -> Iterator[str]:
     yield from training(threads)
     yield from packed(threads)
@@ -145,4 +205,4 @@ def of_threads(threads: int) -> Iterator[str]:
 
 if __name__ == "__main__":
     title = f"fusedrnn.torch against torch.nn {torch.__version__}, float32"
-    report(sys.argv[1:], title, of_threads, overhead)
+    report(sys.argv[1:], title, of_threads, at_last)
