@@ -1,6 +1,6 @@
 """fusedrnn.torch against torch.nn, through autograd, in turn.
 
-python bench/modules.py             both thread counts, some 8 minutes
+python bench/modules.py             both thread counts, some 5 minutes
 python bench/modules.py 1           one thread
 python bench/modules.py --report FILE
 
@@ -187,7 +187,7 @@ def beside_torch() -> Iterator[str]:
         return float(np.median(seconds)) * 1e3
 
     own, shared = after(False), after(True)
-    yield f"GRU, T, B, I, H = {T}, {B}, {I}, {H}, forward and backward after torch.relu, 2 threads:"
+    yield f"GRU, T, B, I, H = {T}, {B}, {I}, {H}, training after torch.relu, 2 threads:"
     yield f"{own:.1f} ms on threads of our own, {shared:.1f} ms on PyTorch's."
     yield ""
 
