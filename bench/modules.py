@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import SHAPES, USUAL, seconds_of
 from turns import in_turn, report, spread
 
 import fusedrnn as fr
 import fusedrnn.torch as ft
 from fusedrnn import _cpu
+from fusedrnn.bench.cases import CELLS, SHAPES, USUAL
+from fusedrnn.bench.race import seconds_of
 from fusedrnn.torch import kernels, ops
 
-CELLS = ("LSTM", "GRU")
 LEAST = {"LSTM": 1.5, "GRU": 4.0}
 
 

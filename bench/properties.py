@@ -26,9 +26,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from cases import CELLS, SHAPES, seconds_of
 
 import fusedrnn as fr
+from fusedrnn.bench.cases import CELLS, SHAPES
+from fusedrnn.bench.race import seconds_of
 from fusedrnn.kernel import _PLAIN, HOST
 
 Rows = Iterator[tuple[Any, ...]]

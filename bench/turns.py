@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from cases import seconds_of
-from conftest import commit, cpu_name
+from conftest import commit
 
 import fusedrnn as fr
+from fusedrnn import machine
+from fusedrnn.bench.race import seconds_of
 
 
 def in_turn(
@@ -54,9 +55,8 @@ def report(
         print(line, flush=True)
         lines.append(line)
 
-    config = fr.show_config("dict")
     tell(f"# {title}\n")
-    tell(f"{cpu_name()} · {config['isa']} · {config['compiler']} · commit {commit()}\n")
+    tell(f"{machine.told()} · commit {commit()}\n")
     for count in counts:
         fr.set_num_threads(count)
         for line in of_threads(count):

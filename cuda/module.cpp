@@ -694,7 +694,7 @@ py::capsule to_dlpack(const View& view) {
 }  // namespace
 }  // namespace fusedrnn::cuda
 
-PYBIND11_MODULE(_cuda, m) {
+PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   using namespace fusedrnn::cuda;
   using fusedrnn::cuda::index;
   m.doc() = "Kernels of fusedrnn for NVIDIA GPUs. Private: use fusedrnn's own functions.";

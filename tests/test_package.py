@@ -207,7 +207,7 @@ def test_wrong_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
-    assert "usage: fusedrnn" in capsys.readouterr().err
+    assert re.fullmatch(r"fusedrnn.*: .+ \(see fusedrnn.* --help\)\n", capsys.readouterr().err)
 
 
 def test_demo_without_its_extra(

@@ -689,7 +689,7 @@ float probe_read(const Array& a, index rounds) {
 }  // namespace
 }  // namespace fusedrnn
 
-PYBIND11_MODULE(_cpu, m) {
+PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   using namespace fusedrnn;
   m.doc() = "Kernels of fusedrnn for the CPU. Private: use fusedrnn's own functions.";
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from . import _cpu, cuda
+from . import _cpu, cuda, machine
 from ._version import __version__
 
 
@@ -84,7 +84,11 @@ def show_config(mode: Literal["print"] = "print") -> None: ...
 @overload
 def show_config(mode: Literal["dict"]) -> dict[str, Any]: ...
 def show_config(mode: str = "print") -> dict[str, Any] | None:
-    """Print the version, compiler, instruction sets, threads and GPUs, or return a dict.
+    """Print what a bug report needs, or return it as a dict.
+
+    The versions of this package, Python and NumPy and of frameworks that are installed, the
+    system and processor, compiler, instruction sets, threads, GPUs, and the environment
+    variables that steer them.
 
     Parameters
     ----------
@@ -98,19 +102,26 @@ def show_config(mode: str = "print") -> dict[str, Any] | None:
     supported = _cpu.isas()
     config = {
         "fusedrnn": __version__,
-        "python": platform.python_version(),
+        "location": os.path.dirname(__file__),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "gil": machine.gil(),
         "numpy": np.__version__,
+        "libraries": machine.versions(machine.LIBRARIES),
+        "system": platform.platform(),
+        "cpu": machine.cpu_name(),
+        "cores": machine.cores(),
         "compiler": _cpu.compiler,
         "isa": get_isa(),
         "isas available": [name for name, here in supported.items() if here],
         "isas compiled": list(supported),
         "threads": get_num_threads(),
         "cuda": cuda.status(),
+        "environment": machine.environment(),
     }
     if mode == "dict":
         return config
     width = max(map(len, config))
     for key, value in config.items():
-        text = ", ".join(value) if isinstance(value, list) else value
+        text = (", ".join(value) or "–") if isinstance(value, list) else value
         print(f"{key:<{width}}  {text}")
     return None

@@ -1,4 +1,4 @@
-"""The command `fusedrnn`: `fusedrnn demo` and `fusedrnn info`."""
+"""The command `fusedrnn`: `fusedrnn demo`, `fusedrnn bench` and `fusedrnn info`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,34 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from . import __version__, show_config
+from .bench.cases import CELLS, DTYPES, GATES, MODES, SUITES
+from .files import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that tells what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fusedrnn", description="Fused LSTM, GRU and RNN kernels for NumPy."
-    )
+    parser = _Parser(prog="fusedrnn", description="Fused LSTM, GRU and RNN kernels for NumPy.")
     parser.add_argument("--version", action="version", version=f"fusedrnn {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    _add_demo(commands)
+    _add_bench(commands)
+    commands.add_parser(
+        "info",
+        help="print what a bug report needs: versions, system, kernels, threads, GPUs",
+    )
+    return parser
 
+
+def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
     demo = commands.add_parser(
         "demo",
         help="forecast New York's temperature a day ahead from real observations",
@@ -37,8 +54,61 @@ def _parser() -> argparse.ArgumentParser:
         help="where the picture goes; default: fusedrnn-demo.png",
     )
 
-    commands.add_parser("info", help="print version, compiler, instruction sets and threads")
-    return parser
+
+def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="time the kernels against PyTorch, onnxruntime, OpenVINO and the NumPy reference",
+        description="Time the kernels against the peers that are installed, by turns in one "
+        "run, after checking each one's results. Exit status: 0; 1 if a result was wrong; 2 "
+        "for what you can mend; 130 after Ctrl-C, which shows and keeps what was measured.",
+    )
+
+    def several(option: str, choices: Sequence[str], help: str, default: object = None) -> None:
+        bench.add_argument(
+            option, nargs="+", choices=choices, default=default, help=help, metavar=option[2:-1]
+        )
+
+    bench.add_argument(
+        "--suite",
+        choices=SUITES,
+        default="quick",
+        help="quick (a minute), shapes (the tables of the README), full; default: quick",
+    )
+    bench.add_argument("--device", choices=DTYPES, default="cpu", help="default: cpu")
+    several("--cells", tuple(GATES), f"of {' '.join(GATES)}; default: {' '.join(CELLS)}", CELLS)
+    several("--modes", MODES, f"of {' '.join(MODES)}; default: all")
+    bench.add_argument(
+        "--dtypes",
+        nargs="+",
+        metavar="dtype",
+        help="; ".join(f"on {device} of {' '.join(known)}" for device, known in DTYPES.items())
+        + "; default: the first",
+    )
+    bench.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="T,B,I,H",
+        help="instead of the suite's: sizes or names, as 96,64,7,64 or weather",
+    )
+    bench.add_argument(
+        "--threads", nargs="+", type=_count, metavar="n", help="default: 1 and one a core"
+    )
+    bench.add_argument(
+        "--against",
+        nargs="*",
+        metavar="peer",
+        help="of torch onnxruntime openvino reference, or nothing; default: all installed",
+    )
+    for option, what in (
+        ("json", "keep the results, for --compare"),
+        ("html", "write them as a page with plots"),
+        ("markdown", "write the tables"),
+    ):
+        bench.add_argument(f"--{option}", type=Path, metavar="FILE", help=what)
+    bench.add_argument(
+        "--compare", type=Path, metavar="JSON", help="compare with an earlier run"
+    )
 
 
 def _count(text: str) -> int:
@@ -48,27 +118,33 @@ def _count(text: str) -> int:
     return value
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 2 for what the user can mend."""
-    parser = _parser()
-    chosen = parser.parse_args(arguments)
+def _run(chosen: argparse.Namespace) -> int:
     if chosen.command == "info":
         show_config()
         return 0
-    try:
+    if chosen.command == "demo":
         from . import demo
-    except ModuleNotFoundError as error:
-        print(
-            f'fusedrnn demo: needs {error.name}; install it with: pip install "fusedrnn[demo]"',
-            file=sys.stderr,
-        )
-        return 2
-    try:
+
         demo.run(chosen.airport, chosen.epochs, chosen.hidden_size, chosen.seed, chosen.output)
-    except demo.DemoError as error:
-        print(f"fusedrnn demo: {error}", file=sys.stderr)
-        return 2
+        return 0
+    from .bench import command
+
+    asked = {name: value for name, value in vars(chosen).items() if name != "command"}
+    return command.run(command.Request(**asked))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 2 for what the user can mend."""
+    chosen = _parser().parse_args(arguments)
+    name = f"fusedrnn {chosen.command}"
+    try:
+        return _run(chosen)
+    except ModuleNotFoundError as error:
+        needed = f'{error.name}; install it with: pip install "fusedrnn[{chosen.command}]"'
+        print(f"{name}: needs {needed}", file=sys.stderr)
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("fusedrnn demo: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return 2

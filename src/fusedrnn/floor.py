@@ -18,7 +18,8 @@ time and neighbours; each is the median of several short runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -97,9 +98,22 @@ def seconds(
     return float(outside + T * (2 if training else 1) * min(by_rows, by_units))
 
 
-def rates(threads: int) -> str:
-    """What was measured, in one line."""
+def rates(threads: int) -> dict[str, Any]:
+    """What was measured: "peak" FLOP/s and "reads" in bytes/s of a core, "meeting" seconds."""
     levels = {"L1": 16 << 10, "L2": 256 << 10, "L3": 8 << 20, "memory": 256 << 20}
-    reads = ", ".join(f"{name} {read_rate(size) / 1e9:.0f}" for name, size in levels.items())
-    meet = f"; {threads} threads meet in {meeting(threads) * 1e9:.0f} ns" if threads > 1 else ""
-    return f"FMA peak {peak() / 1e9:.0f} GFLOP/s a core; reads {reads} GB/s{meet}"
+    return {
+        "threads": threads,
+        "peak": peak(),
+        "reads": {name: read_rate(size) for name, size in levels.items()},
+        "meeting": meeting(threads),
+    }
+
+
+def told(rates: Mapping[str, Any]) -> str:
+    """Return `rates` in one line."""
+    reads = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates["reads"].items())
+    meet = f"; {rates['threads']} threads meet in {rates['meeting'] * 1e9:.0f} ns"
+    return (
+        f"FMA peak {rates['peak'] / 1e9:.0f} GFLOP/s a core; reads {reads} GB/s"
+        f"{meet if rates['threads'] > 1 else ''}"
+    )

@@ -1,0 +1,1 @@
+"""The command `fusedrnn bench`: ours against the installed peers, by turns in one run."""

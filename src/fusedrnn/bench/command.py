@@ -1,0 +1,309 @@
+"""`fusedrnn bench`: choose the cases, run them, show and keep what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rich.box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table as RichTable
+
+import fusedrnn as fr
+
+from .. import floor, machine
+from ..files import UserError, check_output, replacing
+from . import race
+from .cases import DTYPES, GPU_SUITES, MODES, NAMED, SUITES, Case, Sizes, Suite, cases_of
+from .contenders import PEERS, missing
+from .race import Result
+from .tables import Table, comparison, tables
+
+FORMAT = 1  # of the JSON
+LARGEST = 1 << 30  # elements of an array
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for, None where it does not say."""
+
+    suite: str
+    device: str
+    cells: Sequence[str]
+    modes: Sequence[str] | None
+    dtypes: Sequence[str] | None
+    shapes: Sequence[str] | None
+    threads: Sequence[int] | None
+    against: Sequence[str] | None
+    json: Path | None
+    html: Path | None
+    markdown: Path | None
+    compare: Path | None
+
+
+def run(request: Request) -> int:
+    """Run the command; return its exit status, 1 if a result was wrong, 130 if interrupted."""
+    cases, names = _cases(request), _contenders(request)
+    for option, path in (
+        ("json", request.json),
+        ("html", request.html),
+        ("markdown", request.markdown),
+    ):
+        if path:
+            check_output(f"--{option}", path, {"markdown": ".md"}.get(option, f".{option}"))
+    earlier = _earlier(request.compare) if request.compare else None
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    about = [
+        machine.told(),
+        " · ".join([f"fusedrnn {fr.__version__}", *machine.versions((*names, "numpy"))]),
+    ]
+    for line in about:
+        console.print(line, highlight=False)
+    seconds = _suite(request).seconds
+    rates: dict[str, Any] | None = None
+    if request.device == "cpu":
+        rates = floor.rates(max(case.threads for case in cases))
+        about.append(floor.told(rates))
+
+        def measure(case: Case, names: Sequence[str]) -> Result:
+            return race.measure(case, names, seconds)
+
+    else:
+        from . import gpu
+
+        card = gpu.describe_card()
+        about.append(str(card))
+
+        def measure(case: Case, names: Sequence[str]) -> Result:
+            result = gpu.measure(case, names, seconds)
+            return result | {"floor": gpu.floor_seconds(case, card)}
+
+    console.print(about[-1], highlight=False)
+
+    made: dict[str, Any] = {
+        "format": FORMAT,
+        "when": time.strftime("%Y-%m-%d %H:%M"),
+        "suite": request.suite,
+        "about": about,
+        "config": fr.show_config("dict"),
+        "rates": rates,
+        "cases": [],
+    }
+    made["interrupted"] = not _measure(cases, names, made["cases"], console, measure)
+    _show(made, earlier, console)
+    _keep(made, earlier, request, console)
+    wrong = [r for r in made["cases"] if r["wrong"]]
+    for result in wrong:
+        for name, what in result["wrong"].items():
+            console.print(
+                f"[bold red]WRONG[/] {result['case']}: {name}, {what}", highlight=False
+            )
+    if made["interrupted"]:
+        return 130
+    return 1 if wrong else 0
+
+
+def _cases(request: Request) -> list[Case]:
+    if request.device == "cuda":
+        if not fr.cuda.is_available():
+            raise UserError(f"--device cuda: there is no GPU to use: {fr.cuda.status()}")
+        if missing("torch"):
+            raise UserError(
+                '--device cuda: needs torch; install with: pip install "fusedrnn[peers]"'
+            )
+        if "streaming" in (request.modes or ()):
+            raise UserError("--modes streaming: is measured on the cpu alone")
+    known = DTYPES[request.device]
+    dtypes = request.dtypes or (known[0],)
+    for dtype in dtypes:
+        if dtype not in known:
+            raise UserError(
+                f"--dtypes must be of {', '.join(known)} on {request.device}, got {dtype}"
+            )
+    threads = request.threads
+    if threads is None:
+        threads = sorted({1, machine.cores()})
+    elif max(threads) > machine.cores():
+        raise UserError(
+            f"--threads must be at most the {machine.cores()} cores that there are, "
+            f"got {max(threads)}"
+        )
+    shapes = {text: _sizes(text) for text in request.shapes or ()}
+    return cases_of(
+        _suite(request),
+        request.cells,
+        request.modes or (MODES if request.device == "cpu" else MODES[:2]),
+        dtypes,
+        threads if request.device == "cpu" else (1,),
+        shapes,
+        request.device,
+    )
+
+
+def _suite(request: Request) -> Suite:
+    return (GPU_SUITES if request.device == "cuda" else SUITES)[request.suite]
+
+
+def _sizes(text: str) -> Sizes:
+    if text in NAMED:
+        return NAMED[text]
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){3}", text):
+        raise UserError(
+            f"--shapes must be T,B,I,H (as 96,64,7,64) or of {', '.join(NAMED)}, got {text}"
+        )
+    T, B, I, H = map(int, text.split(","))
+    if max(T * B * max(I, 4 * H), 4 * H * max(I, H)) > LARGEST:
+        raise UserError(f"--shapes {text}: no array may have more than {LARGEST} elements")
+    return T, B, I, H
+
+
+def _contenders(request: Request) -> list[str]:
+    """Peers, all that are installed unless some are named, and the reference."""
+    offered = (*PEERS, "reference") if request.device == "cpu" else ("torch",)
+    if request.against is None:
+        return [name for name in offered if not missing(name)]
+    for name in request.against:
+        if name not in offered:
+            raise UserError(
+                f"--against must be of {', '.join(offered)} on {request.device}, got {name}"
+            )
+        if missing(name):
+            raise UserError(
+                f"--against {name}: needs {' and '.join(missing(name))}; install with: "
+                'pip install "fusedrnn[peers]"'
+            )
+    return list(dict.fromkeys(request.against))
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    try:
+        made = json.loads(path.read_text("utf-8"))
+        if made["format"] != FORMAT:
+            raise UserError(f"--compare {path}: has format {made['format']}, not {FORMAT}")
+        comparison(made["cases"], made["cases"])
+    except OSError as error:
+        raise UserError(f"--compare {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+        raise UserError(f"--compare {path}: is not what --json of this command wrote") from None
+    return dict(made)
+
+
+def _measure(
+    cases: Sequence[Case],
+    names: Sequence[str],
+    results: list[Result],
+    console: Console,
+    measure: Callable[[Case, Sequence[str]], Result],
+) -> bool:
+    """Add each case's result as it is there; return whether all are."""
+    columns = (
+        TextColumn("{task.description:<34}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    disable = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=disable) as progress:
+        task = progress.add_task("", total=len(cases))
+        try:
+            for case in cases:
+                progress.update(task, description=str(case))
+                if disable:
+                    console.print(f"{len(results) + 1}/{len(cases)} {case}", highlight=False)
+                try:
+                    results.append(measure(case, names))
+                except (MemoryError, TimeoutError) as failure:
+                    console.print(f"Left out {case}: {failure}", highlight=False)
+                progress.advance(task)
+        except KeyboardInterrupt:
+            return False
+        finally:
+            fr.set_num_threads(0)
+    return True
+
+
+def _show(made: dict[str, Any], earlier: dict[str, Any] | None, console: Console) -> None:
+    for table in tables(made["cases"]):
+        _print(table, console)
+    if earlier:
+        _print(comparison(earlier["cases"], made["cases"]), console)
+        if earlier["about"][0] != made["about"][0]:
+            console.print(
+                f"The earlier run was on another machine or build: {earlier['about'][0]}",
+                highlight=False,
+            )
+    if made["interrupted"]:
+        console.print(f"Interrupted after {len(made['cases'])} cases.", highlight=False)
+
+
+def _print(table: Table, console: Console) -> None:
+    """Show it, without its last columns where the terminal is too narrow for them."""
+    for dropped in range(3):
+        shown = RichTable(
+            title=table.title,
+            title_justify="left",
+            box=rich.box.SIMPLE_HEAD,
+            show_edge=False,
+            padding=(0, 1, 0, 0),
+        )
+        kept = len(table.columns) - dropped
+        for n, column in enumerate(table.columns[:kept]):
+            shown.add_column(column, justify="right" if n else "left", no_wrap=True)
+        for row in table.rows:
+            shown.add_row(*(_short(cell) for cell in row[:kept]))
+        if Measurement.get(console, console.options, shown).maximum <= console.width:
+            break
+    console.print()
+    console.print(shown)
+    for note in table.notes:
+        console.print(note, highlight=False, style="dim" if note != "WRONG" else "")
+
+
+def _short(cell: str) -> str:
+    """A ratio and its spread: ± half the distance of the quartiles, ~ where not resolved."""
+    found = re.fullmatch(r"(\S+) \((\S+)–(\S+)\)( not resolved)?", cell)
+    if not found:
+        return cell
+    half = (float(found[3]) - float(found[2])) / 2
+    return f"{found[1]}±{half:.2f}{'~' if found[4] else ''}"
+
+
+def _keep(
+    made: dict[str, Any], earlier: dict[str, Any] | None, request: Request, console: Console
+) -> None:
+    texts = {}
+    if request.json:
+        texts[request.json] = json.dumps(made, indent=1) + "\n"
+    if request.markdown:
+        lines = [
+            *made["about"],
+            *(line for t in tables(made["cases"]) for line in t.markdown()),
+        ]
+        texts[request.markdown] = "\n".join(lines) + "\n"
+    if request.html:
+        from .page import page
+
+        compared = comparison(earlier["cases"], made["cases"]) if earlier else None
+        texts[request.html] = page(made, compared)
+    for path, text in texts.items():
+        with replacing(path) as temporary:
+            temporary.write_text(text, "utf-8")
+        console.print(f"Written: {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,163 @@
+"""Contenders timed by turns on one case.
+
+Every contender's result is compared with the definition in float64 before anything is timed. A
+round times a short batch of calls of each contender, after a batch that is not timed; the ratio
+of a peer to us is the median over rounds of ratios within a round. Where threads are used, all
+rest after each turn: the pools of torch and ours keep their cores for some 10 ms after a call,
+onnxruntime's for 50 ms, and would disturb the next contender.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from .. import floor
+from .cases import Case
+from .contenders import CONTENDERS, Inputs, Results, Run, exact
+
+BATCH_SECONDS = 0.004
+REST_SECONDS = {"onnxruntime": 0.06}
+USUAL_REST_SECONDS = 0.015
+REFERENCE_ROUNDS = 3
+# What a result may be off by, relative to one more than the largest value expected.
+LIMITS = {"float32": 1e-3, "float64": 1e-9}
+
+Result = dict[str, Any]
+
+
+def seconds_of(run: Callable[[], Any], calls: int) -> float:
+    """Seconds of a call, over so many."""
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - begin) / calls
+
+
+def quartiles(values: Sequence[float] | np.ndarray[Any, Any]) -> list[float]:
+    """Median, lower and upper quartile."""
+    return [float(q) for q in np.percentile(values, [50, 25, 75])]
+
+
+def _deviation(actual: Results, expected: Results, limit: float) -> str:
+    """What of the result is not within the limit, as NaN never is; "" if nothing."""
+    wrong = []
+    for name, values in actual.items():
+        scale = 1 + np.abs(expected[name]).max()
+        error = np.abs(values - expected[name]).max() / scale
+        if not error < limit:
+            wrong.append(f"{name} off by {error:.0e}")
+    return ", ".join(wrong)
+
+
+def described(case: Case) -> Result:
+    """Return what a result says of its case."""
+    told = asdict(case) | {"sizes": list(case.sizes)}
+    return {"case": str(case), **told, "flops": case.flops, "bytes": case.bytes_read}
+
+
+class Race:
+    """One case, its contenders checked and ready; who computes something else is not timed.
+
+    Attributes
+    ----------
+    wrong: by contender, what it computes otherwise than the definition.
+    rounds: how many make about the seconds given.
+    """
+
+    def __init__(self, case: Case, names: Iterable[str], seconds: float) -> None:
+        self.case = case
+        inputs = Inputs.of(case)
+        expected = exact(case, inputs)
+        self.wrong: dict[str, str] = {}
+        self._runs: dict[str, Run] = {}
+        for name in ("ours", *names):
+            run = CONTENDERS[name](case, inputs)
+            if run is None:
+                continue
+            deviation = _deviation(run(), expected, LIMITS[case.dtype])
+            if deviation:
+                self.wrong[name] = deviation
+            else:
+                self._runs[name] = run
+        self._times: dict[str, list[float]] = {}
+        self.rounds = 0
+        if "ours" in self.wrong:
+            return
+
+        slow = self._runs.pop("reference", None)
+        if slow:
+            self._times["reference"] = [seconds_of(slow, 1) for _ in range(REFERENCE_ROUNDS)]
+            time.sleep(self._rest("reference"))
+        self._calls: dict[str, int] = {}
+        one_round = 0.0
+        for name in self._runs:
+            once = self._once(name)
+            self._calls[name] = max(1, round(BATCH_SECONDS / once))
+            one_round += self._rest(name) + 2 * self._calls[name] * once
+        self.rounds = int(np.clip(seconds / one_round, 7, 100))
+        self._times |= {name: [] for name in self._runs}
+
+    def _rest(self, name: str) -> float:
+        return REST_SECONDS.get(name, USUAL_REST_SECONDS) if self.case.threads > 1 else 0.0
+
+    def _once(self, name: str) -> float:
+        """Seconds of a call at best."""
+        once = np.inf
+        for _ in range(4):
+            calls = int(np.clip(BATCH_SECONDS / once, 1, 10_000))
+            once = min(once, seconds_of(self._runs[name], calls))
+        time.sleep(self._rest(name))
+        return once
+
+    def _batch(self, name: str) -> float:
+        return seconds_of(self._runs[name], self._calls[name])
+
+    def time_peers(self) -> None:
+        """Take the peers' turns of a round, and warm ours."""
+        for name in self._runs:
+            if name != "ours":
+                self._batch(name)
+                self._times[name].append(self._batch(name))
+                time.sleep(self._rest(name))
+        self._batch("ours")
+
+    def time_ours(self) -> None:
+        """Take our turn, which ends a round."""
+        self._times["ours"].append(self._batch("ours"))
+
+    def rest(self) -> None:
+        """Let our threads go to sleep before the next round."""
+        time.sleep(self._rest("ours"))
+
+    def result(self) -> Result:
+        """Return what came of it, ready for JSON; times are [median, quartile, quartile]."""
+        case = self.case
+        mine = np.array(self._times.get("ours", ()))
+        return described(case) | {
+            "rounds": self.rounds,
+            "floor": floor.seconds(
+                case.sizes, case.gates, case.training, case.threads, case.dtype == "float32"
+            ),
+            "seconds": {name: quartiles(t) for name, t in self._times.items()},
+            "ratios": {
+                name: quartiles(np.array(t) / mine)
+                for name, t in self._times.items()
+                if name not in ("ours", "reference")
+            },
+            "wrong": self.wrong,
+        }
+
+
+def measure(case: Case, names: Iterable[str], seconds: float) -> Result:
+    """Return the result of a whole race."""
+    race = Race(case, names, seconds)
+    for _ in range(race.rounds):
+        race.time_peers()
+        race.time_ours()
+        race.rest()
+    return race.result()

@@ -1,0 +1,177 @@
+"""Results as tables, for a terminal and in Markdown, and two runs compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from .contenders import PEERS
+from .race import Result
+
+UNRESOLVED = "not resolved"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text below a title, and lines that say more."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def markdown(self) -> Iterator[str]:
+        """Yield its lines."""
+        yield ""
+        yield f"### {self.title}"
+        yield ""
+        yield f"| {' | '.join(self.columns)} |"
+        yield "|---" * len(self.columns) + "|"
+        for row in self.rows:
+            yield f"| {' | '.join(row)} |"
+        for note in self.notes:
+            yield ""
+            yield note
+
+
+def with_spread(quartiles: Sequence[float] | None) -> str:
+    """Return median (quartiles) of a ratio; not resolved where 1 lies inside them."""
+    if quartiles is None:
+        return "–"
+    median, low, high = quartiles
+    text = f"{median:.2f} ({low:.2f}–{high:.2f})"
+    return f"{text} {UNRESOLVED}" if low < 1 < high else text
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The mean of ratios."""
+    return float(np.exp(np.mean(np.log(values))))
+
+
+def best(result: Result) -> float | None:
+    """Return the ratio to the fastest peer, None without any."""
+    return min((median for median, *_ in result["ratios"].values()), default=None)
+
+
+class Group(NamedTuple):
+    """What the results of one table have in common."""
+
+    cell: str
+    mode: str
+    dtype: str
+    where: str
+
+    @classmethod
+    def of(cls, result: Result) -> Group:
+        """Return the group of a result."""
+        count = result["threads"]
+        where = f"{count} thread" + "s" * (count > 1) if result["device"] == "cpu" else "GPU"
+        return cls(result["cell"], result["mode"], result["dtype"], where)
+
+    def __str__(self) -> str:
+        dtype = "" if self.dtype == "float32" else f", {self.dtype}"
+        return f"{self.cell} {self.mode}, {self.where}{dtype}"
+
+
+def grouped(results: Iterable[Result]) -> dict[Group, list[Result]]:
+    """Results by what their tables are about, in their order."""
+    groups: dict[Group, list[Result]] = {}
+    for result in results:
+        groups.setdefault(Group.of(result), []).append(result)
+    return groups
+
+
+def _optional(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def table_of(group: Group, results: list[Result]) -> Table:
+    """Return one table: our time, how near it is to the floor, and peers' times over ours."""
+    peers = [name for name in PEERS if any(name in r["ratios"] for r in results)]
+    has_reference = any("reference" in r["seconds"] for r in results)
+    columns = ["T, B, I, H", "ms", "GFLOP/s", "floor", *(f"× {n}" for n in peers)]
+    columns += ["× best peer"] * bool(peers) + ["× reference"] * has_reference
+    table = Table(str(group), columns)
+    for result in results:
+        sizes = ", ".join(map(str, result["sizes"]))
+        if "ours" in result["wrong"]:
+            table.rows.append([sizes, "WRONG", *["–"] * (len(columns) - 2)])
+        else:
+            ours = result["seconds"]["ours"][0]
+            row = [
+                sizes,
+                f"{ours * 1e3:.4f}",
+                f"{result['flops'] / ours / 1e9:.0f}",
+                f"{result['floor'] / ours:.2f}" if result["floor"] else "–",
+            ]
+            row += [
+                "WRONG" if n in result["wrong"] else with_spread(result["ratios"].get(n))
+                for n in peers
+            ]
+            row += [_optional(best(result), 2)] * bool(peers)
+            slow = result["seconds"].get("reference")
+            row += [_optional(slow and slow[0] / ours, 0)] * has_reference
+            table.rows.append(row)
+        table.notes.extend(
+            f"WRONG at {sizes}: {name}, {what}" for name, what in result["wrong"].items()
+        )
+    medians = {
+        name: [r["ratios"][name][0] for r in results if name in r["ratios"]] for name in peers
+    }
+    medians["best peer"] = [ratio for r in results if (ratio := best(r)) is not None]
+    means = [
+        f"× {name} {geometric_mean(values):.2f} (least {min(values):.2f})"
+        for name, values in medians.items()
+        if values
+    ]
+    if means:
+        table.notes.append(f"Geometric mean: {', '.join(means)}")
+    return table
+
+
+def tables(results: Iterable[Result]) -> list[Table]:
+    """All of them."""
+    return [table_of(group, members) for group, members in grouped(results).items()]
+
+
+def comparison(before: Iterable[Result], now: Iterable[Result]) -> Table:
+    """Our times of an earlier run over those of this one, with all that lies within quartiles.
+
+    Runs are apart in time, so the spread is that of the earlier quartiles over the later ones,
+    the farthest ones, and what contains 1 is not resolved.
+    """
+    old = {r["case"]: r for r in before if "ours" in r["seconds"]}
+    table = Table(
+        "Compared with the earlier run",
+        ["case", "T, B, I, H", "earlier ms", "ms", "earlier / now", ""],
+    )
+    resolved = []
+    for result in now:
+        earlier = old.get(result["case"])
+        if earlier is None or "ours" not in result["seconds"]:
+            continue
+        if earlier["sizes"] != result["sizes"]:
+            continue
+        was, low_was, high_was = earlier["seconds"]["ours"]
+        time, low, high = result["seconds"]["ours"]
+        spread = (was / time, low_was / high, high_was / low)
+        verdict = "faster" if spread[1] > 1 else "slower" if spread[2] < 1 else UNRESOLVED
+        resolved.append(verdict)
+        table.rows.append(
+            [
+                result["case"],
+                ", ".join(map(str, result["sizes"])),
+                f"{was * 1e3:.4f}",
+                f"{time * 1e3:.4f}",
+                f"{spread[0]:.2f} ({spread[1]:.2f}–{spread[2]:.2f})",
+                verdict,
+            ]
+        )
+    counts = ", ".join(
+        f"{resolved.count(verdict)} {verdict}" for verdict in ("faster", "slower", UNRESOLVED)
+    )
+    table.notes.append(f"Of {len(resolved)} cases of both runs: {counts}")
+    return table

@@ -1,0 +1,189 @@
+"""`fusedrnn bench`: it measures, shows, keeps, compares, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fusedrnn as fr
+from fusedrnn import cli
+from fusedrnn.bench import cases, contenders, race, tables
+
+pytest.importorskip("rich", reason="the command shows its tables with rich")
+pytest.importorskip("matplotlib", reason="the page has plots of matplotlib's")
+
+SMALL = ["bench", "--shapes", "3,2,4,8", "--threads", "1"]
+
+
+def test_suites_name_each_case_once() -> None:
+    for device, suites in (("cpu", cases.SUITES), ("cuda", cases.GPU_SUITES)):
+        for suite in suites.values():
+            found = cases.cases_of(suite, cases.CELLS, device=device)
+            assert found
+            assert len(set(map(str, found))) == len(found)
+            assert {case.mode for case in found} >= {"inference", "training"}
+
+
+def test_more_threads_are_tried_one_after_the_other() -> None:
+    assert cases.counts_up_to(1) == [1]
+    assert cases.counts_up_to(6) == [1, 2, 4, 6]
+    found = cases.cases_of(cases.SUITES["quick"], ["GRU"], ["inference"], threads=[4])
+    assert {case.threads for case in found if case.shape == "width-256"} == {1, 2, 4}
+
+
+@pytest.mark.parametrize("dtype", race.LIMITS)
+@pytest.mark.parametrize("cell", cases.GATES)
+@pytest.mark.parametrize("mode", cases.MODES)
+def test_every_contender_computes_the_same(mode: str, cell: str, dtype: str) -> None:
+    steps = 1 if mode == "streaming" else 5
+    case = cases.Case(cell, "small", (steps, 3, 4, 6), mode, 1, dtype)
+    here = [name for name in contenders.CONTENDERS if not contenders.missing(name)]
+    result = race.measure(case, here[1:], 0.0)
+    assert result["wrong"] == {}
+    assert set(result["seconds"]) >= {"ours", "reference"}
+    assert ("onnxruntime" in result["seconds"]) <= (mode != "training" and dtype == "float32")
+    fr.set_num_threads(0)
+
+
+def test_a_run_is_shown_kept_and_compared(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = {name: tmp_path / f"run.{name}" for name in ("json", "html", "md")}
+    shapes = ["--shapes", "3,2,4,4", "3,2,8,8", "3,2,16,16", "--cells", "LSTM", "RNN"]
+    arguments = ["bench", *shapes, "--threads", "1", "--against", "reference"]
+    keep = ["--json", str(paths["json"]), "--html", str(paths["html"])]
+    assert cli.main([*arguments, *keep, "--markdown", str(paths["md"])]) == 0
+    shown = capsys.readouterr().out
+    for title in ("LSTM inference, 1 thread", "RNN training, 1 thread", "RNN streaming"):
+        assert title in shown
+    made = json.loads(paths["json"].read_text("utf-8"))
+    assert len(made["cases"]) == 18
+    assert made["interrupted"] is False
+    assert made["config"]["isa"] == fr.get_isa()
+    page = paths["html"].read_text("utf-8")
+    assert page.count("<svg") >= 4
+    assert not re.search(r"(src|href)=\"https?:", page.replace("xlink:href", ""))
+    assert "| 3, 2, 16, 16 |" in paths["md"].read_text("utf-8")
+
+    assert cli.main([*arguments, "--compare", str(paths["json"])]) == 0
+    assert "Of 18 cases of both runs: " in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.html", "run.json", "run.md"]
+
+
+def test_a_comparison_resolves_what_is_outside_of_both_spreads() -> None:
+    def result(name: str, seconds: list[float]) -> dict[str, Any]:
+        return {"case": name, "sizes": [1, 1, 1, 1], "seconds": {"ours": seconds}}
+
+    before = [result("a", [2.0, 1.9, 2.1]), result("b", [2.0, 1.9, 2.1])]
+    now = [result("a", [1.0, 0.9, 1.1]), result("b", [2.1, 2.0, 2.3]), result("c", [1, 1, 1])]
+    rows = tables.comparison(before, now).rows
+    assert [(row[0], row[-1]) for row in rows] == [("a", "faster"), ("b", "not resolved")]
+
+
+def test_a_wrong_result_is_told_and_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(case: cases.Case, inputs: contenders.Inputs) -> contenders.Run:
+        T, B, _, H = case.sizes
+        return lambda: {"y": np.full((T, B, H), np.nan)}
+
+    monkeypatch.setitem(contenders.CONTENDERS, "reference", wrong)
+    arguments = [*SMALL, "--modes", "inference", "--cells", "GRU", "--against", "reference"]
+    assert cli.main(arguments) == 1
+    assert "WRONG GRU-3,2,4,8-inference-1: reference, y off by nan" in capsys.readouterr().out
+    monkeypatch.setitem(contenders.CONTENDERS, "ours", wrong)
+    assert cli.main(arguments) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_keeps_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure, done = race.measure, []
+
+    def interrupted(*arguments: Any) -> race.Result:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        return measure(*arguments)
+
+    monkeypatch.setattr(race, "measure", interrupted)
+    path = tmp_path / "run.json"
+    assert cli.main([*SMALL, "--against", "--json", str(path)]) == 130
+    made = json.loads(path.read_text("utf-8"))
+    assert made["interrupted"] is True
+    assert len(made["cases"]) == 2
+    assert "Interrupted after 2 cases." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "slow"], "invalid choice: 'slow'"),
+        (["--cells", "LSTM", "TCN"], "invalid choice: 'TCN'"),
+        (["--shapes", "1,2,3"], "--shapes must be T,B,I,H"),
+        (["--shapes", "0,2,3,4"], "--shapes must be T,B,I,H"),
+        (["--shapes", "1,1,1,99999999"], "no array may have more than"),
+        (["--threads", "0"], "must be an integer from 1"),
+        (["--threads", "9999"], "--threads must be at most"),
+        (["--dtypes", "bfloat16"], "--dtypes must be of float32, float64 on cpu"),
+        (["--against", "haste"], "--against must be of torch, onnxruntime"),
+        (["--json", "nowhere/run.json"], "--json cannot be written"),
+        (["--json", "run.txt"], "--json must end in .json"),
+        (["--html", "."], "--html must end in .html"),
+        (["--compare", "nowhere.json"], "--compare nowhere.json: No such file"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status: Any = cli.main(["bench", *arguments])
+    except SystemExit as stop:
+        status = stop.code
+    told = capsys.readouterr()
+    assert status == 2
+    assert message in told.err
+    assert told.err.startswith("fusedrnn bench: ")
+    assert told.err.count("\n") == 1
+    assert told.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[1]", "{", '{"format": 0}', '{"format": 1, "cases": 3}']
+)
+def test_what_is_no_earlier_run_is_refused(
+    text: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(text, "utf-8")
+    assert cli.main(["bench", "--compare", str(path), "--json", str(path)]) == 2
+    assert re.fullmatch(r"fusedrnn bench: --compare .*\n", capsys.readouterr().err)
+    assert path.read_text("utf-8") == text
+
+
+def test_a_peer_that_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(contenders.NEEDS, "openvino", ("openvino_of_nobody",))
+    assert cli.main(["bench", "--against", "openvino"]) == 2
+    assert 'pip install "fusedrnn[peers]"' in capsys.readouterr().err
+
+
+@pytest.mark.skipif(fr.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--device", "cuda"]) == 2
+    assert re.fullmatch(
+        r"fusedrnn bench: --device cuda: there is no GPU.*\n", capsys.readouterr().err
+    )
