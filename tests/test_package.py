@@ -36,7 +36,9 @@ def test_kernels_and_package_list_the_same_cells() -> None:
     assert _cpu.cells() == list(CELLS)
 
 
-@pytest.mark.parametrize("module", ["backends", "cuda", "functional", "layers", "reference"])
+@pytest.mark.parametrize(
+    "module", ["backends", "cuda", "functional", "layers", "plot", "reference", "stream"]
+)
 def test_examples_in_docstrings(module: str) -> None:
     results = doctest.testmod(importlib.import_module(f"fusedrnn.{module}"))
     assert results.failed == 0

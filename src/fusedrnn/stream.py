@@ -24,7 +24,7 @@ class Stream:
     Parameters
     ----------
     layer: an `LSTM`, `GRU` or `RNN` that goes one way. On a GPU the state stays there; steps
-        never wait for it, while reading `state` or saving it does.
+        never wait for it, while reading ``state`` or saving it does.
     batch_size: B, or None for one sequence without a batch axis.
 
     Attributes
@@ -55,6 +55,9 @@ class Stream:
         )
         self._state: tuple[Any, ...] | None = None  # as the layer left it; None for zeros
         self._fresh: Array | None = None  # (B,) the rows that start anew in the next step
+
+    def __repr__(self) -> str:
+        return f"Stream({self.layer!r}, batch_size={self.batch_size})"
 
     @property
     def _dtype(self) -> np.dtype[Any]:
