@@ -1,134 +1,134 @@
-"""Train a character model on Python's own documentation, with one process or several.
+"""Train a character model on Python's own documentation, and let it write.
 
-    python examples/characters.py
+    pip install "fusedrnn[examples]"
+    python examples/characters.py --cell GRU --prompt "The "
     torchrun --nproc-per-node 2 examples/characters.py
 
 The text is that of `pydoc_data.topics`, which comes with Python. Each process reads its own
 part of every batch and DistributedDataParallel adds the gradients up, over gloo on CPUs and
-nccl on GPUs: the losses are those of one process on the whole batch. At the end it writes.
+nccl on GPUs: the losses are those of one process on the whole batch. At the end NumPy's layer
+takes the weights over, and a `Stream` writes one character at a time.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
-import pydoc_data.topics
 import time
+from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
+from character_model import ALPHABET, TEXT, CharacterModel, write
+from common import COLOURS, Outcome, keep, outcome, parse, parser
 from torch import Tensor, distributed, nn
 
-import fusedrnn.torch as ft
+RANKS, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+LENGTH, CHARACTERS = 100, 300  # read at a training step, written at the end
 
 
-class CharacterModel(nn.Module):
-    """The next character from all before it."""
-
-    def __init__(self, characters: int, hidden: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(characters, 64)
-        self.rnn = ft.LSTM(64, hidden, num_layers=2, dropout=0.1, forget_bias=1.0)
-        self.head = nn.Linear(hidden, characters)
-
-    def forward(self, text: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple:
-        """text: (T, B) of characters. Returns scores (T, B, characters) and the state."""
-        y, state = self.rnn(self.embedding(text), state)
-        return self.head(y), state
-
-
-def read(rows: int) -> tuple[str, Tensor]:
-    """Return the alphabet, and the text in so many columns: (length, rows)."""
-    text = "\n".join(pydoc_data.topics.topics.values())
-    alphabet = "".join(sorted(set(text)))
-    index = {c: i for i, c in enumerate(alphabet)}
-    length = len(text) // rows
-    numbers = torch.tensor([index[c] for c in text[: length * rows]])
-    return alphabet, numbers.view(rows, length).T.contiguous()
-
-
-def loss_of(model: nn.Module, text: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
+def loss_of(model: nn.Module, text: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Return the mean of the bits that a character takes, and the state, without its past."""
     scores, state = model(text[:-1], state)
     nats = nn.functional.cross_entropy(scores.flatten(0, 1), text[1:].flatten())
-    return nats / 0.6931, tuple(s.detach() for s in state)
+    past = state.detach() if isinstance(state, Tensor) else tuple(s.detach() for s in state)
+    return nats / 0.6931, past
 
 
-@torch.no_grad()
-def write(model: CharacterModel, alphabet: str, length: int, temperature: float = 0.6) -> str:
-    """Let the model go on from a beginning, one character at a time."""
-    model.eval()
-    written, state = list("The "), None
-    text = torch.tensor([[alphabet.index(c)] for c in written]).to(model.head.weight.device)
-    for _ in range(length):
-        scores, state = model(text, state)
-        text = torch.multinomial((scores[-1] / temperature).softmax(-1), 1)
-        written.append(alphabet[int(text)])
-    return "".join(written)
+def train(
+    cell: str, epochs: int, seed: int, batch: int, hidden: int, steps: int | None = None
+) -> tuple[CharacterModel, list[list[float]], Outcome]:
+    """Train on the first 95% of the text, in `batch` rows.
 
-
-def main() -> None:
-    """Train on the first 95% of the text, tell the loss on the rest, and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=32, help="rows, of all processes")
-    parser.add_argument("--length", type=int, default=100, help="characters to a step")
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--steps", type=int, help="stop each epoch after so many")
-    given = parser.parse_args()
-
-    ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if given.batch % ranks:
-        parser.error(f"--batch must be a multiple of the {ranks} processes, got {given.batch}")
+    Returns the model, (epochs, steps + 1) bits a character, held out last, and the outcome.
+    """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if ranks > 1:
+    if RANKS > 1:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-    alphabet, text = read(given.batch)
-    mine = slice(rank * given.batch // ranks, (rank + 1) * given.batch // ranks)
-    text = text[:, mine].to(device)
+    mine = slice(RANK * batch // RANKS, (RANK + 1) * batch // RANKS)
+    numbers = torch.tensor([ALPHABET[c] for c in TEXT[: len(TEXT) // batch * batch]])
+    text = numbers.view(batch, -1).T[:, mine].contiguous().to(device)  # (length, rows)
     held_out = len(text) // 20
-    torch.manual_seed(0)
-    model = CharacterModel(len(alphabet), given.hidden).to(device)
-    module = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
-    torch.manual_seed(rank)  # another dropout in each
-    steps = (len(text) - held_out) // given.length
-    steps = min(steps, given.steps or steps)
+    torch.manual_seed(seed)
+    model = CharacterModel(cell, hidden).to(device)
+    module = nn.parallel.DistributedDataParallel(model) if RANKS > 1 else model
+    torch.manual_seed(seed + RANK)  # another dropout in each
+    all_steps = (len(text) - held_out) // LENGTH
+    steps = min(all_steps, steps or all_steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, given.epochs * steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, epochs * steps)
 
-    for epoch in range(given.epochs):
-        begin, state, total = time.perf_counter(), None, torch.zeros((), device=device)
+    curve, seconds = [], []
+    for epoch in range(epochs):
+        begin, state, told = time.perf_counter(), None, torch.zeros(steps + 1, device=device)
         module.train()
         for step in range(steps):
-            part = text[step * given.length : (step + 1) * given.length + 1]
+            part = text[step * LENGTH : (step + 1) * LENGTH + 1]
             loss, state = loss_of(module, part, state)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            total += loss.detach() / steps
+            told[step] = loss.detach()
         module.eval()
         with torch.no_grad():
-            unseen, _ = loss_of(module, text[-held_out:], None)
-        if ranks > 1:
-            for value in (total, unseen):
-                distributed.all_reduce(value)
-                value /= ranks
-        if rank == 0:
-            seconds = time.perf_counter() - begin
-            print(
-                f"epoch {epoch + 1}/{given.epochs}  training {total:.3f} bits a character  "
-                f"held out {unseen:.3f}  {seconds:.1f} s",
-                flush=True,
-            )
-    if rank == 0:
-        print(f"\n{write(model, alphabet, 300)}")
-    if ranks > 1:
+            told[-1], _ = loss_of(module, text[-held_out:], None)
+        if RANKS > 1:
+            distributed.all_reduce(told)
+            told /= RANKS
+        curve.append(told.tolist())
+        seconds.append(time.perf_counter() - begin)
+        if RANK == 0:
+            bits = f"training {told[:-1].mean():.3f} bits a character  held out {told[-1]:.3f}"
+            print(f"epoch {epoch + 1}/{epochs}  {bits}  {seconds[-1]:.1f} s", flush=True)
+    return model, curve, outcome(model.rnn, seconds, curve[-1][-1])
+
+
+def draw(curve: list[list[float]], cell: str, output: Path) -> None:
+    """Draw the bits per character over the steps."""
+    figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    training = [bits for epoch in curve for bits in epoch[:-1]]
+    ends = [len(curve[0]) * (i + 1) - i - 1 for i in range(len(curve))]
+    axes.plot(
+        range(1, len(training) + 1), training, color=COLOURS[cell], lw=1, label="training"
+    )
+    axes.plot(ends, [epoch[-1] for epoch in curve], "ko", label="held out, after each epoch")
+    axes.set(title=f"{cell}: Python's documentation", xlabel="step", ylabel="bits a character")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    keep(figure, output)
+
+
+def main() -> None:
+    """Train, tell the losses, draw, and write."""
+    made = parser(__doc__, "characters.png", epochs=(5, 1))
+    made.add_argument("--batch", type=int, default=32, help="rows, of all processes")
+    made.add_argument("--hidden", type=int, default=256)
+    made.add_argument("--steps", type=int, help="stop each epoch after so many; short: 15")
+    made.add_argument("--prompt", default="The ", help="what it goes on from")
+    made.add_argument("--temperature", type=float, default=0.6, help="smaller: more certain")
+    given = parse(made, "batch", "hidden", "steps")
+    if given.batch % RANKS or given.batch > 1000:
+        told = f"a multiple of the {RANKS} processes" if RANKS > 1 else "1000 at most"
+        made.error(f"--batch must be {told}, got {given.batch}")
+    if not given.prompt or set(given.prompt) - set(ALPHABET):
+        made.error(f"--prompt must have characters of the text alone, got {given.prompt!r}")
+    if not given.temperature > 0:
+        made.error(f"--temperature must be above 0, got {given.temperature}")
+    steps = given.steps or (15 if given.short else None)
+    sizes = (given.batch, given.hidden, steps)
+    model, curve, _ = train(given.cell, given.epochs, given.seed, *sizes)
+    if RANK == 0:
+        speed = write(model, given.prompt, CHARACTERS, given.temperature, given.seed)
+        print(f"\n\n{speed:.0f} characters a second")
+        draw(curve, given.cell, given.output)
+    if RANKS > 1:
         distributed.barrier()  # while the first writes: one that leaves early may end badly
         distributed.destroy_process_group()
 

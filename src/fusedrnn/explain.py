@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Explanation(dict[str, Any]):
-    """What `explain` tells, by name; as text if printed."""
+    """What `fusedrnn.LSTM.explain` tells, by name; as text if printed."""
 
     def __str__(self) -> str:
         lines = [f"{self['layer']}: T = {self['T']}, B = {self['B']}, {self['mode']}"]

@@ -311,10 +311,12 @@ def lstm(
     weight_ch: (3*H,), peepholes of i, f and o: c' times the first two is added to a_i and
         a_f, c times the last to a_o (Gers & Schmidhuber 2000).
     coupled_gates: f = 1 - i. Weights have three blocks, i g o, and weight_ch two.
-    clip: every pre-activation is bounded to [-clip, clip]. cell_clip: c is.
-    gamma_ih, gamma_hh: (4*H,), gamma_c, beta_c: (H,): LayerNorm (Ba, Kiros & Hinton 2016),
-        a = gamma_ih N(weight_ih x_t) + gamma_hh N(weight_hh h') + bias_ih + bias_hh and
-        h = o tanh(gamma_c N(c) + beta_c) with N(v) = (v - mean) / sqrt(variance + 1e-5).
+    clip: every pre-activation is bounded to [-clip, clip].
+    cell_clip: c is bounded to [-cell_clip, cell_clip].
+    gamma_ih, gamma_hh, gamma_c, beta_c: two of (4*H,), two of (H,): LayerNorm (Ba, Kiros &
+        Hinton 2016), a = gamma_ih N(weight_ih x_t) + gamma_hh N(weight_hh h') + bias_ih +
+        bias_hh and h = o tanh(gamma_c N(c) + beta_c) with N(v) = (v - mean) / sqrt(variance +
+        1e-5).
     zoneout: (p_h, p_c), the probabilities with which a unit's h and c stay as they were
         (Krueger et al. 2016), or one for both; unless training, what is expected.
     recurrent_dropout: the probability with which weight_hh does not see a unit of h' in the
@@ -388,9 +390,9 @@ def lstm_vjp(
     -------
     results, pullback: as from `lstm`, and ``pullback(dy=None, dh_n=None, dc_n=None,
         d_cells=None)``, which takes the gradients of y, h_n, c_n and cells, None for zeros,
-        and returns a `Grads`: x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr and
-        so on, each shaped like its argument, None for what was None. It may be called more
-        than once.
+        and returns a `fusedrnn.reference.Grads`: x, weight_ih, weight_hh, bias_ih, bias_hh,
+        h0, c0, weight_hr and so on, each shaped like its argument, None for what was None. It
+        may be called more than once.
 
     >>> import numpy as np, fusedrnn as fr
     >>> rng = np.random.default_rng(0)

@@ -78,7 +78,7 @@ class LayerGrads(NamedTuple, Generic[StateT]):
     ----------
     x: shaped like the input.
     state: shaped like the state that goes in: h0, or (h0, c0) for an LSTM.
-    parameters: a dict with the keys and shapes of `state_dict`.
+    parameters: a dict with the keys and shapes of `fusedrnn.LSTM.state_dict`.
     """
 
     x: Array
@@ -221,8 +221,8 @@ class _Layer(Generic[StateT]):
 
         Parameters
         ----------
-        device: "cpu", "cuda" (the first GPU) or "cuda:1" and so on. On a GPU, parameters are
-            `fusedrnn.cuda.Array`s, and x and states must be arrays there.
+        device: "cpu", "cuda" (the first GPU) or "cuda:1" and so on. On a GPU, each
+            parameter is a `fusedrnn.cuda.Array`, and x and states must be arrays there.
         dtype: what parameters become: float32 or float64; on a GPU bfloat16 or float16, too.
             None leaves it, but makes it float32 on the CPU.
         precision: "tf32" lets a GPU's matrix units multiply float32, rounded to 10 bits.
@@ -686,7 +686,7 @@ class _Layer(Generic[StateT]):
         -------
         results, pullback: as from a call, and ``pullback(dy=None, d_state=None,
             d_cells=None)``, which takes the gradients of y, state and cells, None for zeros,
-            and returns a `LayerGrads`. It may be called more than once.
+            and returns a `fusedrnn.layers.LayerGrads`. It may be called more than once.
         """
         usual = training is True and return_cells is False and trace is False
         if usual and seed is bptt is None and recompute is False and not self._draws:

@@ -243,6 +243,13 @@ def _measure(
 def _show(made: dict[str, Any], earlier: dict[str, Any] | None, console: Console) -> None:
     for table in tables(made["cases"]):
         _print(table, console)
+    if any(result["ratios"] for result in made["cases"]):
+        console.print(
+            "\n×: a contender's time over ours, ± half the distance of the quartiles over "
+            "rounds, ~ where 1 lies between them; floor: the least time possible over ours.",
+            highlight=False,
+            style="dim",
+        )
     if earlier:
         _print(comparison(earlier["cases"], made["cases"]), console)
         if earlier["about"][0] != made["about"][0]:
@@ -269,7 +276,8 @@ def _print(table: Table, console: Console) -> None:
             shown.add_column(column, justify="right" if n else "left", no_wrap=True)
         for row in table.rows:
             shown.add_row(*(_short(cell) for cell in row[:kept]))
-        if Measurement.get(console, console.options, shown).maximum <= console.width:
+        endless = console.options.update_width(10_000)
+        if Measurement.get(console, endless, shown).maximum <= console.width:
             break
     console.print()
     console.print(shown)

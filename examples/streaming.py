@@ -1,0 +1,139 @@
+"""Forecast New York's temperature while the hours come in, one at a time.
+
+    pip install "fusedrnn[examples]"
+    python examples/streaming.py --cell LSTM
+
+A cell is trained as by `fusedrnn demo` on the hourly weather of January to September 2013. Then
+a `Stream` takes the hours of the rest of the year one by one, the state inside, and forecasts
+the next 24 after each. It says how long a step takes, and whether what the layer gave is, bit
+for bit, what one call over all these hours gives.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import matplotlib.dates as mdates
+import matplotlib.pyplot as plt
+import numpy as np
+from common import COLOURS, Outcome, keep, outcome, parse, parser
+from rich.console import Console
+from rich.progress import Progress
+
+import fusedrnn as fr
+from fusedrnn import demo
+from fusedrnn.files import UserError
+from fusedrnn.reference import Array
+
+AIRPORT, HIDDEN = "JFK", 48
+FIRST = 24 * (demo.HELD_OUT_DAYS + demo.VALIDATION_DAYS)  # hours before the end: 1 October
+
+
+def train(
+    cell: str, epochs: int, seed: int
+) -> tuple[demo.Forecaster, demo.Samples, float, Outcome]:
+    """Train on all airports; return the model, JFK's samples, their scale, and the outcome.
+
+    The error is the mean absolute one of the next 24 hours in the days held out, in °F.
+    """
+    weather = demo.read_weather(demo.weather_file())
+    hours = len(weather[AIRPORT].temperature)
+    prepared = {name: demo.prepare(w, hours - FIRST) for name, w in weather.items()}
+    samples, scale = prepared[AIRPORT]
+    rng = np.random.default_rng(seed)
+    model = demo.Forecaster(getattr(fr, cell)(samples.x.shape[1], HIDDEN, rng=rng), rng)
+    everyone = [one for one, _ in prepared.values()]
+    with Progress(console=Console(width=100), disable=True) as progress:
+        seconds = demo.train(model, everyone, hours - FIRST, epochs, rng, progress, scale)
+    held_out = slice(-24 * demo.HELD_OUT_DAYS, None)
+    wrong = np.abs(model.predict(samples.x[:, None])[:, 0] - samples.change)[held_out]
+    error = scale * wrong[samples.known[held_out]].mean()
+    return model, samples, scale, outcome(model.layer, [seconds], error)
+
+
+def stream(model: demo.Forecaster, x: Array) -> tuple[Array, Array, Array]:
+    """Take x, (hours, F), one hour at a time.
+
+    Returns the layer's results (hours, H), the changes told (hours, 24), scaled, and the
+    nanoseconds that the layer's step and the head took (hours, 2).
+    """
+    steps = fr.Stream(model.layer, batch_size=None)
+    results, changes, times = [], [], []
+    for hour in x:
+        begin = time.perf_counter_ns()
+        y = steps.step(hour)
+        stepped = time.perf_counter_ns()
+        changes.append(model.read_out(y))
+        times.append((stepped - begin, time.perf_counter_ns() - stepped))
+        results.append(y)
+    return np.stack(results), np.stack(changes), np.array(times)
+
+
+def draw(cell: str, weather: demo.Weather, forecast: Array, times: Array, output: Path) -> None:
+    """Draw ten days as they were told 6 and 24 hours before, and how long steps took."""
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, 4.4), width_ratios=(2, 1), layout="constrained"
+    )
+    begin, count = len(weather.temperature) - 30 * 24, 10 * 24
+    shown = np.arange(begin, begin + count)
+    dates = [weather.start + timedelta(hours=int(hour)) for hour in shown]
+    left.plot(dates, weather.temperature[shown], "k", lw=1.6, label="observed")
+    for before, style in ((6, "-"), (24, ":")):
+        told = forecast[shown - before, before - 1]  # forecast[t, k - 1] is of hour t + k
+        label = f"{cell}, {before} hours before"
+        left.plot(dates, told, style, color=COLOURS[cell], label=label)
+    left.set(
+        title=f"Temperature at {AIRPORT}, forecast after each hour", ylabel="temperature, °F"
+    )
+    left.xaxis.set_major_formatter(mdates.DateFormatter("%d %b"))
+    left.legend()
+    micro = times / 1000
+    edges = np.geomspace(micro.min(), np.percentile(micro, 99.9), 60)
+    right.hist(micro, edges, color=COLOURS[cell])
+    for percent, style in ((50, "-"), (99, "--")):
+        at = np.percentile(micro, percent)
+        right.axvline(at, color="k", ls=style, lw=1, label=f"{percent}%: {at:.1f} µs")
+    right.set(title="A step of the layer", xlabel="µs", ylabel="hours", xscale="log")
+    ticks = [t for t in (1, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 20, 50) if edges[0] <= t <= edges[-1]]
+    right.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    right.set_xticks([], minor=True)
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    keep(figure, output)
+
+
+def main() -> None:
+    """Train, stream the rest of the year, print errors and times, and draw."""
+    made = parser(__doc__, "streaming.png", epochs=(3, 1))
+    given = parse(made)
+    try:
+        model, samples, scale, _ = train(given.cell, given.epochs, given.seed)
+    except UserError as error:
+        made.error(str(error))
+    weather = demo.read_weather(demo.weather_file())[AIRPORT]
+    x = samples.x[-FIRST:]
+    results, changes, times = stream(model, x)
+    whole, _ = model.layer(x[:, None])
+    same = np.array_equal(results, whole[:, 0])
+    told = "equal bit for bit" if same else "DIFFER FROM"
+    print(f"{len(x)} hours streamed from 1 October; the results {told} one call over all.")
+
+    held_out = slice(-24 * demo.HELD_OUT_DAYS, None)
+    known, change = samples.known[held_out], samples.change[held_out]
+    error = scale * np.abs(changes[held_out] - change)[known].mean()
+    same = scale * np.abs(change)[known].mean()
+    print("November and December, mean absolute error of the next 24 hours: ", end="")
+    print(f"{error:.2f} °F (no change: {same:.2f} °F)")
+    for name, took in (("layer", times[:, 0]), ("head", times[:, 1])):
+        at = "  ".join(f"{p}%: {np.percentile(took, p) / 1000:.1f}" for p in (50, 90, 99, 99.9))
+        print(f"µs a step, {name:5}  {at}")
+    forecast = np.full((len(samples.x), demo.HORIZON), np.nan)
+    forecast[-FIRST:] = weather.temperature[-FIRST:, None] + scale * changes
+    draw(given.cell, weather, forecast, times[:, 0], given.output)
+
+
+if __name__ == "__main__":
+    main()
