@@ -9,7 +9,6 @@ import pathlib
 import re
 import subprocess
 import sys
-from typing import Any
 
 import numpy as np
 import pytest
@@ -43,18 +42,6 @@ def test_examples_in_docstrings(module: str) -> None:
     results = doctest.testmod(importlib.import_module(f"fusedrnn.{module}"))
     assert results.failed == 0
     assert results.attempted > 0
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/torch.md"])
-def test_examples_in_pages(page: str) -> None:
-    pytest.importorskip("torch", reason="some examples use PyTorch")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S)
-    assert blocks
-    names: dict[str, Any] = {}  # one goes on from the other
-    for block in blocks:
-        if "cuda" in block and not fr.cuda.is_available():
-            continue  # needs a GPU
-        exec(compile(block, page, "exec"), names)
 
 
 def test_public_names_have_docstrings() -> None:
