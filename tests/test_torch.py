@@ -178,3 +178,9 @@ def test_projection_agrees_with_torch(
     states = [rng.normal(size=(count, 5, width)).astype(dtype) for width in (13, 37)]
     compare(module, layer, dtype, x, states)
     assert list(layer.state_dict()) == list(module.state_dict())
+
+
+def test_a_packed_sequence_is_refused() -> None:
+    packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(5, 3)])
+    with pytest.raises(TypeError, match="x must be an array"):
+        fr.LSTM(3, 4)(packed)

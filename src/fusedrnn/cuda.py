@@ -537,7 +537,9 @@ def framework_of(a: Any) -> Framework | None:
     if root == "numpy":
         return None
     if root == "torch":
-        return _Torch(sys.modules["torch"]) if a.device.type == "cuda" else None
+        torch = sys.modules["torch"]  # where a PackedSequence is defined, too
+        on_gpu = isinstance(a, torch.Tensor) and a.device.type == "cuda"
+        return _Torch(torch) if on_gpu else None
     if root == "cupy":
         return _CuPy(sys.modules["cupy"])
     if root in ("jaxlib", "jax"):
