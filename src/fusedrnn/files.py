@@ -18,19 +18,34 @@ def check_output(option: str, path: Path, suffix: str) -> None:
         raise UserError(f"{option} must end in {suffix}, got {path}")
     if path.is_dir():
         raise UserError(f"{option} must be a file, got the folder {path}")
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise UserError(f"{option} cannot be written, there is no folder {folder}: {path}")
-    if not os.access(path if path.exists() else folder, os.W_OK):
+    if path.exists() and not os.access(path, os.W_OK):
         raise UserError(f"{option} cannot be written: {path}")
+    with _told(option, path):
+        temporary = _beside(path)
+        temporary.touch()
+        temporary.unlink()
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
+
+
+@contextmanager
+def _told(option: str, path: Path) -> Iterator[None]:
+    """Tell a failure to write in words."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{option} cannot be written, {error.strerror}: {path}") from None
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give the name of a file to write, which takes the place of `path` once it is whole."""
-    temporary = path.with_name(f"{path.name}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = _beside(path)
+    with _told("the file", path):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
