@@ -76,13 +76,34 @@ def test_a_run_is_shown_kept_and_compared(
 
 
 def test_a_comparison_resolves_what_is_outside_of_both_spreads() -> None:
-    def result(name: str, seconds: list[float]) -> dict[str, Any]:
-        return {"case": name, "sizes": [1, 1, 1, 1], "seconds": {"ours": seconds}}
+    def result(name: str, seconds: list[float], **ratios: list[float]) -> dict[str, Any]:
+        of_ours = {"ours": seconds}
+        return {"case": name, "sizes": [1, 1, 1, 1], "seconds": of_ours, "ratios": ratios}
 
-    before = [result("a", [2.0, 1.9, 2.1]), result("b", [2.0, 1.9, 2.1])]
-    now = [result("a", [1.0, 0.9, 1.1]), result("b", [2.1, 2.0, 2.3]), result("c", [1, 1, 1])]
+    before = [
+        result("times alone", [2.0, 1.9, 2.1]),
+        result("times that overlap", [2.0, 1.9, 2.1]),
+        result("a slower machine", [2.0, 1.9, 2.1], torch=[3.0, 2.9, 3.1], openvino=[2, 2, 2]),
+        result("peers agree", [2.0, 1.9, 2.1], torch=[3.0, 2.9, 3.1], openvino=[2, 2, 2]),
+        result("peers do not", [2.0, 1.9, 2.1], torch=[3.0, 2.9, 3.1], openvino=[2, 2, 2]),
+        result("gone", [1, 1, 1]),
+    ]
+    now = [
+        result("times alone", [1.0, 0.9, 1.1]),
+        result("times that overlap", [2.1, 2.0, 2.3]),
+        result("a slower machine", [4.0, 3.9, 4.1], torch=[3.0, 2.9, 3.1], openvino=[2, 2, 2]),
+        result("peers agree", [2.0, 1.9, 2.1], torch=[1.5, 1.4, 1.6], openvino=[1, 1, 1]),
+        result("peers do not", [2.0, 1.9, 2.1], torch=[1.5, 1.4, 1.6], openvino=[2, 2, 2]),
+        result("new", [1, 1, 1]),
+    ]
     rows = tables.comparison(before, now).rows
-    assert [(row[0], row[-1]) for row in rows] == [("a", "faster"), ("b", "not resolved")]
+    assert {row[0]: row[-1] for row in rows} == {
+        "times alone": "faster",
+        "times that overlap": "not resolved",
+        "a slower machine": "not resolved",
+        "peers agree": "slower",
+        "peers do not": "not resolved",
+    }
 
 
 def test_a_wrong_result_is_told_and_not_timed(

@@ -138,40 +138,50 @@ def tables(results: Iterable[Result]) -> list[Table]:
 
 
 def comparison(before: Iterable[Result], now: Iterable[Result]) -> Table:
-    """Our times of an earlier run over those of this one, with all that lies within quartiles.
+    """Compare our times of two runs, by the peers that both have.
 
-    Runs are apart in time, so the spread is that of the earlier quartiles over the later ones,
-    the farthest ones, and what contains 1 is not resolved.
+    A machine's clock and neighbours change from run to run, for the peers as well: so ratios
+    to a peer are compared, the earlier one with the later, and only what all peers agree on
+    counts. Where there are none, times are, which is worth little. The spread is from the
+    farthest quartiles, and what contains 1 is not resolved.
     """
     old = {r["case"]: r for r in before if "ours" in r["seconds"]}
     table = Table(
         "Compared with the earlier run",
-        ["case", "T, B, I, H", "earlier ms", "ms", "earlier / now", ""],
+        ["case", "T, B, I, H", "earlier ms", "ms", "× as fast", ""],
     )
-    resolved = []
+    verdicts = []
     for result in now:
         earlier = old.get(result["case"])
         if earlier is None or "ours" not in result["seconds"]:
             continue
         if earlier["sizes"] != result["sizes"]:
             continue
-        was, low_was, high_was = earlier["seconds"]["ours"]
-        time, low, high = result["seconds"]["ours"]
-        spread = (was / time, low_was / high, high_was / low)
-        verdict = "faster" if spread[1] > 1 else "slower" if spread[2] < 1 else UNRESOLVED
-        resolved.append(verdict)
+        median, low, high = _gain(earlier, result)
+        verdict = "faster" if low > 1 else "slower" if high < 1 else UNRESOLVED
+        verdicts.append(verdict)
         table.rows.append(
             [
                 result["case"],
                 ", ".join(map(str, result["sizes"])),
-                f"{was * 1e3:.4f}",
-                f"{time * 1e3:.4f}",
-                f"{spread[0]:.2f} ({spread[1]:.2f}–{spread[2]:.2f})",
+                f"{earlier['seconds']['ours'][0] * 1e3:.4f}",
+                f"{result['seconds']['ours'][0] * 1e3:.4f}",
+                f"{median:.2f} ({low:.2f}–{high:.2f})",
                 verdict,
             ]
         )
     counts = ", ".join(
-        f"{resolved.count(verdict)} {verdict}" for verdict in ("faster", "slower", UNRESOLVED)
+        f"{verdicts.count(verdict)} {verdict}" for verdict in ("faster", "slower", UNRESOLVED)
     )
-    table.notes.append(f"Of {len(resolved)} cases of both runs: {counts}")
+    table.notes.append(f"Of {len(verdicts)} cases of both runs: {counts}")
     return table
+
+
+def _gain(before: Result, now: Result) -> tuple[float, float, float]:
+    """How many times as fast ours is, and the least and the most that may be."""
+    common = [name for name in now["ratios"] if name in before["ratios"]]
+    pairs = [(now["ratios"][name], before["ratios"][name]) for name in common]
+    if not pairs:
+        pairs = [(before["seconds"]["ours"], now["seconds"]["ours"])]
+    median = geometric_mean([a[0] / b[0] for a, b in pairs])
+    return median, min(a[1] / b[2] for a, b in pairs), max(a[2] / b[1] for a, b in pairs)
