@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -200,6 +201,18 @@ def test_a_peer_that_is_not_installed_is_named(
     monkeypatch.setitem(contenders.NEEDS, "openvino", ("openvino_of_nobody",))
     assert cli.main(["bench", "--against", "openvino"]) == 2
     assert 'pip install "fusedrnn[peers]"' in capsys.readouterr().err
+
+
+def test_a_page_without_matplotlib_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "fusedrnn.bench.page", raising=False)
+    monkeypatch.delattr("fusedrnn.bench.page", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main([*SMALL, "--html", str(tmp_path / "run.html")]) == 2
+    told = capsys.readouterr()
+    assert told.err.endswith('pip install "fusedrnn[bench]"\n')
+    assert told.out == ""
 
 
 @pytest.mark.skipif(fr.cuda.is_available(), reason="there is a GPU")

@@ -66,6 +66,8 @@ def run(request: Request) -> int:
         if path:
             check_output(f"--{option}", path, {"markdown": ".md"}.get(option, f".{option}"))
     earlier = _earlier(request.compare) if request.compare else None
+    if request.html:
+        from . import page  # noqa: F401  what it needs is asked for before any work
 
     console = Console()
     if not console.is_terminal:
