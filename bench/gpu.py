@@ -2,7 +2,7 @@
 
 python bench/gpu.py                              the cases in order, within --budget seconds
 python bench/gpu.py --json x.json --markdown x.md
-python bench/gpu.py --only 'LSTM.*bfloat16'  cases whose name matches
+python bench/gpu.py --only 'LSTM.*bfloat16'      cases whose name matches
 python bench/gpu.py --from x.json                the tables of an earlier run
 python bench/gpu.py --dry-run                    the cases; needs no GPU
 python bench/gpu.py sanitize                     a few small calls, for compute-sanitizer
@@ -41,14 +41,14 @@ from fusedrnn.bench.cases import CELLS, GPU_SUITES, Case, cases_of
 from fusedrnn.bench.cases import DTYPES as DTYPES_OF
 from fusedrnn.bench.gpu import Card, Problem, Run, Tensors, in_turn, ours
 from fusedrnn.bench.race import Result, described, quartiles
-from fusedrnn.bench.tables import geometric_mean
+from fusedrnn.bench.tables import geometric_mean, with_spread
 
 MODES = ("inference", "training")
 DTYPES = DTYPES_OF["cuda"]
 TARGETS = GPU_SUITES["shapes"].shapes["training"]
 TARGET_WIDTHS = (256, 512, 768, 1024)
 TARGET_BATCHES = (1, 16, 64)
-CASE_SECONDS = 0.25
+CASE_SECONDS = GPU_SUITES["full"].seconds
 ANSWER_SECONDS = 20.0
 PROBE_SECONDS = 30.0
 START_SECONDS = 60.0
@@ -528,13 +528,11 @@ def measured_rows(run: Result, cell: str, mode: str, dtype: str) -> Iterator[lis
         if result["status"] != "measured":
             continue
         T, B, _, H = case.sizes
-        median, low, high = result["ratio"]
         plan = plan_used(result)
         yield [
             ", ".join(map(str, (T, B, H))),
             *(f"{microseconds(result, name):.3f}" for name in ("ours", "torch")),
-            f"{median:.2f} ({low:.2f}–{high:.2f})"
-            + ("" if is_resolved(result) else " not resolved"),
+            with_spread(result["ratio"]),
             f"{result['floor'] / T * 1e6:.3f}",
             f"{of_floor(result):.2f}",
             *(str(plan.get(key, "–")) for key in ("exchange", "blocks", "threads", "weights")),

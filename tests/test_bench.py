@@ -81,21 +81,19 @@ def test_a_comparison_resolves_what_is_outside_of_both_spreads() -> None:
         of_ours = {"ours": seconds}
         return {"case": name, "sizes": [1, 1, 1, 1], "seconds": of_ours, "ratios": ratios}
 
-    before = [
-        result("times alone", [2.0, 1.9, 2.1]),
-        result("times that overlap", [2.0, 1.9, 2.1]),
-        result("a slower machine", [2.0, 1.9, 2.1], torch=[3.0, 2.9, 3.1], openvino=[2, 2, 2]),
-        result("peers agree", [2.0, 1.9, 2.1], torch=[3.0, 2.9, 3.1], openvino=[2, 2, 2]),
-        result("peers do not", [2.0, 1.9, 2.1], torch=[3.0, 2.9, 3.1], openvino=[2, 2, 2]),
-        result("gone", [1, 1, 1]),
-    ]
+    usual, half, same = [2.0, 1.9, 2.1], [1.0, 0.9, 1.1], [2.0, 2.0, 2.0]
+    peers = {"torch": [3.0, 2.9, 3.1], "openvino": same}
+    lost = {"torch": [1.5, 1.4, 1.6], "openvino": [1.0, 1.0, 1.0]}
+    names = ("a slower machine", "peers agree", "peers do not")
+    before = [result(name, usual) for name in ("times alone", "times that overlap", "gone")]
+    before += [result(name, usual, **peers) for name in names]
     now = [
-        result("times alone", [1.0, 0.9, 1.1]),
+        result("times alone", half),
         result("times that overlap", [2.1, 2.0, 2.3]),
-        result("a slower machine", [4.0, 3.9, 4.1], torch=[3.0, 2.9, 3.1], openvino=[2, 2, 2]),
-        result("peers agree", [2.0, 1.9, 2.1], torch=[1.5, 1.4, 1.6], openvino=[1, 1, 1]),
-        result("peers do not", [2.0, 1.9, 2.1], torch=[1.5, 1.4, 1.6], openvino=[2, 2, 2]),
-        result("new", [1, 1, 1]),
+        result("a slower machine", [4.0, 3.9, 4.1], **peers),
+        result("peers agree", usual, **lost),
+        result("peers do not", usual, **(lost | {"openvino": same})),
+        result("new", usual),
     ]
     rows = tables.comparison(before, now).rows
     assert {row[0]: row[-1] for row in rows} == {
@@ -128,11 +126,11 @@ def test_an_interrupted_run_keeps_what_was_measured(
 ) -> None:
     measure, done = race.measure, []
 
-    def interrupted(*arguments: Any) -> race.Result:
+    def interrupted(case: cases.Case, *rest: Any, **options: Any) -> race.Result:
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(arguments)
-        return measure(*arguments)
+        done.append(case)
+        return measure(case, *rest, **options)
 
     monkeypatch.setattr(race, "measure", interrupted)
     path = tmp_path / "run.json"

@@ -122,6 +122,11 @@ def _panels(
             p for p in panels if p.partition("_")[0] == list(panels)[-1].partition("_")[0]
         ]
         array = _of_row("cells", cells, row, batch_first, None)
+        if array.shape[1] % len(directions):
+            raise ValueError(
+                f"cells must have H units for each of {len(directions)} directions, "
+                f"got {array.shape[1]} in all"
+            )
         shares = np.split(array, len(directions), axis=1)
         for layer, share in zip(directions, shares, strict=True):
             panels[layer]["c"] = share if units is None else share[:, units]

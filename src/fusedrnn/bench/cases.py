@@ -9,7 +9,7 @@ state that the last one returned.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Sizes = tuple[int, int, int, int]
 
@@ -111,9 +111,9 @@ class Suite:
     """
 
     shapes: dict[str, Sequence[str]]
-    every_count: bool
-    scaling: dict[str, Sequence[str]]
     seconds: float
+    every_count: bool = False
+    scaling: dict[str, Sequence[str]] = field(default_factory=dict)
 
 
 def _with_training(shapes: Sequence[str]) -> dict[str, Sequence[str]]:
@@ -126,21 +126,15 @@ GPU_SUITES = {
             [f"H{H}-B16-T256" for H in (64, 128, 256, 512, 768, 1024)]
             + [f"H512-B{B}-T256" for B in (1, 64, 256)]
         ),
-        every_count=False,
-        scaling={},
         seconds=0.25,
     ),
     "shapes": Suite(
         _with_training(
             [f"H{H}-B{B}-T1024" for H in (256, 512, 768, 1024) for B in (1, 16, 64)]
         ),
-        every_count=False,
-        scaling={},
         seconds=0.25,
     ),
-    "full": Suite(
-        _with_training(tuple(GPU_SHAPES)), every_count=False, scaling={}, seconds=0.25
-    ),
+    "full": Suite(_with_training(tuple(GPU_SHAPES)), seconds=0.25),
 }
 SUITES = {
     "quick": Suite(
@@ -156,14 +150,12 @@ SUITES = {
             "training": ("weather", "digits", "narrow"),
             "streaming": ("step-128",),
         },
-        every_count=False,
         scaling={"inference": ("width-256",)},
         seconds=0.25,
     ),
     "shapes": Suite(
         {"inference": tuple(SHAPES), "training": tuple(SHAPES), "streaming": tuple(STEPS)},
         every_count=True,
-        scaling={},
         seconds=1.5,
     ),
     "full": Suite(

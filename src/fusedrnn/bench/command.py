@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,22 +81,23 @@ def run(request: Request) -> int:
         console.print(line, highlight=False)
     seconds = _suite(request).seconds
     rates: dict[str, Any] | None = None
+    measure: Callable[[Case, Sequence[str]], Result]
     if request.device == "cpu":
         rates = floor.rates(max(case.threads for case in cases))
         about.append(floor.told(rates))
 
-        def measure(case: Case, names: Sequence[str]) -> Result:
-            return race.measure(case, names, seconds)
-
+        measure = partial(race.measure, seconds=seconds)
     else:
         from . import gpu
 
         card = gpu.describe_card()
         about.append(str(card))
 
-        def measure(case: Case, names: Sequence[str]) -> Result:
+        def on_gpu(case: Case, names: Sequence[str]) -> Result:
             result = gpu.measure(case, names, seconds)
             return result | {"floor": gpu.floor_seconds(case, card)}
+
+        measure = on_gpu
 
     console.print(about[-1], highlight=False)
 
@@ -111,15 +113,9 @@ def run(request: Request) -> int:
     made["interrupted"] = not _measure(cases, names, made["cases"], console, measure)
     _show(made, earlier, console)
     _keep(made, earlier, request, console)
-    wrong = [r for r in made["cases"] if r["wrong"]]
-    for result in wrong:
-        for name, what in result["wrong"].items():
-            console.print(
-                f"[bold red]WRONG[/] {result['case']}: {name}, {what}", highlight=False
-            )
     if made["interrupted"]:
         return 130
-    return 1 if wrong else 0
+    return 1 if any(result["wrong"] for result in made["cases"]) else 0
 
 
 def _cases(request: Request) -> list[Case]:
@@ -284,7 +280,9 @@ def _print(table: Table, console: Console) -> None:
     console.print()
     console.print(shown)
     for note in table.notes:
-        console.print(note, highlight=False, style="dim" if note != "WRONG" else "")
+        console.print(
+            note, highlight=False, style="bold red" if note.startswith("WRONG") else "dim"
+        )
 
 
 def _short(cell: str) -> str:

@@ -33,7 +33,7 @@ import torch
 import fusedrnn as fr
 
 from .cases import Case
-from .race import Result, described, quartiles
+from .race import Result, described, summed_up
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -93,7 +93,7 @@ def latency(H: int) -> float:
 def floor_seconds(case: Case, card: Card) -> float:
     """The floor that this file's head defines."""
     T, B, I, H = case.sizes
-    size = DTYPES[case.dtype].itemsize
+    size = case.item
     turns = T * (2 if case.training else 1)
     waits = turns * latency(H) * (1.5 if size == 4 else 1)
 
@@ -103,14 +103,13 @@ def floor_seconds(case: Case, card: Card) -> float:
     moves = (sequences + weights * (2 if case.training else 1)) / card.memory_rate
     moves += turns * max(0, R - card.chip_bytes) / card.l2_rate
 
-    flops = 2 * case.gates * H * (I + H) * B * T * (3 if case.training else 1)
-    return max(waits, moves, flops / card.matmul_rates[case.dtype])
+    return max(waits, moves, case.flops / card.matmul_rates[case.dtype])
 
 
 def bytes_needed(case: Case) -> int:
     """About what a case takes, ours and torch's together."""
     T, B, _, H = case.sizes
-    size = DTYPES[case.dtype].itemsize
+    size = case.item
     inputs_and_outputs = 6 * size
     ours = case.gates * (4 + (2 * size if case.training else 0))
     theirs = case.gates * size * (3 if case.training else 1)
@@ -312,14 +311,14 @@ def measure(case: Case, names: Sequence[str], seconds: float) -> Result:
     ------
     MemoryError, TimeoutError: the case needs more memory, or more time, than there is.
     """
-    result = described(case) | {"seconds": {}, "ratios": {}, "rounds": 0, "wrong": {}}
+    result = described(case) | summed_up({}) | {"wrong": {}}
     free, _ = torch.cuda.mem_get_info()
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     needed = bytes_needed(case)
     if needed > 0.9 * free:
         raise MemoryError(f"needs {needed / 2**30:.0f} GiB of {free / 2**30:.0f}")
 
-    same = replace(case, sizes=(CHECKED_STEPS, *case.sizes[1:]))
+    same = replace(case, shape="", sizes=(CHECKED_STEPS, *case.sizes[1:]))
     if same not in _checked:
         _checked[same] = errors(case)
     found = result["errors"] = _checked[same]
@@ -343,13 +342,4 @@ def measure(case: Case, names: Sequence[str], seconds: float) -> Result:
         if wrong:
             return result | {"wrong": {"ours": f"against torch's: {wrong}"}}
 
-    times = in_turn(runs, seconds)
-    return result | {
-        "rounds": len(times["ours"]),
-        "seconds": {name: quartiles(t) for name, t in times.items()},
-        "ratios": {
-            name: quartiles(np.array(t) / np.array(times["ours"]))
-            for name, t in times.items()
-            if name != "ours"
-        },
-    }
+    return result | summed_up(in_turn(runs, seconds))

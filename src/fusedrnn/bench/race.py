@@ -10,7 +10,7 @@ onnxruntime's for 50 ms, and would disturb the next contender.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -58,6 +58,17 @@ def described(case: Case) -> Result:
     """Return what a result says of its case."""
     told = asdict(case) | {"sizes": list(case.sizes)}
     return {"case": str(case), **told, "flops": case.flops, "bytes": case.bytes_read}
+
+
+def summed_up(times: Mapping[str, Sequence[float]]) -> Result:
+    """Return seconds and ratios to ours, each [median, quartile, quartile], and the rounds."""
+    mine = times.get("ours", ())
+    peers = [name for name in times if name not in ("ours", "reference")]
+    return {
+        "rounds": len(mine),
+        "seconds": {name: quartiles(t) for name, t in times.items()},
+        "ratios": {name: quartiles(np.divide(times[name], mine)) for name in peers},
+    }
 
 
 class Race:
@@ -135,22 +146,13 @@ class Race:
         time.sleep(self._rest("ours"))
 
     def result(self) -> Result:
-        """Return what came of it, ready for JSON; times are [median, quartile, quartile]."""
+        """Return what came of it, ready for JSON."""
         case = self.case
-        mine = np.array(self._times.get("ours", ()))
-        return described(case) | {
-            "rounds": self.rounds,
-            "floor": floor.seconds(
-                case.sizes, case.gates, case.training, case.threads, case.dtype == "float32"
-            ),
-            "seconds": {name: quartiles(t) for name, t in self._times.items()},
-            "ratios": {
-                name: quartiles(np.array(t) / mine)
-                for name, t in self._times.items()
-                if name not in ("ours", "reference")
-            },
-            "wrong": self.wrong,
-        }
+        least = floor.seconds(
+            case.sizes, case.gates, case.training, case.threads, case.dtype == "float32"
+        )
+        told = described(case) | summed_up(self._times)
+        return told | {"floor": least, "wrong": self.wrong}
 
 
 def measure(case: Case, names: Iterable[str], seconds: float) -> Result:

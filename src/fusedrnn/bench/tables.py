@@ -116,7 +116,7 @@ def table_of(group: Group, results: list[Result]) -> Table:
             row += [_optional(slow and slow[0] / ours, 0)] * has_reference
             table.rows.append(row)
         table.notes.extend(
-            f"WRONG at {sizes}: {name}, {what}" for name, what in result["wrong"].items()
+            f"WRONG {result['case']}: {name}, {what}" for name, what in result["wrong"].items()
         )
     medians = {
         name: [r["ratios"][name][0] for r in results if name in r["ratios"]] for name in peers
