@@ -1,6 +1,6 @@
 // What the kernels ask of a GPU: who a thread is, memory that others see, barriers,
 // matrix units. Kernels use nothing else of CUDA, so that they also compile for the host,
-// where tests/twin/device_twin.h defines the same names over fibers.
+// where emulator/device.h defines the same names over fibers.
 //
 //   thread(), block_x(), blocks_x(), …  the thread in its block, the block in its grid
 //   shared()                 the block's dynamic shared memory
@@ -58,7 +58,7 @@ struct alignas(8) Arrivals {
 }  // namespace fusedrnn::cuda
 
 #ifndef __CUDACC__
-#include "device_twin.h"
+#include "emulator/device.h"
 #else
 
 #include <cuda_bf16.h>

@@ -4,5 +4,5 @@
 #ifdef __CUDACC__
 #include "launch.h"
 #else
-#include "launch_twin.h"
+#include "emulator/launch.h"
 #endif

@@ -1,6 +1,5 @@
 // The host's side of a GPU: devices, memory, launches, matrix products. runtime.cpp does
-// it with the CUDA runtime and cuBLASLt; tests/twin/runtime_twin.cpp with the host's
-// memory.
+// it with the CUDA runtime and cuBLASLt, emulator/runtime.cpp with the host's memory.
 //
 // Everything is queued on the caller's stream and nothing waits for it. Failures throw
 // Error and leave the context as it was.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests of the CUDA backend without a GPU, on its kernels compiled for the host
-# (tests/twin/): in an environment where fusedrnn and its test extra are installed,
+# (cuda/emulator/): in an environment where fusedrnn and its test extra are installed,
 #   tests/emulate.sh         as it is
 #   tests/emulate.sh asan    with AddressSanitizer and UndefinedBehaviorSanitizer
 # Arguments beyond that go to pytest.
@@ -16,7 +16,7 @@ if [ "${1:-}" = asan ]; then
   export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 fi
 pip install -q cmake ninja pybind11
-cmake --preset twin -B "$build" -G Ninja "${options[@]}" \
+cmake --preset emulated -B "$build" -G Ninja "${options[@]}" \
   -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" \
   -DPython_EXECUTABLE="$(command -v python)" >"$build/configure.log"
 cmake --build "$build" --target _cuda

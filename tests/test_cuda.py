@@ -44,7 +44,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not cuda.is_available(), reason=f"no GPU to test on: {cuda.status()}"),
 ]
-TWIN = cuda.status().startswith("twin")
+EMULATED = cuda.status().startswith("emulator")
 
 # The largest norm of an error against float64 on the inputs as rounded, relative to that of
 # the expected array. The slope of relu jumps: where an h is rounded to 0 it is another. So
@@ -61,7 +61,7 @@ SHAPES = [
     Sizes(3, 37, 6, 70),
     Sizes(6, 9, 3, 33),
 ]
-if not TWIN:
+if not EMULATED:
     SHAPES += [Sizes(40, 16, 64, 256), Sizes(20, 100, 30, 768), Sizes(9, 65, 128, 1100)]
 
 
@@ -260,7 +260,7 @@ OF_A_UNIT = [
     kind=st.sampled_from([None, *MASKS]),
     options=st.one_of(st.just([]), st.lists(st.sampled_from(OF_A_UNIT), unique=True)),
 )
-@hypothesis.settings(max_examples=300 if TWIN else 1000, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=300 if EMULATED else 1000, deadline=None, derandomize=True)
 def test_agrees_with_reference_on_any_plan(
     sizes: Sizes,
     name: str,
@@ -332,7 +332,7 @@ def test_repetitions_are_bit_identical(precision: str, exchange: str) -> None:
     given = put(arguments(CELLS["lstm"], Sizes(5, 10, 4, 40)), precision)
     mode = "tf32" if precision == "tf32" else "exact"
     first = None
-    for _ in range(3 if TWIN else 1000):
+    for _ in range(3 if EMULATED else 1000):
         results, pullback = fr.lstm_vjp(**given, precision=mode)
         bits = [a.numpy().tobytes() for a in (*results, *present(pullback(*results)))]
         first = first or bits
@@ -344,7 +344,7 @@ def test_exchanges_give_the_same_bits(precision: str) -> None:
     mode = {"precision": "tf32" if precision == "tf32" else "exact"}
     plain = put(arguments(CELLS["gru"], Sizes(70, 3, 2, 40)), precision)
     names = ["peephole", "clip", "zoneout", "recurrent_dropout", "return_cells"]
-    sizes = Sizes(70, 3, 2, 20 if precision == "float64" else 40)  # what fits the twin
+    sizes = Sizes(70, 3, 2, 20 if precision == "float64" else 40)  # what fits the emulator
     values, options = with_options(CELLS["lstm"], sizes, names)
     values = put(values, precision)
 
@@ -354,7 +354,7 @@ def test_exchanges_give_the_same_bits(precision: str) -> None:
             exchange="grid" if staged else exchange,
             staged=staged,
             tiles=1,
-            groups=2 if precision == "float64" else 4,  # 4 do not fit the twin
+            groups=2 if precision == "float64" else 4,  # 4 do not fit the emulator
             splits=1,
             resident=0,
         )
@@ -733,7 +733,7 @@ def test_a_layer_takes_arrays_of_any_library() -> None:
 
 
 class HostTorch:
-    """PyTorch on the twin, whose memory is the host's."""
+    """PyTorch on the emulator, whose memory is the host's."""
 
     def __init__(self, torch: Any) -> None:
         self.torch = torch
@@ -750,9 +750,9 @@ class HostTorch:
         return self.torch.empty(shape, dtype=dtype)
 
 
-@pytest.mark.skipif(not TWIN, reason="a real GPU has test_torch_tensors")
+@pytest.mark.skipif(not EMULATED, reason="a real GPU has test_torch_tensors")
 @pytest.mark.parametrize("dtype", cuda.DTYPES)
-def test_torch_tensors_on_the_twin(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_tensors_on_the_emulator(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     plain = cuda.framework_of
     framework = cuda._Torch(HostTorch(torch))
@@ -784,10 +784,10 @@ TORCH_OPTIONS = [
 ]
 
 
-@pytest.mark.skipif(not TWIN, reason="a real GPU runs PyTorch's own tests")
+@pytest.mark.skipif(not EMULATED, reason="a real GPU runs PyTorch's own tests")
 @pytest.mark.parametrize("dtype", cuda.DTYPES)
 @pytest.mark.parametrize(("name", "options"), TORCH_OPTIONS, ids=str)
-def test_torch_operators_on_the_twin(
+def test_torch_operators_on_the_emulator(
     name: str, options: list[str], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What an operator's kernels make is of the form that its fake says, and is right."""
@@ -852,7 +852,7 @@ def test_torch_operators_on_the_twin(
 def test_a_pullback_runs_on_the_stream_that_is_current(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if not TWIN:
+    if not EMULATED:
         pytest.skip("streams are made up here")
     given = put(arguments(CELLS["lstm"], Sizes(5, 4, 3, 6)), "float32")
     results, pullback = fr.lstm_vjp(**given)
@@ -942,7 +942,7 @@ def test_array_refuses(arguments: Any, error: type[Exception], message: str) -> 
 
 def torch_cuda() -> Any:
     torch = pytest.importorskip("torch")
-    if TWIN or not torch.cuda.is_available():
+    if EMULATED or not torch.cuda.is_available():
         pytest.skip("PyTorch has no GPU here")
     return torch
 

@@ -1,19 +1,19 @@
 // cuda/runtime.h without a GPU: its memory is the host's, its products are plain loops.
-#include "../../cuda/runtime.h"
+#include "../runtime.h"
 
 #include <cstdlib>
 #include <cstring>
 #include <random>
 
-#include "../../cuda/device.h"
-#include "launch_twin.h"
+#include "../device.h"
+#include "launch.h"
 
 namespace fusedrnn::cuda {
 
 namespace {
 
 // Small, so that little work already meets every limit.
-Device twin_device{"twin", 90, 12, 96 * 1024, 8};
+Device emulated{"emulator", 90, 12, 96 * 1024, 8};
 
 double value_at(const Matrix& m, index i) {
   switch (m.element) {
@@ -69,7 +69,7 @@ void check_launch(const Launch& shape) {
 }
 
 int device_count() { return 1; }
-const Device& device(int) { return twin_device; }
+const Device& device(int) { return emulated; }
 int runtime_version() { return 0; }
 int current_device() { return 0; }
 OnDevice::OnDevice(int) : before_(0) {}

@@ -1,8 +1,8 @@
 // The launch of a kernel as fibers: the part of cuda/runtime.h that is a template.
 #pragma once
 
-#include "../../cuda/runtime.h"
-#include "../../cuda/tuning.h"
+#include "../runtime.h"
+#include "../tuning.h"
 #include "fibers.h"
 
 namespace fusedrnn::cuda {
@@ -13,10 +13,10 @@ void check_launch(const Launch& shape);
 template <class Kernel>
 void launch(const Kernel& kernel, const Launch& shape, Stream) {
   check_launch(shape);
-  twin::run({shape.blocks_x, shape.blocks_y, shape.threads,
-             static_cast<std::size_t>(shape.shared_bytes),
-             shape.clustered || shape.cooperative, next_seed()},
-            [&] { kernel(); });
+  emulator::run({shape.blocks_x, shape.blocks_y, shape.threads,
+                 static_cast<std::size_t>(shape.shared_bytes),
+                 shape.clustered || shape.cooperative, next_seed()},
+                [&] { kernel(); });
 }
 
 template <class F>

@@ -1,9 +1,9 @@
 // Threads of a grid as fibers of one CPU thread: the kernels of cuda/ compile for the
-// host against device_twin.h, which is written over this. A test tool: it finds wrong
-// indices (with AddressSanitizer), missing barriers and hand-shakes that depend on an
-// order, for it takes the fibers in an order drawn from a seed, some warps seldom, and
-// stores that other blocks wait for come later, in any order. It says nothing of time,
-// and it does not reorder a thread's other accesses.
+// host against emulator/device.h, which is written over this. It is a test tool: it finds
+// wrong indices (with AddressSanitizer), missing barriers and hand-shakes that depend on
+// an order, because it runs the fibers in an order drawn from a seed, some warps seldom,
+// and delays the stores that other blocks wait for, in any order. It says nothing about
+// time, and it does not reorder a thread's other accesses.
 //
 // A fiber runs until it waits. Shared memory of every block starts as NaN.
 #pragma once
@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-namespace twin {
+namespace emulator {
 
 // Where so many fibers wait for each other, again and again.
 class Barrier {
@@ -75,4 +75,4 @@ struct Grid {
 };
 void run(const Grid& grid, const std::function<void()>& kernel);
 
-}  // namespace twin
+}  // namespace emulator

@@ -9,20 +9,20 @@
 
 namespace fusedrnn::cuda {
 
-inline int thread() { return twin::here().thread; }
-inline int threads() { return twin::here().threads; }
-inline int block_x() { return twin::here().block->x; }
-inline int block_y() { return twin::here().block->y; }
-inline int blocks_x() { return twin::here().blocks_x; }
-inline int blocks_y() { return twin::here().blocks_y; }
-inline char* shared() { return twin::here().block->shared.data(); }
+inline int thread() { return emulator::here().thread; }
+inline int threads() { return emulator::here().threads; }
+inline int block_x() { return emulator::here().block->x; }
+inline int block_y() { return emulator::here().block->y; }
+inline int blocks_x() { return emulator::here().blocks_x; }
+inline int blocks_y() { return emulator::here().blocks_y; }
+inline char* shared() { return emulator::here().block->shared.data(); }
 
-inline twin::Warp& own_warp() {
-  return twin::here().block->warps[static_cast<std::size_t>(thread() / 32)];
+inline emulator::Warp& own_warp() {
+  return emulator::here().block->warps[static_cast<std::size_t>(thread() / 32)];
 }
 inline void sync_warp() { own_warp().barrier.meet(); }
-inline void sync_block() { twin::here().block->barrier.meet(); }
-inline void sync_cluster() { twin::here().block->cluster->barrier.meet(); }
+inline void sync_block() { emulator::here().block->barrier.meet(); }
+inline void sync_cluster() { emulator::here().block->cluster->barrier.meet(); }
 
 // Of Arrivals: the round times two, and one more once it is told what must come; bytes
 // that have yet to come, or less than none.
@@ -34,18 +34,18 @@ inline void count(Arrivals* a, bool told, int bytes) {
 inline void clear(Arrivals* a) { *a = {}; }
 inline void expect(Arrivals* a, int bytes) { count(a, true, bytes); }
 inline void wait_for(const Arrivals* a, bool odd) {
-  while (a->state[0] / 2 % 2 == odd) twin::yield_waiting();
+  while (a->state[0] / 2 % 2 == odd) emulator::yield_waiting();
   sync_warp();
 }
 inline void store_in_peer(Quad* p, int rank, const Quad& value, Arrivals* arrivals) {
   const auto peer = static_cast<std::size_t>(rank);
-  char* const there = twin::here().block->cluster->blocks[peer]->shared.data();
+  char* const there = emulator::here().block->cluster->blocks[peer]->shared.data();
   const auto in_peer = [&](auto* own) {
     return reinterpret_cast<decltype(own)>(there +
                                            (reinterpret_cast<char*>(own) - shared()));
   };
   Quad* const to = in_peer(p);
-  twin::later(to, [=, a = in_peer(arrivals)] {
+  emulator::later(to, [=, a = in_peer(arrivals)] {
     *to = value;
     count(a, false, -static_cast<int>(sizeof(value)));
   });
@@ -58,17 +58,17 @@ inline void store_exchanged(Quad* p, const Quad& value) {
     std::uint32_t* const to = p->word + half;
     const std::uint64_t both =
         value.word[half] | static_cast<std::uint64_t>(value.word[half + 1]) << 32;
-    twin::later(to, [=] { std::memcpy(to, &both, sizeof(both)); });
+    emulator::later(to, [=] { std::memcpy(to, &both, sizeof(both)); });
   }
 }
-inline void fence() { twin::settle(); }
+inline void fence() { emulator::settle(); }
 template <class A>
 void add_to(A* p, A x) {
   *p += x;
 }
 template <class F>
 void wait_until(const F& ready) {
-  while (!ready()) twin::yield_waiting();
+  while (!ready()) emulator::yield_waiting();
   sync_warp();
 }
 
@@ -111,7 +111,7 @@ inline TensorFloat32 to_tensor_float32(float x) {
 template <int in_word, class Element>
 void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
          const Element& element) {
-  twin::Here& here = twin::here();
+  emulator::Here& here = emulator::here();
   auto& fragments = own_warp().fragments[here.products++ % 2];
   const int lane = here.thread % 32;
   std::memcpy(fragments[lane].a, a, sizeof(a));

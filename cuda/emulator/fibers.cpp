@@ -13,7 +13,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-namespace twin {
+namespace emulator {
 namespace {
 
 constexpr std::size_t stack_bytes = 128 * 1024;
@@ -127,7 +127,7 @@ void run_all(std::vector<std::unique_ptr<Fiber>>& fibers, std::mt19937& random) 
   std::size_t left = fibers.size(), idle = 0;
   while (left > 0) {
     if (ready.empty()) {
-      std::fprintf(stderr, "twin: a barrier waits for threads that never come\n");
+      std::fprintf(stderr, "emulator: a barrier waits for threads that never come\n");
       std::abort();
     }
     std::size_t at = random() % ready.size();
@@ -154,7 +154,8 @@ void run_all(std::vector<std::unique_ptr<Fiber>>& fibers, std::mt19937& random) 
     woken.clear();
     idle = polled && !moved ? idle + 1 : 0;
     if (idle > 10'000'000) {
-      std::fprintf(stderr, "twin: every thread waits for memory that nobody writes\n");
+      std::fprintf(stderr,
+                   "emulator: every thread waits for memory that nobody writes\n");
       std::abort();
     }
   }
@@ -253,4 +254,4 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
   body = nullptr;
 }
 
-}  // namespace twin
+}  // namespace emulator
