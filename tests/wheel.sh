@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds the sdist and a wheel, repairs it as a release does, and uses it where there is no
-# compiler: tests/wheel.sh [DIR]. The wheel ends in DIR (build/wheels).
+# Builds the sdist and a wheel, with the CUDA backend where nvcc is, repairs it as a release
+# does, and uses it where there is no compiler: tests/wheel.sh [DIR]. The wheel ends in DIR
+# (build/wheels).
 # Run it in an environment where the dev extra is installed (pip install ".[dev]").
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,6 +19,10 @@ tar -xzf "$out"/*.tar.gz -C "$work/sdist" --strip-components=1
 git ls-files CMakeLists.txt pyproject.toml README.md LICENSE csrc cuda src tests |
   while read -r file; do cmp "$file" "$work/sdist/$file"; done
 
+if command -v "${CUDACXX:-nvcc}" >/dev/null; then
+  SKBUILD_CMAKE_DEFINE="FUSEDRNN_CUDA=ON${SKBUILD_CMAKE_DEFINE:+;$SKBUILD_CMAKE_DEFINE}"
+  export SKBUILD_CMAKE_DEFINE
+fi
 pip wheel -q --no-deps -w "$work" .
 repair=$(python - <<'PYTHON'
 import pathlib

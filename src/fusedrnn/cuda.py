@@ -55,7 +55,7 @@ def _wheel_library(name: str) -> str | None:
 def _load() -> tuple[ModuleType | None, str | None]:
     """Return the extension module and, where it cannot be used, why."""
     if find_spec(f"{__package__}._cuda") is None:
-        return None, "this build has no CUDA backend: nvcc was not found where it was built"
+        return None, "this build has no CUDA backend; a build with FUSEDRNN_CUDA=ON has it"
     runtime = _wheel_library("libcudart.so.13")
     try:
         if runtime is not None:
