@@ -1,15 +1,27 @@
-// The list of cells. To add one, write csrc/cells/<cell>.h and cuda/cells/<cell>.cu, and
-// add it here.
+#include "cells.h"
+
+#include <vector>
+
 #include "kernels.h"
 
 namespace fusedrnn::cuda {
+namespace {
 
-extern const CellEntry lstm, lstm_coupled, gru, gru_before, rnn_tanh, rnn_relu,
-    rnn_identity;
+template <template <class> class... CellOf>
+std::vector<const CellEntry*> gather() {
+  std::vector<const CellEntry*> all;
+  const auto add = [&](std::span<const CellEntry> variants) {
+    for (const CellEntry& entry : variants) all.push_back(&entry);
+  };
+  (add(entries_of<CellOf>()), ...);
+  return all;
+}
+
+}  // namespace
 
 std::span<const CellEntry* const> cells() {
-  static const CellEntry* const all[] = {
-      &lstm, &lstm_coupled, &gru, &gru_before, &rnn_tanh, &rnn_relu, &rnn_identity};
+  using namespace device;
+  static const auto all = gather<FUSEDRNN_CELLS>();  // of CMakeLists.txt: Lstm, Gru, …
   return all;
 }
 

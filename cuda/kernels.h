@@ -126,6 +126,10 @@ class Carver {
   index used_ = 0;
 };
 
+// A cell's entries, one for each of its variants; cell.cu defines it.
+template <template <class> class CellOf>
+std::span<const CellEntry> entries_of();
+// Those of all cells.
 std::span<const CellEntry* const> cells();
 
 // (T, B, N) of one element in another, where one of the two is float32 or both are alike.

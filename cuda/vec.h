@@ -1,11 +1,7 @@
 // A vector of one lane: what the cells (csrc/cells/) ask of a GPU's thread.
 #pragma once
 
-#define FUSEDRNN_ARCH device
-
-#include "../csrc/cells/gru.h"
-#include "../csrc/cells/lstm.h"
-#include "../csrc/cells/rnn.h"
+#include "cells.h"
 #include "device.h"
 
 namespace fusedrnn::device {

@@ -1,11 +1,11 @@
-// The kernels of cells that share them, for every precision. They have a translation unit
-// of their own, cuda/cells/<cell>.cu, so that they compile side by side.
-#pragma once
-
+// The kernels of one cell in every precision. CMake compiles this file once for each
+// cell, FUSEDRNN_CELL, so that they compile side by side.
+#include "cells.h"
 #include "layer.h"
 #include "rowwise.h"
 
 namespace fusedrnn::cuda {
+namespace {
 
 template <class S, class L>
 constexpr Runs<S> runs_of() {
@@ -35,7 +35,7 @@ Kernels kernels_of(Precision precision) {
 }
 
 template <template <class> class CellOf>
-constexpr CellEntry cell(std::string_view name, int variant = 0) {
+auto make_entries() {
   using Cell = CellOf<device::Vec<float>>;
   // A cell of one gate has nothing whose units need each other.
   Runs<float> rows32{};
@@ -44,8 +44,27 @@ constexpr CellEntry cell(std::string_view name, int variant = 0) {
     rows32 = runs_of<float, RowLayer<CellOf, float>>();
     rows64 = runs_of<double, RowLayer<CellOf, double>>();
   }
-  return {name,    Cell::gates,        Cell::has_c, Cell::peepholes,
-          variant, kernels_of<CellOf>, rows32,      rows64};
+  constexpr auto names = names_of<CellOf>;
+  std::array<CellEntry, names.size()> entries{};
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    entries[i] = {names[i],
+                  Cell::gates,
+                  Cell::has_c,
+                  Cell::peepholes,
+                  static_cast<int>(i),
+                  kernels_of<CellOf>,
+                  rows32,
+                  rows64};
+  }
+  return entries;
+}
+
+}  // namespace
+
+template <>
+std::span<const CellEntry> entries_of<device::FUSEDRNN_CELL>() {
+  static const auto entries = make_entries<device::FUSEDRNN_CELL>();
+  return entries;
 }
 
 }  // namespace fusedrnn::cuda
