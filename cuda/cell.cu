@@ -1,6 +1,7 @@
 // The kernels of one cell in every precision. CMake compiles this file once for each
 // cell, FUSEDRNN_CELL, so that they compile side by side.
-#include "cells.h"
+#include <array>
+
 #include "layer.h"
 #include "rowwise.h"
 
@@ -44,13 +45,13 @@ auto make_entries() {
     rows32 = runs_of<float, RowLayer<CellOf, float>>();
     rows64 = runs_of<double, RowLayer<CellOf, double>>();
   }
-  constexpr auto names = names_of<CellOf>;
-  std::array<CellEntry, names.size()> entries{};
-  for (std::size_t i = 0; i < names.size(); ++i) {
-    entries[i] = {names[i],
+  constexpr std::size_t count = sizeof(Cell::variants) / sizeof(Variant);
+  std::array<CellEntry, count> entries{};
+  for (std::size_t i = 0; i < count; ++i) {
+    entries[i] = {Cell::variants[i].name,
                   Cell::gates,
                   Cell::has_c,
-                  Cell::peepholes,
+                  Cell::peephole_count,
                   static_cast<int>(i),
                   kernels_of<CellOf>,
                   rows32,

@@ -31,11 +31,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../csrc/cells/cell.h"
+#include "../csrc/target.h"
 
 namespace fusedrnn::cuda {
-
-using index = std::ptrdiff_t;
 
 struct alignas(16) Quad {
   std::uint32_t word[4];

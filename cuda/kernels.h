@@ -4,7 +4,7 @@
 #include <span>
 #include <string_view>
 
-#include "../csrc/problem.h"
+#include "../csrc/contract.h"
 #include "runtime.h"
 #include "tuning.h"
 
@@ -12,49 +12,26 @@ namespace fusedrnn::cuda {
 
 enum class Precision { float32, float64, tf32, bfloat16, float16 };
 
-// What both directions are told, as csrc/problem.h says; memory of the device throughout,
-// of S or, where that is void, of what the precision stores and states in.
+// A call (csrc/contract.h) on a GPU: memory of the device throughout, of S or, where that
+// is void, of what the precision stores and states in. h0 and c0 may be null: zeros. x
+// has any strides but its last, y and dx have rows y_b and dx_b apart.
 template <class S>
-struct ForwardOf : Sizes {
-  Model model;
-  Options options;
-  Vectors<const S> vectors;
+struct ForwardOf : fusedrnn::ForwardOf<S> {
   Precision precision;
   int device;
   Stream stream;
   void* workspace;
-  const S* x;  // its last axis contiguous
-  index x_t, x_b;
-  const S *h0, *c0;  // or null: zeros
-  const S *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr;
+  const S *bias_ih, *bias_hh, *weight_hr;
   const void* packed;   // of the direction, or null where steps go row by row
   const void* lengths;  // (B,) int32 or int64, or null
   bool wide_lengths;
   const bool* resets;  // (T, B) at any strides, or null
   index resets_t, resets_b;
-  S* y;  // rows y_b apart
-  index y_b;
-  S *h_n, *c_n;  // of forward
-  S* saved;      // null in inference, or to be computed again
-  S* cells;      // (T, B, H) at any strides but the last, or null
-  index cells_t, cells_b;
-  S* trace;  // contiguous, or null
 };
 
 template <class S>
-struct BackwardOf : ForwardOf<S> {
-  const S* dy;  // any strides but the last; or null
-  index dy_t, dy_b;
-  const S *dh_n, *dc_n;  // or null
-  const S* dcells;       // any strides but the last; or null
-  index dcells_t, dcells_b;
-  S* dx;  // (T, B, I), rows dx_b apart
-  index dx_b;
+struct BackwardOf : ForwardOf<S>, GradientsOf<S> {
   bool adds_dx;  // to what is there
-  // Null where nobody wants them, as dx and dvectors.
-  S *dweight_ih, *dweight_hh, *dbias_ih, *dbias_hh, *dweight_hr;
-  Vectors<S> dvectors;
-  S *dh0, *dc0;
 };
 
 using ForwardCall = ForwardOf<void>;

@@ -3,7 +3,7 @@
 //   forward   W x for a stretch of times as one product, then the recurrence over it
 //   backward  the recurrence over all times, then dx, dW, dR as one product each, db
 //
-// Arrays are as in csrc/problem.h, with these differences: states, c and peepholes are
+// Arrays are as in csrc/contract.h, with these differences: states, c and peepholes are
 // float32 where storage has 16 bits; x may have any strides but its last; y and dx have
 // rows at one distance (y_t = B y_b). Everything is queued on the call's stream.
 #pragma once
@@ -15,7 +15,7 @@
 
 #include "vec.h"
 // after FUSEDRNN_ARCH
-#include "../csrc/rows.h"
+#include "../csrc/pointwise.h"
 #include "kernels.h"
 #include "launches.h"
 #include "recurrence.h"
@@ -185,7 +185,7 @@ class Layer {
       clear(call.dbias_ih, width, call.stream);
       clear(call.dbias_hh, width, call.stream);
       if (call.dvectors.weight_ch) {
-        const index bytes = Cell::peepholes * call.H * index{sizeof(A)};
+        const index bytes = Cell::peephole_count * call.H * index{sizeof(A)};
         clear(call.dvectors.weight_ch, bytes, call.stream);
       }
       if (call.B == 0) return;
@@ -233,7 +233,7 @@ class Layer {
     }
     if (differs) previous(nullptr);
     if (room.dweight_ch) {
-      const index bytes = call.B * Cell::peepholes * H * index{sizeof(A)};
+      const index bytes = call.B * Cell::peephole_count * H * index{sizeof(A)};
       clear(room.dweight_ch, bytes, call.stream);
     }
     with_instance(plan, [&]<int tiles, bool resident>() {
@@ -292,13 +292,13 @@ class Layer {
                           static_cast<S*>(call.dbias_hh)};
     blocks_of_slots(bias.input_block, bias.recurrent_block);
     if (bias.dbias_ih || bias.dbias_hh) launch_columns(bias, call.stream);
-    if constexpr (Cell::peepholes > 0) {
+    if constexpr (Cell::peephole_count > 0) {
       if (!room.dweight_ch || !call.dvectors.weight_ch) return;
       RowSums<A> sums{};
       sums.rows = call.B;
       sums.H = H;
-      for (int k = 0; k < Cell::peepholes; ++k) {
-        sums.jobs[sums.count++] = {room.dweight_ch + k * H, nullptr, Cell::peepholes * H,
+      for (int k = 0; k < Cell::peephole_count; ++k) {
+        sums.jobs[sums.count++] = {room.dweight_ch + k * H, nullptr, Cell::peephole_count * H,
                                    0, static_cast<A*>(call.dvectors.weight_ch) + k * H};
       }
       launch_sums(sums, call.stream);
@@ -373,7 +373,7 @@ class Layer {
       const index count = call.T * call.B * call.H;
       const bool keeps_c = Cell::has_c && !c;
       const index of_c = keeps_c ? count * index{sizeof(A)} : 0;
-      const bool has_slots = device::saves_slots<Cell>(call.options);
+      const bool has_slots = saves_slots(Cell::saves, call.options);
       const index of_slots = has_slots ? count * Layer::slots * index{sizeof(S)} : 0;
       char* const all = carver.take<char>(of_c + of_slots);
       slots = all && has_slots ? reinterpret_cast<S*>(all + of_c) : nullptr;
@@ -427,7 +427,7 @@ class Layer {
           x(row_stride(call) && !call.lengths ? nullptr
                                               : carver.take<S>(call.T * call.B * call.I)),
           dweight_ch(call.vectors.weight_ch
-                         ? carver.take<A>(call.B * Cell::peepholes * call.H)
+                         ? carver.take<A>(call.B * Cell::peephole_count * call.H)
                          : nullptr),
           saved(nullptr),
           bias(nullptr),
@@ -497,7 +497,7 @@ class Layer {
   }
 
   static void blocks_of_slots(int (&input)[4], int (&recurrent)[4]) {
-    constexpr device::SlotBlocks<Cell> blocks{};
+    constexpr Shape blocks = fusedrnn::shape_of<Cell>(0);
     for (int k = 0; k < slots; ++k) {
       input[k] = blocks.input[k];
       recurrent[k] = blocks.recurrent[k];

@@ -1,7 +1,7 @@
 // Which steps a row takes and where its state starts anew, as kernels ask for it.
 #pragma once
 
-#include "../csrc/problem.h"
+#include "../csrc/contract.h"
 #include "device.h"
 
 namespace fusedrnn::cuda {

@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "../csrc/bind/dlpack.h"
-#include "../csrc/vec/random.h"
+#include "../csrc/random.h"
 #include "kernels.h"
 
 namespace py = pybind11;

@@ -24,7 +24,7 @@
 // atomically.
 #pragma once
 
-#include "../csrc/problem.h"
+#include "../csrc/contract.h"
 #include "masks.h"
 #include "product.h"
 #include "tuning.h"

@@ -2,8 +2,8 @@
 // for the products of the gradients, sums of columns. They are compiled once, in rows.cu.
 #pragma once
 
-#include "../csrc/problem.h"
-#include "../csrc/vec/random.h"
+#include "../csrc/contract.h"
+#include "../csrc/random.h"
 #include "kernels.h"
 #include "masks.h"
 #include "product.h"
@@ -226,7 +226,7 @@ struct GatherRows {
   }
 };
 
-// Dropout of (T, B, N), as Dropout in csrc/problem.h says.
+// Dropout of (T, B, N), as Dropout in csrc/contract.h says.
 template <class S>
 struct DropOut : Dropout<S> {
   FUSEDRNN_DEVICE void operator()() const {

@@ -1,10 +1,10 @@
 // A layer in one direction on a GPU whose units need each other within a step (LayerNorm,
 // a projection, a GRU that is reset before its matmul), which the recurrences of
-// recurrence.h do not know: each step is its products by cuBLASLt and what csrc/rows.h
+// recurrence.h do not know: each step is its products by cuBLASLt and what csrc/pointwise.h
 // does between them, a block to a row. In float32 and float64; arrays of 16 bits are
 // converted before and after.
 //
-//   records    (T, B, values)  by time: csrc/rows.h; saved for backward
+//   records    (T, B, values)  by time: csrc/pointwise.h; saved for backward
 //   gradients  (T, B, values)  by time, of a backward
 //   seen       (B, R)          h' as R sees it: masked, and 0 where a row is reset next
 //
@@ -14,8 +14,8 @@
 
 #include "vec.h"
 // after FUSEDRNN_ARCH
-#include "../csrc/rows.h"
-#include "../csrc/vec/random.h"
+#include "../csrc/pointwise.h"
+#include "../csrc/random.h"
 #include "kernels.h"
 #include "launches.h"
 #include "recurrence.h"
@@ -23,22 +23,19 @@
 
 namespace fusedrnn::cuda {
 
-using device::GradientRow;
-using device::Record;
-using device::resets_before;
 using device::RowWise;
-using device::SlotBlocks;
 
 // The threads of a block along a row.
 template <class A>
 struct BlockWalk {
   using S = A;
   using V = device::Vec<A>;
+  static constexpr int most_rows = 1;
   static constexpr bool bias_is_in = false;
 
   const std::uint8_t* kept_bits;  // of the row where zoneout draws (rows.h), or null:
   A keeps_h, keeps_c;             // what is expected
-  A* scratch;
+  A* own_scratch;
 
   template <class F>
   FUSEDRNN_DEVICE static void each(index n, const F& f) {
@@ -52,22 +49,26 @@ struct BlockWalk {
   }
   // In an order that the number of threads fixes.
   template <class F>
-  FUSEDRNN_DEVICE static A sum(index n, const F& f) {
+  FUSEDRNN_DEVICE static void sums(int, index n, const F& f, A* to) {
     A own = 0;
-    each(n, [&](index u) { own += f(u).value; });
-    return total(own);
+    each(n, [&](index u) { own += f(0, u).value; });
+    *to = total(own);
   }
   FUSEDRNN_DEVICE static V load(const A* p, index u) { return {p[u]}; }
   FUSEDRNN_DEVICE static void store(V x, A* p, index u) { p[u] = x.value; }
   FUSEDRNN_DEVICE static V upto(const A* p, index u, index) { return {p[u]}; }
   FUSEDRNN_DEVICE static void put(V x, A* p, index u, index) { p[u] = x.value; }
-  FUSEDRNN_DEVICE V keep_h(index u) const {
+  FUSEDRNN_DEVICE V keep_h(const A*, index u) const {
     return {kept_bits ? static_cast<A>(kept_bits[u] & 1) : keeps_h};
   }
-  FUSEDRNN_DEVICE V keep_c(index u) const {
+  FUSEDRNN_DEVICE V keep_c(const A*, index u) const {
     return {kept_bits ? static_cast<A>(kept_bits[u] >> 1 & 1) : keeps_c};
   }
   FUSEDRNN_DEVICE static V kept(V x) { return x; }
+  FUSEDRNN_DEVICE A* scratch(int) const { return own_scratch; }
+  FUSEDRNN_DEVICE static void bounds(double clip, V (&to)[4]) {
+    device::clip_bounds(clip, to);
+  }
   FUSEDRNN_DEVICE static float root(float x) { return root_of(x); }
   FUSEDRNN_DEVICE static double root(double x) { return root_of(x); }
 
@@ -151,7 +152,7 @@ struct RowStart : RowKernel<CellOf, A> {
   A *h, *c, *seen;  // null in backward
 
   FUSEDRNN_DEVICE void operator()() const {
-    constexpr SlotBlocks<typename Base::Cell> blocks{};
+    constexpr Shape blocks = shape_of<typename Base::Cell>(0);
     for_each(slots * H, [&](index i) {
       const int k = static_cast<int>(i / H);
       const index u = i % H;
@@ -197,35 +198,44 @@ struct RowForward : RowKernel<CellOf, A> {
   FUSEDRNN_DEVICE void operator()() const {
     this->for_rows(B, [&](index b) {
       const index t = this->time(step);
-      const bool twice = resets_before<Cell>(model);
+      const bool twice = Base::Rows::has_second(model);
       const bool is_last_part = part == 1 || !(twice || model.projects);
       if (this->is_active(t, b)) {
         const auto rows = this->rows(t, b);
         const bool is_reset = masks.is_reset(t, b);
         A* const record = records + (t * B + b) * this->record_values;
-        const typename Base::Rows::Row row{
+        typename Base::Rows::Row row{
             record,
+            record,
+            H,
             is_reset ? this->zeros : h + b * R,
             is_reset || !Cell::has_c ? this->zeros : c + b * H,
             seen + b * R,
             record + rows.record.cell(),
             model.projects ? operand + b * H : fresh + b * R,
             cells ? cells + t * cells_t + b * cells_b : nullptr,
-            trace ? trace + (t * B + b) * gates * H : nullptr};
+            trace ? trace + (t * B + b) * gates * H : nullptr,
+            nullptr,
+            nullptr,
+            nullptr,
+            nullptr};
         if (part == 0) {
-          if (model.norm) rows.normalise_inputs(record);
-          if (model.norm) rows.normalise_recurrent(record);
+          if (model.norm) rows.normalise_inputs(&row, 1);
+          if (model.norm) rows.normalise_recurrent(&row, 1);
           if (twice) {
-            rows.open(row, operand + b * H, H);
+            A* const to = operand + b * H;
+            rows.open(&row, 1, &to, H);
           } else {
-            rows.forward(row, H);
+            rows.forward(&row, 1, H);
           }
         } else if (twice) {
-          if (model.norm) rows.normalise_first(record);
-          rows.close(row, H);
+          if (model.norm) rows.normalise_second(&row, 1);
+          rows.close(&row, 1, H);
+        } else {
+          row.h = fresh + b * R;
+          Walk::each(R, [&](index u) { rows.finish(row, u, Walk::load(row.h, u)); });
         }
         if (is_last_part) {
-          rows.after(fresh + b * R, row.h_prev, nullptr, nullptr, R);
           Walk::each(R, [&](index u) {
             h[b * R + u] = fresh[b * R + u];
             y[(t * B + b) * y_b + u] = fresh[b * R + u];
@@ -284,6 +294,8 @@ struct RowAgain : RowKernel<CellOf, A> {
       A* const record = records + i * this->record_values;
       const typename Base::Rows::Row row{
           record,
+          record,
+          H,
           this->before(t, b, this->h0, y, B * y_b, y_b, R),
           Cell::has_c ? this->before(t, b, this->c0, cells, cells_t, cells_b, H)
                       : nullptr,
@@ -291,15 +303,20 @@ struct RowAgain : RowKernel<CellOf, A> {
           fresh + i * H,
           fresh + i * H,
           nullptr,
+          nullptr,
+          nullptr,
+          nullptr,
+          nullptr,
           nullptr};
-      const bool twice = resets_before<Cell>(model), norm = model.norm;
+      const bool twice = Base::Rows::has_second(model), norm = model.norm;
       if (part == 0) {
-        if (norm) rows.normalise_inputs(record);
-        if (norm) rows.normalise_recurrent(record);
+        if (norm) rows.normalise_inputs(&row, 1);
+        if (norm) rows.normalise_recurrent(&row, 1);
         if (twice) {
-          rows.open(row, operand + i * H, H);
+          A* const to = operand + i * H;
+          rows.open(&row, 1, &to, H);
         } else if (!norm) {
-          rows.forward(row, H);
+          rows.forward(&row, 1, H);
         }
         if constexpr (Cell::has_c) {
           Walk::each(H, [&](index u) {
@@ -307,9 +324,9 @@ struct RowAgain : RowKernel<CellOf, A> {
           });
         }
       } else if (norm) {
-        rows.normalise_first(record);
+        rows.normalise_second(&row, 1);
       } else {
-        rows.close(row, H);
+        rows.close(&row, 1, H);
       }
     });
   }
@@ -321,13 +338,14 @@ struct RowAgain : RowKernel<CellOf, A> {
 template <template <class> class CellOf, class A>
 struct RowBackward : RowKernel<CellOf, A> {
   using Base = RowKernel<CellOf, A>;
+  using typename Base::V;
   using Base::B, Base::H, Base::R, Base::T, Base::mask, Base::masks, Base::model;
   using Base::slots;
   using typename Base::Cell;
   using typename Base::Walk;
   index step;
   int part;
-  GradientRow<Cell> at;
+  GradientRow at;
   const A *records, *y, *seen;  // seen (T, B, R)
   index y_b;
   A* gradients;
@@ -351,7 +369,7 @@ struct RowBackward : RowKernel<CellOf, A> {
       }
       const auto rows = this->rows(t, b);
       const index cell_at = rows.record.cell();
-      const bool twice = resets_before<Cell>(model);
+      const bool twice = Base::Rows::has_second(model);
       const typename Base::Rows::BackRow row{
           records + row_at * this->record_values,
           this->before(t, b, this->h0, y, B * y_b, y_b, R),
@@ -365,20 +383,33 @@ struct RowBackward : RowKernel<CellOf, A> {
           dc + b * H,
           direct + b * R,
           da,
-          this->is_cut(t, b)};
+          this->is_cut(t, b),
+          mask ? mask + b * R : nullptr,
+          nullptr,
+          nullptr};
       if (part == 0) {
-        rows.before(row, R);
+        Walk::each(R, [&](index u) {
+          row.dh[u] = rows.before(row, u, Walk::load(row.dh, u)).value;
+        });
         if (model.projects) {
           Walk::each(R, [&](index u) { da[at.dh + u] = row.dh[u]; });
           return;
         }
       }
+      const A* const from = part > 0 ? dm + b * H : row.dh;
+      const auto each_unit = [&](const auto& f) {
+        Walk::each(H, [&](index u) { f(u, Walk::load(from, u)); });
+      };
       if (part == 2) {
-        rows.close_backward(row, at, dm + b * H, mask ? mask + b * R : nullptr, H);
+        each_unit([&](index u, V d) { rows.close_backward(row, u, d); });
+        if (model.norm) rows.normalise_backward(&row, 1, at);
       } else if (twice) {
-        rows.open_backward(row, at, H);
+        each_unit([&](index u, V d) { rows.open_backward(row, at, u, d); });
+        if (model.norm) rows.normalise_second_backward(&row, 1, at);
+      } else if (model.norm) {
+        rows.backward_normalised(&row, 1, at, &from);
       } else {
-        rows.backward(row, at, model.projects ? dm + b * H : row.dh, H);
+        each_unit([&](index u, V d) { rows.backward(row, at, u, d); });
       }
     });
   }
@@ -456,7 +487,7 @@ class RowLayer {
           dm(carver.take<A>(call.B * call.H)),
           records(call.saved ? call.saved
                              : carver.take<A>(call.T * call.B * record(call.model))),
-          operand(!call.saved && resets_before<Cell>(call.model)
+          operand(!call.saved && has_second(call.model)
                       ? carver.take<A>(call.T * call.B * call.H)
                       : nullptr),
           fresh(call.saved ? nullptr : carver.take<A>(call.T * call.B * call.H)) {}
@@ -464,7 +495,7 @@ class RowLayer {
 
  public:
   static index record(const Model& m) {
-    return round_up(Record<Cell>{m.norm, m.H}.values(), 4);
+    return round_up(record_of(m).values(), 4);
   }
   static index saved_bytes(const ForwardOf<A>& call) {
     return round_up(call.T * call.B * record(call.model) * index{sizeof(A)}, 256);
@@ -488,7 +519,7 @@ class RowLayer {
     start(call, room, call.h_n, Cell::has_c ? call.c_n : nullptr, room.seen);
     multiply_inputs(call, room, gather_x(call, room), room.records);
     const index B = call.B, H = call.H, R = call.R;
-    const bool twice = resets_before<Cell>(call.model);
+    const bool twice = has_second(call.model);
     RowForward<CellOf, A> kernel{};
     fill(kernel, call, room);
     kernel.records = room.records;
@@ -550,8 +581,8 @@ class RowLayer {
     A* const dc = Cell::has_c ? call.dc0 : room.dc;
     give(call.dh_n, room.direct, B * R, call);
     if (Cell::has_c) give(call.dc_n, dc, B * H, call);
-    const bool twice = resets_before<Cell>(call.model);
-    const GradientRow<Cell> at = row_of(call);
+    const bool twice = has_second(call.model);
+    const GradientRow at = row_of(call);
     const index gradient = at.values;
 
     Sizes of_h = call;
@@ -604,7 +635,7 @@ class RowLayer {
       }
       if (twice) {
         multiply(call, room, {now + at.recurrent, element, B, H, gradient, false},
-                 {call.weight_hh + 2 * H * R, element, H, R, R, false},
+                 {call.weight_hh + second_block * H * R, element, H, R, R, false},
                  {room.dm, element, B, R, R, false});
         kernel.part = 2;
         launch_rows(kernel, B, call);
@@ -614,10 +645,16 @@ class RowLayer {
   }
 
  private:
-  static constexpr int peepholes = Cell::peepholes;
+  static constexpr int peepholes = Cell::peephole_count;
+  static constexpr int second_block = Cell::recurrent_gate[0];  // of weight_hh
 
-  static GradientRow<Cell> row_of(const ForwardOf<A>& call) {
-    GradientRow<Cell> row(call.model, call.vectors.weight_ch != nullptr, call.H, call.R);
+  static bool has_second(const Model& m) {
+    return shape_of<Cell>(m.variant).has_second();
+  }
+  static Record record_of(const Model& m) { return {shape_of<Cell>(0), m.norm, m.H}; }
+  static GradientRow row_of(const ForwardOf<A>& call) {
+    GradientRow row(shape_of<Cell>(call.model.variant), call.model,
+                    call.vectors.weight_ch != nullptr, call.H, call.R);
     row.values = round_up(row.values, 4);
     return row;
   }
@@ -689,7 +726,7 @@ class RowLayer {
   // As each_recurrent_block, but for the slots of a second product.
   template <class F>
   static void each_recurrent(const ForwardOf<A>& call, const F& f) {
-    each_recurrent_block<Cell>(resets_before<Cell>(call.model), f);
+    each_recurrent_block<Cell>(has_second(call.model), f);
   }
 
   // x as a matrix of rows by time and then by batch.
@@ -706,7 +743,7 @@ class RowLayer {
   static void multiply_inputs(const ForwardOf<A>& call, const Room& room, const Matrix& x,
                               A* records) {
     const index stride = record(call.model);
-    const Record<Cell> at{call.model.norm, call.H};
+    const Record at = record_of(call.model);
     multiply(call, room, x, blocks_of(call.weight_ih, 0, gates, call.H, call.I, true),
              {records + at.input(first_input), element, x.rows, gates * call.H, stride,
               false});
@@ -714,7 +751,7 @@ class RowLayer {
   // R h' of some rows, added to what is there of W x where that is one sum.
   static void multiply_recurrent(const ForwardOf<A>& call, const Room& room,
                                  const A* seen, index rows, A* records) {
-    const Record<Cell> at{call.model.norm, call.H};
+    const Record at = record_of(call.model);
     each_recurrent(call, [&](int slot, int block, int count) {
       multiply(call, room, {seen, element, rows, call.R, call.R, false},
                blocks_of(call.weight_hh, block, count, call.H, call.R, true),
@@ -726,10 +763,10 @@ class RowLayer {
   // R_n (r h') to the first slot.
   static void multiply_new(const ForwardOf<A>& call, const Room& room, const A* operand,
                            index stride, index rows, A* records) {
-    const Record<Cell> at{call.model.norm, call.H};
+    const Record at = record_of(call.model);
     multiply(
         call, room, {operand, element, rows, call.H, stride, false},
-        blocks_of(call.weight_hh, 2, 1, call.H, call.R, true),
+        blocks_of(call.weight_hh, second_block, 1, call.H, call.R, true),
         {records + at.recurrent(0), element, rows, call.H, record(call.model), false});
   }
   // Rᵀ da of one step.
@@ -762,14 +799,14 @@ class RowLayer {
     kernel.operand = room.operand;
     kernel.fresh = room.fresh;
     launch_rows(kernel, all, call);
-    if (!resets_before<Cell>(call.model)) return;
+    if (!has_second(call.model)) return;
     multiply_new(call, room, room.operand, call.H, all, room.records);
     kernel.part = 1;
     launch_rows(kernel, all, call);
   }
 
   static void write_gradients(const BackwardOf<A>& call, const BackwardRoom& room,
-                              const Matrix& x, const GradientRow<Cell>& at) {
+                              const Matrix& x, const GradientRow& at) {
     const index gradient = at.values, stride = record(call.model);
     const index T = call.T, B = call.B, I = call.I, H = call.H, R = call.R, all = T * B;
     const auto of = [&](index from, index columns, bool transposed) {
@@ -790,9 +827,9 @@ class RowLayer {
                {room.seen, element, all, R, R, false},
                {call.dweight_hh + block * H * R, element, count * H, R, R, false});
     });
-    if (resets_before<Cell>(call.model) && call.dweight_hh) {
-      multiply(call, room, of(at.recurrent, H, true), of(at.reset, H, false),
-               {call.dweight_hh + 2 * H * R, element, H, R, R, false});
+    if (has_second(call.model) && call.dweight_hh) {
+      multiply(call, room, of(at.recurrent, H, true), of(at.operand, H, false),
+               {call.dweight_hh + second_block * H * R, element, H, R, R, false});
     }
     if (call.dweight_hr) {
       multiply(call, room, of(at.dh, R, true), of(at.m, H, false),
@@ -806,8 +843,8 @@ class RowLayer {
       if (!to) return;
       sums.jobs[sums.count++] = {room.gradients + a, b, gradient, b_row, to + block * H};
     };
-    constexpr SlotBlocks<Cell> blocks{};
-    const Record<Cell> in{call.model.norm, H};
+    constexpr Shape blocks = shape_of<Cell>(0);
+    const Record in = record_of(call.model);
     const auto& v = call.dvectors;
     for (int k = 0; k < slots; ++k) {
       const int input = blocks.input[k], recurrent = blocks.recurrent[k];
@@ -822,11 +859,12 @@ class RowLayer {
     }
     if constexpr (Cell::has_c) {
       for (int k = 0; k < peepholes; ++k) {
-        const index sees = k + 1 < peepholes ? at.c_prev : at.c;
-        add(v.weight_ch, k, Cell::sees[k] * H, room.gradients + sees, gradient);
+        const auto [slot, sees_new] = blocks.peepholes[k];
+        const index seen = sees_new ? at.c : at.c_prev;
+        add(v.weight_ch, k, slot * H, room.gradients + seen, gradient);
       }
-      add(v.gamma_c, 0, at.seen_c, room.gradients + at.normal_c, gradient);
-      add(v.beta_c, 0, at.seen_c);
+      add(v.gamma_c, 0, at.squashed, room.gradients + at.normal_c, gradient);
+      add(v.beta_c, 0, at.squashed);
     }
     if (sums.count > 0) launch_sums(sums, call.stream);
   }

@@ -1,11 +1,11 @@
-// A step of one unit of a row with the options that need no other unit, as csrc/rows.h
+// A step of one unit of a row with the options that need no other unit, as csrc/pointwise.h
 // has it, by the thread that has the unit: for the recurrences, which do a plain step by
 // themselves. They call what is here, so that it takes no register from that.
 #pragma once
 
 #include "vec.h"
 // after FUSEDRNN_ARCH
-#include "../csrc/rows.h"
+#include "../csrc/pointwise.h"
 #include "kernels.h"
 #include "rows.h"
 
@@ -71,18 +71,17 @@ template <class A>
 struct UnitWalk {
   using S = A;
   using V = device::Vec<A>;
+  static constexpr int most_rows = 1;
   static constexpr bool bias_is_in = true;
 
   A keeps_h, keeps_c;
   bool rounds, bfloat;
-  A* scratch;
 
   FUSEDRNN_DEVICE UnitWalk(const UnitOptions<A>& o, unsigned kept, bool of_saved)
       : keeps_h(o.kept ? static_cast<A>(kept & 1) : o.options.zoneout_h),
         keeps_c(o.kept ? static_cast<A>(kept >> 1 & 1) : o.options.zoneout_c),
         rounds(of_saved && o.rounds),
-        bfloat(o.bfloat),
-        scratch(nullptr) {}
+        bfloat(o.bfloat) {}
 
   template <class F>
   FUSEDRNN_DEVICE static void each(index, const F& f) {
@@ -94,15 +93,19 @@ struct UnitWalk {
     f();
   }
   template <class F>
-  FUSEDRNN_DEVICE static A sum(index, const F& f) {
-    return f(0).value;
+  FUSEDRNN_DEVICE static void sums(int, index, const F& f, A* to) {
+    *to = f(0, 0).value;
   }
   FUSEDRNN_DEVICE static V load(const A* p, index) { return {*p}; }
   FUSEDRNN_DEVICE static void store(V x, A* p, index) { *p = x.value; }
   FUSEDRNN_DEVICE static V upto(const A* p, index, index) { return {*p}; }
   FUSEDRNN_DEVICE static void put(V x, A* p, index, index) { *p = x.value; }
-  FUSEDRNN_DEVICE V keep_h(index) const { return {keeps_h}; }
-  FUSEDRNN_DEVICE V keep_c(index) const { return {keeps_c}; }
+  FUSEDRNN_DEVICE V keep_h(const A*, index) const { return {keeps_h}; }
+  FUSEDRNN_DEVICE V keep_c(const A*, index) const { return {keeps_c}; }
+  FUSEDRNN_DEVICE static A* scratch(int) { return nullptr; }
+  FUSEDRNN_DEVICE static void bounds(double clip, V (&to)[4]) {
+    device::clip_bounds(clip, to);
+  }
   FUSEDRNN_DEVICE static A root(A x) { return root_of(x); }
   FUSEDRNN_DEVICE V kept(V x) const {
     if constexpr (sizeof(A) == 4) {
@@ -135,9 +138,10 @@ FUSEDRNN_DEVICE void step_unit(const UnitOptions<A>& o, index unit, unsigned kep
   A record[slots + 1], h = 0;
   for (int k = 0; k < slots; ++k) record[k] = at.v[k].value;
   const A h_prev = at.state.h.value, c_prev = record[slots] = at.state.c.value;
-  rows.forward({record, &h_prev, &c_prev, nullptr, record + slots, &h, nullptr, nullptr},
-               1);
-  rows.after(&h, &h_prev, nullptr, nullptr, 1);
+  const typename decltype(rows)::Row row{
+      record,  record,  1,       &h_prev, &c_prev, nullptr, record + slots,
+      &h,      nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+  rows.forward(&row, 1, 1);
   for (int k = 0; k < slots; ++k) at.v[k] = {record[k]};
   at.state = {{h}, {record[slots]}};
 }
@@ -150,7 +154,7 @@ FUSEDRNN_DEVICE void step_unit_back(const UnitOptions<A>& o, index b, index unit
                                     device::Vec<A> c, Unit<Cell, device::Vec<A>>& at) {
   constexpr int slots = Cell::slots;
   const auto rows = row_of_unit<Cell>(o, unit, UnitWalk<A>(o, kept, true));
-  constexpr device::GradientRow<Cell> in(Model{}, Cell::has_c, 1, 1);
+  constexpr GradientRow in(shape_of<Cell>(0), Model{}, Cell::has_c, 1, 1);
   A record[slots], da[slots + 2];
   for (int k = 0; k < slots; ++k) record[k] = at.v[k].value;
   const A h_prev = prev.h.value, c_prev = prev.c.value;
@@ -158,18 +162,20 @@ FUSEDRNN_DEVICE void step_unit_back(const UnitOptions<A>& o, index b, index unit
   const typename decltype(rows)::BackRow row{
       record,  &h_prev, &c_prev, o.options.zoneout_c > 0 ? nullptr : &c.value,
       nullptr, nullptr, &dh,     &dc,
-      &direct, da,      false};
-  rows.before(row, 1);
-  rows.backward(row, in, &dh, 1);
+      &direct, da,      false,   nullptr,
+      nullptr, nullptr};
+  rows.backward(row, in, 0, rows.before(row, 0, {dh}));
   for (int k = 0; k < slots; ++k) at.v[k] = {da[k]};
   at.state = {{direct}, {dc}};
   if constexpr (Cell::has_c) {
     if (!o.weight_ch) return;
     // Each sum is one thread's, which adds to it in order.
-    A* const to = o.dweight_ch + b * Cell::peepholes * o.H + unit;
-    add_to(to, da[Cell::I] * da[in.c_prev]);
-    add_to(to + o.H, da[Cell::F] * da[in.c_prev]);
-    add_to(to + 2 * o.H, da[Cell::O] * da[in.c]);
+    constexpr Shape shape = shape_of<Cell>(0);
+    A* const to = o.dweight_ch + b * Cell::peephole_count * o.H + unit;
+    for (int k = 0; k < Cell::peephole_count; ++k) {
+      const auto [slot, sees_new] = shape.peepholes[k];
+      add_to(to + k * o.H, da[slot] * da[sees_new ? in.c : in.c_prev]);
+    }
   }
 }
 

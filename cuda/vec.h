@@ -1,7 +1,9 @@
 // A vector of one lane: what the cells (csrc/cells/) ask of a GPU's thread.
 #pragma once
 
-#include "cells.h"
+#define FUSEDRNN_ARCH device
+
+#include "../csrc/cells/all.h"
 #include "device.h"
 
 namespace fusedrnn::device {

@@ -10,12 +10,17 @@ build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 compile() { aarch64-linux-gnu-g++ -std=c++20 -O2 -Wall -Wextra -Wshadow -Werror "$@"; }
 for isa in neon portable; do
-  compile -ffp-contract=off -DFUSEDRNN_ARCH=$isa -c csrc/cpu/kernels.cpp -o "$build/$isa.o" &
+  for element in float double; do
+    with=$([ $element = float ] && echo -DFUSEDRNN_WITH_ISA || true)
+    compile -ffp-contract=off -DFUSEDRNN_ARCH=$isa -DFUSEDRNN_ELEMENT=$element $with \
+      -c csrc/cpu/isa/kernels.cpp -o "$build/$isa-$element.o" &
+  done
+  wait
 done
-for source in csrc/cpu/{dispatch,memory,team}.cpp tests/kernels_test.cpp; do
-  compile -fopenmp -DFUSEDRNN_HAS_NEON -c "$source" -o "$build/$(basename "$source").o"
+for source in csrc/cpu/*.cpp tests/kernels_test.cpp; do
+  compile -ffp-contract=off -fopenmp -DFUSEDRNN_HAS_NEON -c "$source" \
+    -o "$build/$(basename "$source").o"
 done
-wait %1
-wait %2
+test "$(ls "$build"/*.o | wc -l)" -eq "$((4 + $(ls csrc/cpu/*.cpp | wc -l) + 1))"
 compile -fopenmp "$build"/*.o -o "$build/kernels_test"
 qemu-aarch64 -L /usr/aarch64-linux-gnu "$build/kernels_test"

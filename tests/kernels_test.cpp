@@ -95,71 +95,93 @@ Values widened(const std::vector<S>& from) {
   return {from.begin(), from.end()};
 }
 
+// A cell's kernels for an element type.
+struct Tested {
+  const Kernels& kernels;
+  const CellKernels& cell;
+};
+Tested tested(const Isa& isa, std::string_view name, index size) {
+  const Kernels& kernels = size == 4 ? *isa.f32 : *isa.f64;
+  for (const CellKernels& cell : kernels.cells) {
+    if (cell.name == name) return {kernels, cell};
+  }
+  std::abort();
+}
+
 // Forward in `chunks` pieces, and if there is one, backward.
 template <class S>
-Results train(const CellEntry& cell, const Arrays& a, bool borrow, index chunks) {
-  const Kernels<S>& kernels = cell.kernels<S>();
-  const Model model{a.I, a.H, a.H, cell.variant, false, false};
-  const index GH = a.gates * a.H, BH = a.B * a.H;
+Results train(const Tested& of, const Arrays& a, bool borrow, index chunks) {
+  const bool has_c = of.cell.shape.has_c;
+  const Model model{a.I, a.H, a.H, of.cell.shape.variant, false, false};
+  const Layout layout(of.kernels, of.cell, model);
+  const index GH = a.gates * a.H, BH = a.B * a.H, size = sizeof(S);
   const auto x = as<S>(a.x), w_ih = as<S>(a.weight_ih), w_hh = as<S>(a.weight_hh);
   const auto b_ih = as<S>(a.bias_ih), b_hh = as<S>(a.bias_hh), dy = as<S>(a.dy);
   const auto dh_n = as<S>(a.dh_n), dc_n = as<S>(a.dc_n), h0 = as<S>(a.h0),
              c0 = as<S>(a.c0);
-  const Parameters<S> parameters{model,       w_ih.data(), w_hh.data(),
-                                 b_ih.data(), b_hh.data(), nullptr};
+  const auto read = [](const std::vector<S>& v, index from = 0) {
+    return reinterpret_cast<const char*>(v.data() + from);
+  };
+  const auto write = [](std::vector<S>& v, index from = 0) {
+    return reinterpret_cast<char*>(v.data() + from);
+  };
+  const Parameters<char> parameters{model,      read(w_ih), read(w_hh),
+                                    read(b_ih), read(b_hh), nullptr};
   const auto packed = [&](bool backward) {
-    std::vector<S> to(kernels.packed_size(model, backward, borrow));
-    pack(kernels, parameters, backward, borrow, to.data());
+    std::vector<S> to(packed_bytes(layout, backward, borrow) / size);
+    pack(layout, parameters, backward, borrow, write(to));
     return to;
   };
   const std::vector<S> forward_weights = packed(false), backward_weights = packed(true);
   std::vector<S> y(a.T * BH), h_n(h0), c_n(c0);
-  std::vector<S> saved(a.T * a.B * kernels.saved_size(model, a.options));
+  const bool saves = saves_slots(of.cell.shape.saves, a.options);
+  std::vector<S> saved(saves ? a.T * a.B * layout.record_bytes() / size : 0);
+  const auto start = [&](ForwardOf<char>& p, index first, index steps) {
+    p.T = steps, p.B = a.B, p.I = a.I, p.H = p.R = a.H, p.reverse = a.reverse;
+    p.model = model, p.options = a.options;
+    p.weight_ih = read(w_ih), p.weight_hh = read(w_hh);
+    p.x = read(x, first * a.B * a.I), p.x_t = a.B * a.I * size, p.x_b = a.I * size;
+    p.y = write(y, first * BH), p.y_t = BH * size, p.y_b = a.H * size;
+  };
   for (index chunk = 0; chunk < chunks; ++chunk) {
     const index begin = a.T * chunk / chunks, end = a.T * (chunk + 1) / chunks;
     if (begin == end) continue;
     const std::vector<S> h(h_n), c(c_n);
     const index first = a.reverse ? a.T - end : begin;
-    Forward<S> p{};
-    p.T = end - begin, p.B = a.B, p.I = a.I, p.H = p.R = a.H, p.reverse = a.reverse;
-    p.model = model, p.options = a.options, p.row_wise = a.row_wise;
+    Forward p{};
+    start(p, first, end - begin);
     const auto lengths = a.lengths_within(first, p.T);
-    if (a.resets) p.lengths = lengths.data(), p.resets = &a.resets[first * a.B];
-    p.x = x.data() + first * a.B * a.I, p.x_t = a.B * a.I, p.x_b = a.I;
-    p.h0 = h.data(), p.c0 = cell.has_c ? c.data() : nullptr;
-    p.weights = forward_weights.data();
-    if (borrow) p.weight_ih = w_ih.data(), p.weight_hh = w_hh.data();
-    p.y = y.data() + first * BH, p.y_t = BH, p.y_b = a.H;
-    p.h_n = h_n.data(), p.c_n = cell.has_c ? c_n.data() : nullptr;
-    p.saved = chunks == 1 && !saved.empty() ? saved.data() : nullptr;
-    run(kernels, cell.gates, p);
+    if (a.resets) p.masks = {lengths.data(), &a.resets[first * a.B]};
+    p.has_options = a.row_wise, p.unpacked = borrow;
+    p.h0 = read(h), p.c0 = has_c ? read(c) : nullptr;
+    p.weights = read(forward_weights);
+    p.h_n = write(h_n), p.c_n = has_c ? write(c_n) : nullptr;
+    p.saved = chunks == 1 && saves ? write(saved) : nullptr;
+    run(layout, p);
   }
-  Results results{widened(y), widened(h_n), cell.has_c ? widened(c_n) : Values{}};
+  Results results{widened(y), widened(h_n), has_c ? widened(c_n) : Values{}};
   if (chunks > 1) return results;
 
   std::vector<S> dx(a.T * a.B * a.I), dw_ih(GH * a.I), dw_hh(GH * a.H), db_ih(GH),
       db_hh(GH), dh0(BH), dc0(BH);
-  Backward<S> p{};
-  p.T = a.T, p.B = a.B, p.I = a.I, p.H = p.R = a.H, p.reverse = a.reverse;
-  p.model = model, p.options = a.options, p.row_wise = a.row_wise;
-  p.forward_weights = forward_weights.data();
-  if (a.resets) p.lengths = a.lengths.data(), p.resets = a.resets.get();
-  p.x = x.data(), p.x_t = a.B * a.I, p.x_b = a.I;
-  p.h0 = h0.data(), p.c0 = cell.has_c ? c0.data() : nullptr;
-  p.weights = borrow ? nullptr : backward_weights.data();
-  p.weight_ih = w_ih.data(), p.weight_hh = w_hh.data();
-  p.y = y.data(), p.y_t = BH, p.y_b = a.H, p.saved = saved.data();
-  p.dy = dy.data(), p.dy_t = BH, p.dy_b = a.H, p.dh_n = dh_n.data();
-  p.dc_n = cell.has_c ? dc_n.data() : nullptr;
-  p.dx = dx.data(), p.dx_t = a.B * a.I, p.dx_b = a.I;
-  p.dweight_ih = dw_ih.data(), p.dweight_hh = dw_hh.data();
-  p.dbias_ih = db_ih.data(), p.dbias_hh = db_hh.data();
-  p.dh0 = dh0.data(), p.dc0 = cell.has_c ? dc0.data() : nullptr;
-  run(kernels, cell.gates, p);
+  Backward p{};
+  start(p, 0, a.T);
+  p.has_options = a.row_wise, p.forward_weights = read(forward_weights);
+  if (a.resets) p.masks = {a.lengths.data(), a.resets.get()};
+  p.h0 = read(h0), p.c0 = has_c ? read(c0) : nullptr;
+  p.weights = borrow ? nullptr : read(backward_weights);
+  p.saved = write(saved);
+  p.dy = read(dy), p.dy_t = BH * size, p.dy_b = a.H * size, p.dh_n = read(dh_n);
+  p.dc_n = has_c ? read(dc_n) : nullptr;
+  p.dx = write(dx), p.dx_t = a.B * a.I * size, p.dx_b = a.I * size;
+  p.dweight_ih = write(dw_ih), p.dweight_hh = write(dw_hh);
+  p.dbias_ih = write(db_ih), p.dbias_hh = write(db_hh);
+  p.dh0 = write(dh0), p.dc0 = has_c ? write(dc0) : nullptr;
+  run(layout, p);
   for (const auto* gradient : {&dx, &dw_ih, &dw_hh, &db_ih, &db_hh, &dh0}) {
     results.push_back(widened(*gradient));
   }
-  results.push_back(cell.has_c ? widened(dc0) : Values{});
+  results.push_back(has_c ? widened(dc0) : Values{});
   return results;
 }
 
@@ -178,28 +200,23 @@ void compare(const Results& got, const Results& expected, double tolerance,
   }
 }
 
-const CellEntry& portable(std::string_view name) {
-  for (const CellEntry& cell : compiled_isas().back().isa->cells) {
-    if (cell.name == name) return cell;
-  }
-  std::abort();
-}
-
 template <class S>
-void test_cell(const CellEntry& cell, const Arrays& a, double tolerance,
+void test_cell(const Isa& isa, std::string_view name, const Arrays& a, double tolerance,
                const std::string& what) {
   set_num_threads(1);
-  const Results expected = train<double>(portable(cell.name), a, false, 1);
-  const Results got = train<S>(cell, a, false, 1);
-  compare(got, expected, cell.name == "rnn_identity" ? 8 * tolerance : tolerance, what);
+  const Isa& portable = *compiled_isas().back().isa;
+  const Results expected = train<double>(tested(portable, name, 8), a, false, 1);
+  const Tested of = tested(isa, name, sizeof(S));
+  const Results got = train<S>(of, a, false, 1);
+  compare(got, expected, name == "rnn_identity" ? 8 * tolerance : tolerance, what);
   if (!a.row_wise) {
-    check(train<S>(cell, a, true, 1) == got, what + " differs with unpacked weights");
+    check(train<S>(of, a, true, 1) == got, what + " differs with unpacked weights");
   }
   set_num_threads(3);
-  check(train<S>(cell, a, false, 1) == got, what + " differs with 3 threads");
+  check(train<S>(of, a, false, 1) == got, what + " differs with 3 threads");
   if (a.options.training) return;
   Results whole(got.begin(), got.begin() + 3);
-  check(train<S>(cell, a, false, 2) == whole, what + " differs in two pieces");
+  check(train<S>(of, a, false, 2) == whole, what + " differs in two pieces");
 }
 
 template <class S>
@@ -253,24 +270,25 @@ int main() {
       test_math<double>(function, name + " double " + std::string(function.name));
     }
     std::mt19937 random(1);
-    for (const CellEntry& cell : isa->cells) {
+    for (const CellKernels& cell : isa->f32->cells) {
       for (const auto& [T, B, I, H] : shapes) {
         // A linear recurrence grows with T; it is tested on few steps.
         const index steps = cell.name == "rnn_identity" && T > 7 ? 7 : T;
         for (const auto& [reverse, masked] :
              {std::pair{false, false}, {true, false}, {true, true}}) {
-          Arrays a(random, cell.gates, steps, B, I, H, reverse, masked);
+          Arrays a(random, cell.shape.gates, steps, B, I, H, reverse, masked);
           // The plain kernels do not know all variants.
-          a.row_wise = cell.variant == 1 && cell.name.substr(0, 3) != "rnn";
+          const Variant& differs = cell.shape.differs;
+          a.row_wise = differs.absent >= 0 || differs.second >= 0;
           const std::string what = name + " " + std::string(cell.name) + " " +
                                    std::to_string(steps) + "," + std::to_string(B) + "," +
                                    std::to_string(I) + "," + std::to_string(H) +
                                    (masked ? " masked" : "");
-          test_cell<float>(cell, a, 1e-4, what + " float");
-          test_cell<double>(cell, a, 1e-11, what + " double");
+          test_cell<float>(*isa, cell.name, a, 1e-4, what + " float");
+          test_cell<double>(*isa, cell.name, a, 1e-11, what + " double");
           a.ask_for_options();
-          test_cell<float>(cell, a, 1e-4, what + " float with options");
-          test_cell<double>(cell, a, 1e-11, what + " double with options");
+          test_cell<float>(*isa, cell.name, a, 1e-4, what + " float with options");
+          test_cell<double>(*isa, cell.name, a, 1e-11, what + " double with options");
         }
       }
     }

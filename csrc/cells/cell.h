@@ -11,34 +11,119 @@
 // LSTM and RNN have gates = slots, so both parts meet in one sum. GRU's new gate keeps
 // its two parts apart, r being in between, so it has one slot for each.
 //
+// A cell declares
+//
+//   variants[]             its kernels' names and in what they differ; x.variant tells
+//                          its functions which one runs
 //   gates                  blocks of H rows in weight_ih and weight_hh
 //   input_gate[k]          the block of weight_ih that feeds slot slots-gates+k
 //   recurrent_gate[k]      the block of weight_hh that feeds slot k
+//   input_group[k], recurrent_group[k]
+//                          the group of slots that LayerNorm normalises together, in
+//                          which the input part of slot slots-gates+k and the recurrent
+//                          part of slot k are; the slots of a group are neighbours
 //   saves                  keep the slots for backward; else h alone is known, in slot 0
 //   has_c                  there is a cell state c beside h
 //   has_direct             h' reaches h past the matmul, so backward returns dh_direct
+//   peepholes              gates that may see c: Peephole{slot, whether it sees the new c}
+//
+// and the functions
 //
 //   forward(a, prev, x)                    -> h, c;  a becomes what is saved
 //   backward(s, prev, c, dh, dc, x)        -> dh_direct, dc';  s becomes da
 //
+// With has_c, LayerNorm of c and zoneout come between c and h, so the cell also has
+//
+//   forward_c(a, c', x)                    -> c;     a becomes what is saved
+//   cell(s, c', x)                         -> c from what is saved
+//   squash(c), hidden(gate, squash(c))     -> h, from c and the slot `hidden_gate`
+//   hidden_backward(gate, squash(c), dh, dc)  -> dc + the gradient of c through h
+//   backward_c(s, c', c, squash(c), dh, dc, x)  -> dc' from dc with what h adds to it
+//
+// A variant with a second product multiplies the block of `second` of weight_hh with
+// operand(a, h') and not with h', so its step has two parts on either side of it:
+//
+//   open(a, x)                             activates slot `factor`, and all others that
+//                                          wait for nothing
+//   operand(factor, h')                    what the second product multiplies
+//   close(a, prev, x)                      -> h, once slot `second` is known
+//   open_backward(s, prev, dh, x)          -> dh_direct; s becomes da but for `factor`
+//   factor_backward(factor, d_factor, x)   -> da of that slot
+//
 // x says what else a step is asked for: `Plain` nothing, `Extras` any of it at run time.
 #pragma once
 
-// Before a function that a GPU may run, too.
-// FUSEDRNN_CALLED is for what is not worth a copy at each place.
-#ifdef __CUDACC__
-#define FUSEDRNN_DEVICE __device__ __forceinline__
-#define FUSEDRNN_CALLED __device__ __noinline__ inline
-#else
-#define FUSEDRNN_DEVICE inline
-#define FUSEDRNN_CALLED inline
-#endif
+#include "../target.h"
 
 namespace fusedrnn {
 
 template <class V>
 struct State {
   V h, c;
+};
+
+struct Variant {
+  const char* name;
+  int absent = -1;               // the slot without weights, or -1
+  int second = -1, factor = -1;  // the slots of a second product, or -1; second is 0
+};
+
+struct Peephole {
+  int slot;
+  bool sees_new;
+};
+
+// A cell's declarations as numbers, for code that is compiled once for all cells.
+struct Shape {
+  static constexpr int most_slots = 6, most_groups = 4, most_peepholes = 3;
+
+  int gates, slots, peephole_count;
+  bool saves, has_c, has_direct;
+  int input[most_slots], recurrent[most_slots];  // a slot's block of weights, or -1
+  Peephole peepholes[most_peepholes];
+  int variant;
+  Variant differs;
+
+  FUSEDRNN_SHARED constexpr int first_input() const { return slots - gates; }
+  FUSEDRNN_SHARED constexpr bool has_second() const { return differs.second >= 0; }
+};
+
+template <class Cell>
+FUSEDRNN_SHARED constexpr Shape shape_of(int variant) {
+  Shape s{};
+  s.gates = Cell::gates;
+  s.slots = Cell::slots;
+  s.peephole_count = Cell::peephole_count;
+  s.saves = Cell::saves;
+  s.has_c = Cell::has_c;
+  s.has_direct = Cell::has_direct;
+  for (int k = 0; k < s.slots; ++k) {
+    s.input[k] = k < s.first_input() ? -1 : Cell::input_gate[k - s.first_input()];
+    s.recurrent[k] = k < s.gates ? Cell::recurrent_gate[k] : -1;
+  }
+  if constexpr (Cell::peephole_count > 0) {
+    for (int k = 0; k < s.peephole_count; ++k) s.peepholes[k] = Cell::peepholes[k];
+  }
+  s.variant = variant;
+  s.differs = Cell::variants[variant];
+  return s;
+}
+
+// The slots of each group that LayerNorm normalises together, of those from `first` on
+// whose groups stand in group[].
+struct Groups {
+  int count = 0;
+  Range slots[Shape::most_groups]{};
+
+  template <int gates>
+  FUSEDRNN_SHARED constexpr Groups(const int (&group)[gates], int first) {
+    for (int k = 0; k < gates; ++k) {
+      Range& of = slots[group[k]];
+      if (of.end == 0) of.begin = first + k;
+      of.end = first + k + 1;
+      count = group[k] >= count ? group[k] + 1 : count;
+    }
+  }
 };
 
 // `variant` tells cells apart that share their kernels: an RNN's activation, an LSTM with
@@ -66,7 +151,7 @@ struct Extras {
   int variant;
   bool clips, clips_cell, has_peephole;
   V clip, sigmoid_low, sigmoid_high, tanh_high, cell_clip;
-  V peephole[3];  // of the gates that see c, in their order
+  V peephole[Shape::most_peepholes];  // of the gates that see c, in their order
 
   FUSEDRNN_DEVICE bool is_variant() const { return variant == 1; }
   FUSEDRNN_DEVICE V bounded(V a) const { return clips ? within(clip, a) : a; }

@@ -23,52 +23,63 @@ namespace fusedrnn::FUSEDRNN_ARCH {
 template <class V>
 struct Gru {
   // Slots q r z n: the recurrent part owns the first three, the input part the last.
-  static constexpr int gates = 3, slots = 4, peepholes = 0;
+  static constexpr int gates = 3, slots = 4, peephole_count = 0;
+  static constexpr int Q = 0, R = 1, Z = 2, N = 3;
+  static constexpr Variant variants[] = {{"gru"}, {"gru_before", -1, Q, R}};
   static constexpr int input_gate[gates] = {0, 1, 2}, recurrent_gate[gates] = {2, 0, 1};
+  // LayerNorm normalises the new gate apart from the others.
+  static constexpr int input_group[gates] = {0, 0, 1}, recurrent_group[gates] = {1, 0, 0};
   static constexpr bool saves = true, has_c = false, has_direct = true;
 
   template <class X>
   FUSEDRNN_DEVICE static State<V> forward(V (&a)[slots], State<V> prev, const X& x) {
     open(a, x);
-    return close(a, fma(a[1], a[0], a[3]), prev, x);
+    return finish(a, fma(a[R], a[Q], a[N]), prev, x);
   }
 
-  // r and z.
   template <class X>
   FUSEDRNN_DEVICE static void open(V (&a)[slots], const X& x) {
-    a[1] = sigmoid(x.bounded(a[1]));
-    a[2] = sigmoid(x.bounded(a[2]));
+    a[R] = sigmoid(x.bounded(a[R]));
+    a[Z] = sigmoid(x.bounded(a[Z]));
   }
-  // n from its pre-activation, and h.
+  FUSEDRNN_DEVICE static V operand(V r, V h_prev) { return r * h_prev; }
   template <class X>
-  FUSEDRNN_DEVICE static State<V> close(V (&a)[slots], V a_n, State<V> prev, const X& x) {
-    const V z = a[2], n = a[3] = tanh(x.bounded(a_n));
-    return {fma(z, prev.h - n, n), prev.c};
+  FUSEDRNN_DEVICE static State<V> close(V (&a)[slots], State<V> prev, const X& x) {
+    return finish(a, a[N] + a[Q], prev, x);
   }
 
   template <class X>
   FUSEDRNN_DEVICE static State<V> backward(V (&s)[slots], State<V> prev, V, V dh, V dc,
                                            const X& x) {
-    const V q = s[0], r = s[1];
+    const V q = s[Q], r = s[R];
     const V dh_direct = open_backward(s, prev, dh, x);
-    s[1] = reset_gradient(r, s[0] * q, x);
-    s[0] = s[0] * r;
+    s[R] = factor_backward(r, s[Q] * q, x);
+    s[Q] = s[Q] * r;
     return {dh_direct, dc};
   }
 
-  // All but r: s[0] becomes da_n.
+  // All but r: s[Q] becomes da_n.
   template <class X>
   FUSEDRNN_DEVICE static V open_backward(V (&s)[slots], State<V> prev, V dh, const X& x) {
     const V one = V::broadcast(1);
-    const V z = s[2], n = s[3];
-    s[3] = x.through_tanh(n, dh * (one - z) * (one - n * n));
-    s[2] = x.through_sigmoid(z, dh * (prev.h - n) * (z * (one - z)));
-    s[0] = s[3];
+    const V z = s[Z], n = s[N];
+    s[N] = x.through_tanh(n, dh * (one - z) * (one - n * n));
+    s[Z] = x.through_sigmoid(z, dh * (prev.h - n) * (z * (one - z)));
+    s[Q] = s[N];
     return dh * z;
   }
   template <class X>
-  FUSEDRNN_DEVICE static V reset_gradient(V r, V dr, const X& x) {
+  FUSEDRNN_DEVICE static V factor_backward(V r, V dr, const X& x) {
     return x.through_sigmoid(r, dr * (r * (V::broadcast(1) - r)));
+  }
+
+ private:
+  // n from its pre-activation, and h.
+  template <class X>
+  FUSEDRNN_DEVICE static State<V> finish(V (&a)[slots], V a_n, State<V> prev,
+                                         const X& x) {
+    const V z = a[Z], n = a[N] = tanh(x.bounded(a_n));
+    return {fma(z, prev.h - n, n), prev.c};
   }
 };
 

@@ -22,12 +22,15 @@ namespace fusedrnn::FUSEDRNN_ARCH {
 template <class V>
 struct Lstm {
   static constexpr int gates = 4, slots = 4;
-  static constexpr int input_gate[gates] = {0, 1, 2, 3},
-                       recurrent_gate[gates] = {0, 1, 2, 3};
-  static constexpr bool saves = true, has_c = true, has_direct = false;
   static constexpr int I = 0, F = 1, G = 2, O = 3;
-  static constexpr int peepholes = 3, sees[peepholes] = {I, F, O};
-  // Variant 1 has coupled gates: the weights of f are 0 and not looked at.
+  // With coupled gates the weights of f are 0 and not looked at.
+  static constexpr Variant variants[] = {{"lstm"}, {"lstm_coupled", F}};
+  static constexpr int input_gate[gates] = {I, F, G, O},
+                       recurrent_gate[gates] = {I, F, G, O};
+  static constexpr int input_group[gates] = {}, recurrent_group[gates] = {};
+  static constexpr bool saves = true, has_c = true, has_direct = false;
+  static constexpr int hidden_gate = O, peephole_count = 3;
+  static constexpr Peephole peepholes[] = {{I, false}, {F, false}, {O, true}};
 
   // The gates and c, before h.
   template <class X>
@@ -47,13 +50,19 @@ struct Lstm {
   template <class X>
   FUSEDRNN_DEVICE static State<V> forward(V (&a)[slots], State<V> prev, const X& x) {
     const V c = forward_c(a, prev.c, x);
-    return {a[O] * tanh(c), c};
+    return {hidden(a[hidden_gate], squash(c)), c};
   }
 
   // c from the gates.
   template <class X>
   FUSEDRNN_DEVICE static V cell(const V (&s)[slots], V c_prev, const X& x) {
     return x.bounded_cell(fma(s[F], c_prev, s[I] * s[G]));
+  }
+
+  FUSEDRNN_DEVICE static V squash(V c) { return tanh(c); }
+  FUSEDRNN_DEVICE static V hidden(V o, V tanh_c) { return o * tanh_c; }
+  FUSEDRNN_DEVICE static V hidden_backward(V o, V tanh_c, V dh, V dc) {
+    return fma(dh * o, V::broadcast(1) - tanh_c * tanh_c, dc);
   }
 
   // From dc, what h passes on to it included.
@@ -78,8 +87,8 @@ struct Lstm {
   template <class X>
   FUSEDRNN_DEVICE static State<V> backward(V (&s)[slots], State<V> prev, V c, V dh, V dc,
                                            const X& x) {
-    const V tanh_c = tanh(c);
-    dc = fma(dh * s[O], V::broadcast(1) - tanh_c * tanh_c, dc);
+    const V tanh_c = squash(c);
+    dc = hidden_backward(s[hidden_gate], tanh_c, dh, dc);
     return {V::broadcast(0), backward_c(s, prev.c, c, tanh_c, dh, dc, x)};
   }
 };

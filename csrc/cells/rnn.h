@@ -11,8 +11,10 @@ namespace fusedrnn::FUSEDRNN_ARCH {
 
 template <class V>
 struct Rnn {
-  static constexpr int gates = 1, slots = 1, peepholes = 0;
+  static constexpr int gates = 1, slots = 1, peephole_count = 0;
+  static constexpr Variant variants[] = {{"rnn_tanh"}, {"rnn_relu"}, {"rnn_identity"}};
   static constexpr int input_gate[gates] = {0}, recurrent_gate[gates] = {0};
+  static constexpr int input_group[gates] = {}, recurrent_group[gates] = {};
   static constexpr bool saves = false, has_c = false, has_direct = false;
   enum Activation { hyperbolic, rectified, identity };
 

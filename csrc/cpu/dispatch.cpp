@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <numeric>
 #include <stdexcept>
 
@@ -41,9 +42,13 @@ extern const Isa isa;
 }
 
 const index second_level_cache = [] {
+  // For tests, so that small shapes reach each order of tiles.
+  if (const char* bytes = std::getenv("FUSEDRNN_L2_BYTES")) {
+    if (const index size = std::atoll(bytes); size > 0) return size;
+  }
 #ifdef _SC_LEVEL2_CACHE_SIZE
-  const index told = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (told > 0) return told;
+  const index found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (found > 0) return found;
 #endif
   return index{1} << 20;
 }();
@@ -136,15 +141,14 @@ class FlushDenormals {
 
 // Scratch memory that a calling thread keeps between its calls, so that a short call
 // neither asks for memory nor touches new pages.
-template <class S>
-S* workspace(index elements) {
+char* workspace(index size) {
   thread_local Memory kept;
-  const auto bytes = static_cast<std::size_t>(elements) * sizeof(S);
+  const auto bytes = static_cast<std::size_t>(size);
   if (bytes > kept.bytes()) {
     kept = {};
     kept = Memory(bytes);
   }
-  return kept.as<S>();
+  return kept.as<char>();
 }
 
 // A thread is worth waking for this much work in all, and worth meeting once per step for
@@ -160,9 +164,10 @@ struct Workforce {
   bool brief;
 };
 
-Workforce workforce(const Steps& p, int gates, double passes) {
-  const index rows =
-      p.lengths ? std::accumulate(p.lengths, p.lengths + p.B, index{0}) : p.T * p.B;
+Workforce workforce(const Sizes& p, const Masks& masks, int gates, double passes) {
+  const index rows = masks.lengths
+                         ? std::accumulate(masks.lengths, masks.lengths + p.B, index{0})
+                         : p.T * p.B;
   const double per_step = 2.0 * gates * static_cast<double>(p.H * rows) / p.T;
   const double step = per_step * static_cast<double>(p.R);
   const double input = per_step * static_cast<double>(p.I);
@@ -190,50 +195,41 @@ void with_team(const Workforce& force, index steps, const F& f) {
 
 }  // namespace
 
-template <class S>
-void pack(const Kernels<S>& kernels, const Parameters<S>& parameters, bool backward,
-          bool borrow, S* to) {
+void pack(const Layout& layout, const Parameters<char>& parameters, bool backward,
+          bool borrow, char* to) {
   constexpr index values_per_thread = 1 << 18;
-  const index values = kernels.packed_size(parameters.model, backward, borrow);
+  const index values = packed_bytes(layout, backward, borrow) / layout.size;
   const index most = std::max<index>(values / values_per_thread, 1);
   const int threads = static_cast<int>(std::min<index>(most, get_num_threads()));
   with_team({threads, false}, 0, [&](const Team& team) {
-    kernels.pack(parameters, backward, borrow, to, team);
+    pack(layout, parameters, backward, borrow, to, team);
   });
 }
 
-template <class S>
-ForwardPlan plan(const Kernels<S>& kernels, int gates, const Forward<S>& problem) {
-  return kernels.plan(problem, workforce(problem, gates, 1).threads);
+ForwardPlan plan(const Layout& layout, const Forward& p) {
+  return plan(layout, p, workforce(p, p.masks, layout.shape.gates, 1).threads);
 }
 
-template <class S>
-void run(const Kernels<S>& kernels, int gates, const Forward<S>& problem) {
-  const Workforce force = workforce(problem, gates, 1);
-  S* const scratch = workspace<S>(kernels.forward_workspace(problem, force.threads));
-  with_team(force, problem.T,
-            [&](const Team& team) { kernels.forward(problem, scratch, team); });
+void run(const Layout& layout, const Forward& p) {
+  const Workforce force = workforce(p, p.masks, layout.shape.gates, 1);
+  char* const scratch = workspace(forward_workspace(layout, p, force.threads));
+  with_team(force, p.T, [&](const Team& team) { forward(layout, p, scratch, team); });
 }
 
-template <class S>
-void run(const Kernels<S>& kernels, int gates, const Backward<S>& problem) {
-  const Workforce force = workforce(problem, gates, 2);
-  S* const scratch = workspace<S>(kernels.backward_workspace(problem, force.threads));
-  with_team(force, problem.T,
-            [&](const Team& team) { kernels.backward(problem, scratch, team); });
+void run(const Layout& layout, const Backward& p) {
+  const Workforce force = workforce(p, p.masks, layout.shape.gates, 2);
+  char* const scratch = workspace(backward_workspace(layout, p, force.threads));
+  with_team(force, p.T, [&](const Team& team) { backward(layout, p, scratch, team); });
 }
 
-template <class S>
-void run(const Dropout<S>& problem) {
+void run(const Dropout<char>& p, index element) {
   constexpr index values_per_thread = 1 << 15;
-  const index most = problem.T * problem.B * problem.N / values_per_thread + 1;
+  const index most = p.T * p.B * p.N / values_per_thread + 1;
   const int threads = static_cast<int>(std::min<index>(most, get_num_threads()));
+  const Isa& isa = active_isa();
+  const Kernels& kernels = element == sizeof(float) ? *isa.f32 : *isa.f64;
   with_team({threads, true}, 0, [&](const Team& team) {
-    if constexpr (sizeof(S) == 4) {
-      active_isa().dropout.f32(problem, team);
-    } else {
-      active_isa().dropout.f64(problem, team);
-    }
+    kernels.drop_out(p, team.share(p.T * p.B));
   });
 }
 
@@ -242,18 +238,6 @@ void run(void (*function)(const S* x, S* y, index n), const S* x, S* y, index n)
   const FlushDenormals mode;
   function(x, y, n);
 }
-
-template void pack(const Kernels<float>&, const Parameters<float>&, bool, bool, float*);
-template void pack(const Kernels<double>&, const Parameters<double>&, bool, bool,
-                   double*);
-template ForwardPlan plan(const Kernels<float>&, int, const Forward<float>&);
-template ForwardPlan plan(const Kernels<double>&, int, const Forward<double>&);
-template void run(const Kernels<float>&, int, const Forward<float>&);
-template void run(const Kernels<double>&, int, const Forward<double>&);
-template void run(const Kernels<float>&, int, const Backward<float>&);
-template void run(const Kernels<double>&, int, const Backward<double>&);
-template void run(const Dropout<float>&);
-template void run(const Dropout<double>&);
 template void run(void (*)(const float*, float*, index), const float*, float*, index);
 template void run(void (*)(const double*, double*, index), const double*, double*, index);
 

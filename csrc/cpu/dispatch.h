@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "layout.h"
 
 namespace fusedrnn {
 
@@ -30,17 +30,13 @@ void set_num_threads(int n);
 void follow_threads(int n);
 int get_num_threads();
 
-template <class S>
-void pack(const Kernels<S>& kernels, const Parameters<S>& parameters, bool backward,
-          bool borrow, S* to);
-template <class S>
-ForwardPlan plan(const Kernels<S>& kernels, int gates, const Forward<S>& problem);
-template <class S>
-void run(const Kernels<S>& kernels, int gates, const Forward<S>& problem);
-template <class S>
-void run(const Kernels<S>& kernels, int gates, const Backward<S>& problem);
-template <class S>
-void run(const Dropout<S>& problem);
+void pack(const Layout& layout, const Parameters<char>& parameters, bool backward,
+          bool borrow, char* to);
+ForwardPlan plan(const Layout& layout, const Forward& problem);
+void run(const Layout& layout, const Forward& problem);
+void run(const Layout& layout, const Backward& problem);
+// Of an array of the active ISA's elements of so many bytes.
+void run(const Dropout<char>& problem, index element);
 // A MathEntry's function, in the floating-point mode of a call.
 template <class S>
 void run(void (*function)(const S* x, S* y, index n), const S* x, S* y, index n);

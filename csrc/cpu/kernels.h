@@ -1,59 +1,283 @@
-// The table that each ISA's translation unit exports: one entry per cell and element
-// type.
+// The table of what one instruction set offers for one element type: products by the
+// precision of their weights, pointwise functions by cell, packing, small loops.
+//
+// The time loop (forward.cpp, backward.cpp) is compiled once for all instruction sets,
+// cells and element types. It knows steps, threads, masks and time blocks, and makes one
+// call of run() for each product, step and thread. What an instruction set offers knows
+// none of these. What depends on the cell or on the number of lanes is a number here, and
+// memory is counted in bytes unless a comment says otherwise.
+//
+// Data only: an inline function here would become a weak symbol in every instruction
+// set's object.
 #pragma once
 
 #include <span>
 #include <string_view>
 
-#include "team.h"
+#include "../contract.h"
+#include "../record.h"
 
 namespace fusedrnn {
 
-// How a forward is laid out, to be told to users.
-struct ForwardPlan {
-  int threads;
-  bool by_rows;                 // a thread owns rows of the batch, else hidden units
-  bool fused;                   // W x within the step
-  index stretch;                // steps whose W x is one product
-  index tile_rows, tile_units;  // of a register tile, with all gates of its units
-  index saved;                  // values per step and row for backward
-  index workspace;              // bytes
+enum class Format : std::uint8_t { f32, f64, bf16, s8 };
+
+constexpr int most_tile_rows = 16, most_roles = 16, most_terms = 2;
+constexpr int gradient_tiles_at_once = 32;
+constexpr index gradient_depth = 256;
+constexpr index most_rows_waiting = 512;  // that share panels of more than a cache holds
+
+// Rows of a matrix by their place in a block of rows: those that begin at `first`, so far
+// apart, in the order of `order` (null: 0, 1, …), or wherever at[place] points.
+struct Rows {
+  char* first = nullptr;
+  index apart = 0;
+  const index* order = nullptr;
+  char* const* at = nullptr;
 };
 
-// Workspaces and packed weights are counted in elements and aligned by the caller.
-template <class S>
-struct Kernels {
-  // `borrow`: only what the kernels need beside the parameters as they are.
-  index (*packed_size)(const Model&, bool backward, bool borrow);
-  void (*pack)(const Parameters<S>&, bool backward, bool borrow, S* to, const Team&);
-  index (*saved_size)(const Model&, const Options&);  // per step and row
-  index (*saved_values)(const Model&,
-                        const Options&);  // those at its start that are written
-  ForwardPlan (*plan)(const Forward<S>&, int threads);
-  index (*forward_workspace)(const Forward<S>&, int threads);
-  void (*forward)(const Forward<S>&, S* workspace, const Team&);
-  index (*backward_workspace)(const Backward<S>&, int threads);
-  void (*backward)(const Backward<S>&, S* workspace, const Team&);
+// Which rows a step reads and writes, by the part that they play.
+namespace role {
+// clang-format off
+enum Forward { x, seen, record, c, h, h_prev, c_prev, cells, trace, next_seen, mask,
+               keep_h, keep_c, operand };
+enum Backward { da_after, saved, before_h, before_c, seen_h, dy, dcells, dh, dc, direct,
+                da, mask_h, keeps_h, keeps_c, dm, dh0 };
+// clang-format on
+// Of a product that is only stored.
+enum Plain { left, to };
+}  // namespace role
+
+// A tile of sums, and what a pointwise function needs to know of its rows and units.
+// `sums` holds elements as [row][panel][slot][unit of the panel]; where it is null the
+// tile is whole rows of H units.
+struct Tile {
+  index place;  // of its first row
+  int rows;
+  index unit, end;  // units [unit, end), the first of a panel
+  index panel_units;
+  const void* sums;
+  index row, panel;  // elements from one row of sums to the next, and from panel to panel
+  std::uint32_t used;   // a bit for each role that there is
+  char* const (*at)[most_tile_rows];  // at[role][row]
 };
 
-// The cell's facts that callers outside the kernels need.
-struct CellEntry {
+// What stays the same during a call.
+struct Call {
+  Shape shape;
+  Model model;
+  Options options;
+  Vectors<const char> vectors;
+  index P;             // elements of a padded row of units
+  index bias_stride;   // elements from a slot of the bias to the next
+  const char* bias;    // (slots, P)
+  const char* bounds;  // of clip: 4 elements
+  bool zones_out;
+  bool saves;          // keep the slots for backward
+  GradientRow gradient;
+};
+
+// How the sums of a tile are stored: slots [begin, end) of a unit to `offset` + slot *
+// apart of the row of a role; whole vectors, or up to unit `size`. In elements.
+struct Put {
+  int role, begin, end;
+  index offset, apart, size;
+  bool padded;
+};
+
+// What a pointwise function is called with.
+struct Step {
+  const Call* call;
+  Put put;
+  // By place: whether no gradient passes from this step to the one before, and from the
+  // one after to this; or null.
+  const bool *cut, *cut_after;
+  bool has_product;   // whether dh has a part that comes through R
+  bool adds_direct;   // and one that passes it
+  char* scratch;      // of the thread: (2 + slots, P) for each row of a tile
+};
+
+using Pointwise = void (*)(const Step&, const Tile&);
+
+// Weights as the user has them: (blocks·H, K), seen from a panel's slots.
+struct Matrix {
+  const char* weight;
+  const int* blocks;  // of the slots
+  int slots;
+  index H, K, P;
+};
+
+// One term of a sum: Σ_k left(row, k) · right(k, column), for k from `from` to K.
+struct Term {
+  int role;
+  index offset;        // of k = 0 in a row of that role
+  const char* panels;  // packed, `depth` deep; or null, and then
+  const Matrix* matrix;
+  index panel_bytes, k_bytes;  // of a panel, and of one k of it
+  index K, depth, from;
+  int column;          // the column of each panel's sums that its first column adds to
+  const float* scale;  // of each place, where the product needs one
+};
+
+// Where the terms of a tile are, and where the memory is that it asks for meanwhile.
+struct TermAt {
+  const char* const* left;  // of each row, at the first k
+  const char* right;        // of the first panel, at the first k
+  index K;
+  index panel;        // bytes from one panel to the next
+  const char* ahead;  // what is prefetched, a vector for each k and line; or null
+  int column;
+  const float* scale;  // of the tile's rows
+};
+
+// A product over panels of `width` vectors for each k that go into `sums` vectors of a
+// tile. One tile: to[row][panel][sum] = start + the terms. `start` is one pointer for
+// each row; `slot` and `panel` count elements from one vector of a panel to the next and
+// from one panel to the next.
+struct PanelProduct {
+  using Multiply = void (*)(void* to, const char* const* start, index slot, index panel,
+                            const TermAt* terms, int count);
+  static constexpr int most_together = 12;
+
+  int width, sums;
+  int tile;  // rows at most
+  // Panels at once for a tile of so many rows: where panels come from the first-level
+  // cache, and where reading them takes longer.
+  std::int8_t near[most_tile_rows + 1], far[most_tile_rows + 1];
+  // By rows and panels, both less one; for one panel also with a prefetch of one vector
+  // or of `width` vectors for each k.
+  Multiply multiply[most_tile_rows][most_together];
+  Multiply asks_one[most_tile_rows], asks_all[most_tile_rows];
+};
+
+// A product by the precision of its weights: one packing, several kernels. To add a
+// precision is to add one of these.
+struct Product {
   std::string_view name;
-  int gates;
-  bool has_c;
-  int peepholes;  // gates that may see c
-  int variant;    // of a cell whose kernels serve several
-  Kernels<float> f32;
-  Kernels<double> f64;
+  Format weights, operand, sums;
+  int depth_grain;  // K is padded to a multiple of this
+  // Left rows must lie one after the other (a matrix unit reads them by a stride), and a
+  // tile of them is padded to `tile` rows.
+  bool dense_left;
+  std::span<const PanelProduct> panels;
+  // Bytes of one panel of `width` vectors.
+  index (*panel_bytes)(int width, index K);
+  // Packs panels [begin, end) of a matrix to `to`, each `unit_vectors` vectors of units
+  // of every slot.
+  void (*pack)(const Matrix&, int unit_vectors, Range panels, char* to);
+  // Rows of floats to an operand, so many elements of each; null: rows are read in place.
+  void (*put_left)(const char* const* rows, index count, index K, char* to, float* scale);
+  // Of a thread, before and after its products; or null.
+  void (*enter)();
+  void (*leave)();
+};
 
-  template <class S>
-  const Kernels<S>& kernels() const {
-    if constexpr (sizeof(S) == 4) {
-      return f32;
-    } else {
-      return f64;
-    }
-  }
+// One product of a step, or of a stretch of steps, for the rows and panels of a thread.
+struct Block {
+  const Product* product;
+  Term terms[most_terms];
+  int count;
+  int width, sums, unit_vectors;  // of a panel
+  Range places, panels;
+  index size;           // units there are: columns of the result
+  bool transposed;      // weights, whose last panel has one vector if that is enough
+  index row_bytes, panel_bytes;
+  int pieces = 1;       // that a panel's depth is cut into, where many tiles share it
+  bool backwards = false;
+  char* waiting;        // where pieces > 1: memory for sums that wait for the next piece
+  // Where sums start: a record's slots, else the bias, else zero.
+  int start_role = -1;
+  const char* start = nullptr;
+  index start_slot = 0;  // elements
+  index padded;          // elements of a padded row of units
+  Rows rows[most_roles];
+  std::uint32_t used;  // a bit for each role
+  // Prefetched while the product runs: parts of a row, so many elements apart.
+  struct Touch {
+    int role, parts;
+    index apart;
+    bool writes;
+  } touches[5];
+  int touch_count = 0;
+  Pointwise after;
+  const Step* step;
+};
+
+// The gradient of a matrix, in blocks of `units` rows that belong to the columns of da
+// from `begin` on, in this order.
+struct Target {
+  index begin;
+  int blocks;
+  const int* order;
+  index units;
+  const char* right;  // panels
+  index N;
+  char* dweight;  // (blocks·units, N), or null
+};
+
+// The units that keep their h and c at a time, 1 or 0, of rows b[n] of the batch, so many
+// bytes apart.
+struct ZoneoutDraw {
+  const Options* options;
+  bool has_c;
+  index time;
+  Range units;
+  const index* b;
+  index first_b, rows;  // where b is null: b = first_b + n
+  char *keep_h, *keep_c;
+  index apart;
+};
+
+// A cell's pointwise functions. Plain ones do without options. Those of whole rows are
+// for LayerNorm, and take up to `rows_at_once` rows.
+struct CellKernels {
+  Shape shape;
+  std::string_view name;
+  // Of tiles of R h' (+ W x), and of a second product.
+  Pointwise plain_forward, forward, open, close;
+  // Of whole rows.
+  Pointwise normalise_inputs, normalised_forward, normalised_close, normalise_again;
+  // Of tiles of dh, and of what a projection or second product comes to.
+  Pointwise plain_backward, backward, projected_backward, open_backward, close_backward;
+  // Of whole rows.
+  Pointwise normalised_backward, normalised_open_backward, normalised_close_backward;
+};
+
+struct Kernels {
+  index size;  // bytes of an element
+  int lanes;
+  int gradient_tile;  // columns of da in a tile of the gradients of weights
+  Product product;  // of the element's own precision
+  std::span<const CellKernels> cells;
+
+  void (*run)(const Block&);
+  // Calls a pointwise function for whole rows, so many at a time.
+  void (*walk)(const Block&, int rows_at_once);
+
+  // For tiles of any product.
+  Pointwise put, finish, leave, before;
+
+  void (*bounds)(double clip, char* to);
+  void (*draw_zoneout)(const ZoneoutDraw&);
+  void (*draw_recurrent)(const Options&, index b, index R, char* to);
+  void (*multiply_rows)(const char* a, const char* b, index n, char* to);
+  void (*fill)(double value, index n, char* to);
+  void (*drop_out)(const Dropout<char>&, Range rows);
+
+  void (*pack_bias)(const Shape&, const Parameters<char>&, index P, char* to);
+  // To panels of two vectors, the last of one if that is enough.
+  void (*pack_transposed)(const Matrix&, Range panels, char* to);
+
+  // The gradients of weights, of a block of depth: rows are da, x and h'.
+  void (*pack_right)(const char* const* rows, Range own, index depth, index N, char* to);
+  void (*pack_left)(const char* const* rows, index depth, Range columns, char* to);
+  void (*add_products)(const char* left, index depth, Range columns, const Target&,
+                       bool first);
+  void (*add_outer_products)(const char* const* da, const char* const* right, index depth,
+                             Range columns, index P, const Target&, bool first);
+  void (*add_columns)(const char* const* a, const char* const* b, index depth, Range own,
+                      char* to, bool first, bool continues);
+  void (*write_biases)(const Shape&, const char* sums, index P, index H, Range own,
+                       char* dbias_ih, char* dbias_hh);
 };
 
 // Elementwise functions of the cells, for the tests of their accuracy.
@@ -63,22 +287,16 @@ struct MathEntry {
   void (*f64)(const double* x, double* y, index n);
 };
 
-// What a core can do at most (probe.h), for the floor (src/fusedrnn/floor.py).
+// What a core can do at most (isa/probe.h), for the floor (src/fusedrnn/floor.py).
 struct Probes {
   double (*multiply_add_f32)(index rounds);
   double (*multiply_add_f64)(index rounds);
   float (*read)(const float* p, index n, index rounds);
 };
 
-struct Dropouts {
-  void (*f32)(const Dropout<float>&, const Team&);
-  void (*f64)(const Dropout<double>&, const Team&);
-};
-
 struct Isa {
   std::string_view name;
-  std::span<const CellEntry> cells;
-  Dropouts dropout;
+  const Kernels *f32, *f64;
   std::span<const MathEntry> math;
   Probes probes;
 };

@@ -1,7 +1,7 @@
 // What the kernels want to know of the machine.
 #pragma once
 
-#include "../problem.h"
+#include "../contract.h"
 
 namespace fusedrnn {
 

@@ -1,32 +1,29 @@
-// Which rows take which step. Without lengths every row takes every step. With them a
-// block keeps its rows by length, longest first, so that the rows that take a step are
-// always its first: tiles hold no others, and a short row costs what its length does.
+// Which rows take which step, and what state they take it from. Without lengths every row
+// takes every step. With them a block keeps its rows by length, longest first, so that
+// the rows that take a step are always its first: tiles hold no others, and a short row
+// costs what its length does.
 #pragma once
 
+#include "kernels.h"
 #include "team.h"
 
-namespace fusedrnn::FUSEDRNN_ARCH {
+namespace fusedrnn {
 
-// The rows of a tile.
-template <int rows>
-struct TileRows {
-  index b[rows];
-  bool in_a_row;  // b[r] = b[0] + r
+struct Masks {
+  const index* lengths;  // (B,), at least one of them T; or null
+  const bool* resets;    // (T, B), contiguous; or null
 
-  // to[r] = row b[r] of those that begin at `first`, so many values apart.
-  template <class P>
-  void find(P first, index apart, P (&to)[rows]) const {
-    if (!in_a_row) {
-      for (int r = 0; r < rows; ++r) to[r] = first + b[r] * apart;
-      return;
-    }
-    P row = first + b[0] * apart;
-    for (int r = 0; r < rows; ++r) {
-      to[r] = row;
-      row += apart;
-      // Not as vectors: the matmul waits for them (LSTM, B = 8, H = 64: 5% of forward).
-      asm("" : "+r"(row));
-    }
+  bool is_first(const Sizes& p, index s, index b) const {
+    return s == (lengths && p.reverse ? p.T - lengths[b] : 0);
+  }
+  bool is_reset(const Sizes& p, index s, index b) const {
+    return resets && resets[p.time(s) * p.B + b];
+  }
+  // Whether no gradient passes from step s to the step before: it is reset, or begins a
+  // chunk of bptt times.
+  bool is_cut(const Sizes& p, index s, index b, index bptt) const {
+    if (is_reset(p, s, b)) return true;
+    return bptt && (p.time(s) + p.reverse) % bptt == 0 && !is_first(p, s, b);
   }
 };
 
@@ -39,35 +36,30 @@ class Schedule {
  public:
   // A member of the team's rows. Of rows of unlike length each member is dealt every n-th
   // longest, so that all have as much to do. `memory` has size() indices.
-  Schedule(const Steps& p, const Team& team, index* memory) : T_(p.T) {
+  Schedule(const Sizes& p, const Masks& masks, const Team& team, index* memory) : T_(p.T) {
     const Range own = team.share(p.B);
     first_ = own.begin;
     rows_ = own.end - own.begin;
-    if (!p.lengths) return;
+    if (!masks.lengths) return;
     order_ = memory;
     starts_ = memory + p.B;
-    sort_rows(p);
+    sort_rows(p, masks.lengths);
     rows_ = (p.B - team.rank + team.count - 1) / team.count;
     for (index i = 0; i < rows_; ++i) order_[i] = order_[team.rank + i * team.count];
-    count_rows(p);
+    count_rows(p, masks.lengths);
   }
-  static index size(const Steps& p) { return p.lengths ? p.B + p.T + 1 : 0; }
-  // How many S hold the memory of so many schedules, in whole cache lines.
-  template <class S>
-  static index elements(const Steps& p, index schedules) {
-    constexpr index line = 64;
-    const index bytes = schedules * size(p) * index{sizeof(index)};
-    return (bytes + line - 1) / line * (line / index{sizeof(S)});
+  // Indices that it needs memory for.
+  static index size(const Sizes& p, const Masks& masks) {
+    return masks.lengths ? p.B + p.T + 1 : 0;
   }
 
   index rows() const { return rows_; }
   index row(index place) const { return order_ ? order_[place] : first_ + place; }
-  template <int rows>
-  TileRows<rows> tile(index place) const {
-    TileRows<rows> tile;
-    tile.in_a_row = !order_;
-    for (int r = 0; r < rows; ++r) tile.b[r] = row(place + r);
-    return tile;
+  const index* order() const { return order_; }
+  // The rows of an array by place.
+  Rows rows_of(const char* array, index apart) const {
+    char* const first = const_cast<char*>(array);
+    return {order_ ? first : first + first_ * apart, apart, order_, nullptr};
   }
 
   // How many rows take step s, and steps [begin, end) together. None takes -1 or T.
@@ -106,20 +98,20 @@ class Schedule {
 
  private:
   // A stable counting sort, starts_ counting the rows that are longer.
-  void sort_rows(const Steps& p) {
+  void sort_rows(const Sizes& p, const index* lengths) {
     for (index length = 0; length <= p.T; ++length) starts_[length] = 0;
-    for (index b = 0; b < p.B; ++b) ++starts_[p.lengths[b]];
+    for (index b = 0; b < p.B; ++b) ++starts_[lengths[b]];
     index longer = 0;
     for (index length = p.T; length >= 0; --length) {
       const index equal = starts_[length];
       starts_[length] = longer;
       longer += equal;
     }
-    for (index b = 0; b < p.B; ++b) order_[starts_[p.lengths[b]]++] = b;
+    for (index b = 0; b < p.B; ++b) order_[starts_[lengths[b]]++] = b;
   }
 
-  void count_rows(const Steps& p) {
-    const auto length = [&](index place) { return p.lengths[order_[place]]; };
+  void count_rows(const Sizes& p, const index* lengths) {
+    const auto length = [&](index place) { return lengths[order_[place]]; };
     index n = 0;
     starts_[0] = 0;
     for (index s = 0; s < p.T; ++s) {
@@ -132,25 +124,25 @@ class Schedule {
 
 // Where the state is that rows start step s from: what the call was given, what the step
 // before left (at step 0 not looked at), or zeros where a row is reset.
-template <class S>
 struct StateBefore {
-  const Steps& p;
+  const Sizes& p;
+  const Masks& masks;
   index s;
-  const S *zeros, *given, *left;
+  const char *zeros, *given, *left;
   index given_apart, left_apart;
 
-  const S* operator()(index b) const {
-    if (p.is_reset(s, b)) return zeros;
-    return p.is_first(s, b) ? given + b * given_apart : left + b * left_apart;
+  const char* operator()(index b) const {
+    if (masks.is_reset(p, s, b)) return zeros;
+    return masks.is_first(p, s, b) ? given + b * given_apart : left + b * left_apart;
   }
-  template <int rows>
-  void find(const TileRows<rows>& tile, const S* (&to)[rows]) const {
-    if (p.resets || (p.lengths && p.reverse)) {
-      for (int r = 0; r < rows; ++r) to[r] = (*this)(tile.b[r]);
-    } else {
-      tile.find(s == 0 ? given : left, s == 0 ? given_apart : left_apart, to);
+  // Those of a schedule's first `count` rows; `list` has room for a pointer each.
+  Rows find(const Schedule& rows, index count, char** list) const {
+    if (!masks.resets && !(masks.lengths && p.reverse)) {
+      return rows.rows_of(s == 0 ? given : left, s == 0 ? given_apart : left_apart);
     }
+    for (index i = 0; i < count; ++i) list[i] = const_cast<char*>((*this)(rows.row(i)));
+    return {nullptr, 0, nullptr, list};
   }
 };
 
-}  // namespace fusedrnn::FUSEDRNN_ARCH
+}  // namespace fusedrnn

@@ -11,7 +11,7 @@
 
 #include <atomic>
 
-#include "../problem.h"
+#include "../contract.h"
 
 namespace fusedrnn {
 

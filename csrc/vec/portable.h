@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include <type_traits>
-#include "random.h"
+#include "../random.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 

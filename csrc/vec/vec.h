@@ -34,15 +34,11 @@
 // templates.
 #pragma once
 
-#include <cstddef>
+#include "../target.h"
 
 #ifndef FUSEDRNN_ARCH
 #error "kernel headers are compiled once per ISA: set FUSEDRNN_ARCH"
 #endif
-
-namespace fusedrnn {
-using index = std::ptrdiff_t;
-}
 
 #define FUSEDRNN_STRINGIFY_(x) #x
 #define FUSEDRNN_STRINGIFY(x) FUSEDRNN_STRINGIFY_(x)

@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "../cells/cell.h"
+#include "target.h"
 
 namespace fusedrnn {
 

@@ -1,7 +1,7 @@
 // What this core can do at most, for the floor that bench/ holds results against.
 #pragma once
 
-#include "../vec/math.h"
+#include "../../vec/math.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 

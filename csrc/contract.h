@@ -1,0 +1,137 @@
+// A call of one layer in one direction, as plain sizes and pointers, for both backends.
+//
+// The type S is that of the elements; strides count elements, and bytes where S is char
+// (the CPU's time loop, which is compiled once for all types). The last axis is always
+// contiguous. "Step s" is the s-th step in the direction of travel: time s forward, time
+// T-1-s in reverse.
+//
+//   x        (T, B, I)  input, strides x_t, x_b
+//   y        (T, B, R)  every h, strides y_t, y_b; R = H unless h is projected
+//   h0, h_n  (B, R)     h before step 0 and after step T-1, contiguous
+//   c0, c_n  (B, H)     the same of c, where the cell has one
+//   saved    what backward needs beside x and y (record.h): on the CPU (T, B, values) in
+//            order of steps, padding is finite
+//   cells    (T, B, H)  every c, strides cells_t, cells_b
+//   trace    (T, B, gates, H)  every gate, contiguous
+//
+//   lengths  (B,)       0 to T: row b takes the steps of times below lengths[b]. At the
+//                       others its state stays, y and dx are 0, and x, dy and saved are
+//                       not read
+//   resets   (T, B)     the state that enters the step of that time and row is 0,
+//                       whatever the direction; without effect where none is taken
+//
+// Gradients carry the name of what they belong to with a prefix d. A null pointer among
+// dy, dh_n, dc_n, dcells stands for zeros, that of a mask for none, and among dx and the
+// gradients of parameters for one that nobody wants and that costs nothing. Outputs alias
+// nothing.
+#pragma once
+
+#include <cstdint>
+
+#include "target.h"
+
+namespace fusedrnn {
+
+struct Sizes {
+  index T, B, I, H, R;
+  bool reverse;
+
+  FUSEDRNN_SHARED constexpr index time(index step) const {
+    return reverse ? T - 1 - step : step;
+  }
+};
+
+// What decides how a layer's weights and saved values lie in memory.
+struct Model {
+  index I, H, R;
+  int variant;    // of the cell
+  bool projects;  // h = weight_hr (o tanh(c))
+  bool norm;      // LayerNorm
+};
+
+// The options of a call; src/fusedrnn/reference.py defines their meaning.
+struct Options {
+  double clip, cell_clip;  // infinite for none
+  double zoneout_h, zoneout_c, recurrent_dropout;
+  bool training;  // draw at random, else take what is expected
+  std::uint64_t seed;
+  std::uint32_t where;
+  index bptt;  // 0: gradients pass everywhere
+};
+// Whether R multiplies another h' than the cell reads, and whether zoneout changes a
+// state.
+FUSEDRNN_SHARED constexpr bool drops(const Options& o) {
+  return o.training && o.recurrent_dropout > 0;
+}
+FUSEDRNN_SHARED constexpr bool zones_out(const Options& o) {
+  return o.zoneout_h > 0 || o.zoneout_c > 0;
+}
+
+// Parameters that belong to options, contiguous as the user has them, or null.
+template <class S>
+struct Vectors {
+  S* weight_ch;            // (peepholes, H)
+  S *gamma_ih, *gamma_hh;  // (gates, H)
+  S *gamma_c, *beta_c;     // (H,)
+};
+
+// Parameters as the user has them, contiguous; biases and weight_hr may be null.
+template <class S>
+struct Parameters {
+  Model model;
+  const S *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr;
+};
+
+template <class S>
+struct ForwardOf : Sizes {
+  Model model;
+  Options options;
+  Vectors<const S> vectors;
+  const S *weight_ih, *weight_hh;
+  const S* x;
+  index x_t, x_b;
+  const S *h0, *c0;
+  S* y;
+  index y_t, y_b;
+  S *h_n, *c_n;
+  S* saved;  // null in inference, and where backward computes it again
+  S* cells;  // or null
+  index cells_t, cells_b;
+  S* trace;  // or null
+};
+
+template <class S>
+struct GradientsOf {
+  const S* dy;
+  index dy_t, dy_b;
+  const S *dh_n, *dc_n;
+  const S* dcells;
+  index dcells_t, dcells_b;
+  S* dx;
+  index dx_t, dx_b;
+  S *dweight_ih, *dweight_hh, *dbias_ih, *dbias_hh;  // contiguous, torch's shapes
+  S* dweight_hr;
+  Vectors<S> dvectors;
+  S *dh0, *dc0;
+};
+
+// What a forward was called with and made, and the gradients. Where `saved` is null
+// backward computes it again, from `cells` where the cell has c.
+template <class S>
+struct BackwardOf : ForwardOf<S>, GradientsOf<S> {};
+
+// Dropout of an array (T, B, N): to = from with elements set to 0 with probability p, the
+// others divided by 1 - p. `to` may be `from`.
+template <class S>
+struct Dropout {
+  index T, B, N;
+  const S* from;
+  index from_t, from_b;
+  S* to;
+  index to_t, to_b;
+  double p;
+  std::uint64_t seed;
+  std::uint32_t draw, where;  // random.h
+};
+
+}  // namespace fusedrnn

@@ -1,0 +1,546 @@
+// A layer backward, in stretches of steps from the last to the first. Within a stretch
+// each step is a fused product Rᵀ·da and the cell, mirrored from forward.cpp and shared
+// out in the same way; then the stretch's da, still in cache, is multiplied into dW, dR,
+// the biases and dx. So da never exists for the whole sequence.
+//
+// da lives in a ring of rows of gradients (../record.h), one step longer than a stretch
+// because a step reads the da of the step after it.
+//
+// What a row's step before is owed waits in `direct` and `dc` until that step is taken,
+// or until there is none and it is the gradient of h0 and c0.
+#include <cstring>
+#include <tuple>
+
+#include "arena.h"
+#include "recompute.h"
+#include "weight_gradients.h"
+
+namespace fusedrnn {
+
+namespace {
+
+constexpr unsigned bit(int role) { return 1u << role; }
+
+class BackwardPass {
+  // Scratch memory, of a thread and of all.
+  struct Scratch : Arena {
+    index *own_schedule, *schedule;
+    char* of_rows;   // what LayerNorm keeps of some whole rows
+    char* zeros;     // (P)
+    char* bounds;
+    char* zoneout;
+    char **h, **c, **seen;  // the rows' states before a step, (B) each
+    bool *cut, *cut_after;  // (B)
+    char **from, **to;      // rows of a stretch
+    char** again;           // lists of rows of a stretch that are computed again
+    char* nowhere;
+    char* waiting;   // sums that wait for the next piece; or columns of da
+    char* da;        // (ring, B) rows of gradients
+    char* dc;        // (B, P)
+    char* direct;    // (B, P) dh that reaches the step before past the matmul
+    char* c0;        // (B, P)
+    char* dbias;
+    char* right;
+    // With options
+    char* mask;     // (B, P) of the h' that R sees
+    char* shown;    // (stretch, B, P) h' as R sees it
+    char* dh;       // (B, P)
+    char* dm;       // (B, P) what a second product is of, or comes to
+    char* sums;
+    char* records;  // (stretch + 1, B) computed again
+
+    Scratch(const Layout& l, const Backward& p, char* memory, int rank, int threads)
+        : Arena(memory) {
+      const index row = l.padded_bytes(), all = p.B * row, steps = stretch(l, p);
+      const bool by_rows =
+          Blocks::cuts_rows(l, p, l.dense_panels(p.R), l.back_tile(), threads);
+      const bool has_lists = p.masks.resets || (p.masks.lengths && p.reverse);
+      const bool has_cuts = p.masks.resets || p.options.bptt;
+      const bool is_again = computes_again(l, p);
+      own_schedule = of_thread<index>(Schedule::size(p, p.masks), rank, threads);
+      schedule = of_thread<index>(Schedule::size(p, p.masks), rank, threads);
+      of_rows = of_thread(l.model.norm ? rows_at_once(l) * (2 + l.shape.slots) * row : 0,
+                          rank, threads);
+      zeros = of_thread(row, rank, threads);
+      bounds = of_thread(l.bytes(4), rank, threads);
+      zoneout = of_thread(
+          Zoneout::bytes(l, p.options, p.has_options, p.B, threads, by_rows), rank,
+          threads);
+      h = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
+      c = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
+      seen = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
+      cut = of_thread<bool>(has_cuts ? p.B : 0, rank, threads);
+      cut_after = of_thread<bool>(has_cuts ? p.B : 0, rank, threads);
+      from = of_thread<char*>(p.dx ? steps * p.B : 0, rank, threads);
+      to = of_thread<char*>(p.dx ? steps * p.B : 0, rank, threads);
+      this->again = of_thread<char*>(
+          is_again ? RecomputedRows::lists * steps * p.B : 0, rank, threads);
+      nowhere = of_thread(is_again ? row : 0, rank, threads);
+      const index of_waiting =
+          l.bytes((most_rows_waiting + l.back_tile()) * l.dense_units());
+      const index of_left = WeightGradients::left_bytes(l);
+      waiting = of_thread(of_waiting > of_left ? of_waiting : of_left, rank, threads);
+      const GradientRow gradient(l.shape, p.model, p.vectors.weight_ch != nullptr, l.P,
+                                 round_up(p.R, l.lanes));
+      da = take((steps + 1) * p.B * l.row_bytes(gradient.values));
+      dc = take(all);
+      direct = take(all);
+      c0 = take(all);
+      dbias = take(l.shape.slots * row);
+      const index depth = steps * p.B < gradient_depth ? steps * p.B : gradient_depth;
+      right = take(WeightGradients::right_bytes(l, depth));
+      mask = take(drops(p.options) ? all : 0);
+      shown = take(drops(p.options) ? steps * all : 0);
+      dh = take(p.has_options ? all : 0);
+      dm = take(l.has_second() ? all : 0);
+      sums = take(p.has_options ? WeightGradients::vectors(l) * row : 0);
+      records = take(is_again ? (steps + 1) * p.B * l.record_bytes() : 0);
+    }
+  };
+
+  const Layout& l_;
+  const Backward& p_;
+  const Team& team_;
+  const index stretch_, ring_, record_;
+  const Scratch memory_;
+  const Blocks own_;
+  const Schedule all_;
+  const Zoneout zoneout_;
+  Call call_;
+  const index da_row_;  // bytes of a row of gradients
+  Step step_, second_step_, dx_step_;
+  Matrix unpacked_[2];
+  Block product_, second_, dx_;
+  const WeightGradients weights_;
+
+ public:
+  static index stretch(const Layout& l, const Backward& p) {
+    constexpr index cache = 512 * 1024, enough_rows = 256;
+    const index cached_rows = cache / (l.shape.slots * l.padded_bytes());
+    const index rows = cached_rows > enough_rows ? cached_rows : enough_rows;
+    const index steps = rows / p.B > 1 ? rows / p.B : 1;
+    return steps < p.T ? steps : p.T;
+  }
+  static index workspace(const Layout& l, const Backward& p, int threads) {
+    return Scratch(l, p, nullptr, 0, threads).used();
+  }
+
+  BackwardPass(const Layout& l, const Backward& p, char* workspace, const Team& team)
+      : l_(l),
+        p_(p),
+        team_(team),
+        stretch_(stretch(l, p)),
+        ring_(stretch_ + 1),
+        record_(l.record_bytes()),
+        memory_(l, p, workspace, team.rank, team.count),
+        own_(l, p, p.masks, l.dense_panels(p.R), l.back_tile(), team,
+             memory_.own_schedule),
+        all_(p, p.masks, Team::single(), memory_.schedule),
+        zoneout_(l, p.options, memory_.zoneout),
+        call_(call_of(l, p, p.forward_weights, memory_.bounds)),
+        da_row_(l.row_bytes(call_.gradient.values)),
+        step_{&call_, {}, nullptr, nullptr, false, false, memory_.of_rows},
+        second_step_(step_),
+        dx_step_(step_),
+        unpacked_{l.of_input, l.of_recurrent},
+        weights_(l, p, call_.gradient,
+                 {memory_.waiting, memory_.right, memory_.dbias, memory_.sums},
+                 {find_gradient_rows, this}) {
+    unpacked_[0].weight = p.weight_ih;
+    unpacked_[1].weight = p.weight_hh;
+    make_blocks();
+  }
+
+  void run() {
+    start();
+    for (index end = p_.T; end > 0; end -= stretch_) {
+      const index begin = end > stretch_ ? end - stretch_ : 0;
+      const index last = begin > 0 ? begin : -1;
+      if (p_.has_options) prepare(begin, end);
+      for (index s = end - 1; s >= last; --s) {
+        take(s);
+        if (!own_.alone) team_.meet();
+      }
+      if (own_.alone) team_.meet();
+      weights_.add(all_, team_, begin, end);
+      if (p_.has_options) weights_.add_vectors(all_, team_, begin, end);
+      write_dx(begin, end);
+      if (own_.alone || p_.has_options) team_.meet();
+    }
+  }
+
+ private:
+  static bool computes_again(const Layout& l, const Backward& p) {
+    return !p.saved && saves_slots(l.shape.saves, p.options);
+  }
+  bool has_record() const { return saves_slots(l_.shape.saves, p_.options); }
+
+  char* da(index s) const { return memory_.da + s % ring_ * p_.B * da_row_; }
+  char* records(index s) const { return memory_.records + s % ring_ * p_.B * record_; }
+  const char* saved(index s) const {
+    return p_.saved ? p_.saved + s * p_.B * record_ : records(s);
+  }
+  const char* y(index s) const { return p_.y + p_.time(s) * p_.y_t; }
+  char* shown(index s) const {
+    return memory_.shown + s % stretch_ * p_.B * l_.padded_bytes();
+  }
+  StateBefore cell_before(index s) const {
+    const char* const left = saved(s > 0 ? s - 1 : 0) + l_.bytes(l_.record.cell());
+    return {p_,         p_.masks, s, memory_.zeros, memory_.c0, left, l_.padded_bytes(),
+            record_};
+  }
+  StateBefore h_before(index s) const {
+    return {p_,     p_.masks,        s,              memory_.zeros,
+            p_.h0,  y(s > 0 ? s - 1 : 0), l_.bytes(p_.R), p_.y_b};
+  }
+  // What R is multiplied by in the step of row b.
+  const char* seen_before(index s, index b) const {
+    return drops(p_.options) ? shown(s) + b * l_.padded_bytes() : h_before(s)(b);
+  }
+  static GradientRows::Pointers find_gradient_rows(const void* pass,
+                                                   const Schedule::Entry& at) {
+    const auto& of = *static_cast<const BackwardPass*>(pass);
+    const Backward& p = of.p_;
+    const index b = of.all_.row(at.place);
+    return {of.da(at.s) + b * of.da_row_, p.x + p.time(at.s) * p.x_t + b * p.x_b,
+            of.seen_before(at.s, b), of.saved(at.s) + b * of.record_};
+  }
+  Rows rows_of(const char* array, index apart) const {
+    return own_.rows.rows_of(array, apart);
+  }
+
+  // The units of h that a thread owns.
+  Range units() const {
+    const index end = own_.panels.end * l_.dense_units();
+    return {own_.panels.begin * l_.dense_units(), end < p_.R ? end : p_.R};
+  }
+  // The units of the cell where it waits for a second product.
+  Range cell_panels() const {
+    const index panels = l_.dense_panels(p_.H);
+    return own_.alone ? Range{0, panels} : team_.share(panels);
+  }
+  Range units_of(Range panels) const {
+    const index end = panels.end * l_.dense_units();
+    return {panels.begin * l_.dense_units(), end < p_.H ? end : p_.H};
+  }
+
+  void make_blocks() {
+    using namespace role;
+    const Shape& shape = l_.shape;
+    const GradientRow& at = call_.gradient;
+    const bool norm = l_.model.norm, twice = shape.has_second();
+    const auto fill = [&](Block& b, Step& step, Pointwise after, Range panels) {
+      b.after = after;
+      b.step = &step;
+      b.panels = panels;
+      b.waiting = memory_.waiting;
+    };
+    const char* const packed = p_.weights;
+    product_ = l_.backward_block(packed ? packed + l_.back_recurrent() : nullptr,
+                                 unpacked_ + 1, p_.R, twice ? 1 : 0);
+    product_.terms[0].offset = l_.bytes(at.recurrent);
+    fill(product_, step_,
+         norm || l_.model.projects ? l_.k.before
+         : twice                   ? l_.cell.open_backward
+         : p_.has_options          ? l_.cell.backward
+                                   : l_.cell.plain_backward,
+         own_.panels);
+    product_.used = bit(da_after) | bit(role::saved) | bit(direct) | bit(role::da);
+    const auto touch = [&](int role, int parts) {
+      product_.touches[product_.touch_count++] = {role, parts, l_.P, false};
+    };
+    if (p_.has_options || shape.has_direct) product_.used |= bit(before_h);
+    if (shape.has_direct) touch(before_h, 1);
+    if (shape.has_c) {
+      product_.used |= bit(before_c) | bit(role::dc);
+      touch(before_c, 1);
+    }
+    touch(role::saved, shape.saves ? shape.slots + shape.has_c : 1);
+    if (p_.dy) {
+      product_.used |= bit(dy);
+      touch(dy, 1);
+    }
+    if (p_.has_options) product_.used |= bit(seen_h) | bit(role::dh);
+    if (p_.dcells) product_.used |= bit(dcells);
+    if (drops(p_.options)) product_.used |= bit(mask_h);
+    const index row = l_.padded_bytes();
+    product_.rows[direct] = rows_of(memory_.direct, row);
+    product_.rows[role::dc] = rows_of(memory_.dc, row);
+    product_.rows[role::dh] = rows_of(memory_.dh, row);
+    product_.rows[mask_h] = rows_of(memory_.mask, row);
+    product_.rows[dm] = rows_of(l_.has_second() ? memory_.dm : memory_.dh, row);
+    product_.rows[dh0] = rows_of(p_.dh0, l_.bytes(p_.R));
+
+    if (l_.model.projects) {
+      const index depth = round_up(p_.R, l_.lanes);
+      second_ = l_.dense_backward_block(packed + l_.back_projection(), depth, depth);
+      second_.terms[0].offset = l_.bytes(at.dh);
+      fill(second_, second_step_, norm ? l_.k.put : l_.cell.projected_backward,
+           cell_panels());
+    } else if (twice) {
+      second_ = l_.dense_backward_block(packed + l_.back_recurrent(), l_.back_depth(), l_.P);
+      second_.terms[0].offset = l_.bytes(at.recurrent);
+      fill(second_, second_step_, norm ? l_.k.put : l_.cell.close_backward, own_.panels);
+    }
+    if (l_.has_second()) second_.terms[0].role = role::da;
+    second_step_.put = {dm, 0, 1, 0, 0, p_.H, true};
+
+    dx_ = l_.backward_block(packed, unpacked_, p_.I, 0);
+    dx_.terms[0].offset = l_.bytes(at.input);
+    dx_.terms[0].role = left;
+    fill(dx_, dx_step_, l_.k.put, {0, l_.dense_panels(p_.I)});
+    dx_step_.put = {role::to, 0, 1, 0, 0, p_.I, false};
+    dx_.used = bit(left) | bit(role::to);
+    dx_.rows[left] = {nullptr, 0, nullptr, memory_.from};
+    dx_.rows[role::to] = {nullptr, 0, nullptr, memory_.to};
+  }
+
+  // A row of R or H values, or zeros, into one that is padded.
+  void copy_padded(const char* from, index values, char* to) const {
+    const index count = l_.bytes(values), row = l_.bytes(round_up(values, l_.lanes));
+    if (from) std::memcpy(to, from, count);
+    std::memset(to + (from ? count : 0), 0, row - (from ? count : 0));
+  }
+
+  // dc and c0 into padded rows, the gradients of h_n where a row's last step looks for
+  // dh. They are those of h0 and c0 for rows of length 0. Padding of da stays zero: a
+  // product runs over it, and there 0 · inf would be NaN.
+  void start() {
+    const index row = l_.padded_bytes(), of_h = l_.bytes(p_.R), of_c = l_.bytes(p_.H);
+    const index working = own_.rows.working(), rows = own_.rows.rows();
+    if (p_.masks.resets || p_.has_options) std::memset(memory_.zeros, 0, row);
+    const Range places = own_.share(team_, rows);
+    for (index i = places.begin; i < places.end; ++i) {
+      const index b = own_.rows.row(i);
+      copy_padded(p_.dh_n ? p_.dh_n + b * of_h : nullptr, p_.R, memory_.direct + b * row);
+      if (l_.shape.has_c) {
+        copy_padded(p_.dc_n ? p_.dc_n + b * of_c : nullptr, p_.H, memory_.dc + b * row);
+        copy_padded(p_.c0 + b * of_c, p_.H, memory_.c0 + b * row);
+      }
+      if (i >= working) {
+        std::memcpy(p_.dh0 + b * of_h, memory_.direct + b * row, of_h);
+        leave_cell(b);
+      }
+      if (drops(p_.options)) {
+        l_.k.draw_recurrent(p_.options, b, p_.R, memory_.mask + b * row);
+      }
+      for (index n = 0; n < ring_; ++n) {
+        char* const of = memory_.da + (n * p_.B + b) * da_row_;
+        if (p_.has_options) {
+          std::memset(of, 0, da_row_);
+          continue;
+        }
+        for (int slot = 0; slot < l_.shape.slots && p_.H != l_.P; ++slot) {
+          std::memset(of + slot * row + of_c, 0, row - of_c);
+        }
+      }
+    }
+    if (p_.has_options) {
+      zoneout_.start();
+      l_.k.bounds(p_.options.clip, memory_.bounds);
+    }
+    own_.meet(team_);
+    if (p_.has_options && own_.alone) team_.meet();
+  }
+  void leave_cell(index b) const {
+    if (!l_.shape.has_c) return;
+    const index of_c = l_.bytes(p_.H);
+    std::memcpy(p_.dc0 + b * of_c, memory_.dc + b * l_.padded_bytes(), of_c);
+  }
+
+  // What the rows of a stretch need that was not saved.
+  void prepare(index begin, index end) {
+    const bool again = computes_again(l_, p_);
+    if (!drops(p_.options) && !again) return;
+    const Range own = team_.share(all_.count(begin, end));
+    Schedule::Entry next = all_.entry(begin, own.begin);
+    for (index n = own.begin; n < own.end && drops(p_.options); ++n, all_.advance(next)) {
+      const index b = all_.row(next.place), at = b * l_.padded_bytes();
+      l_.k.multiply_rows(h_before(next.s)(b), memory_.mask + at, p_.R,
+                         shown(next.s) + at);
+    }
+    for (index s = begin > 0 ? begin - 1 : 0; s < end && l_.shape.has_c && again; ++s) {
+      const Range rows = team_.share(p_.B);
+      for (index b = rows.begin; b < rows.end; ++b) {
+        char* const to = records(s) + b * record_ + l_.bytes(l_.record.cell());
+        const char* const c = p_.cells + p_.time(s) * p_.cells_t + b * p_.cells_b;
+        std::memcpy(to, c, l_.bytes(p_.H));
+      }
+    }
+    team_.meet();
+    if (again) compute_again(begin, end);
+  }
+
+  void compute_again(index begin, index end) {
+    const index count = all_.count(begin, end), room = stretch_ * p_.B;
+    char** list[RecomputedRows::lists];
+    for (int n = 0; n < RecomputedRows::lists; ++n) list[n] = memory_.again + n * room;
+    Schedule::Entry next = all_.entry(begin, 0);
+    for (index n = 0; n < count; ++n, all_.advance(next)) {
+      const index s = next.s, b = all_.row(next.place);
+      const char* const rows[] = {
+          p_.x + p_.time(s) * p_.x_t + b * p_.x_b,
+          records(s) + b * record_,
+          seen_before(s, b),
+          h_before(s)(b),
+          l_.shape.has_c ? cell_before(s)(b) : nullptr,
+          da(s) + b * da_row_ + l_.bytes(call_.gradient.operand)};
+      for (int of = 0; of < RecomputedRows::lists; ++of) {
+        list[of][n] = const_cast<char*>(rows[of]);
+      }
+    }
+    fusedrnn::compute_again(l_, p_.forward_weights, call_,
+                            {count, list[0], list[1], list[2], list[3], list[4], list[5],
+                             memory_.nowhere, memory_.of_rows},
+                            team_);
+  }
+
+  // The rows of step s; at s = -1, which has none, those of step 0 where they are not
+  // looked at.
+  void find_rows(index s, index count) {
+    using namespace role;
+    const index now = s > 0 ? s : 0, t = p_.time(now), row = l_.padded_bytes();
+    Rows* const rows = product_.rows;
+    rows[da_after] = rows_of(da(s + 1), da_row_);
+    rows[role::da] = rows_of(da(now), da_row_);
+    rows[role::saved] = has_record() ? rows_of(saved(now), record_)
+                                     : rows_of(y(now), p_.y_b);
+    if (product_.used & bit(before_h)) {
+      rows[before_h] = h_before(now).find(own_.rows, count, memory_.h);
+      rows[seen_h] = drops(p_.options) ? rows_of(shown(now), row) : rows[before_h];
+    }
+    if (l_.shape.has_c) {
+      rows[before_c] = cell_before(now).find(own_.rows, count, memory_.c);
+    }
+    if (p_.dy) rows[dy] = rows_of(p_.dy + t * p_.dy_t, p_.dy_b);
+    if (p_.dcells) rows[dcells] = rows_of(p_.dcells + t * p_.dcells_t, p_.dcells_b);
+  }
+
+  // Where no gradient crosses step s; null where it always does.
+  const bool* find_cuts(index s, index count, bool* cuts) const {
+    if (!p_.masks.resets && !p_.options.bptt) return nullptr;
+    for (index i = 0; i < count; ++i) {
+      cuts[i] = p_.masks.is_cut(p_, s, own_.rows.row(i), p_.options.bptt);
+    }
+    return cuts;
+  }
+
+  // dh and dc through the cell of rows that take step s; of those that took the step
+  // after it as their first, they are the gradients of h0 and c0.
+  void take(index s) {
+    using namespace role;
+    const index taken = own_.rows.count(s), later = own_.rows.count(s + 1);
+    const bool passes_by = l_.shape.has_direct || p_.has_options;
+    find_rows(s, taken);
+    step_.cut = s >= 0 ? find_cuts(s, taken, memory_.cut) : nullptr;
+    step_.cut_after = later > 0 ? find_cuts(s + 1, later, memory_.cut_after) : nullptr;
+    product_.backwards = (team_.step + s) % 2 != 0;
+    if (s >= 0 && p_.has_options) {
+      zoneout_.find(product_, keeps_h, keeps_c, own_.rows, {0, taken}, p_.time(s),
+                    units());
+    }
+    const auto run = [&](Range places, bool has_product, bool adds_direct) {
+      if (places.begin >= places.end) return;
+      product_.places = places;
+      product_.count = has_product;
+      step_.has_product = has_product;
+      step_.adds_direct = adds_direct;
+      l_.k.run(product_);
+    };
+    run({0, taken < later ? taken : later}, true, passes_by);
+    run({later, taken}, false, true);
+    if (later > taken) leave(taken, later, run, passes_by);
+    if (s >= 0) finish(s, taken);
+  }
+
+  // Rows that take no step before the one after this.
+  template <class F>
+  void leave(index taken, index later, const F& run, bool adds_direct) {
+    const auto [after, used, touches] =
+        std::tuple(product_.after, product_.used, product_.touch_count);
+    product_.after = l_.k.leave;
+    product_.used = bit(role::da_after) | bit(role::direct) | bit(role::dh0) |
+                    (used & bit(role::mask_h));
+    product_.touch_count = 0;
+    run({taken, later}, true, adds_direct);
+    product_.after = after;
+    product_.used = used;
+    product_.touch_count = touches;
+    const Range rows = own_.share(team_, later - taken);
+    for (index i = rows.begin; i < rows.end; ++i) leave_cell(own_.rows.row(taken + i));
+  }
+
+  // What of a step needs whole rows or a second product.
+  void finish(index s, index taken) {
+    using namespace role;
+    const bool norm = l_.model.norm, projects = l_.model.projects;
+    const bool twice = l_.shape.has_second();
+    const auto multiply = [&](Range units_of_cell) {
+      own_.meet(team_);
+      std::memcpy(second_.rows, product_.rows, sizeof(second_.rows));
+      second_.used = product_.used | bit(dm);
+      second_.places = {0, taken};
+      second_step_.cut = step_.cut;
+      if (!norm && projects) {
+        zoneout_.find(second_, keeps_h, keeps_c, own_.rows, second_.places, p_.time(s),
+                      units_of_cell);
+      }
+      l_.k.run(second_);
+    };
+    const auto walk = [&](Pointwise after, char* from) {
+      own_.meet(team_);
+      Block b = product_;
+      b.places = own_.share(team_, taken);
+      b.size = p_.H;
+      b.after = after;
+      b.used |= bit(dm);
+      b.rows[dm] = rows_of(from, l_.padded_bytes());
+      zoneout_.find(b, keeps_h, keeps_c, own_.rows, b.places, p_.time(s), {0, p_.H});
+      l_.k.walk(b, rows_at_once(l_));
+    };
+    if (projects) {
+      multiply(units_of(second_.panels));
+      if (norm) walk(l_.cell.normalised_backward, memory_.dm);
+    } else if (twice) {
+      if (norm) walk(l_.cell.normalised_open_backward, memory_.dh);
+      multiply(units());
+      if (norm) walk(l_.cell.normalised_close_backward, memory_.dm);
+    } else if (norm) {
+      walk(l_.cell.normalised_backward, memory_.dh);
+    }
+  }
+
+  // dx = Wᵀ da, rows of the stretch shared out.
+  void write_dx(index begin, index end) {
+    if (!p_.dx) return;
+    for (index s = begin; s < end; ++s) {
+      for (index i = all_.count(s) + team_.rank; i < all_.rows(); i += team_.count) {
+        std::memset(p_.dx + p_.time(s) * p_.dx_t + all_.row(i) * p_.dx_b, 0,
+                    l_.bytes(p_.I));
+      }
+    }
+    const Range own = team_.share(all_.count(begin, end), l_.back_tile());
+    if (own.begin >= own.end) return;
+    Schedule::Entry next = all_.entry(begin, own.begin);
+    for (index n = 0; n < own.end - own.begin; ++n, all_.advance(next)) {
+      const index b = all_.row(next.place);
+      memory_.from[n] = da(next.s) + b * da_row_;
+      memory_.to[n] = p_.dx + p_.time(next.s) * p_.dx_t + b * p_.dx_b;
+    }
+    dx_.places = {0, own.end - own.begin};
+    l_.k.run(dx_);
+  }
+};
+
+}  // namespace
+
+index backward_workspace(const Layout& layout, const Backward& p, int threads) {
+  return BackwardPass::workspace(layout, p, threads);
+}
+
+void backward(const Layout& layout, const Backward& p, char* workspace,
+              const Team& team) {
+  BackwardPass(layout, p, workspace, team).run();
+}
+
+}  // namespace fusedrnn

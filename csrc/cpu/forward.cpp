@@ -1,0 +1,403 @@
+// A layer forward: each step a fused product W·x + R·h' and the cell or, where W is large
+// for the rows of a step, W·x for a stretch of steps as one product before them. A thread
+// owns a block of rows × hidden units throughout, so W·x and the cell state stay in its
+// own caches; where it owns units it meets the others once per step, where it owns whole
+// rows it meets nobody.
+//
+// Pre-activations live in a ring of row records (../record.h). In training the ring is
+// `saved` itself and holds every step.
+//
+// A row's state before a step is found by pointers, so masks cost no copies: a row that
+// is reset reads zeros instead, and one whose sequence starts late reads h0 then.
+//
+// With options the pointwise function of a tile is another one. Where it needs whole rows
+// (LayerNorm) or the results of a second product, all threads meet in between.
+#include <cstring>
+
+#include "arena.h"
+#include "layout.h"
+
+namespace fusedrnn {
+
+namespace {
+
+constexpr unsigned bit(int role) { return 1u << role; }
+
+class ForwardPass {
+  // Scratch memory, of a thread and of all.
+  struct Scratch : Arena {
+    index* schedule;
+    char* of_rows;  // what LayerNorm keeps of some whole rows
+    char* zeros;    // (P)
+    char* bounds;
+    char* zoneout;
+    char **h, **c, **seen;  // the rows' states before a step, (B) each
+    char **x, **to;         // rows of a stretch
+    char* c0;               // (B, P)
+    char* mask;             // (B, P) of the h' that R sees
+    char* shown;            // (3, B, P) h0, and h of even and odd steps, as R sees them
+    char* operand;          // (B, P) of the second product
+    char* records;          // where they are not saved
+
+    Scratch(const Layout& l, const Forward& p, char* memory, int rank, int threads)
+        : Arena(memory) {
+      const index row = l.padded_bytes(), all = p.B * row, steps = stretch(l, p);
+      const bool by_rows = Blocks::cuts_rows(l, p, l.panels(), l.tile_rows(), threads);
+      const bool has_lists = p.masks.resets || (p.masks.lengths && p.reverse);
+      const index in_stretch = fuses(l, p, steps) ? 0 : steps * p.B;
+      schedule = of_thread<index>(Schedule::size(p, p.masks), rank, threads);
+      of_rows = of_thread(l.model.norm ? rows_at_once(l) * (2 + l.shape.slots) * row : 0,
+                          rank, threads);
+      zeros = of_thread(row, rank, threads);
+      bounds = of_thread(l.bytes(4), rank, threads);
+      zoneout = of_thread(
+          Zoneout::bytes(l, p.options, p.has_options, p.B, threads, by_rows), rank,
+          threads);
+      h = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
+      c = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
+      seen = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
+      x = of_thread<char*>(in_stretch, rank, threads);
+      to = of_thread<char*>(in_stretch, rank, threads);
+      c0 = take(l.shape.has_c ? all : 0);
+      mask = take(drops(p.options) ? all : 0);
+      shown = take(drops(p.options) ? 3 * all : 0);
+      operand = take(l.has_second() ? all : 0);
+      records = take(records_are_saved(l, p) ? 0 : steps * p.B * l.record_bytes());
+    }
+  };
+
+  const Layout& l_;
+  const Forward& p_;
+  const Team& team_;
+  const index stretch_;
+  const bool saves_, fused_;
+  const index record_, ring_;  // bytes of a record, steps in the ring
+  const Scratch memory_;
+  char* const records_;
+  const Blocks own_;
+  const Zoneout zoneout_;
+  Call call_;
+  Step step_, second_step_, inputs_step_;
+  Matrix unpacked_[2];
+  Block inputs_, product_, second_;
+
+ public:
+  // Steps per stretch: one, with W·x fused into the step, if its panels are read anew for
+  // rows enough to pay for it; else as many as have their records in the second-level
+  // cache, but so many rows that W·x runs at the speed of a matmul.
+  static index stretch(const Layout& l, const Forward& p) {
+    constexpr index cache = 256 * 1024, enough_rows = 96, bytes_per_row = 16 * 1024;
+    if (l.panels() * l.panel_bytes(p.I) <= bytes_per_row * p.B) return 1;
+    const Record plain(l.shape, false, l.P);
+    const index cached_rows = cache / l.row_bytes(plain.values());
+    const index rows = cached_rows > enough_rows ? cached_rows : enough_rows;
+    const index steps = rows / p.B > 1 ? rows / p.B : 1;
+    return steps < p.T ? steps : p.T;
+  }
+  static bool fuses(const Layout& l, const Forward&, index steps) {
+    return steps == 1 && !l.model.norm;
+  }
+  static bool records_are_saved(const Layout& l, const Forward& p) {
+    return p.saved && saves_slots(l.shape.saves, p.options);
+  }
+  static index workspace(const Layout& l, const Forward& p, int threads) {
+    return Scratch(l, p, nullptr, 0, threads).used();
+  }
+
+  ForwardPass(const Layout& l, const Forward& p, char* workspace, const Team& team)
+      : l_(l),
+        p_(p),
+        team_(team),
+        stretch_(stretch(l, p)),
+        saves_(records_are_saved(l, p)),
+        fused_(fuses(l, p, stretch_)),
+        record_(l.record_bytes()),
+        ring_(saves_ ? p.T : stretch_),
+        memory_(l, p, workspace, team.rank, team.count),
+        records_(saves_ ? p.saved : memory_.records),
+        own_(l, p, p.masks, l.panels(), l.tile_rows(), team, memory_.schedule),
+        zoneout_(l, p.options, memory_.zoneout),
+        call_(call_of(l, p, p.weights, memory_.bounds)),
+        step_{&call_, {}, nullptr, nullptr, false, false, memory_.of_rows},
+        second_step_(step_),
+        inputs_step_(step_),
+        unpacked_{l.of_input, l.of_recurrent} {
+    call_.saves = saves_;
+    unpacked_[0].weight = p.weight_ih;
+    unpacked_[1].weight = p.weight_hh;
+    make_blocks();
+  }
+
+  void run() {
+    start();
+    for (index begin = 0; begin < p_.T; begin += stretch_) {
+      const index end = begin + stretch_ < p_.T ? begin + stretch_ : p_.T;
+      if (!fused_) multiply_inputs(begin, end);
+      for (index s = begin; s < end; ++s) {
+        take(s, (team_.step + s) % 2 != 0);
+        const bool met = finish(s);
+        finish_rows(s);
+        if (!own_.alone && !met) team_.meet();
+      }
+    }
+  }
+
+ private:
+  char* records(index s) const { return records_ + s % ring_ * p_.B * record_; }
+  char* y(index s) const { return p_.y + p_.time(s) * p_.y_t; }
+  char* shown(index s) const {
+    return memory_.shown + (1 + (s & 1)) * p_.B * l_.padded_bytes();
+  }
+  Rows rows_of(const char* array, index apart) const {
+    return own_.rows.rows_of(array, apart);
+  }
+  Range units() const {
+    const index end = own_.panels.end * l_.panel_units;
+    return {own_.panels.begin * l_.panel_units, end < p_.H ? end : p_.H};
+  }
+
+  // What of the blocks is the same for all steps.
+  void make_blocks() {
+    using namespace role;
+    const Matrix* const unpacked = p_.unpacked ? unpacked_ : nullptr;
+    const bool norm = l_.model.norm, twice = l_.shape.has_second();
+    const auto fill = [&](Block& b, Step& step, Pointwise after) {
+      b.after = after;
+      b.step = &step;
+      b.panels = own_.panels;
+    };
+    if (!fused_) {
+      inputs_ = l_.forward_block(p_.weights, unpacked, true, false);
+      inputs_step_.put = {record, norm ? l_.shape.first_input() : 0, l_.shape.slots,
+                          l_.record.input(0), l_.P, p_.H, true};
+      fill(inputs_, inputs_step_, l_.k.put);
+      inputs_.used = bit(x) | bit(record);
+    }
+    product_ = l_.forward_block(p_.weights, unpacked, fused_, true);
+    if (!fused_ && !norm) product_.start_role = record;
+    step_.put = {record, 0, l_.shape.gates, l_.record.recurrent(0), l_.P, p_.H, true};
+    fill(product_, step_,
+         norm              ? l_.k.put
+         : twice           ? l_.cell.open
+         : p_.has_options  ? l_.cell.forward
+                           : l_.cell.plain_forward);
+    product_.used = bit(seen) | bit(h) | bit(record);
+    if (fused_) product_.used |= bit(x);
+    if (l_.shape.has_c) product_.used |= bit(c) | bit(c_prev);
+    product_.touches[product_.touch_count++] = {h, 1, 0, true};
+    if (saves_ && !norm) {
+      const int parts = l_.shape.slots + l_.shape.has_c;
+      product_.touches[product_.touch_count++] = {record, parts, l_.P, true};
+    }
+    if (p_.has_options) product_.used |= bit(h_prev);
+    if (p_.cells) product_.used |= bit(cells);
+    if (p_.trace) product_.used |= bit(trace);
+    if (drops(p_.options)) product_.used |= bit(next_seen) | bit(mask);
+    if (l_.has_second()) product_.used |= bit(operand);
+    const index row = l_.padded_bytes();
+    product_.rows[operand] = rows_of(memory_.operand, row);
+    product_.rows[mask] = rows_of(memory_.mask, row);
+    if (!l_.has_second()) return;
+    second_ = l_.second_block(p_.weights);
+    fill(second_, second_step_,
+         l_.model.projects ? l_.k.finish
+         : norm            ? l_.k.put
+                           : l_.cell.close);
+    second_step_.put = {record, 0, 1, l_.record.recurrent(0), l_.P, p_.H, true};
+    const index panels = l_.dense_panels(l_.of_second.H);
+    second_.panels = own_.alone ? Range{0, panels} : team_.share(panels);
+  }
+
+  // c0 into padded rows. The rows of length 0 leave the state as it was.
+  void start() {
+    const index row = l_.padded_bytes(), of_h = l_.bytes(p_.R), of_c = l_.bytes(p_.H);
+    if (p_.has_options || p_.masks.resets) std::memset(memory_.zeros, 0, row);
+    const Range own = units();
+    const index first = l_.bytes(own.begin), count = l_.bytes(own.end) - first;
+    for (index i = 0; i < own_.rows.rows() && l_.shape.has_c; ++i) {
+      const index b = own_.rows.row(i);
+      char* const to = memory_.c0 + b * row;
+      std::memcpy(to + first, p_.c0 + b * of_c + first, count);
+      if (own.end == p_.H) std::memset(to + of_c, 0, row - of_c);
+    }
+    for (index i = own_.rows.working(); i < own_.rows.rows(); ++i) {
+      const index b = own_.rows.row(i);
+      leave(b, p_.h0 + b * of_h, memory_.c0 + b * row);
+    }
+    if (!p_.has_options) return;
+    zoneout_.start();
+    l_.k.bounds(p_.options.clip, memory_.bounds);
+    if (!drops(p_.options)) return;
+    const Range places = own_.share(team_, own_.rows.rows());
+    for (index i = places.begin; i < places.end; ++i) {
+      const index b = own_.rows.row(i);
+      char* const factors = memory_.mask + b * row;
+      l_.k.draw_recurrent(p_.options, b, p_.R, factors);
+      l_.k.multiply_rows(p_.h0 + b * of_h, factors, p_.R, memory_.shown + b * row);
+    }
+    own_.meet(team_);
+  }
+
+  // The state of row b after its last step, of own units.
+  void leave(index b, const char* h, const char* c) const {
+    const Range own = units();
+    const index end = own.end < p_.R ? own.end : p_.R;
+    const index first = l_.bytes(own.begin);
+    if (own.begin < end) {
+      std::memcpy(p_.h_n + b * l_.bytes(p_.R) + first, h + first, l_.bytes(end) - first);
+    }
+    if (l_.shape.has_c) {
+      std::memcpy(p_.c_n + b * l_.bytes(p_.H) + first, c + first,
+                  l_.bytes(own.end) - first);
+    }
+  }
+
+  // Rows for which s was the last step leave their state; those that do not take it have
+  // no h.
+  void finish_rows(index s) const {
+    const Range own = units();
+    const index end = own.end < p_.R ? own.end : p_.R, now = own_.rows.count(s);
+    for (index i = own_.rows.count(s + 1); i < now; ++i) {
+      const index b = own_.rows.row(i);
+      leave(b, y(s) + b * p_.y_b, records(s) + b * record_ + l_.bytes(l_.record.cell()));
+    }
+    for (index i = now; i < own_.rows.rows() && own.begin < end; ++i) {
+      std::memset(y(s) + own_.rows.row(i) * p_.y_b + l_.bytes(own.begin), 0,
+                  l_.bytes(end - own.begin));
+    }
+  }
+
+  // a = bias + W x for own rows and units of steps [begin, end), into the records.
+  void multiply_inputs(index begin, index end) {
+    const index count = own_.rows.count(begin, end);
+    Schedule::Entry next = own_.rows.entry(begin, 0);
+    for (index n = 0; n < count; ++n, own_.rows.advance(next)) {
+      const index b = own_.rows.row(next.place);
+      memory_.x[n] = const_cast<char*>(p_.x) + p_.time(next.s) * p_.x_t + b * p_.x_b;
+      memory_.to[n] = records(next.s) + b * record_;
+    }
+    inputs_.rows[role::x] = {nullptr, 0, nullptr, memory_.x};
+    inputs_.rows[role::record] = {nullptr, 0, nullptr, memory_.to};
+    inputs_.places = {0, count};
+    l_.k.run(inputs_);
+    if (!l_.model.norm) return;
+    own_.meet(team_);
+    Block rows{};
+    rows.places = own_.share(team_, count);
+    rows.size = p_.H;
+    rows.rows[role::record] = inputs_.rows[role::record];
+    rows.used = bit(role::record);
+    rows.after = l_.cell.normalise_inputs;
+    rows.step = &step_;
+    l_.k.walk(rows, rows_at_once(l_));
+  }
+
+  // The rows of step s.
+  void find_rows(index s) {
+    using namespace role;
+    const index count = own_.rows.count(s), t = p_.time(s), row = l_.padded_bytes();
+    Rows* const rows = product_.rows;
+    const char* const y_before = y(s > 0 ? s - 1 : 0);
+    const StateBefore h_before{p_,    p_.masks, s,          memory_.zeros,
+                               p_.h0, y_before, l_.bytes(p_.R), p_.y_b};
+    rows[seen] = h_before.find(own_.rows, count, memory_.h);
+    rows[h_prev] = rows[seen];
+    if (drops(p_.options)) {
+      const StateBefore of{p_,            p_.masks,     s,   memory_.zeros,
+                           memory_.shown, shown(s - 1), row, row};
+      rows[seen] = of.find(own_.rows, count, memory_.seen);
+      rows[next_seen] = rows_of(shown(s), row);
+    }
+    const index cell = l_.bytes(l_.record.cell());
+    if (l_.shape.has_c) {
+      char* const left = records(s > 0 ? s - 1 : 0) + cell;
+      const StateBefore of{p_, p_.masks, s, memory_.zeros, memory_.c0, left, row, record_};
+      rows[c_prev] = of.find(own_.rows, count, memory_.c);
+      rows[c] = rows_of(records(s) + cell, record_);
+    }
+    rows[record] = rows_of(records(s), record_);
+    rows[x] = rows_of(p_.x + t * p_.x_t, p_.x_b);
+    rows[h] = l_.model.projects ? product_.rows[operand] : rows_of(y(s), p_.y_b);
+    if (p_.cells) rows[cells] = rows_of(p_.cells + t * p_.cells_t, p_.cells_b);
+    if (p_.trace) {
+      const index of_row = l_.bytes(l_.shape.gates * p_.H);
+      rows[trace] = rows_of(p_.trace + t * p_.B * of_row, of_row);
+    }
+  }
+
+  void take(index s, bool backwards) {
+    find_rows(s);
+    product_.places = {0, own_.rows.count(s)};
+    product_.backwards = backwards;
+    if (p_.has_options && !l_.model.norm && !l_.shape.has_second()) {
+      zoneout_.find(product_, role::keep_h, role::keep_c, own_.rows, product_.places,
+                    p_.time(s), units());
+    }
+    l_.k.run(product_);
+  }
+
+  // Whole rows of step s, shared by threads that own units.
+  void walk(index s, Pointwise after) {
+    Block b = product_;
+    b.places = own_.share(team_, own_.rows.count(s));
+    b.after = after;
+    zoneout_.find(b, role::keep_h, role::keep_c, own_.rows, b.places, p_.time(s),
+                  {0, p_.H});
+    l_.k.walk(b, rows_at_once(l_));
+  }
+
+  // What of a step needs whole rows or a second product. Returns whether all met after
+  // it: what others computed of a row that ends here is copied next.
+  bool finish(index s) {
+    using namespace role;
+    const bool norm = l_.model.norm, twice = l_.shape.has_second();
+    if (norm) {
+      own_.meet(team_);
+      walk(s, l_.cell.normalised_forward);
+    }
+    if (l_.has_second()) {
+      own_.meet(team_);
+      std::memcpy(second_.rows, product_.rows, sizeof(second_.rows));
+      second_.rows[h] = rows_of(y(s), p_.y_b);
+      second_.used = product_.used;
+      second_.places = {0, own_.rows.count(s)};
+      const index end = second_.panels.end * l_.dense_units();
+      const Range columns{second_.panels.begin * l_.dense_units(),
+                          end < second_.size ? end : second_.size};
+      zoneout_.find(second_, keep_h, keep_c, own_.rows, second_.places, p_.time(s),
+                    columns);
+      l_.k.run(second_);
+      if (norm && twice) {
+        own_.meet(team_);
+        walk(s, l_.cell.normalised_close);
+      }
+    }
+    const bool meets = norm || l_.has_second();
+    if (meets) own_.meet(team_);
+    return meets;
+  }
+};
+
+}  // namespace
+
+index forward_workspace(const Layout& layout, const Forward& p, int threads) {
+  return ForwardPass::workspace(layout, p, threads);
+}
+
+void forward(const Layout& layout, const Forward& p, char* workspace, const Team& team) {
+  ForwardPass(layout, p, workspace, team).run();
+}
+
+ForwardPlan plan(const Layout& l, const Forward& p, int threads) {
+  const index steps = ForwardPass::stretch(l, p);
+  return {threads,
+          Blocks::cuts_rows(l, p, l.panels(), l.tile_rows(), threads),
+          ForwardPass::fuses(l, p, steps),
+          steps,
+          l.tile_rows(),
+          l.panel_units,
+          saves_slots(l.shape.saves, p.options) ? l.record_bytes() / l.size : 0,
+          forward_workspace(l, p, threads)};
+}
+
+}  // namespace fusedrnn

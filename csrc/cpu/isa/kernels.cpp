@@ -1,0 +1,157 @@
+// The kernels of one instruction set for one element type: compiled once for each pair,
+// with that instruction set's flags, FUSEDRNN_ARCH set to its name and FUSEDRNN_ELEMENT
+// to float or double.
+#include "gradients.h"
+#include "pack.h"
+#include "probe.h"
+#include "product.h"
+#include "random.h"
+#include "run.h"
+#include "steps.h"
+
+namespace fusedrnn::FUSEDRNN_ARCH {
+
+namespace {
+
+using S = FUSEDRNN_ELEMENT;
+using V = Vec<S>;
+
+constexpr int variants = [] {
+  int count = 0;
+  AllCells::each([&]<template <class> class Cell>() {
+    count += static_cast<int>(sizeof(Cell<V>::variants) / sizeof(Variant));
+  });
+  return count;
+}();
+
+struct CellTable {
+  CellKernels at[variants];
+};
+
+template <class Cell, int variant = 0>
+constexpr void add_cell(CellTable& to, int& count) {
+  to.at[count++] = cell_kernels<Cell, S, variant>();
+  if constexpr (variant + 1 < sizeof(Cell::variants) / sizeof(Variant)) {
+    add_cell<Cell, variant + 1>(to, count);
+  }
+}
+
+constexpr CellTable cells = [] {
+  CellTable table{};
+  int count = 0;
+  AllCells::each([&]<template <class> class Cell>() { add_cell<Cell<V>>(table, count); });
+  return table;
+}();
+
+// One for each shape of panel that the cells have, besides those of one matrix.
+constexpr PanelProduct panels[] = {
+    panel_product<V, 4, 4>(),
+    panel_product<V, 3, 4>(),
+    panel_product<V, 2, 2>(),
+    panel_product<V, 1, 1>(),
+};
+
+void run(const Block& block) { BlockRun<S>(block).run(); }
+void walk(const Block& block, int rows_at_once) { BlockRun<S>(block).walk(rows_at_once); }
+
+void bounds(double clip, char* to) {
+  V of[4];
+  clip_bounds(clip, of);
+  for (int n = 0; n < 4; ++n) {
+    S lanes[V::lanes];
+    of[n].store(lanes);
+    reinterpret_cast<S*>(to)[n] = lanes[0];
+  }
+}
+
+void multiply_rows(const char* a, const char* b, index n, char* to) {
+  const S *const left = reinterpret_cast<const S*>(a),
+                 *const right = reinterpret_cast<const S*>(b);
+  for (index j = 0; j < n; ++j) reinterpret_cast<S*>(to)[j] = left[j] * right[j];
+}
+
+void fill(double value, index n, char* to) {
+  for (index j = 0; j < n; ++j) reinterpret_cast<S*>(to)[j] = static_cast<S>(value);
+}
+
+// The pointwise functions that are the same for any cell.
+using Any = Steps<Rnn<V>, S>;
+
+}  // namespace
+
+constexpr Format format = sizeof(S) == 4 ? Format::f32 : Format::f64;
+
+#define FUSEDRNN_TABLE_(element) kernels_##element
+#define FUSEDRNN_TABLE(element) FUSEDRNN_TABLE_(element)
+
+extern const Kernels FUSEDRNN_TABLE(FUSEDRNN_ELEMENT);
+constinit const Kernels FUSEDRNN_TABLE(FUSEDRNN_ELEMENT){
+    sizeof(S),
+    V::lanes,
+    gradient_tile<S>,
+    {sizeof(S) == 4 ? "float32" : "float64", format, format, format, 1, false, panels,
+     panel_bytes<S>, pack_panels<S>, nullptr, nullptr, nullptr},
+    cells.at,
+    run,
+    walk,
+    Any::put,
+    Any::finish,
+    Any::leave,
+    Any::before,
+    bounds,
+    draw_zoneout<S>,
+    draw_recurrent<S>,
+    multiply_rows,
+    fill,
+    drop_out<S>,
+    pack_bias<S>,
+    pack_transposed<S>,
+    pack_right<S>,
+    pack_left<S>,
+    add_products<S>,
+    add_outer_products<S>,
+    add_columns<S>,
+    write_biases<S>,
+};
+
+// What is there once for both element types stands with float.
+#ifdef FUSEDRNN_WITH_ISA
+
+extern const Kernels kernels_double;
+
+namespace {
+
+template <class E, class F>
+void on_each_vector(const E* x, E* y, index n, F f) {
+  using W = Vec<E>;
+  for (index at = 0; at < n; at += W::lanes) {
+    store_upto(f(load_upto<W>(x + at, n - at)), y + at, n - at);
+  }
+}
+template <class E>
+void sigmoid_of(const E* x, E* y, index n) {
+  on_each_vector(x, y, n, [](Vec<E> v) { return sigmoid(v); });
+}
+template <class E>
+void tanh_of(const E* x, E* y, index n) {
+  on_each_vector(x, y, n, [](Vec<E> v) { return tanh(v); });
+}
+
+constexpr MathEntry math[] = {
+    {"sigmoid", sigmoid_of<float>, sigmoid_of<double>},
+    {"tanh", tanh_of<float>, tanh_of<double>},
+};
+
+}  // namespace
+
+extern const Isa isa;
+constinit const Isa isa{
+    FUSEDRNN_STRINGIFY(FUSEDRNN_ARCH),
+    &kernels_float,
+    &kernels_double,
+    math,
+    {multiply_add<float>, multiply_add<double>, read_all<float>}};
+
+#endif
+
+}  // namespace fusedrnn::FUSEDRNN_ARCH

@@ -1,0 +1,454 @@
+// What follows a product, by cell: pointwise functions of tiles of sums, which are still
+// in the first-level cache, and of whole rows. The plain ones are written for speed
+// without options; all others are csrc/pointwise.h.
+#pragma once
+
+#include "../../cells/all.h"
+#include "../../pointwise.h"
+#include "../kernels.h"
+
+namespace fusedrnn::FUSEDRNN_ARCH {
+
+// A thread's walk along rows in vectors.
+template <class S_>
+struct Walk {
+  using S = S_;
+  using V = Vec<S>;
+  static constexpr int lanes = V::lanes, most_rows = most_tile_rows;
+  static constexpr bool bias_is_in = true;
+
+  const S* clip;
+  S* from;
+  index scratch_row;
+
+  template <class F>
+  static void each(Range units, const F& f) {
+    for (index u = units.begin; u < units.end; u += lanes) f(u);
+  }
+  static Range all(index n) { return {0, n}; }
+  template <class F>
+  static void once(const F& f) {
+    f();
+  }
+  // Lane by lane, and then the lanes in order: of several rows at once, as vectors.
+  template <class F>
+  static void sums(int n, index H, const F& f, S* to) {
+    for (int first = 0; first < n; first += lanes) {
+      const int rows = n - first < lanes ? n - first : lanes;
+      V part[lanes];
+      for (int r = 0; r < rows; ++r) {
+        V sum = V::broadcast(0);
+        index u = 0;
+        for (; u + lanes <= H; u += lanes) sum = sum + f(first + r, u);
+        if (u < H) {
+          S rest[lanes];
+          f(first + r, u).store(rest);
+          sum = sum + V::load_n(rest, H - u);
+        }
+        part[r] = sum;
+      }
+      if (rows == 1) {
+        S values[lanes];
+        part[0].store(values);
+        S total = 0;
+        for (const S value : values) total += value;
+        to[first] = total;
+        continue;
+      }
+      for (int r = rows; r < lanes; ++r) part[r] = V::broadcast(0);
+      transpose(part);
+      V total = V::broadcast(0);
+#pragma GCC unroll 16
+      for (int l = 0; l < lanes; ++l) total = total + part[l];
+      store_upto(total, to + first, rows);
+    }
+  }
+  static V load(const S* p, index u) { return V::load(p + u); }
+  static void store(V x, S* p, index u) { x.store(p + u); }
+  static V upto(const S* p, index u, index n) { return load_upto<V>(p + u, n - u); }
+  static void put(V x, S* p, index u, index n) { store_upto(x, p + u, n - u); }
+  static V keep_h(const S* p, index u) { return V::load(p + u); }
+  static V keep_c(const S* p, index u) { return V::load(p + u); }
+  S* scratch(int r) const { return from + r * scratch_row; }
+  static float root(float x) { return __builtin_sqrtf(x); }
+  static double root(double x) { return __builtin_sqrt(x); }
+  static V kept(V x) { return x; }
+  void bounds(double, V (&to)[4]) const {
+    for (int n = 0; n < 4; ++n) to[n] = V::broadcast(clip[n]);
+  }
+};
+
+// The elements of a row of a role, or null where there is none.
+template <class S>
+inline S* row_of(const Tile& t, int role, int r) {
+  return t.used >> role & 1 ? reinterpret_cast<S*>(t.at[role][r]) : nullptr;
+}
+// The same where there is one.
+template <class S>
+inline S* row_at(const Tile& t, int role, int r) {
+  return reinterpret_cast<S*>(t.at[role][r]);
+}
+
+// f(sums of row 0 of a panel, its units) for each panel of a tile.
+template <class S, class F>
+inline void each_panel(const Tile& t, const F& f) {
+  const S* sums = static_cast<const S*>(t.sums);
+  for (index unit = t.unit; unit < t.end; unit += t.panel_units, sums += t.panel) {
+    const index last = unit + t.panel_units;
+    f(sums, Range{unit, last < t.end ? last : t.end});
+  }
+}
+
+// dh of a row's units: what came through R, unless no gradient crosses the step after,
+// dy, and what passed R by.
+template <class S>
+inline Vec<S> complete_dh(const Step& s, const Tile& t, int r, Vec<S> dh, index u) {
+  using V = Vec<S>;
+  if (s.has_product) {
+    const S* const mask = row_of<S>(t, role::mask_h, r);
+    if (mask) dh = dh * V::load(mask + u);
+    if (s.cut_after && s.cut_after[t.place + r]) dh = V::broadcast(0);
+  }
+  const S* const dy = row_of<S>(t, role::dy, r);
+  if (dy) dh = dh + load_upto<V>(dy + u, s.call->model.R - u);
+  if (s.adds_direct) dh = dh + V::load(row_at<S>(t, role::direct, r) + u);
+  return dh;
+}
+
+template <class Cell, class S>
+struct Steps {
+  using V = Vec<S>;
+  using Rows = RowWise<Cell, Walk<S>>;
+  using Row = typename Rows::Row;
+  using BackRow = typename Rows::BackRow;
+  static constexpr int lanes = V::lanes, slots = Cell::slots;
+
+  // Options as pointwise.h reads them.
+  struct Asked {
+    const Model& model;
+    const Options& options;
+    Vectors<const S> vectors;
+  };
+  static Rows rows(const Step& s) {
+    const Call& call = *s.call;
+    const auto of = [](const char* p) { return reinterpret_cast<const S*>(p); };
+    const auto& v = call.vectors;
+    const Asked asked{call.model,
+                      call.options,
+                      {of(v.weight_ch), of(v.gamma_ih), of(v.gamma_hh), of(v.gamma_c),
+                       of(v.beta_c)}};
+    const Walk<S> walk{of(call.bounds), reinterpret_cast<S*>(s.scratch),
+                       (2 + slots) * call.P};
+    return Rows(asked, call.P, of(call.bias), walk);
+  }
+  static Row row(const Tile& t, int r, const S* sums = nullptr, index apart = 0) {
+    return {row_of<S>(t, role::record, r), sums, apart,
+            row_of<S>(t, role::h_prev, r), row_of<S>(t, role::c_prev, r),
+            row_of<S>(t, role::seen, r),   row_of<S>(t, role::c, r),
+            row_of<S>(t, role::h, r),      row_of<S>(t, role::cells, r),
+            row_of<S>(t, role::trace, r),  row_of<S>(t, role::next_seen, r),
+            row_of<S>(t, role::mask, r),   row_of<S>(t, role::keep_h, r),
+            row_of<S>(t, role::keep_c, r)};
+  }
+  static BackRow back_row(const Step& s, const Tile& t, int r) {
+    return {row_of<S>(t, role::saved, r),    row_of<S>(t, role::before_h, r),
+            row_of<S>(t, role::before_c, r), nullptr,
+            row_of<S>(t, role::seen_h, r),   row_of<S>(t, role::dcells, r),
+            row_of<S>(t, role::dh, r),       row_of<S>(t, role::dc, r),
+            row_of<S>(t, role::direct, r),   row_of<S>(t, role::da, r),
+            s.cut && s.cut[t.place + r],     row_of<S>(t, role::mask_h, r),
+            row_of<S>(t, role::keeps_h, r),  row_of<S>(t, role::keeps_c, r)};
+  }
+
+  static void plain_forward(const Step& s, const Tile& t) {
+    const Call& call = *s.call;
+    const index P = call.P, H = call.model.H;
+    const Plain<V> plain{call.model.variant};
+    const bool saves = call.saves;
+    each_panel<S>(t, [&](const S* sums, Range units) {
+      for (index u = units.begin; u < units.end; u += lanes) {
+        const S* a = sums + (u - units.begin);
+        const index left = H - u;
+        for (int r = 0; r < t.rows; ++r, a += t.row) {
+          V v[slots];
+          for (int slot = 0; slot < slots; ++slot) v[slot] = V::load(a + slot * t.panel_units);
+          State<V> prev{};
+          if constexpr (Cell::has_direct) {
+            prev.h = load_upto<V>(row_at<S>(t, role::seen, r) + u, left);
+          }
+          if constexpr (Cell::has_c) prev.c = V::load(row_at<S>(t, role::c_prev, r) + u);
+          const State<V> now = Cell::forward(v, prev, plain);
+          store_upto(now.h, row_at<S>(t, role::h, r) + u, left);
+          if constexpr (Cell::has_c) now.c.store(row_at<S>(t, role::c, r) + u);
+          if (saves) {
+            S* const record = row_at<S>(t, role::record, r) + u;
+            for (int slot = 0; slot < slots; ++slot) v[slot].store(record + slot * P);
+          }
+        }
+      }
+    });
+  }
+
+  static void forward(const Step& s, const Tile& t) {
+    const Rows of = rows(s);
+    each_panel<S>(t, [&](const S* sums, Range units) {
+      for (int r = 0; r < t.rows; ++r) {
+        const Row at = row(t, r, sums + r * t.row - units.begin, t.panel_units);
+        of.forward(&at, 1, units);
+      }
+    });
+  }
+  static void open(const Step& s, const Tile& t) {
+    const Rows of = rows(s);
+    each_panel<S>(t, [&](const S* sums, Range units) {
+      for (int r = 0; r < t.rows; ++r) {
+        const Row at = row(t, r, sums + r * t.row - units.begin, t.panel_units);
+        S* const operand = row_at<S>(t, role::operand, r);
+        of.open(&at, 1, &operand, units);
+      }
+    });
+  }
+  static void close(const Step& s, const Tile& t) {
+    const Rows of = rows(s);
+    each_panel<S>(t, [&](const S* sums, Range units) {
+      for (int r = 0; r < t.rows; ++r) {
+        const Row at = row(t, r, sums + r * t.row - units.begin);
+        of.close(&at, 1, units);
+      }
+    });
+  }
+
+  // Whole rows, with LayerNorm.
+  template <class F>
+  static void whole(const Step& s, const Tile& t, const F& f) {
+    Row all[most_tile_rows];
+    for (int r = 0; r < t.rows; ++r) all[r] = row(t, r);
+    f(rows(s), all, t.rows, Range{0, s.call->model.H});
+  }
+  static void normalise_inputs(const Step& s, const Tile& t) {
+    whole(s, t, [](const Rows& of, const Row* all, int n, Range) {
+      of.normalise_inputs(all, n);
+    });
+  }
+  static void normalised_forward(const Step& s, const Tile& t) {
+    whole(s, t, [&](const Rows& of, const Row* all, int n, Range units) {
+      of.normalise_recurrent(all, n);
+      if (!of.has_second()) return of.forward(all, n, units);
+      S* operand[most_tile_rows];
+      for (int r = 0; r < n; ++r) operand[r] = row_at<S>(t, role::operand, r);
+      of.open(all, n, operand, units);
+    });
+  }
+  static void normalised_close(const Step& s, const Tile& t) {
+    whole(s, t, [](const Rows& of, const Row* all, int n, Range units) {
+      of.normalise_second(all, n);
+      of.close(all, n, units);
+    });
+  }
+  // Of a record that is computed again: what is normalised, and a second product's
+  // operand, or what that came to.
+  static void normalise_again(const Step& s, const Tile& t) {
+    whole(s, t, [&](const Rows& of, const Row* all, int n, Range units) {
+      if (!(t.used >> role::operand & 1)) return of.normalise_second(all, n);
+      of.normalise_inputs(all, n);
+      of.normalise_recurrent(all, n);
+      if (!of.has_second()) return;
+      S* operand[most_tile_rows];
+      for (int r = 0; r < n; ++r) operand[r] = row_at<S>(t, role::operand, r);
+      of.open(all, n, operand, units);
+    });
+  }
+
+  static void plain_backward(const Step& s, const Tile& t) {
+    const Call& call = *s.call;
+    const index P = call.P, H = call.model.H;
+    const Plain<V> plain{call.model.variant};
+    each_panel<S>(t, [&](const S* sums, Range units) {
+      for (index u = units.begin; u < units.end; u += lanes) {
+        const S* a = sums + (u - units.begin);
+        const index left = H - u;
+        for (int r = 0; r < t.rows; ++r, a += t.row) {
+          const V dh = complete_dh<S>(s, t, r, V::load(a), u);
+          const S* const saved = row_at<S>(t, role::saved, r) + u;
+          V v[slots];
+          State<V> prev{};
+          V c{}, dc = V::broadcast(0);
+          if constexpr (Cell::saves) {
+            for (int slot = 0; slot < slots; ++slot) v[slot] = V::load(saved + slot * P);
+          } else {
+            v[0] = load_upto<V>(saved, left);
+          }
+          if constexpr (Cell::has_direct) {
+            prev.h = load_upto<V>(row_at<S>(t, role::before_h, r) + u, left);
+          }
+          if constexpr (Cell::has_c) {
+            prev.c = V::load(row_at<S>(t, role::before_c, r) + u);
+            c = V::load(saved + slots * P);
+            dc = V::load(row_at<S>(t, role::dc, r) + u);
+          }
+          State<V> d = Cell::backward(v, prev, c, dh, dc, plain);
+          S* const da = row_at<S>(t, role::da, r) + u;
+          for (int slot = 0; slot < slots; ++slot) store_upto(v[slot], da + slot * P, left);
+          if (s.cut && s.cut[t.place + r]) d = {V::broadcast(0), V::broadcast(0)};
+          if constexpr (Cell::has_direct) d.h.store(row_at<S>(t, role::direct, r) + u);
+          if constexpr (Cell::has_c) d.c.store(row_at<S>(t, role::dc, r) + u);
+        }
+      }
+    });
+  }
+
+  // f(rows, a row of gradients, unit, dh of it) for each row and vector of a tile.
+  template <class F>
+  static void each_unit(const Step& s, const Tile& t, const F& f) {
+    const Rows of = rows(s);
+    each_panel<S>(t, [&](const S* sums, Range units) {
+      for (int r = 0; r < t.rows; ++r) {
+        const BackRow at = back_row(s, t, r);
+        const S* const a = sums + r * t.row - units.begin;
+        for (index u = units.begin; u < units.end; u += lanes) {
+          f(of, at, r, u, V::load(a + u));
+        }
+      }
+    });
+  }
+  static void backward(const Step& s, const Tile& t) {
+    each_unit(s, t, [&](const Rows& of, const BackRow& at, int r, index u, V dh) {
+      dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u));
+      of.backward(at, s.call->gradient, u, dh);
+    });
+  }
+  static void projected_backward(const Step& s, const Tile& t) {
+    each_unit(s, t, [&](const Rows& of, const BackRow& at, int, index u, V dm) {
+      of.backward(at, s.call->gradient, u, dm);
+    });
+  }
+  static void open_backward(const Step& s, const Tile& t) {
+    each_unit(s, t, [&](const Rows& of, const BackRow& at, int r, index u, V dh) {
+      dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u));
+      of.open_backward(at, s.call->gradient, u, dh);
+    });
+  }
+  static void close_backward(const Step& s, const Tile& t) {
+    each_unit(s, t, [&](const Rows& of, const BackRow& at, int, index u, V d) {
+      of.close_backward(at, u, d);
+    });
+  }
+
+  template <class F>
+  static void whole_back(const Step& s, const Tile& t, const F& f) {
+    BackRow all[most_tile_rows];
+    const S* dm[most_tile_rows];
+    for (int r = 0; r < t.rows; ++r) {
+      all[r] = back_row(s, t, r);
+      dm[r] = row_of<S>(t, role::dm, r);
+    }
+    f(rows(s), all, t.rows, dm);
+  }
+  static void normalised_backward(const Step& s, const Tile& t) {
+    whole_back(s, t, [&](const Rows& of, const BackRow* all, int n, const S* const* dm) {
+      of.backward_normalised(all, n, s.call->gradient, dm);
+    });
+  }
+  static void normalised_open_backward(const Step& s, const Tile& t) {
+    whole_back(s, t, [&](const Rows& of, const BackRow* all, int n, const S* const* dm) {
+      for (int r = 0; r < n; ++r) {
+        for (index u = 0; u < of.H; u += lanes) {
+          of.open_backward(all[r], s.call->gradient, u, V::load(dm[r] + u));
+        }
+      }
+      of.normalise_second_backward(all, n, s.call->gradient);
+    });
+  }
+  static void normalised_close_backward(const Step& s, const Tile& t) {
+    whole_back(s, t, [&](const Rows& of, const BackRow* all, int n, const S* const* dm) {
+      for (int r = 0; r < n; ++r) {
+        for (index u = 0; u < of.H; u += lanes) {
+          of.close_backward(all[r], u, V::load(dm[r] + u));
+        }
+      }
+      of.normalise_backward(all, n, s.call->gradient);
+    });
+  }
+
+  // For any cell.
+
+  static void put(const Step& s, const Tile& t) {
+    const Put& p = s.put;
+    each_panel<S>(t, [&](const S* sums, Range units) {
+      for (int r = 0; r < t.rows; ++r) {
+        S* const row = row_at<S>(t, p.role, r) + p.offset;
+        for (int slot = p.begin; slot < p.end; ++slot) {
+          const S* const from = sums + r * t.row + slot * t.panel_units - units.begin;
+          for (index u = units.begin; u < units.end; u += lanes) {
+            const index left = p.padded ? index{lanes} : p.size - u;
+            store_upto(V::load(from + u), row + slot * p.apart + u, left);
+          }
+        }
+      }
+    });
+  }
+  static void finish(const Step& s, const Tile& t) {
+    const Rows of = rows(s);
+    each_panel<S>(t, [&](const S* sums, Range units) {
+      for (int r = 0; r < t.rows; ++r) {
+        const Row at = row(t, r);
+        const S* const a = sums + r * t.row - units.begin;
+        for (index u = units.begin; u < units.end; u += lanes) {
+          of.finish(at, u, V::load(a + u));
+        }
+      }
+    });
+  }
+  // dh of rows that take no step before it.
+  static void leave(const Step& s, const Tile& t) {
+    each_panel<S>(t, [&](const S* sums, Range units) {
+      for (int r = 0; r < t.rows; ++r) {
+        const S* const a = sums + r * t.row - units.begin;
+        for (index u = units.begin; u < units.end; u += lanes) {
+          const V dh = complete_dh<S>(s, t, r, V::load(a + u), u);
+          store_upto(dh, row_at<S>(t, role::dh0, r) + u, s.call->model.R - u);
+        }
+      }
+    });
+  }
+  // dh where the cell waits for a projection or for whole rows.
+  static void before(const Step& s, const Tile& t) {
+    each_unit(s, t, [&](const Rows& of, const BackRow& at, int r, index u, V dh) {
+      dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u));
+      dh.store(at.dh + u);
+      if (!s.call->model.projects) return;
+      store_upto(dh, at.da + s.call->gradient.dh + u, s.call->model.R - u);
+    });
+  }
+};
+
+template <class Cell, class S, int variant>
+constexpr CellKernels cell_kernels() {
+  using Of = Steps<Cell, S>;
+  CellKernels k{};
+  k.shape = shape_of<Cell>(variant);
+  k.name = Cell::variants[variant].name;
+  k.plain_forward = Of::plain_forward;
+  k.forward = Of::forward;
+  k.plain_backward = Of::plain_backward;
+  k.backward = Of::backward;
+  if constexpr (Cell::has_c) k.projected_backward = Of::projected_backward;
+  if constexpr (Cell::gates > 1) {
+    k.normalise_inputs = Of::normalise_inputs;
+    k.normalised_forward = Of::normalised_forward;
+    k.normalise_again = Of::normalise_again;
+    k.normalised_backward = Of::normalised_backward;
+  }
+  if constexpr (Cell::variants[variant].second >= 0) {
+    k.open = Of::open;
+    k.close = Of::close;
+    k.normalised_close = Of::normalised_close;
+    k.open_backward = Of::open_backward;
+    k.close_backward = Of::close_backward;
+    k.normalised_open_backward = Of::normalised_open_backward;
+    k.normalised_close_backward = Of::normalised_close_backward;
+  }
+  return k;
+}
+
+}  // namespace fusedrnn::FUSEDRNN_ARCH

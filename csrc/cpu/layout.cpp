@@ -1,0 +1,200 @@
+#include "layout.h"
+
+#include <cstring>
+
+namespace fusedrnn {
+
+namespace {
+
+Term term_of(const Layout& layout, int role, const char* panels, int width, index depth) {
+  const Product& product = layout.k.product;
+  Term term{};
+  term.role = role;
+  term.panels = panels;
+  term.panel_bytes = product.panel_bytes(width, depth);
+  term.k_bytes = product.panel_bytes(width, 1);
+  term.K = term.depth = depth;
+  return term;
+}
+
+}  // namespace
+
+Block Layout::forward_block(const char* weights, const Matrix* unpacked, bool with_x,
+                            bool with_h) const {
+  Block b{};
+  b.product = &k.product;
+  if (with_x) {
+    Term& term = b.terms[b.count++];
+    term = term_of(*this, role::x, weights + input_panels(), width, I);
+    term.column = shape.first_input() * unit_vectors;
+    if (unpacked) term.matrix = unpacked;
+  }
+  if (with_h) {
+    Term& term = b.terms[b.count++];
+    term = term_of(*this, role::seen, weights + recurrent_panels(), width, R);
+    if (unpacked) term.matrix = unpacked + 1;
+  }
+  for (Term& term : b.terms) {
+    if (unpacked) term.panels = nullptr;
+  }
+  const index depth = (with_x ? I : 0) + (with_h ? R : 0);
+  b.width = width;
+  b.sums = sums;
+  b.unit_vectors = unit_vectors;
+  b.size = H;
+  b.padded = P;
+  b.row_bytes = bytes(depth);
+  b.panel_bytes = panel_bytes(depth);
+  if (!model.norm) {
+    b.start = weights;
+    b.start_slot = P;
+  }
+  return b;
+}
+
+Block Layout::second_block(const char* weights) const {
+  Block b{};
+  b.product = &k.product;
+  b.terms[b.count++] = term_of(*this, role::operand, weights + second_panels(), 2, H);
+  b.width = b.sums = b.unit_vectors = 2;
+  b.size = of_second.H;
+  b.padded = of_second.P;
+  b.row_bytes = bytes(H);
+  b.panel_bytes = second_panel_bytes();
+  return b;
+}
+
+Block Layout::backward_block(const char* panels, const Matrix* unpacked, index N,
+                             int first_slot) const {
+  constexpr index large_panel = 160 * 1024;
+  Block b{};
+  b.product = &k.product;
+  Term& term = b.terms[b.count++];
+  term = term_of(*this, role::da_after, panels, 2, back_depth());
+  term.from = first_slot * P;
+  term.matrix = unpacked;
+  b.width = b.sums = b.unit_vectors = 2;
+  b.transposed = true;
+  b.size = N;
+  b.padded = round_up(N, lanes);
+  b.row_bytes = bytes(back_depth());
+  b.panel_bytes = panels ? back_panel_bytes() : 0;
+  if (b.panel_bytes > large_panel) b.pieces = shape.gates;
+  return b;
+}
+
+Block Layout::dense_backward_block(const char* panels, index depth, index K) const {
+  Block b{};
+  b.product = &k.product;
+  Term& term = b.terms[b.count++];
+  term = term_of(*this, role::da_after, panels, 2, depth);
+  term.K = K;
+  b.width = b.sums = b.unit_vectors = 2;
+  b.transposed = true;
+  b.size = H;
+  b.padded = P;
+  b.row_bytes = bytes(K);
+  b.panel_bytes = bytes(K) * 2 * lanes;
+  return b;
+}
+
+Call call_of(const Layout& layout, const ForwardOf<char>& p, const char* bias,
+             const char* bounds) {
+  Call call{};
+  call.shape = layout.shape;
+  call.model = p.model;
+  call.options = p.options;
+  call.vectors = p.vectors;
+  call.P = layout.P;
+  call.bias = bias;
+  call.bounds = bounds;
+  call.gradient = GradientRow(layout.shape, p.model, p.vectors.weight_ch != nullptr,
+                              layout.P, round_up(p.R, layout.lanes));
+  return call;
+}
+
+index Zoneout::bytes(const Layout& layout, const Options& options, bool has_options,
+                     index B, int threads, bool by_rows) {
+  if (!has_options) return 0;
+  const index group = (layout.shape.has_c ? 2 : 4) * 16, P = round_up(layout.P, group);
+  const index of_expected = 2 * layout.padded_bytes();
+  if (!options.training || !zones_out(options)) return of_expected;
+  index values = (B + threads - 1) / threads * P;
+  if (!by_rows && threads > 1) {
+    const index units = layout.dense_units();  // no panel is wider
+    const index panels = (layout.P + units - 1) / units;
+    const index own = round_up((panels / threads + 2) * units, group) + group;
+    const index of_all = B * (own < P ? own : P);
+    values = of_all > values ? of_all : values;
+  }
+  return of_expected + layout.bytes(2 * values);
+}
+
+void Zoneout::start() const {
+  const Options& o = options_;
+  layout_.k.fill(o.zoneout_h, layout_.P, expected_);
+  layout_.k.fill(o.zoneout_c, layout_.P, expected_ + layout_.padded_bytes());
+}
+
+void Zoneout::find(Block& block, int role_h, int role_c, const Schedule& rows,
+                   Range places, index time, Range units) const {
+  block.used |= 1u << role_h | 1u << role_c;
+  if (!draws()) {
+    block.rows[role_h] = {expected_, 0, nullptr, nullptr};
+    block.rows[role_c] = {expected_ + layout_.padded_bytes(), 0, nullptr, nullptr};
+    return;
+  }
+  const index first = units.begin / group() * group();
+  const index width = round_up(units.end, group()) - first;
+  const index apart = layout_.bytes(2 * width), count = places.end - places.begin;
+  char* const keep_h = drawn_ - layout_.bytes(first);
+  char* const keep_c = keep_h + layout_.bytes(width);
+  const index* const order = rows.order();
+  layout_.k.draw_zoneout({&options_, layout_.shape.has_c, time, units,
+                          order ? order + places.begin : nullptr,
+                          order ? 0 : rows.row(places.begin), count, keep_h, keep_c,
+                          apart});
+  block.rows[role_h] = {keep_h - places.begin * apart, apart, nullptr, nullptr};
+  block.rows[role_c] = {expected_ + layout_.padded_bytes(), 0, nullptr, nullptr};
+  if (options_.zoneout_c <= 0) return;
+  block.rows[role_c] = {keep_c - places.begin * apart, apart, nullptr, nullptr};
+}
+
+index packed_bytes(const Layout& layout, bool backward, bool borrow) {
+  if (borrow) return backward ? 0 : layout.bias_bytes();
+  return backward ? layout.backward_bytes() : layout.forward_bytes();
+}
+
+void pack(const Layout& layout, const Parameters<char>& p, bool backward, bool borrow,
+          char* to, const Team& team) {
+  const auto with = [](Matrix of, const char* weight) {
+    of.weight = weight;
+    return of;
+  };
+  const Kernels& k = layout.k;
+  const Matrix W = with(layout.of_input, p.weight_ih);
+  const Matrix R = with(layout.of_recurrent, p.weight_hh);
+  const auto transposed = [&](const Matrix& of, char* at) {
+    k.pack_transposed(of, team.share(layout.dense_panels(of.K)), at);
+  };
+  if (backward) {
+    if (borrow) return;
+    transposed(W, to);
+    transposed(R, to + layout.back_recurrent());
+    if (p.model.projects) {
+      transposed(with(layout.of_second, p.weight_hr), to + layout.back_projection());
+    }
+    return;
+  }
+  if (team.rank == 0) k.pack_bias(layout.shape, p, layout.P, to);
+  if (borrow) return;
+  const Range own = team.share(layout.panels());
+  k.product.pack(W, layout.unit_vectors, own, to + layout.input_panels());
+  k.product.pack(R, layout.unit_vectors, own, to + layout.recurrent_panels());
+  if (!layout.has_second()) return;
+  k.product.pack(
+      with(layout.of_second, p.model.projects ? p.weight_hr : p.weight_hh), 2,
+      team.share(layout.dense_panels(layout.of_second.H)), to + layout.second_panels());
+}
+
+}  // namespace fusedrnn

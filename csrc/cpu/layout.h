@@ -1,0 +1,214 @@
+// Where everything stands for a cell, an element type and an instruction set, in bytes
+// unless a name says otherwise; and the products of a step, ready but for their rows.
+//
+//   packed forward    bias (slots, P) | W panels | R panels | panels of a second product
+//   packed backward   Wᵀ panels | Rᵀ panels | panels of a projection
+//
+// A second product is that of a projection, or of a cell that declares one.
+#pragma once
+
+#include "schedule.h"
+
+namespace fusedrnn {
+
+// A call as the time loop takes it: strides are in bytes, arrays those of the user.
+struct Forward : ForwardOf<char> {
+  Masks masks;
+  bool has_options;     // whether the plain kernels do not do
+  const char* weights;  // packed for forward; the bias alone where weights are unpacked
+  bool unpacked;
+};
+struct Backward : BackwardOf<char> {
+  Masks masks;
+  bool has_options;
+  const char* weights;          // packed for backward, or null: unpacked
+  const char* forward_weights;  // packed for forward, where there are options
+};
+
+struct Layout {
+  const Kernels& k;
+  const CellKernels& cell;
+  const Shape& shape;
+  Model model;
+  index size, lanes, I, H, R, P;
+  int unit_vectors, width, sums;  // of a forward panel
+  index panel_units;              // of one
+  Record record;
+  Matrix of_input, of_recurrent, of_second;  // without weights
+
+  Layout(const Kernels& kernels, const CellKernels& of_cell, const Model& m)
+      : k(kernels),
+        cell(of_cell),
+        shape(of_cell.shape),
+        model(m),
+        size(kernels.size),
+        lanes(kernels.lanes),
+        I(m.I),
+        H(m.H),
+        R(m.R),
+        P(round_up(m.H, lanes)),
+        unit_vectors(shape.gates == 1 ? 2 : 1),
+        width(shape.gates * unit_vectors),
+        sums(shape.slots * unit_vectors),
+        panel_units(unit_vectors * lanes),
+        record(shape, m.norm, P),
+        of_input{nullptr, shape.input + shape.first_input(), shape.gates, H, I, P},
+        of_recurrent{nullptr, shape.recurrent, shape.gates, H, R, P},
+        of_second{nullptr, &first_block, 1, m.projects ? R : H, H,
+                  round_up(m.projects ? R : H, lanes)} {
+    if (!m.projects && shape.has_second()) {
+      of_second.blocks = shape.recurrent + shape.differs.second;
+    }
+  }
+
+  index bytes(index values) const { return values * size; }
+  // From one row of so many values to the next: not a multiple of 1 KB, which would make
+  // rows compete for the same few sets of a cache.
+  index row_bytes(index values) const {
+    const index of = bytes(values);
+    return of % 1024 == 0 ? of + 64 : of;
+  }
+  index record_bytes() const { return row_bytes(record.values()); }
+  index padded_bytes() const { return bytes(P); }
+
+  // Forward
+  index panels() const { return (H + panel_units - 1) / panel_units; }
+  index panel_bytes(index K) const { return k.product.panel_bytes(width, K); }
+  index bias_bytes() const { return bytes(shape.slots * P); }
+  index input_panels() const { return bias_bytes(); }
+  index recurrent_panels() const { return input_panels() + panels() * panel_bytes(I); }
+  index second_panels() const { return recurrent_panels() + panels() * panel_bytes(R); }
+  bool has_second() const { return model.projects || shape.has_second(); }
+  index dense_units() const { return 2 * lanes; }  // of a panel of a second product
+  index dense_panels(index N) const { return (N + dense_units() - 1) / dense_units(); }
+  index second_panel_bytes() const { return k.product.panel_bytes(2, H); }
+  index forward_bytes() const {
+    const index of_second_product = dense_panels(of_second.H) * second_panel_bytes();
+    return second_panels() + (has_second() ? of_second_product : 0);
+  }
+  int tile_rows() const { return find(width, sums).tile; }
+
+  // Backward
+  index back_depth() const { return shape.gates * P; }
+  index back_panel_bytes() const { return k.product.panel_bytes(2, back_depth()); }
+  index back_bytes(index N) const { return bytes(back_depth() * round_up(N, lanes)); }
+  index back_recurrent() const { return back_bytes(I); }
+  index back_projection() const { return back_recurrent() + back_bytes(R); }
+  index backward_bytes() const {
+    const index of_projection = bytes(round_up(R, lanes) * round_up(H, lanes));
+    return back_projection() + (model.projects ? of_projection : 0);
+  }
+  int back_tile() const { return find(2, 2).tile; }
+
+  const PanelProduct& find(int of_width, int of_sums) const {
+    const PanelProduct* found = k.product.panels.data();
+    while (found->width != of_width || found->sums != of_sums) ++found;
+    return *found;
+  }
+
+  // W x, R h' or both of some steps, starting at the bias, at a record or, with
+  // LayerNorm, at zero.
+  Block forward_block(const char* weights, const Matrix* unpacked, bool with_x,
+                      bool with_h) const;
+  // The second product of a step: operand · weight.
+  Block second_block(const char* weights) const;
+  // da · weights for N columns, of the slots from one on.
+  Block backward_block(const char* panels, const Matrix* unpacked, index N,
+                       int first_slot) const;
+  // Rows of a gradient, `depth` values deep of which K count, with one matrix of H
+  // columns.
+  Block dense_backward_block(const char* panels, index depth, index K) const;
+
+ private:
+  static constexpr int first_block = 0;
+};
+
+// Rows that LayerNorm takes together, so that their sums run side by side: of those that
+// stay in the first-level cache.
+inline int rows_at_once(const Layout& l) {
+  constexpr index values = 2048;
+  const index fit = values / l.P > 2 ? values / l.P : 2;
+  const index most = l.lanes < most_tile_rows ? l.lanes : most_tile_rows;
+  return static_cast<int>(fit < most ? fit : most);
+}
+
+// What a pointwise function needs to know of a call.
+Call call_of(const Layout& layout, const ForwardOf<char>& p, const char* bias,
+             const char* bounds);
+
+// Each thread's block. Rows are cut only if that leaves every thread full tiles and the
+// recurrent weights fit a core's own cache beside the rest.
+struct Blocks {
+  bool by_rows;
+  bool alone;  // no other thread computes what this one reads
+  Schedule rows;
+  Range panels;
+
+  Blocks(const Layout& layout, const Sizes& p, const Masks& masks, index panels_total,
+         int tile, const Team& team, index* memory)
+      : by_rows(cuts_rows(layout, p, panels_total, tile, team.count)),
+        alone(by_rows || team.count == 1),
+        rows(p, masks, by_rows ? team : Team::single(), memory),
+        panels(by_rows ? Range{0, panels_total} : team.share(panels_total)) {}
+
+  static bool cuts_rows(const Layout& layout, const Sizes& p, index panels_total,
+                        int tile, int threads) {
+    constexpr index own_cache = 512 * 1024;
+    const bool fits = layout.panels() * layout.panel_bytes(layout.R) <= own_cache;
+    return p.B >= tile * threads && (fits || panels_total < threads);
+  }
+  void meet(const Team& team) const {
+    if (!alone) team.meet();
+  }
+  // This thread's part of n things that all threads of a block share.
+  Range share(const Team& team, index n) const { return alone ? Range{0, n} : team.share(n); }
+};
+
+// What zoneout keeps of the units of a thread's rows: what is expected, in one row for
+// all, or drawn anew before each use.
+class Zoneout {
+  const Layout& layout_;
+  const Options& options_;
+  char *expected_, *drawn_;
+
+  index group() const { return (layout_.shape.has_c ? 2 : 4) * 16; }
+  bool draws() const { return options_.training && zones_out(options_); }
+
+ public:
+  Zoneout(const Layout& layout, const Options& options, char* memory)
+      : layout_(layout),
+        options_(options),
+        expected_(memory),
+        drawn_(memory + 2 * layout.padded_bytes()) {}
+  // Of a thread's `rows` rows at most in `units` units, or a whole row of its share.
+  static index bytes(const Layout& layout, const Options& options, bool has_options,
+                     index B, int threads, bool by_rows);
+  void start() const;
+  // Draws for places of rows, and sets the block's rows to what it left.
+  void find(Block& block, int role_h, int role_c, const Schedule& rows, Range places,
+            index time, Range units) const;
+};
+
+// Weights for the kernels. `borrow`: only what they need beside weights as they are.
+index packed_bytes(const Layout& layout, bool backward, bool borrow);
+void pack(const Layout& layout, const Parameters<char>& parameters, bool backward,
+          bool borrow, char* to, const Team& team);
+
+// How a forward is laid out, for `explain`.
+struct ForwardPlan {
+  int threads;
+  bool by_rows;                 // a thread owns rows of the batch, else hidden units
+  bool fused;                   // W x within the step
+  index stretch;                // steps whose W x is one product
+  index tile_rows, tile_units;  // of a register tile, with all gates of its units
+  index saved;                  // values per step and row for backward
+  index workspace;              // bytes
+};
+
+ForwardPlan plan(const Layout& layout, const Forward& p, int threads);
+index forward_workspace(const Layout& layout, const Forward& p, int threads);
+void forward(const Layout& layout, const Forward& p, char* workspace, const Team& team);
+index backward_workspace(const Layout& layout, const Backward& p, int threads);
+void backward(const Layout& layout, const Backward& p, char* workspace, const Team& team);
+
+}  // namespace fusedrnn

@@ -1,0 +1,59 @@
+#include "recompute.h"
+
+namespace fusedrnn {
+
+void compute_again(const Layout& l, const char* weights, Call call,
+                   const RecomputedRows& rows, const Team& team) {
+  const bool norm = l.model.norm, twice = l.shape.has_second();
+  // h stays as the cell leaves it.
+  call.options.zoneout_h = call.options.zoneout_c = 0;
+  call.model.projects = true;
+  Step step{&call, {}, nullptr, nullptr, false, false, rows.of_rows};
+  const auto run = [&](Block b, Pointwise after, Range panels) {
+    b.rows[role::x] = {nullptr, 0, nullptr, rows.x};
+    b.rows[role::record] = {nullptr, 0, nullptr, rows.record};
+    b.rows[role::seen] = {nullptr, 0, nullptr, rows.seen};
+    b.rows[role::h_prev] = {nullptr, 0, nullptr, rows.h_prev};
+    b.rows[role::c_prev] = {nullptr, 0, nullptr, rows.c_prev};
+    b.rows[role::operand] = {nullptr, 0, nullptr, rows.operand};
+    b.rows[role::h] = b.rows[role::c] = {rows.nowhere, 0, nullptr, nullptr};
+    b.used |= 1u << role::x | 1u << role::record | 1u << role::seen | 1u << role::h_prev |
+              1u << role::c_prev | 1u << role::h | 1u << role::c;
+    b.after = after;
+    b.step = &step;
+    if (b.product) {
+      b.places = {0, rows.count};
+      b.panels = panels;
+      l.k.run(b);
+    } else {
+      b.places = team.share(rows.count);
+      b.size = l.H;
+      l.k.walk(b, rows_at_once(l));
+    }
+    team.meet();
+  };
+  const Range panels = team.share(l.panels());
+  if (norm) {
+    step.put = {role::record,       l.shape.first_input(), l.shape.slots,
+                l.record.input(0), l.P,                   l.H,
+                true};
+    run(l.forward_block(weights, nullptr, true, false), l.k.put, panels);
+    step.put = {role::record, 0, l.shape.gates, l.record.recurrent(0), l.P, l.H, true};
+    run(l.forward_block(weights, nullptr, false, true), l.k.put, panels);
+    Block whole{};
+    whole.used = 1u << role::operand;
+    run(whole, l.cell.normalise_again, {});
+  } else {
+    Block b = l.forward_block(weights, nullptr, true, true);
+    b.used = twice ? 1u << role::operand : 0;
+    run(b, twice ? l.cell.open : l.cell.forward, panels);
+  }
+  if (!twice) return;
+  Block second = l.second_block(weights);
+  second.used = 1u << role::operand;
+  step.put = {role::record, 0, 1, l.record.recurrent(0), l.P, l.H, true};
+  run(second, norm ? l.k.put : l.cell.close, team.share(l.dense_panels(l.H)));
+  if (norm) run(Block{}, l.cell.normalise_again, {});
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,37 @@
+// What host code, CPU kernels and GPU kernels share of the language.
+#pragma once
+
+#include <cstddef>
+
+// Marks a function that a GPU may run, too. FUSEDRNN_CALLED is for functions that are not
+// worth a copy at each place.
+#ifdef __CUDACC__
+#define FUSEDRNN_DEVICE __device__ __forceinline__
+#define FUSEDRNN_CALLED __device__ __noinline__ inline
+#else
+#define FUSEDRNN_DEVICE inline
+#define FUSEDRNN_CALLED inline
+#endif
+
+// Marks a small function outside of an instruction set's namespace that its code may
+// call: a copy of its own in each instruction set's object would be a weak symbol, of
+// which the linker keeps one for every machine.
+#ifdef __CUDACC__
+#define FUSEDRNN_SHARED __host__ __device__ __forceinline__
+#else
+#define FUSEDRNN_SHARED [[gnu::always_inline]] inline
+#endif
+
+namespace fusedrnn {
+
+using index = std::ptrdiff_t;
+
+struct Range {
+  index begin, end;
+};
+
+FUSEDRNN_SHARED constexpr index round_up(index n, index multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+}  // namespace fusedrnn
