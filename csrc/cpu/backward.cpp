@@ -227,7 +227,6 @@ class BackwardPass {
   void make_blocks() {
     using namespace role;
     const Shape& shape = l_.shape;
-    const GradientRow& at = call_.gradient;
     const bool norm = l_.model.norm, twice = shape.has_second();
     const auto fill = [&](Block& b, Step& step, Pointwise after, Range panels) {
       b.after = after;
@@ -238,7 +237,6 @@ class BackwardPass {
     const char* const packed = p_.weights;
     product_ = l_.backward_block(packed ? packed + l_.back_recurrent() : nullptr,
                                  unpacked_ + 1, p_.R, twice ? 1 : 0);
-    product_.terms[0].offset = l_.bytes(at.recurrent);
     fill(product_, step_,
          norm || l_.model.projects ? l_.k.before
          : twice                   ? l_.cell.open_backward
@@ -274,19 +272,15 @@ class BackwardPass {
     if (l_.model.projects) {
       const index depth = round_up(p_.R, l_.lanes);
       second_ = l_.dense_backward_block(packed + l_.back_projection(), depth, depth);
-      second_.terms[0].offset = l_.bytes(at.dh);
       fill(second_, second_step_, norm ? l_.k.put : l_.cell.projected_backward,
            cell_panels());
     } else if (twice) {
       second_ = l_.dense_backward_block(packed + l_.back_recurrent(), l_.back_depth(), l_.P);
-      second_.terms[0].offset = l_.bytes(at.recurrent);
       fill(second_, second_step_, norm ? l_.k.put : l_.cell.close_backward, own_.panels);
     }
-    if (l_.has_second()) second_.terms[0].role = role::da;
     second_step_.put = {dm, 0, 1, 0, 0, p_.H, true};
 
     dx_ = l_.backward_block(packed, unpacked_, p_.I, 0);
-    dx_.terms[0].offset = l_.bytes(at.input);
     dx_.terms[0].role = left;
     fill(dx_, dx_step_, l_.k.put, {0, l_.dense_panels(p_.I)});
     dx_step_.put = {role::to, 0, 1, 0, 0, p_.I, false};
@@ -401,7 +395,7 @@ class BackwardPass {
     using namespace role;
     const index now = s > 0 ? s : 0, t = p_.time(now), row = l_.padded_bytes();
     Rows* const rows = product_.rows;
-    rows[da_after] = rows_of(da(s + 1), da_row_);
+    rows[da_after] = rows_of(da(s + 1) + l_.bytes(call_.gradient.recurrent), da_row_);
     rows[role::da] = rows_of(da(now), da_row_);
     rows[role::saved] = has_record() ? rows_of(saved(now), record_)
                                      : rows_of(y(now), p_.y_b);
@@ -478,6 +472,9 @@ class BackwardPass {
     const auto multiply = [&](Range units_of_cell) {
       own_.meet(team_);
       std::memcpy(second_.rows, product_.rows, sizeof(second_.rows));
+      const GradientRow& at = call_.gradient;
+      const index from = l_.bytes(projects ? at.dh : at.recurrent);
+      second_.rows[da_after] = rows_of(da(s) + from, da_row_);
       second_.used = product_.used | bit(dm);
       second_.places = {0, taken};
       second_step_.cut = step_.cut;
@@ -524,7 +521,7 @@ class BackwardPass {
     Schedule::Entry next = all_.entry(begin, own.begin);
     for (index n = 0; n < own.end - own.begin; ++n, all_.advance(next)) {
       const index b = all_.row(next.place);
-      memory_.from[n] = da(next.s) + b * da_row_;
+      memory_.from[n] = da(next.s) + b * da_row_ + l_.bytes(call_.gradient.input);
       memory_.to[n] = p_.dx + p_.time(next.s) * p_.dx_t + b * p_.dx_b;
     }
     dx_.places = {0, own.end - own.begin};

@@ -108,8 +108,7 @@ struct Matrix {
 
 // One term of a sum: Σ_k left(row, k) · right(k, column), for k from `from` to K.
 struct Term {
-  int role;
-  index offset;        // of k = 0 in a row of that role
+  int role;            // the rows on the left, from k = 0 on
   const char* panels;  // packed, `depth` deep; or null, and then
   const Matrix* matrix;
   index panel_bytes, k_bytes;  // of a panel, and of one k of it
@@ -130,12 +129,16 @@ struct TermAt {
 };
 
 // A product over panels of `width` vectors for each k that go into `sums` vectors of a
-// tile. One tile: to[row][panel][sum] = start + the terms. `start` is one pointer for
-// each row; `slot` and `panel` count elements from one vector of a panel to the next and
-// from one panel to the next.
+// tile. One tile: to[row][panel][sum] = start + the terms.
+struct StartAt {
+  const char* const* rows;  // of each row, `offset` bytes before its start
+  index offset;
+  index slot, panel;  // elements from one vector of a panel to the next, and from panel to
+                      // panel
+};
 struct PanelProduct {
-  using Multiply = void (*)(void* to, const char* const* start, index slot, index panel,
-                            const TermAt* terms, int count);
+  using Multiply = void (*)(void* to, const StartAt& start, const TermAt* terms,
+                            int count);
   static constexpr int most_together = 12;
 
   int width, sums;

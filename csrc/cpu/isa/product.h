@@ -20,17 +20,16 @@ namespace fusedrnn::FUSEDRNN_ARCH {
 // constants the product spills sums in the loop (AVX2, 4 gates: 67 instead of 111
 // GFLOP/s).
 template <class V, int rows, int panels, int W, int C, int lines>
-void multiply(void* to, const char* const* start, index slot, index panel,
-              const TermAt* terms, int count) {
+void multiply(void* to, const StartAt& start, const TermAt* terms, int count) {
   using S = typename V::scalar;
   constexpr int lanes = V::lanes, sums = panels * C, width = panels * W;
   V sum[rows][sums];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
-    const S* const from = reinterpret_cast<const S*>(start[r]);
+    const S* const from = reinterpret_cast<const S*>(start.rows[r] + start.offset);
 #pragma GCC unroll 16
     for (int c = 0; c < sums; ++c) {
-      sum[r][c] = V::load(from + c % C * slot + c / C * panel);
+      sum[r][c] = V::load(from + c % C * start.slot + c / C * start.panel);
     }
   }
   const auto add = [&sum]<int offset>(const TermAt& term) {

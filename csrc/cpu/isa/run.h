@@ -34,6 +34,7 @@ class BlockRun {
   int rows_ = 0;
   index place_ = -1;
   char* at_[most_roles][most_tile_rows];
+  const char* start_[most_tile_rows];  // the same for all rows
   alignas(64) S sums_[most_vectors * lanes];
   alignas(64) S zeros_[lanes] = {};
   alignas(64) S edge_[most_vectors * lanes];
@@ -45,6 +46,8 @@ class BlockRun {
 
   void run() {
     product_ = find(b_.width, b_.sums);
+    const char* const start = b_.start ? b_.start : reinterpret_cast<char*>(zeros_);
+    for (const char*& row : start_) row = start;
     if (b_.product->enter) b_.product->enter();
     const index rest = b_.size % column_units_;
     const index last = (b_.size + column_units_ - 1) / column_units_;
@@ -223,32 +226,25 @@ class BlockRun {
 
     char* to = reinterpret_cast<char*>(sums_);
     const index row = index{together} * sums * lanes;
-    if (turn.pieces > 1) {
-      const index first = place % most_rows_waiting;
-      to = b_.waiting + first * row * index{sizeof(S)};
-    }
-    const char* start[most_tile_rows];
-    index slot = 0, apart = 0;
+    if (turn.pieces > 1) to = waiting(place, row);
+    StartAt start{start_, 0, 0, 0};
+    const char* rows_of_start[most_tile_rows];
     if (turn.piece > 0) {
-      for (int r = 0; r < rows; ++r) start[r] = to + r * row * index{sizeof(S)};
-      slot = lanes;
+      for (int r = 0; r < rows; ++r) rows_of_start[r] = to + r * row * index{sizeof(S)};
+      start = {rows_of_start, 0, lanes, 0};
     } else if (b_.start_role >= 0 || b_.start) {
-      const index offset = unit * index{sizeof(S)};
-      for (int r = 0; r < rows; ++r) {
-        start[r] = (b_.start_role >= 0 ? at_[b_.start_role][r] : b_.start) + offset;
-      }
-      slot = b_.unit_vectors == 1 ? b_.start_slot : lanes;
-      apart = column_units_;
-      if (padded_end > end) start_at_edge(start, rows, together, end - unit);
-    } else {
-      for (int r = 0; r < rows; ++r) start[r] = reinterpret_cast<const char*>(zeros_);
+      if (b_.start_role >= 0) start.rows = at_[b_.start_role];
+      start.offset = unit * index{sizeof(S)};
+      start.slot = b_.unit_vectors == 1 ? b_.start_slot : lanes;
+      start.panel = column_units_;
+      if (padded_end > end) start_at_edge(start, rows_of_start, together, end - unit);
     }
 
     TermAt terms[most_terms] = {};
-    const char* left[most_terms][most_tile_rows];
+    const char* left[most_tile_rows];
     int lines = 0;
     if (!b_.terms[0].panels && b_.count > 0) {
-      product_->multiply[rows - 1][together - 1](to, start, slot, apart, terms, 0);
+      product_->multiply[rows - 1][together - 1](to, start, terms, 0);
       multiply_unpacked(rows, panel, together, narrow);
     } else {
       for (int n = 0; n < b_.count; ++n) {
@@ -260,11 +256,14 @@ class BlockRun {
         const char* const first = of.panels + panel * of.panel_bytes;
         TermAt& term = terms[n];
         term.K = begin < of.from ? 0 : stop - begin;
-        for (int r = 0; r < rows; ++r) {
-          left[n][r] = at_[of.role][r] + of.offset + begin * index{sizeof(S)};
-          asm("" : "+r"(left[n][r]));
+        term.left = at_[of.role];
+        if (begin > 0) {  // of one term alone
+          for (int r = 0; r < rows; ++r) {
+            left[r] = at_[of.role][r] + begin * index{sizeof(S)};
+            asm("" : "+r"(left[r]));
+          }
+          term.left = left;
         }
-        term.left = left[n];
         term.right = first + begin * k_bytes;
         term.panel = of.panel_bytes;
         term.column = of.column;
@@ -285,7 +284,7 @@ class BlockRun {
       const auto multiply = lines == 0   ? product_->multiply[rows - 1][together - 1]
                             : lines == 1 ? product_->asks_one[rows - 1]
                                          : product_->asks_all[rows - 1];
-      multiply(to, start, slot, apart, terms, b_.count);
+      multiply(to, start, terms, b_.count);
     }
     if (!is_last) return;
     b_.after(*b_.step,
@@ -297,15 +296,21 @@ class BlockRun {
     return depth * piece / turn.pieces;
   }
 
+  char* waiting(index place, index row) const {
+    return b_.waiting + place % most_rows_waiting * row * index{sizeof(S)};
+  }
+
   // The last panel of a cell of one gate may end past the padded units.
-  void start_at_edge(const char** start, int rows, int together, index units) {
+  void start_at_edge(StartAt& start, const char** rows, int together, index units) {
     const index row = together * column_units_;
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < rows_; ++r) {
       S* const at = edge_ + r * row;
-      const S* const from = reinterpret_cast<const S*>(start[r]);
+      const S* const from = reinterpret_cast<const S*>(start.rows[r] + start.offset);
       for (index u = 0; u < row; ++u) at[u] = u < units ? from[u] : 0;
-      start[r] = reinterpret_cast<const char*>(at);
+      rows[r] = reinterpret_cast<const char*>(at);
     }
+    start.rows = rows;
+    start.offset = 0;
   }
 
   // Weights as the user has them, for a few rows.
@@ -314,7 +319,7 @@ class BlockRun {
       const Term& of = b_.terms[n];
       const S* left[most_tile_rows];
       for (int r = 0; r < rows; ++r) {
-        left[r] = reinterpret_cast<const S*>(at_[of.role][r] + of.offset);
+        left[r] = reinterpret_cast<const S*>(at_[of.role][r]);
       }
       if (b_.transposed) {
         add_transposed(*of.matrix, left, rows, panel * column_units_,
