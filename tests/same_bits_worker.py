@@ -63,7 +63,7 @@ class Inputs:
             a *= 1e-309 if self.dtype == "float64" else 1e-39
         return a.astype("float64" if self.dtype == "float64" else "float32")
 
-    def _sequence(self, a: Array, spoilt: bool = False) -> Any:
+    def _sequence(self, a: Array, spoilt: bool = False, of_state: bool = False) -> Any:
         """Return a sequence (T, B, n) as it is handed over."""
         kind = self.case.get("values")
         if spoilt and a.size and kind in ("nan", "inf"):
@@ -74,16 +74,14 @@ class Inputs:
                 a[length:, b] = np.nan
                 a[length:, b, ::2] = -np.inf
         a = laid_out(a, self.case.get("layout", "whole"))
-        return self.put("sequence", a[:, 0] if self.unbatched else a)
+        return self.put(a[:, 0] if self.unbatched else a, of_state)
 
-    def put(self, kind: str, a: Array | None) -> Any:
-        """Return an array where the case runs; a state is not of 16 bits."""
-        if a is None or not self.on_gpu:
+    def put(self, a: Array, of_state: bool = False) -> Any:
+        """Return an array where the case runs; there is no state of 16 bits."""
+        if not self.on_gpu:
             return a
-        dtype = "float32" if self.dtype == "tf32" else self.dtype
-        if kind == "state" and dtype != "float64":
-            dtype = "float32"
-        return cuda.array(a, dtype)
+        is_short = self.dtype in ("bfloat16", "float16") and not of_state
+        return cuda.array(a, self.dtype if is_short else str(a.dtype))
 
     def _masks(self) -> dict[str, Any]:
         T, B, rng, case = self.T, self.B, self.rng, self.case
@@ -125,21 +123,18 @@ class Inputs:
             a = a.astype("float64" if self.dtype == "float64" else "float32")
             if self.case.get("layout") == "stepped" and not self.on_gpu:
                 a = np.asfortranarray(a)
-            made[name] = self.put("parameter", a)
+            made[name] = self.put(a)
         return made
 
     def state(self, leading: tuple[int, ...] = ()) -> dict[str, Any]:
         """Draw h0 and c0, or none where the case starts from zeros."""
         widths = dict(zip(("h0", "c0"), (self.R, self.H), strict=True))
         rows = () if self.unbatched else (self.B,)
-        return {
-            f"{letter}0": self.put(
-                "state", self._values((*leading, *rows, widths[f"{letter}0"]))
-            )
-            if self.case.get("state", True)
-            else None
-            for letter in self.cell.states
-        }
+        made = {}
+        for letter in self.cell.states:
+            a = self._values((*leading, *rows, widths[f"{letter}0"]))
+            made[f"{letter}0"] = self.put(a, True) if self.case.get("state", True) else None
+        return made
 
     # What is asked for
 
@@ -168,9 +163,9 @@ class Inputs:
             value = self._values(tuple(r.shape))
             if name in ("dy", "d_cells"):
                 value = value[:, None] if self.unbatched else value
-                made[name] = self._sequence(value)
+                made[name] = self._sequence(value, of_state=name == "d_cells")
             else:
-                made[name] = self.put("state", value)
+                made[name] = self.put(value, of_state=True)
         given = self.case.get("given", names)
         first = {k: v if k in given else None for k, v in made.items()}
         others = {k: None if k in given else v for k, v in made.items()}
@@ -419,9 +414,9 @@ def run_plain(case: Case) -> Arrays:
         return found | {"prepared": np.zeros(1)}
     *results, saved = made
     found |= named("training", results)
-    results = [r for r in results if r is not None]
-    names = ["dy", "dh_n", "dc_n"][: len(results)]
-    for n, d in enumerate(inputs.gradients(results, names)):
+    outputs = [r for r in results if r is not None]
+    y, names = outputs[0], ["dy", "dh_n", "dc_n"][: len(outputs)]
+    for n, d in enumerate(inputs.gradients(outputs, names)):
         gradients = _cpu.plain_backward(
             cell,
             parameters,
@@ -429,7 +424,7 @@ def run_plain(case: Case) -> Arrays:
             h0,
             c0,
             reverse,
-            results[0],
+            y,
             saved,
             d.get("dy"),
             d.get("dh_n"),
