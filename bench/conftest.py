@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pathlib
-import subprocess
 
 import pytest
+from turns import commit
 
 import fusedrnn as fr
 from fusedrnn import floor, machine
@@ -15,17 +15,6 @@ from fusedrnn.bench.tables import tables
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--report", type=pathlib.Path, help="write the table to this file")
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=pathlib.Path(__file__).parent,
-    )
-    return done.stdout.strip() or "unknown"
 
 
 def pytest_terminal_summary(

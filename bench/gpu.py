@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import options as costs
 import torch
-from conftest import commit
+from turns import commit
 
 import fusedrnn as fr
 from fusedrnn.bench import gpu
@@ -201,18 +201,16 @@ def optional() -> Result:
     """What each option costs a training step, forward and backward."""
     rows = []
     where: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
-    T, B, H = costs.T, costs.B, 512
+    (T, B, *_), H = costs.WIDE, 512
     x = torch.randn(T, B, H, **where)
-    plain: tuple[Any, ...] = ({}, {}, "LSTM GRU", None)
     for cell in CELLS:
         runs: dict[str, Run] = {}
-        for name, (of_layer, of_call, cells, _) in ({"plain": plain} | costs.OPTIONS).items():
-            if cell not in cells.split():
-                continue
-            layer = getattr(fr, cell)(H, H, rng=0, **of_layer).to("cuda", "bfloat16")
+        options = {"plain": costs.PLAIN} | costs.options_of(cell, (T, B, H, H))
+        for name, option in options.items():
+            layer = getattr(fr, cell)(H, H, rng=0, **option.of_layer).to("cuda", "bfloat16")
             dy = torch.randn(T, B, layer.proj_size or H, **where)
 
-            def step(layer: Any = layer, dy: Any = dy, asked: Any = of_call) -> Tensors:
+            def step(layer: Any = layer, dy: Any = dy, asked: Any = option.of_call) -> Tensors:
                 (y, *_), pullback = layer.vjp(x, **asked)
                 return {"y": y, "dx": pullback(dy).x}
 

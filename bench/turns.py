@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import pathlib
+import subprocess
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from conftest import commit
 
 import fusedrnn as fr
 from fusedrnn import machine
 from fusedrnn.bench.race import seconds_of
+
+
+def commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=pathlib.Path(__file__).parent,
+    )
+    return done.stdout.strip() or "unknown"
 
 
 def in_turn(
