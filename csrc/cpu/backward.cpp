@@ -142,12 +142,11 @@ class BackwardPass {
         step_{&call_, {}, nullptr, nullptr, false, false, memory_.of_rows},
         second_step_(step_),
         dx_step_(step_),
-        unpacked_{l.of_input, l.of_recurrent},
+        unpacked_{with_weight(l.of_input, p.weight_ih),
+                  with_weight(l.of_recurrent, p.weight_hh)},
         weights_(l, p, call_.gradient,
                  {memory_.waiting, memory_.right, memory_.dbias, memory_.sums},
                  {find_gradient_rows, this}) {
-    unpacked_[0].weight = p.weight_ih;
-    unpacked_[1].weight = p.weight_hh;
     make_blocks();
   }
 

@@ -13,6 +13,7 @@
 // With options the pointwise function of a tile is another one. Where it needs whole rows
 // (LayerNorm) or the results of a second product, all threads meet in between.
 #include <cstring>
+#include <optional>
 
 #include "arena.h"
 #include "layout.h"
@@ -79,7 +80,8 @@ class ForwardPass {
   Call call_;
   Step step_, second_step_, inputs_step_;
   Matrix unpacked_[2];
-  Block inputs_, product_, second_;
+  Block product_;
+  std::optional<Block> inputs_, second_;
 
  public:
   // Steps per stretch: one, with W·x fused into the step, if its panels are read anew for
@@ -121,10 +123,10 @@ class ForwardPass {
         step_{&call_, {}, nullptr, nullptr, false, false, memory_.of_rows},
         second_step_(step_),
         inputs_step_(step_),
-        unpacked_{l.of_input, l.of_recurrent} {
+        unpacked_{with_weight(l.of_input, p.weight_ih),
+                  with_weight(l.of_recurrent, p.weight_hh)},
+        product_(l.forward_block(p.weights, unpacked(), fused_, true)) {
     call_.saves = saves_;
-    unpacked_[0].weight = p.weight_ih;
-    unpacked_[1].weight = p.weight_hh;
     make_blocks();
   }
 
@@ -143,6 +145,7 @@ class ForwardPass {
   }
 
  private:
+  const Matrix* unpacked() const { return p_.unpacked ? unpacked_ : nullptr; }
   char* records(index s) const { return records_ + s % ring_ * p_.B * record_; }
   char* y(index s) const { return p_.y + p_.time(s) * p_.y_t; }
   char* shown(index s) const {
@@ -159,7 +162,6 @@ class ForwardPass {
   // What of the blocks is the same for all steps.
   void make_blocks() {
     using namespace role;
-    const Matrix* const unpacked = p_.unpacked ? unpacked_ : nullptr;
     const bool norm = l_.model.norm, twice = l_.shape.has_second();
     const auto fill = [&](Block& b, Step& step, Pointwise after) {
       b.after = after;
@@ -167,13 +169,12 @@ class ForwardPass {
       b.panels = own_.panels;
     };
     if (!fused_) {
-      inputs_ = l_.forward_block(p_.weights, unpacked, true, false);
+      inputs_.emplace(l_.forward_block(p_.weights, unpacked(), true, false));
       inputs_step_.put = {record, norm ? l_.shape.first_input() : 0, l_.shape.slots,
                           l_.record.input(0), l_.P, p_.H, true};
-      fill(inputs_, inputs_step_, l_.k.put);
-      inputs_.used = bit(x) | bit(record);
+      fill(*inputs_, inputs_step_, l_.k.put);
+      inputs_->used = bit(x) | bit(record);
     }
-    product_ = l_.forward_block(p_.weights, unpacked, fused_, true);
     if (!fused_ && !norm) product_.start_role = record;
     step_.put = {record, 0, l_.shape.gates, l_.record.recurrent(0), l_.P, p_.H, true};
     fill(product_, step_,
@@ -198,14 +199,14 @@ class ForwardPass {
     product_.rows[operand] = rows_of(memory_.operand, row);
     product_.rows[mask] = rows_of(memory_.mask, row);
     if (!l_.has_second()) return;
-    second_ = l_.second_block(p_.weights);
-    fill(second_, second_step_,
+    second_.emplace(l_.second_block(p_.weights));
+    fill(*second_, second_step_,
          l_.model.projects ? l_.k.finish
          : norm            ? l_.k.put
                            : l_.cell.close);
     second_step_.put = {record, 0, 1, l_.record.recurrent(0), l_.P, p_.H, true};
     const index panels = l_.dense_panels(l_.of_second.H);
-    second_.panels = own_.alone ? Range{0, panels} : team_.share(panels);
+    second_->panels = own_.alone ? Range{0, panels} : team_.share(panels);
   }
 
   // c0 into padded rows. The rows of length 0 leave the state as it was.
@@ -276,16 +277,16 @@ class ForwardPass {
       memory_.x[n] = const_cast<char*>(p_.x) + p_.time(next.s) * p_.x_t + b * p_.x_b;
       memory_.to[n] = records(next.s) + b * record_;
     }
-    inputs_.rows[role::x] = {nullptr, 0, nullptr, memory_.x};
-    inputs_.rows[role::record] = {nullptr, 0, nullptr, memory_.to};
-    inputs_.places = {0, count};
-    l_.k.run(inputs_);
+    inputs_->rows[role::x] = {nullptr, 0, nullptr, memory_.x};
+    inputs_->rows[role::record] = {nullptr, 0, nullptr, memory_.to};
+    inputs_->places = {0, count};
+    l_.k.run(*inputs_);
     if (!l_.model.norm) return;
     own_.meet(team_);
     Block rows{};
     rows.places = own_.share(team_, count);
     rows.size = p_.H;
-    rows.rows[role::record] = inputs_.rows[role::record];
+    rows.rows[role::record] = inputs_->rows[role::record];
     rows.used = bit(role::record);
     rows.after = l_.cell.normalise_inputs;
     rows.step = &step_;
@@ -357,16 +358,17 @@ class ForwardPass {
     }
     if (l_.has_second()) {
       own_.meet(team_);
-      std::memcpy(second_.rows, product_.rows, sizeof(second_.rows));
-      second_.rows[h] = rows_of(y(s), p_.y_b);
-      second_.used = product_.used;
-      second_.places = {0, own_.rows.count(s)};
-      const index end = second_.panels.end * l_.dense_units();
-      const Range columns{second_.panels.begin * l_.dense_units(),
-                          end < second_.size ? end : second_.size};
-      zoneout_.find(second_, keep_h, keep_c, own_.rows, second_.places, p_.time(s),
+      Block& second = *second_;
+      std::memcpy(second.rows, product_.rows, sizeof(second.rows));
+      second.rows[h] = rows_of(y(s), p_.y_b);
+      second.used = product_.used;
+      second.places = {0, own_.rows.count(s)};
+      const index end = second.panels.end * l_.dense_units();
+      const Range columns{second.panels.begin * l_.dense_units(),
+                          end < second.size ? end : second.size};
+      zoneout_.find(second, keep_h, keep_c, own_.rows, second.places, p_.time(s),
                     columns);
-      l_.k.run(second_);
+      l_.k.run(second);
       if (norm && twice) {
         own_.meet(team_);
         walk(s, l_.cell.normalised_close);

@@ -29,10 +29,10 @@ constexpr index most_rows_waiting = 512;  // that share panels of more than a ca
 // Rows of a matrix by their place in a block of rows: those that begin at `first`, so far
 // apart, in the order of `order` (null: 0, 1, …), or wherever at[place] points.
 struct Rows {
-  char* first = nullptr;
-  index apart = 0;
-  const index* order = nullptr;
-  char* const* at = nullptr;
+  char* first;
+  index apart;
+  const index* order;
+  char* const* at;
 };
 
 // Which rows a step reads and writes, by the part that they play.
@@ -177,9 +177,10 @@ struct Product {
 // One product of a step, or of a stretch of steps, for the rows and panels of a thread.
 struct Block {
   const Product* product;
+  const PanelProduct *panel_product, *narrow_product;  // of panels, and of a last one
   Term terms[most_terms];
   int count;
-  int width, sums, unit_vectors;  // of a panel
+  int width, unit_vectors;  // of a panel
   Range places, panels;
   index size;           // units there are: columns of the result
   bool transposed;      // weights, whose last panel has one vector if that is enough

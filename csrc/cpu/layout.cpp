@@ -38,8 +38,8 @@ Block Layout::forward_block(const char* weights, const Matrix* unpacked, bool wi
     if (unpacked) term.panels = nullptr;
   }
   const index depth = (with_x ? I : 0) + (with_h ? R : 0);
+  b.panel_product = &find(width, sums);
   b.width = width;
-  b.sums = sums;
   b.unit_vectors = unit_vectors;
   b.size = H;
   b.padded = P;
@@ -56,7 +56,9 @@ Block Layout::second_block(const char* weights) const {
   Block b{};
   b.product = &k.product;
   b.terms[b.count++] = term_of(*this, role::operand, weights + second_panels(), 2, H);
-  b.width = b.sums = b.unit_vectors = 2;
+  b.panel_product = &find(2, 2);
+  b.narrow_product = &find(1, 1);
+  b.width = b.unit_vectors = 2;
   b.size = of_second.H;
   b.padded = of_second.P;
   b.row_bytes = bytes(H);
@@ -73,7 +75,9 @@ Block Layout::backward_block(const char* panels, const Matrix* unpacked, index N
   term = term_of(*this, role::da_after, panels, 2, back_depth());
   term.from = first_slot * P;
   term.matrix = unpacked;
-  b.width = b.sums = b.unit_vectors = 2;
+  b.panel_product = &find(2, 2);
+  b.narrow_product = &find(1, 1);
+  b.width = b.unit_vectors = 2;
   b.transposed = true;
   b.size = N;
   b.padded = round_up(N, lanes);
@@ -89,7 +93,9 @@ Block Layout::dense_backward_block(const char* panels, index depth, index K) con
   Term& term = b.terms[b.count++];
   term = term_of(*this, role::da_after, panels, 2, depth);
   term.K = K;
-  b.width = b.sums = b.unit_vectors = 2;
+  b.panel_product = &find(2, 2);
+  b.narrow_product = &find(1, 1);
+  b.width = b.unit_vectors = 2;
   b.transposed = true;
   b.size = H;
   b.padded = P;
@@ -167,13 +173,9 @@ index packed_bytes(const Layout& layout, bool backward, bool borrow) {
 
 void pack(const Layout& layout, const Parameters<char>& p, bool backward, bool borrow,
           char* to, const Team& team) {
-  const auto with = [](Matrix of, const char* weight) {
-    of.weight = weight;
-    return of;
-  };
   const Kernels& k = layout.k;
-  const Matrix W = with(layout.of_input, p.weight_ih);
-  const Matrix R = with(layout.of_recurrent, p.weight_hh);
+  const Matrix W = with_weight(layout.of_input, p.weight_ih);
+  const Matrix R = with_weight(layout.of_recurrent, p.weight_hh);
   const auto transposed = [&](const Matrix& of, char* at) {
     k.pack_transposed(of, team.share(layout.dense_panels(of.K)), at);
   };
@@ -182,7 +184,7 @@ void pack(const Layout& layout, const Parameters<char>& p, bool backward, bool b
     transposed(W, to);
     transposed(R, to + layout.back_recurrent());
     if (p.model.projects) {
-      transposed(with(layout.of_second, p.weight_hr), to + layout.back_projection());
+      transposed(with_weight(layout.of_second, p.weight_hr), to + layout.back_projection());
     }
     return;
   }
@@ -193,7 +195,7 @@ void pack(const Layout& layout, const Parameters<char>& p, bool backward, bool b
   k.product.pack(R, layout.unit_vectors, own, to + layout.recurrent_panels());
   if (!layout.has_second()) return;
   k.product.pack(
-      with(layout.of_second, p.model.projects ? p.weight_hr : p.weight_hh), 2,
+      with_weight(layout.of_second, p.model.projects ? p.weight_hr : p.weight_hh), 2,
       team.share(layout.dense_panels(layout.of_second.H)), to + layout.second_panels());
 }
 

@@ -123,6 +123,11 @@ struct Layout {
   static constexpr int first_block = 0;
 };
 
+inline Matrix with_weight(Matrix of, const char* weight) {
+  of.weight = weight;
+  return of;
+}
+
 // Rows that LayerNorm takes together, so that their sums run side by side: of those that
 // stay in the first-level cache.
 inline int rows_at_once(const Layout& l) {

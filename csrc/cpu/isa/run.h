@@ -11,7 +11,7 @@ template <class S>
 class BlockRun {
   using V = Vec<S>;
   static constexpr int lanes = V::lanes;
-  static constexpr int most_vectors = 64;
+  static constexpr int most_vectors = 128;
 
   // What a tile does of the depth of its panels, and what it asks memory for meanwhile:
   //
@@ -30,34 +30,35 @@ class BlockRun {
 
   const Block& b_;
   const PanelProduct* product_ = nullptr;
-  const index column_units_;  // of a panel
+  index column_units_;  // of a panel
   int rows_ = 0;
   index place_ = -1;
+  Tile tile_{};
+  StartAt start_{};
+  TermAt terms_[most_terms]{};
   char* at_[most_roles][most_tile_rows];
-  const char* start_[most_tile_rows];  // the same for all rows
+  const char* same_start_[most_tile_rows];  // for all rows
+  const char* left_[most_tile_rows];
   alignas(64) S sums_[most_vectors * lanes];
   alignas(64) S zeros_[lanes] = {};
-  alignas(64) S edge_[most_vectors * lanes];
+  alignas(64) S edge_[24 * lanes];
 
  public:
   explicit BlockRun(const Block& block)
-      : b_(block),
-        column_units_(block.unit_vectors * index{lanes}) {}
+      : b_(block), column_units_(block.unit_vectors * index{lanes}) {
+    tile_.at = at_;
+    tile_.used = b_.used;
+  }
 
   void run() {
-    product_ = find(b_.width, b_.sums);
-    const char* const start = b_.start ? b_.start : reinterpret_cast<char*>(zeros_);
-    for (const char*& row : start_) row = start;
     if (b_.product->enter) b_.product->enter();
-    const index rest = b_.size % column_units_;
-    const index last = (b_.size + column_units_ - 1) / column_units_;
-    const bool narrow =
-        b_.transposed && rest > 0 && rest <= lanes && b_.panels.end == last;
+    const bool narrow = b_.transposed && ends_narrow();
+    prepare(*b_.panel_product);
     take_blocks(b_.places, {b_.panels.begin, b_.panels.end - narrow}, b_.backwards);
     if (narrow && b_.panels.begin < b_.panels.end) {
-      product_ = find(1, 1);
+      prepare(*b_.narrow_product);
       for_tiles(b_.places, [&](index place, int rows) {
-        take(place, rows, b_.panels.end - 1, 1, Turn{});
+        take(place, rows, {b_.panels.end - 1, b_.panels.end}, 1);
       });
     }
     if (b_.product->leave) b_.product->leave();
@@ -65,20 +66,44 @@ class BlockRun {
 
   // Whole rows, a few at a time.
   void walk(int at_once) {
+    tile_.end = tile_.panel_units = b_.size;
     for (index place = b_.places.begin; place < b_.places.end; place += at_once) {
       const index left = b_.places.end - place;
       resolve(place, static_cast<int>(left < at_once ? left : at_once));
-      b_.after(*b_.step, {place, rows_, 0, b_.size, b_.size, nullptr, 0, 0,
-                         b_.used, at_});
+      b_.after(*b_.step, tile_);
     }
   }
 
  private:
-  const PanelProduct* find(int width, int sums) const {
-    for (const PanelProduct& panels : b_.product->panels) {
-      if (panels.width == width && panels.sums == sums) return &panels;
+  // Whether the last panel has one vector, and is among the block's.
+  bool ends_narrow() const {
+    const index rest = b_.size % column_units_;
+    const index last = (b_.size + column_units_ - 1) / column_units_;
+    return rest > 0 && rest <= lanes && b_.panels.end == last;
+  }
+
+  // What is the same for all tiles of a product.
+  void prepare(const PanelProduct& product) {
+    product_ = &product;
+    tile_.panel_units = product.width < b_.width ? index{lanes} : column_units_;
+    if (b_.start_role >= 0) {
+      start_.rows = at_[b_.start_role];
+    } else {
+      const char* const start = b_.start ? b_.start : reinterpret_cast<char*>(zeros_);
+      for (const char*& row : same_start_) row = start;
+      start_.rows = same_start_;
     }
-    return nullptr;
+    if (b_.start_role >= 0 || b_.start) {
+      start_.slot = b_.unit_vectors == 1 ? b_.start_slot : index{lanes};
+      start_.panel = column_units_;
+    }
+    for (int n = 0; n < b_.count; ++n) {
+      const Term& of = b_.terms[n];
+      terms_[n].left = at_[of.role];
+      terms_[n].K = of.K - of.from;
+      terms_[n].panel = of.panel_bytes;
+      terms_[n].column = of.column;
+    }
   }
 
   // f(first row, rows) for tiles of nearly equal height, at most that of the product.
@@ -101,12 +126,13 @@ class BlockRun {
   // there is met first (Zen 5, R of 1 MB in 1 MB: 0.83 instead of 0.92 ms). So the time
   // loop, which comes again and again, alternates `backwards`.
   void take_blocks(Range places, Range panels, bool backwards) {
-    constexpr index near_cache = 64 * 1024, own_cache = 512 * 1024, fewest_tiles = 4;
+    constexpr index own_cache = 512 * 1024, fewest_tiles = 4;
     const index most = product_->tile, pieces = b_.pieces;
     const index count = panels.end - panels.begin, bytes = count * b_.panel_bytes;
     const index height = places.end - places.begin;
     if (height <= 0 || count <= 0) return;
-    const bool rows_first = height > most && bytes <= own_cache;
+    if (height <= most) return take_tile(places, panels, bytes, backwards);
+    const bool rows_first = bytes <= own_cache;
     const index room = second_level_cache / 4 * 3 - 2 * b_.panel_bytes / pieces;
     const index tiles = room / (most * b_.row_bytes);
     const index fitting = most * (tiles > fewest_tiles ? tiles : fewest_tiles);
@@ -122,57 +148,82 @@ class BlockRun {
       }
       return;
     }
-    // The first of `taken` panels after `done`.
-    const auto next = [&](index done, index taken) {
-      return backwards ? panels.end - done - taken : panels.begin + done;
-    };
     if (rows_first) {
       return for_tiles(places, [&](index place, int rows) {
-        for (index done = 0; done < count; ++done) {
-          take(place, rows, next(done, 1), 1, Turn{});
-        }
+        take_groups(place, rows, panels, 1, backwards);
         backwards = !backwards;
       });
     }
-    if (height > most) {
-      const bool far = 2 * bytes > second_level_cache;
-      for (index done = 0; done < count; ++done) {
-        const index panel = next(done, 1);
-        for (index piece = 0; piece < pieces; ++piece) {
-          Turn turn{piece, pieces};
-          const bool on = piece + 1 < pieces;
-          turn.next_panel = on || done + 1 == count ? panel : next(done + 1, 1);
-          turn.next_piece = on ? piece + 1 : 0;
-          if (far && (on || done + 1 < count)) turn.asks = Turn::next;
-          for_tiles(places, [&](index place, int rows) {
-            take(place, rows, panel, 1, turn);
-            if (++turn.part == product_->width) turn.asks = Turn::nothing;
-          });
-        }
+    const bool far = 2 * bytes > second_level_cache;
+    for (index done = 0; done < count; ++done) {
+      const auto panel_at = [&](index n) {
+        return backwards ? panels.end - 1 - n : panels.begin + n;
+      };
+      const index panel = panel_at(done);
+      for (index piece = 0; piece < pieces; ++piece) {
+        Turn turn{piece, pieces};
+        const bool on = piece + 1 < pieces;
+        turn.next_panel = on || done + 1 == count ? panel : panel_at(done + 1);
+        turn.next_piece = on ? piece + 1 : 0;
+        if (far && (on || done + 1 < count)) turn.asks = Turn::next;
+        for_tiles(places, [&](index place, int rows) {
+          take(place, rows, {panel, panel + 1}, 1, turn);
+          if (++turn.part == product_->width) turn.asks = Turn::nothing;
+        });
       }
-      return;
     }
-    // A single tile takes several panels at once, shared out evenly, so that none is left
-    // alone. Of its panels a little more than the cache holds is still met there.
+  }
+
+  // A single tile takes several panels at once, shared out evenly, so that none is left
+  // alone. Of its panels a little more than the cache holds is still met there.
+  void take_tile(Range places, Range panels, index bytes, bool backwards) {
+    constexpr index near_cache = 64 * 1024;
+    const int rows = static_cast<int>(places.end - places.begin);
+    const index count = panels.end - panels.begin;
     const bool beyond = bytes > second_level_cache / 4 * 5;
+    const bool reading = rows == 1 ? bytes > near_cache : beyond;
+    const int most = (reading ? product_->far : product_->near)[rows];
+    const int groups = (static_cast<int>(count) + most - 1) / most;
+    const int together = (static_cast<int>(count) + groups - 1) / groups;
+    if (!beyond) return take_groups(places.begin, rows, panels, together, backwards);
     Turn turn;
-    if (beyond) turn.asks = Turn::own;
-    const bool reading = height == 1 ? bytes > near_cache : beyond;
-    const index most_now = (reading ? product_->far : product_->near)[height];
-    for (index done = 0; done < count;) {
-      const index left = count - done, groups = (left + most_now - 1) / most_now;
-      const index taken = (left + groups - 1) / groups;
-      take(places.begin, static_cast<int>(height), next(done, taken),
-           static_cast<int>(taken), turn);
-      done += taken;
+    turn.asks = Turn::own;
+    for (index done = 0; done < count; done += together) {
+      const Range some = next(panels, done, together, backwards);
+      take(places.begin, rows, some, together, turn);
+    }
+  }
+
+  // So many of the panels after `done`, from the front or from the back.
+  static Range next(Range panels, index done, index taken, bool backwards) {
+    const index left = panels.end - panels.begin - done;
+    taken = taken < left ? taken : left;
+    const index first = backwards ? panels.end - done - taken : panels.begin + done;
+    return {first, first + taken};
+  }
+
+  // All panels for one tile of rows, as many in a group as there is room for their sums:
+  // what follows a product then has more to do at once.
+  void take_groups(index place, int rows, Range panels, int together, bool backwards) {
+    const int count = static_cast<int>(panels.end - panels.begin);
+    const int vectors = rows * product_->sums;
+    const bool mixes = rows > 1 && together > 1;  // rows within a group of panels
+    if (!mixes && count * vectors <= most_vectors) {
+      return take(place, rows, panels, together);
+    }
+    const int fit = mixes ? together : most_vectors / vectors / together * together;
+    const int groups = (count + fit - 1) / fit, each = (count + groups - 1) / groups;
+    const int size = (each + together - 1) / together * together;
+    for (index done = 0; done < count; done += size) {
+      take(place, rows, next(panels, done, size, backwards), together);
     }
   }
 
   // Where each role's rows are.
   void resolve(index place, int rows) {
     if (place == place_ && rows == rows_) return;
-    place_ = place;
-    rows_ = rows;
+    tile_.place = place_ = place;
+    tile_.rows = rows_ = rows;
     for (std::uint32_t left = b_.used; left; left &= left - 1) {
       const int role = __builtin_ctz(left);
       const Rows& of = b_.rows[role];
@@ -214,90 +265,108 @@ class BlockRun {
     }
   }
 
-  void take(index place, int rows, index panel, int together, const Turn& turn) {
+  // Some panels of a tile, `together` at once, and then what follows of their units.
+  void take(index place, int rows, Range panels, int together, const Turn& turn = {}) {
     resolve(place, rows);
-    const int width = product_->width, sums = product_->sums;
-    const bool narrow = width < b_.width;
-    const index units = narrow ? index{lanes} : column_units_;
-    const index unit = panel * column_units_, padded_end = unit + together * units;
-    const index end = padded_end < b_.padded ? padded_end : b_.padded;
+    const index sums = product_->sums * lanes, count = panels.end - panels.begin;
     const bool is_last = turn.piece + 1 == turn.pieces;
-    if (is_last) touch(unit, end);
-
-    char* to = reinterpret_cast<char*>(sums_);
-    const index row = index{together} * sums * lanes;
-    if (turn.pieces > 1) to = waiting(place, row);
-    StartAt start{start_, 0, 0, 0};
-    const char* rows_of_start[most_tile_rows];
-    if (turn.piece > 0) {
-      for (int r = 0; r < rows; ++r) rows_of_start[r] = to + r * row * index{sizeof(S)};
-      start = {rows_of_start, 0, lanes, 0};
-    } else if (b_.start_role >= 0 || b_.start) {
-      if (b_.start_role >= 0) start.rows = at_[b_.start_role];
-      start.offset = unit * index{sizeof(S)};
-      start.slot = b_.unit_vectors == 1 ? b_.start_slot : lanes;
-      start.panel = column_units_;
-      if (padded_end > end) start_at_edge(start, rows_of_start, together, end - unit);
-    }
-
-    TermAt terms[most_terms] = {};
-    const char* left[most_tile_rows];
-    int lines = 0;
-    if (!b_.terms[0].panels && b_.count > 0) {
-      product_->multiply[rows - 1][together - 1](to, start, terms, 0);
-      multiply_unpacked(rows, panel, together, narrow);
-    } else {
-      for (int n = 0; n < b_.count; ++n) {
-        const Term& of = b_.terms[n];
-        const index begin = turn.pieces == 1 ? of.from : part_of(of.depth, turn, turn.piece);
-        const index stop =
-            turn.pieces == 1 ? of.K : part_of(of.depth, turn, turn.piece + 1);
-        const index k_bytes = of.k_bytes * width / b_.width;
-        const char* const first = of.panels + panel * of.panel_bytes;
-        TermAt& term = terms[n];
-        term.K = begin < of.from ? 0 : stop - begin;
-        term.left = at_[of.role];
-        if (begin > 0) {  // of one term alone
-          for (int r = 0; r < rows; ++r) {
-            left[r] = at_[of.role][r] + begin * index{sizeof(S)};
-            asm("" : "+r"(left[r]));
-          }
-          term.left = left;
-        }
-        term.right = first + begin * k_bytes;
-        term.panel = of.panel_bytes;
-        term.column = of.column;
-        term.scale = of.scale ? of.scale + place : nullptr;
-        term.ahead = nullptr;
-        if (together > 1 || narrow) continue;
-        if (turn.asks == Turn::own) {
-          term.ahead = term.right + 4096;
-          lines = width;
-        } else if (turn.asks == Turn::next) {
-          const index next = part_of(of.depth, turn, turn.next_piece);
-          const index next_end = part_of(of.depth, turn, turn.next_piece + 1);
-          term.ahead = of.panels + turn.next_panel * of.panel_bytes + next * k_bytes +
-                       turn.part * (next_end - next) * k_bytes / width;
-          lines = 1;
-        }
-      }
-      const auto multiply = lines == 0   ? product_->multiply[rows - 1][together - 1]
-                            : lines == 1 ? product_->asks_one[rows - 1]
-                                         : product_->asks_all[rows - 1];
-      multiply(to, start, terms, b_.count);
+    const index last_unit = panels.begin * column_units_ + count * tile_.panel_units;
+    const index padded_end = last_unit < b_.padded ? last_unit : b_.padded;
+    tile_.unit = panels.begin * column_units_;
+    tile_.end = padded_end < b_.size ? padded_end : b_.size;
+    tile_.row = rows > 1 && together > 1 ? count * sums : sums;
+    tile_.panel = rows > 1 && together == 1 ? rows * sums : sums;
+    S* const to = turn.pieces > 1 ? waiting(place, tile_.row) : sums_;
+    if (is_last) touch(tile_.unit, padded_end);
+    for (index panel = panels.begin; panel < panels.end; panel += together) {
+      const index left = panels.end - panel;
+      multiply(to + (panel - panels.begin) * tile_.panel, panel,
+               static_cast<int>(left < together ? left : together), turn);
     }
     if (!is_last) return;
-    b_.after(*b_.step,
-             {place, rows, unit, end < b_.size ? end : b_.size, units, to, row,
-              index{sums} * lanes, b_.used, at_});
+    tile_.sums = to;
+    b_.after(*b_.step, tile_);
   }
 
-  static index part_of(index depth, const Turn& turn, index piece) {
-    return depth * piece / turn.pieces;
+  void multiply(S* to, index panel, int together, const Turn& turn) {
+    const auto& by_panels = product_->multiply[rows_ - 1];
+    StartAt start = start_;
+    const char* other_rows[most_tile_rows];
+    if (turn.piece > 0) {
+      for (int r = 0; r < rows_; ++r) {
+        other_rows[r] = reinterpret_cast<char*>(to + r * tile_.row);
+      }
+      start = {other_rows, 0, lanes, 0};
+    } else if (start.panel > 0) {
+      const index unit = panel * column_units_;
+      start.offset = unit * index{sizeof(S)};
+      if (unit + together * column_units_ > b_.padded) {
+        start_at_edge(start, other_rows, together, b_.padded - unit);
+      }
+    }
+    if (b_.count > 0 && !b_.terms[0].panels) {
+      by_panels[together - 1](to, start, terms_, 0);
+      return multiply_unpacked(to, panel, together);
+    }
+    if (turn.pieces > 1 || turn.asks != Turn::nothing) {
+      return multiply_piece(to, start, panel, together, turn);
+    }
+    for (int n = 0; n < b_.count; ++n) {
+      const Term& of = b_.terms[n];
+      const index k_bytes = of.k_bytes * product_->width / b_.width;
+      terms_[n].right = of.panels + panel * of.panel_bytes + of.from * k_bytes;
+      if (of.from > 0) terms_[n].left = left_from(of, of.from);
+      if (of.scale) terms_[n].scale = of.scale + place_;
+    }
+    by_panels[together - 1](to, start, terms_, b_.count);
   }
 
-  char* waiting(index place, index row) const {
-    return b_.waiting + place % most_rows_waiting * row * index{sizeof(S)};
+  // The same of a piece of the panel's depth, or with prefetches.
+  void multiply_piece(S* to, const StartAt& start, index panel, int together,
+                      const Turn& turn) {
+    int lines = 0;
+    for (int n = 0; n < b_.count; ++n) {
+      const Term& of = b_.terms[n];
+      const auto part_of = [&](index piece) { return of.depth * piece / turn.pieces; };
+      const index begin = turn.pieces == 1 ? of.from : part_of(turn.piece);
+      const index end = turn.pieces == 1 ? of.K : part_of(turn.piece + 1);
+      TermAt& term = terms_[n];
+      term.K = begin < of.from ? 0 : end - begin;
+      term.left = begin > 0 ? left_from(of, begin) : at_[of.role];
+      term.right = of.panels + panel * of.panel_bytes + begin * of.k_bytes;
+      if (together > 1) continue;
+      if (turn.asks == Turn::own) {
+        constexpr index page = 4096;
+        term.ahead = term.right + page;
+        lines = product_->width;
+      } else if (turn.asks == Turn::next) {
+        const index next = part_of(turn.next_piece), after = part_of(turn.next_piece + 1);
+        term.ahead = of.panels + turn.next_panel * of.panel_bytes + next * of.k_bytes +
+                     turn.part * (after - next) * of.k_bytes / product_->width;
+        lines = 1;
+      }
+    }
+    const auto with = lines == 0   ? product_->multiply[rows_ - 1][together - 1]
+                      : lines == 1 ? product_->asks_one[rows_ - 1]
+                                   : product_->asks_all[rows_ - 1];
+    with(to, start, terms_, b_.count);
+    for (int n = 0; n < b_.count; ++n) {
+      terms_[n].left = at_[b_.terms[n].role];
+      terms_[n].K = b_.terms[n].K - b_.terms[n].from;
+    }
+  }
+
+  // The left rows of a term from some k on; of one term at a time.
+  const char* const* left_from(const Term& of, index k) {
+    for (int r = 0; r < rows_; ++r) {
+      left_[r] = at_[of.role][r] + k * index{sizeof(S)};
+      asm("" : "+r"(left_[r]));
+    }
+    return left_;
+  }
+
+  S* waiting(index place, index row) const {
+    return reinterpret_cast<S*>(b_.waiting) + place % most_rows_waiting * row;
   }
 
   // The last panel of a cell of one gate may end past the padded units.
@@ -314,19 +383,19 @@ class BlockRun {
   }
 
   // Weights as the user has them, for a few rows.
-  void multiply_unpacked(int rows, index panel, int together, bool narrow) {
+  void multiply_unpacked(S* to, index panel, int together) {
     for (int n = 0; n < b_.count; ++n) {
       const Term& of = b_.terms[n];
       const S* left[most_tile_rows];
-      for (int r = 0; r < rows; ++r) {
+      for (int r = 0; r < rows_; ++r) {
         left[r] = reinterpret_cast<const S*>(at_[of.role][r]);
       }
       if (b_.transposed) {
-        add_transposed(*of.matrix, left, rows, panel * column_units_,
-                       narrow ? 1 : together * b_.width, sums_);
+        add_transposed(*of.matrix, left, rows_, panel * column_units_,
+                       together * product_->width, to);
       } else {
-        add_unpacked(*of.matrix, b_.unit_vectors, left, rows, panel, together,
-                     product_->sums, of.column, sums_);
+        add_unpacked(*of.matrix, b_.unit_vectors, left, rows_, panel, together,
+                     product_->sums, of.column, to);
       }
     }
   }
