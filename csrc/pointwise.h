@@ -319,7 +319,7 @@ class RowWise {
                                           const GradientRow& at) const {
     for (int group = 0; group < input_groups; ++group) {
       back(rows, n, record.input(0), at.input - first_input * P, input_slots(group),
-           group, [&](int k, index u) { return gamma_x(k, u); });
+           group, true);
     }
     for (int group = 0; group < recurrent_groups; ++group) {
       if (!is_second(group)) back_to_recurrent(rows, n, at, group);
@@ -476,7 +476,7 @@ class RowWise {
               Shape::most_groups + group);
   }
   // Slots of those that stand from `part` of a record on as if it began with slot 0.
-  FUSEDRNN_DEVICE void normalise(const Row* rows, int n, index part, Range of_slots,
+  FUSEDRNN_LONG void normalise(const Row* rows, int n, index part, Range of_slots,
                                  int group) const {
     Moments of[E::most_rows];
     moments(
@@ -651,17 +651,17 @@ class RowWise {
   FUSEDRNN_DEVICE void back_to_recurrent(const BackRow* rows, int n,
                                          const GradientRow& at, int group) const {
     back(rows, n, record.recurrent(0), at.recurrent, recurrent_slots(group),
-         Shape::most_groups + group, [&](int k, index u) { return gamma_h(k, u); });
+         Shape::most_groups + group, false);
   }
   // Slots of a group, in a record and in a row of gradients from where slot 0 would be.
-  template <class F>
-  FUSEDRNN_DEVICE void back(const BackRow* rows, int n, index normal_at, index to_at,
-                            Range of, int group, const F& gamma) const {
+  FUSEDRNN_LONG void back(const BackRow* rows, int n, index normal_at, index to_at,
+                          Range of, int group, bool of_input) const {
     const auto normal = [&](int r, int k, index u) {
       return e.load(rows[r].record + normal_at + k * P, u);
     };
     const auto d = [&](int r, int k, index u) {
-      return gamma(k, u) * e.load(rows[r].da + k * P, u);
+      const V gamma = of_input ? gamma_x(k, u) : gamma_h(k, u);
+      return gamma * e.load(rows[r].da + k * P, u);
     };
     S mean[E::most_rows], along[E::most_rows];
     sums(n, of, d, mean);

@@ -70,7 +70,7 @@ struct Generator {
   }
 
   // A number below it is drawn with probability p < 1.
-  static constexpr std::uint32_t threshold(double p) {
+  FUSEDRNN_SHARED static constexpr std::uint32_t threshold(double p) {
     const double of = p * 4294967296.0 + 0.5;
     return of < 4294967295.0 ? static_cast<std::uint32_t>(of) : 4294967295u;
   }

@@ -4,13 +4,15 @@
 #include <cstddef>
 
 // Marks a function that a GPU may run, too. FUSEDRNN_CALLED is for functions that are not
-// worth a copy at each place.
+// worth a copy at each place, FUSEDRNN_LONG for those of which that is true on a CPU.
 #ifdef __CUDACC__
 #define FUSEDRNN_DEVICE __device__ __forceinline__
 #define FUSEDRNN_CALLED __device__ __noinline__ inline
+#define FUSEDRNN_LONG FUSEDRNN_DEVICE
 #else
 #define FUSEDRNN_DEVICE inline
 #define FUSEDRNN_CALLED inline
+#define FUSEDRNN_LONG [[gnu::noinline]] inline
 #endif
 
 // Marks a small function outside of an instruction set's namespace that its code may

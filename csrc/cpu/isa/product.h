@@ -129,8 +129,14 @@ constexpr void fill_rows(PanelProduct& p) {
   p.near[rows] = near;
   p.far[rows] = panels_at_once<V>(rows, W, C, true);
   fill_panels<V, rows, W, C, near>(p);
-  p.asks_one[rows - 1] = multiply<V, rows, 1, W, C, 1>;
-  p.asks_all[rows - 1] = multiply<V, rows, 1, W, C, W>;
+  // Where vectors are short the processor's own prefetching keeps up. Many tiles share a
+  // panel only where none is less than half of the tallest; one tile takes a panel alone
+  // only where it is tall, or reading binds.
+  constexpr bool asks = sizeof(V) > 16 || V::registers == 32;
+  constexpr bool is_tall = 2 * rows >= tallest_tile<V>(C);
+  constexpr bool is_alone = panels_at_once<V>(rows, W, C, true) == 1;
+  p.asks_one[rows - 1] = multiply<V, rows, 1, W, C, asks && is_tall ? 1 : 0>;
+  p.asks_all[rows - 1] = multiply<V, rows, 1, W, C, asks && is_alone ? W : 0>;
   if constexpr (rows < tallest_tile<V>(C)) fill_rows<V, W, C, rows + 1>(p);
 }
 
