@@ -22,6 +22,7 @@
 //   kept(x)                x as a record rounds it
 //   bounds(clip, to)       to[4]: ±clip and the activations there (clip_bounds)
 //   bias_is_in             whether sums start at the bias
+//   vectors_are_padded     whether the blocks of `vectors` have P elements, or H
 #pragma once
 
 #include "record.h"
@@ -92,6 +93,7 @@ class RowWise {
     S* next_seen;      // or null: h for R in the next step, which is h times
     const S* mask;     // this, or null
     const S *keep_h, *keep_c;  // what zoneout keeps, where the walk does not know
+    S* kept;                   // the record, where the slots are kept; or null
   };
 
   // The groups of W x, and those of R h' that wait for no second product.
@@ -232,8 +234,8 @@ class RowWise {
     const S *keep_h, *keep_c;  // what zoneout keeps, where the walk does not know
   };
 
-  // dh before zoneout; the rest goes past the cell.
-  FUSEDRNN_DEVICE V before(const BackRow& row, index u, V dh) const {
+  // dh before zoneout; the rest goes past the cell, and is zero where it is not stored.
+  FUSEDRNN_DEVICE V before(const BackRow& row, index u, V dh, bool stores = true) const {
     const V zero = V::broadcast(0), one = V::broadcast(1);
     V direct = zero;
     if (zones_out) {
@@ -241,7 +243,7 @@ class RowWise {
       direct = dh * keeps;
       dh = dh * (one - keeps);
     }
-    e.store(row.is_cut ? zero : direct, row.direct, u);
+    if (stores) e.store(row.is_cut ? zero : direct, row.direct, u);
     return dh;
   }
 
@@ -252,7 +254,7 @@ class RowWise {
     activated(row, u, v);
     if constexpr (Cell::has_c) {
       const V c_prev = e.load(row.c_prev, u);
-      const Extras<V> x = extras_at(u);
+      const UnitExtras x = extras_at(u);
       const V c = row.c ? e.load(row.c, u) : Cell::cell(v, c_prev, x);
       const V squashed = Cell::squash(c), gate = v[Cell::hidden_gate];
       V direct;
@@ -372,14 +374,41 @@ class RowWise {
     x.cell_clip = V::broadcast(static_cast<S>(p.options.cell_clip));
     return x;
   }
-  FUSEDRNN_DEVICE Extras<V> extras_at(index u) const {
-    Extras<V> x = extras;
-    for (int k = 0; k < Cell::peephole_count && x.has_peephole; ++k) {
-      x.peephole[k] = e.upto(vectors.weight_ch + k * H, u, H);
-    }
-    return x;
-  }
+  // The extras of a unit: those of the call, and the unit's peepholes. By reference:
+  // copied for each unit they took half of the time of a step backward.
+  struct UnitExtras {
+    const RowWise& rows;
+    index u;
+    int variant;
 
+    FUSEDRNN_DEVICE const Extras<V>& of() const { return rows.extras; }
+    FUSEDRNN_DEVICE bool is_variant() const { return variant == 1; }
+    FUSEDRNN_DEVICE V peephole(int k) const {
+      return rows.vector(rows.vectors.weight_ch, k, u);
+    }
+    FUSEDRNN_DEVICE V add_peephole(int k, V c, V a) const {
+      return of().has_peephole ? fma(peephole(k), c, a) : a;
+    }
+    FUSEDRNN_DEVICE V add_from_peephole(int k, V da, V dc) const {
+      return of().has_peephole ? fma(da, peephole(k), dc) : dc;
+    }
+    FUSEDRNN_DEVICE V bounded(V a) const { return of().bounded(a); }
+    FUSEDRNN_DEVICE V bounded_cell(V c) const { return of().bounded_cell(c); }
+    FUSEDRNN_DEVICE V through_sigmoid(V s, V da) const {
+      return of().through_sigmoid(s, da);
+    }
+    FUSEDRNN_DEVICE V through_tanh(V s, V da) const { return of().through_tanh(s, da); }
+    FUSEDRNN_DEVICE V through_bounds(V a, V da) const {
+      return of().through_bounds(a, da);
+    }
+    FUSEDRNN_DEVICE V through_cell(V c, V dc) const { return of().through_cell(c, dc); }
+  };
+  FUSEDRNN_DEVICE UnitExtras extras_at(index u) const { return {*this, u, extras.variant}; }
+
+  // Of a block of one of `vectors`.
+  FUSEDRNN_DEVICE V vector(const S* of, int block, index u) const {
+    return e.load(of + block * (E::vectors_are_padded ? P : H), u);
+  }
   FUSEDRNN_DEVICE static V mix(V keeps, V old, V fresh) {
     return fma(keeps, old, (V::broadcast(1) - keeps) * fresh);
   }
@@ -498,15 +527,15 @@ class RowWise {
     }
   }
   FUSEDRNN_DEVICE V scaled_cell(V n, index u) const {
-    return fma(n, e.upto(vectors.gamma_c, u, H), e.upto(vectors.beta_c, u, H));
+    return fma(n, vector(vectors.gamma_c, 0, u), vector(vectors.beta_c, 0, u));
   }
   FUSEDRNN_DEVICE V gamma_x(int k, index u) const {
     constexpr Shape blocks = shape;
-    return e.upto(vectors.gamma_ih + blocks.input[k] * H, u, H);
+    return vector(vectors.gamma_ih, blocks.input[k], u);
   }
   FUSEDRNN_DEVICE V gamma_h(int k, index u) const {
     constexpr Shape blocks = shape;
-    return e.upto(vectors.gamma_hh + blocks.recurrent[k] * H, u, H);
+    return vector(vectors.gamma_hh, blocks.recurrent[k], u);
   }
 
   // Pre-activations: sums or, with LayerNorm, from a record.
@@ -530,8 +559,8 @@ class RowWise {
   }
   // What a record and a trace keep of them after the cell.
   FUSEDRNN_DEVICE void keep_gates(const Row& row, index u, const V (&v)[slots]) const {
-    for (int k = 0; k < slots && !model.norm; ++k) {
-      e.store(v[k], row.record + k * P, u);
+    for (int k = 0; k < slots && row.kept && !model.norm; ++k) {
+      e.store(v[k], row.kept + k * P, u);
     }
     for (int k = first_input; k < slots && row.trace; ++k) {
       e.put(v[k], row.trace + (k - first_input) * H, u, H);
@@ -577,11 +606,11 @@ class RowWise {
   }
   FUSEDRNN_DEVICE void backward_c(const BackRow& row, const GradientRow& at, index u,
                                   V (&v)[slots], V c_prev, V c, V squashed, V dm, V dc,
-                                  V direct, const Extras<V>& x) const {
+                                  V direct, const UnitExtras& x) const {
     if (model.projects) {
       e.put(Cell::hidden(v[Cell::hidden_gate], squashed), row.da + at.m, u, H);
     }
-    if (x.has_peephole) {
+    if (extras.has_peephole) {
       e.put(c_prev, row.da + at.c_prev, u, H);
       e.put(c, row.da + at.c, u, H);
     }
@@ -617,7 +646,7 @@ class RowWise {
                                           V::broadcast(static_cast<S>(-0.0)));
         e.put(n_c, rows[r].da + at.normal_c, u, H);
         e.put(d, rows[r].da + at.squashed, u, H);
-        e.store(d * e.upto(vectors.gamma_c, u, H), d_normal_at(r), u);
+        e.store(d * vector(vectors.gamma_c, 0, u), d_normal_at(r), u);
       });
     }
     S mean[E::most_rows], along[E::most_rows];
@@ -637,7 +666,7 @@ class RowWise {
         V v[slots];
         for (int k = 0; k < slots; ++k) v[k] = e.load(gates_at(r) + k * P, u);
         const V c_prev = e.load(row.c_prev, u), n_c = normal(r, u);
-        const Extras<V> x = extras_at(u);
+        const UnitExtras x = extras_at(u);
         const V c = row.c ? e.load(row.c, u) : Cell::cell(v, c_prev, x);
         V direct;
         V dc = dc_of(row, u, direct);

@@ -31,6 +31,7 @@ struct BlockWalk {
   using S = A;
   using V = device::Vec<A>;
   static constexpr int most_rows = 1;
+  static constexpr bool vectors_are_padded = false;
   static constexpr bool bias_is_in = false;
 
   const std::uint8_t* kept_bits;  // of the row where zoneout draws (rows.h), or null:
@@ -218,7 +219,8 @@ struct RowForward : RowKernel<CellOf, A> {
             nullptr,
             nullptr,
             nullptr,
-            nullptr};
+            nullptr,
+            record};
         if (part == 0) {
           if (model.norm) rows.normalise_inputs(&row, 1);
           if (model.norm) rows.normalise_recurrent(&row, 1);
@@ -307,7 +309,8 @@ struct RowAgain : RowKernel<CellOf, A> {
           nullptr,
           nullptr,
           nullptr,
-          nullptr};
+          nullptr,
+          record};
       const bool twice = Base::Rows::has_second(model), norm = model.norm;
       if (part == 0) {
         if (norm) rows.normalise_inputs(&row, 1);

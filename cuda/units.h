@@ -72,6 +72,7 @@ struct UnitWalk {
   using S = A;
   using V = device::Vec<A>;
   static constexpr int most_rows = 1;
+  static constexpr bool vectors_are_padded = false;
   static constexpr bool bias_is_in = true;
 
   A keeps_h, keeps_c;
@@ -140,7 +141,7 @@ FUSEDRNN_DEVICE void step_unit(const UnitOptions<A>& o, index unit, unsigned kep
   const A h_prev = at.state.h.value, c_prev = record[slots] = at.state.c.value;
   const typename decltype(rows)::Row row{
       record,  record,  1,       &h_prev, &c_prev, nullptr, record + slots,
-      &h,      nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+      &h,      nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, record};
   rows.forward(&row, 1, 1);
   for (int k = 0; k < slots; ++k) at.v[k] = {record[k]};
   at.state = {{h}, {record[slots]}};

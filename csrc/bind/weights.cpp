@@ -108,6 +108,10 @@ void Weights::start(ForwardOf<char>& p, Masks& masks, const CallOptions& options
   sizes(p, x, reverse);
   masks = {read<index>(lengths, "lengths", {p.B}),
            read<bool>(resets, "resets", {p.T, p.B})};
+  const auto is_full = [&](index length) { return length == p.T; };
+  if (masks.lengths && std::all_of(masks.lengths, masks.lengths + p.B, is_full)) {
+    masks.lengths = nullptr;
+  }
   p.model = model_;
   p.options = options.values;
   p.vectors = vectors();

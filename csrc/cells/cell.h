@@ -151,18 +151,11 @@ struct Extras {
   int variant;
   bool clips, clips_cell, has_peephole;
   V clip, sigmoid_low, sigmoid_high, tanh_high, cell_clip;
-  V peephole[Shape::most_peepholes];  // of the gates that see c, in their order
 
   FUSEDRNN_DEVICE bool is_variant() const { return variant == 1; }
   FUSEDRNN_DEVICE V bounded(V a) const { return clips ? within(clip, a) : a; }
   FUSEDRNN_DEVICE V bounded_cell(V c) const {
     return clips_cell ? within(cell_clip, c) : c;
-  }
-  FUSEDRNN_DEVICE V add_peephole(int k, V c, V a) const {
-    return has_peephole ? fma(peephole[k], c, a) : a;
-  }
-  FUSEDRNN_DEVICE V add_from_peephole(int k, V da, V dc) const {
-    return has_peephole ? fma(da, peephole[k], dc) : dc;
   }
   FUSEDRNN_DEVICE V through_sigmoid(V s, V da) const {
     return clips ? inside(sigmoid_low, s, sigmoid_high, da) : da;

@@ -28,6 +28,7 @@ class BackwardPass {
     char* of_rows;   // what LayerNorm keeps of some whole rows
     char* zeros;     // (P)
     char* bounds;
+    char* vectors;  // padded
     char* zoneout;
     char **h, **c, **seen;  // the rows' states before a step, (B) each
     bool *cut, *cut_after;  // (B)
@@ -63,6 +64,7 @@ class BackwardPass {
                           rank, threads);
       zeros = of_thread(row, rank, threads);
       bounds = of_thread(l.bytes(4), rank, threads);
+      vectors = of_thread(padded_vectors_bytes(l, p.vectors), rank, threads);
       zoneout = of_thread(
           Zoneout::bytes(l, p.options, p.has_options, p.B, threads, by_rows), rank,
           threads);
@@ -232,6 +234,7 @@ class BackwardPass {
       b.step = &step;
       b.panels = panels;
       b.waiting = memory_.waiting;
+      b.has_options = p_.has_options;
     };
     const char* const packed = p_.weights;
     product_ = l_.backward_block(packed ? packed + l_.back_recurrent() : nullptr,
@@ -331,6 +334,7 @@ class BackwardPass {
     if (p_.has_options) {
       zoneout_.start();
       l_.k.bounds(p_.options.clip, memory_.bounds);
+      call_.vectors = pad_vectors(l_, p_.vectors, memory_.vectors);
     }
     own_.meet(team_);
     if (p_.has_options && own_.alone) team_.meet();

@@ -31,6 +31,7 @@ class ForwardPass {
     char* of_rows;  // what LayerNorm keeps of some whole rows
     char* zeros;    // (P)
     char* bounds;
+    char* vectors;  // padded
     char* zoneout;
     char **h, **c, **seen;  // the rows' states before a step, (B) each
     char **x, **to;         // rows of a stretch
@@ -51,6 +52,7 @@ class ForwardPass {
                           rank, threads);
       zeros = of_thread(row, rank, threads);
       bounds = of_thread(l.bytes(4), rank, threads);
+      vectors = of_thread(padded_vectors_bytes(l, p.vectors), rank, threads);
       zoneout = of_thread(
           Zoneout::bytes(l, p.options, p.has_options, p.B, threads, by_rows), rank,
           threads);
@@ -167,6 +169,7 @@ class ForwardPass {
       b.after = after;
       b.step = &step;
       b.panels = own_.panels;
+      b.has_options = p_.has_options;
     };
     if (!fused_) {
       inputs_.emplace(l_.forward_block(p_.weights, unpacked(), true, false));
@@ -228,6 +231,7 @@ class ForwardPass {
     if (!p_.has_options) return;
     zoneout_.start();
     l_.k.bounds(p_.options.clip, memory_.bounds);
+    call_.vectors = pad_vectors(l_, p_.vectors, memory_.vectors);
     if (!drops(p_.options)) return;
     const Range places = own_.share(team_, own_.rows.rows());
     for (index i = places.begin; i < places.end; ++i) {
@@ -288,6 +292,7 @@ class ForwardPass {
     rows.size = p_.H;
     rows.rows[role::record] = inputs_->rows[role::record];
     rows.used = bit(role::record);
+    rows.has_options = true;
     rows.after = l_.cell.normalise_inputs;
     rows.step = &step_;
     l_.k.walk(rows, rows_at_once(l_));

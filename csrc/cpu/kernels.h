@@ -66,13 +66,13 @@ struct Call {
   Shape shape;
   Model model;
   Options options;
-  Vectors<const char> vectors;
-  index P;             // elements of a padded row of units
+  Vectors<const char> vectors;  // their blocks padded to P elements
+  index P;                      // elements of a padded row of units
   index bias_stride;   // elements from a slot of the bias to the next
   const char* bias;    // (slots, P)
   const char* bounds;  // of clip: 4 elements
-  bool zones_out;
-  bool saves;          // keep the slots for backward
+  bool saves;       // keep the slots for backward
+  bool has_direct;  // whether anything of dh passes the product by: else it is zero
   GradientRow gradient;
 };
 
@@ -195,6 +195,7 @@ struct Block {
   index padded;          // elements of a padded row of units
   Rows rows[most_roles];
   std::uint32_t used;  // a bit for each role
+  bool has_options;    // whether pointwise functions look at other roles, which are null
   // Prefetched while the product runs: parts of a row, so many elements apart.
   struct Touch {
     int role, parts;

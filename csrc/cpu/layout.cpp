@@ -104,6 +104,26 @@ Block Layout::dense_backward_block(const char* panels, index depth, index K) con
   return b;
 }
 
+index padded_vectors_bytes(const Layout& l, const Vectors<const char>& v) {
+  if (!v.weight_ch && !v.gamma_ih) return 0;
+  return (l.shape.peephole_count + 2 * l.shape.gates + 2) * l.padded_bytes();
+}
+
+Vectors<const char> pad_vectors(const Layout& l, const Vectors<const char>& v, char* to) {
+  const index of_row = l.bytes(l.H), row = l.padded_bytes();
+  const auto pad = [&](const char* from, int blocks) -> const char* {
+    if (!from) return nullptr;
+    char* const start = to;
+    for (int block = 0; block < blocks; ++block, to += row) {
+      std::memcpy(to, from + block * of_row, of_row);
+      std::memset(to + of_row, 0, row - of_row);
+    }
+    return start;
+  };
+  return {pad(v.weight_ch, l.shape.peephole_count), pad(v.gamma_ih, l.shape.gates),
+          pad(v.gamma_hh, l.shape.gates), pad(v.gamma_c, 1), pad(v.beta_c, 1)};
+}
+
 Call call_of(const Layout& layout, const ForwardOf<char>& p, const char* bias,
              const char* bounds) {
   Call call{};
@@ -114,6 +134,7 @@ Call call_of(const Layout& layout, const ForwardOf<char>& p, const char* bias,
   call.P = layout.P;
   call.bias = bias;
   call.bounds = bounds;
+  call.has_direct = layout.shape.has_direct || zones_out(p.options);
   call.gradient = GradientRow(layout.shape, p.model, p.vectors.weight_ch != nullptr,
                               layout.P, round_up(p.R, layout.lanes));
   return call;

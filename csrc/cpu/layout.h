@@ -137,6 +137,11 @@ inline int rows_at_once(const Layout& l) {
   return static_cast<int>(fit < most ? fit : most);
 }
 
+// Vectors with their blocks padded by zeros, in so many bytes of memory.
+index padded_vectors_bytes(const Layout& layout, const Vectors<const char>& vectors);
+Vectors<const char> pad_vectors(const Layout& layout, const Vectors<const char>& vectors,
+                                char* to);
+
 // What a pointwise function needs to know of a call.
 Call call_of(const Layout& layout, const ForwardOf<char>& p, const char* bias,
              const char* bounds);

@@ -8,6 +8,7 @@ void compute_again(const Layout& l, const char* weights, Call call,
   // h stays as the cell leaves it.
   call.options.zoneout_h = call.options.zoneout_c = 0;
   call.model.projects = true;
+  call.saves = true;
   Step step{&call, {}, nullptr, nullptr, false, false, rows.of_rows};
   const auto run = [&](Block b, Pointwise after, Range panels) {
     b.rows[role::x] = {nullptr, 0, nullptr, rows.x};
@@ -19,6 +20,7 @@ void compute_again(const Layout& l, const char* weights, Call call,
     b.rows[role::h] = b.rows[role::c] = {rows.nowhere, 0, nullptr, nullptr};
     b.used |= 1u << role::x | 1u << role::record | 1u << role::seen | 1u << role::h_prev |
               1u << role::c_prev | 1u << role::h | 1u << role::c;
+    b.has_options = true;
     b.after = after;
     b.step = &step;
     if (b.product) {

@@ -48,6 +48,12 @@ class BlockRun {
       : b_(block), column_units_(block.unit_vectors * index{lanes}) {
     tile_.at = at_;
     tile_.used = b_.used;
+    for (auto& rows : at_) {
+      for (char*& row : rows) {
+        if (!b_.has_options) break;
+        row = nullptr;
+      }
+    }
   }
 
   void run() {

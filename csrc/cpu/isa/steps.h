@@ -15,7 +15,7 @@ struct Walk {
   using S = S_;
   using V = Vec<S>;
   static constexpr int lanes = V::lanes, most_rows = most_tile_rows;
-  static constexpr bool bias_is_in = true;
+  static constexpr bool bias_is_in = true, vectors_are_padded = true;
 
   const S* clip;
   S* from;
@@ -78,12 +78,7 @@ struct Walk {
   }
 };
 
-// The elements of a row of a role, or null where there is none.
-template <class S>
-inline S* row_of(const Tile& t, int role, int r) {
-  return t.used >> role & 1 ? reinterpret_cast<S*>(t.at[role][r]) : nullptr;
-}
-// The same where there is one.
+// The elements of a row of a role; null where there is none, if the block has options.
 template <class S>
 inline S* row_at(const Tile& t, int role, int r) {
   return reinterpret_cast<S*>(t.at[role][r]);
@@ -105,13 +100,16 @@ template <class S>
 inline Vec<S> complete_dh(const Step& s, const Tile& t, int r, Vec<S> dh, index u) {
   using V = Vec<S>;
   if (s.has_product) {
-    const S* const mask = row_of<S>(t, role::mask_h, r);
-    if (mask) dh = dh * V::load(mask + u);
+    const S* const mask = row_at<S>(t, role::mask_h, r);
+    if (t.used >> role::mask_h & 1) dh = dh * V::load(mask + u);
     if (s.cut_after && s.cut_after[t.place + r]) dh = V::broadcast(0);
   }
-  const S* const dy = row_of<S>(t, role::dy, r);
-  if (dy) dh = dh + load_upto<V>(dy + u, s.call->model.R - u);
-  if (s.adds_direct) dh = dh + V::load(row_at<S>(t, role::direct, r) + u);
+  const S* const dy = row_at<S>(t, role::dy, r);
+  if (t.used >> role::dy & 1) dh = dh + load_upto<V>(dy + u, s.call->model.R - u);
+  if (s.adds_direct) {
+    const bool is_zero = s.has_product && !s.call->has_direct;
+    dh = dh + (is_zero ? V::broadcast(0) : V::load(row_at<S>(t, role::direct, r) + u));
+  }
   return dh;
 }
 
@@ -141,23 +139,24 @@ struct Steps {
                        (2 + slots) * call.P};
     return Rows(asked, call.P, of(call.bias), walk);
   }
-  static Row row(const Tile& t, int r, const S* sums = nullptr, index apart = 0) {
-    return {row_of<S>(t, role::record, r), sums, apart,
-            row_of<S>(t, role::h_prev, r), row_of<S>(t, role::c_prev, r),
-            row_of<S>(t, role::seen, r),   row_of<S>(t, role::c, r),
-            row_of<S>(t, role::h, r),      row_of<S>(t, role::cells, r),
-            row_of<S>(t, role::trace, r),  row_of<S>(t, role::next_seen, r),
-            row_of<S>(t, role::mask, r),   row_of<S>(t, role::keep_h, r),
-            row_of<S>(t, role::keep_c, r)};
+  static Row row(const Tile& t, int r, bool saves = false, const S* sums = nullptr,
+                 index apart = 0) {
+    return {row_at<S>(t, role::record, r), sums, apart,
+            row_at<S>(t, role::h_prev, r), row_at<S>(t, role::c_prev, r),
+            row_at<S>(t, role::seen, r),   row_at<S>(t, role::c, r),
+            row_at<S>(t, role::h, r),      row_at<S>(t, role::cells, r),
+            row_at<S>(t, role::trace, r),  row_at<S>(t, role::next_seen, r),
+            row_at<S>(t, role::mask, r),   row_at<S>(t, role::keep_h, r),
+            row_at<S>(t, role::keep_c, r), saves ? row_at<S>(t, role::record, r) : nullptr};
   }
   static BackRow back_row(const Step& s, const Tile& t, int r) {
-    return {row_of<S>(t, role::saved, r),    row_of<S>(t, role::before_h, r),
-            row_of<S>(t, role::before_c, r), nullptr,
-            row_of<S>(t, role::seen_h, r),   row_of<S>(t, role::dcells, r),
-            row_of<S>(t, role::dh, r),       row_of<S>(t, role::dc, r),
-            row_of<S>(t, role::direct, r),   row_of<S>(t, role::da, r),
-            s.cut && s.cut[t.place + r],     row_of<S>(t, role::mask_h, r),
-            row_of<S>(t, role::keeps_h, r),  row_of<S>(t, role::keeps_c, r)};
+    return {row_at<S>(t, role::saved, r),    row_at<S>(t, role::before_h, r),
+            row_at<S>(t, role::before_c, r), nullptr,
+            row_at<S>(t, role::seen_h, r),   row_at<S>(t, role::dcells, r),
+            row_at<S>(t, role::dh, r),       row_at<S>(t, role::dc, r),
+            row_at<S>(t, role::direct, r),   row_at<S>(t, role::da, r),
+            s.cut && s.cut[t.place + r],     row_at<S>(t, role::mask_h, r),
+            row_at<S>(t, role::keeps_h, r),  row_at<S>(t, role::keeps_c, r)};
   }
 
   static void plain_forward(const Step& s, const Tile& t) {
@@ -193,7 +192,8 @@ struct Steps {
     const Rows of = rows(s);
     each_panel<S>(t, [&](const S* sums, Range units) {
       for (int r = 0; r < t.rows; ++r) {
-        const Row at = row(t, r, sums + r * t.row - units.begin, t.panel_units);
+        const Row at = row(t, r, s.call->saves, sums + r * t.row - units.begin,
+                          t.panel_units);
         of.forward(&at, 1, units);
       }
     });
@@ -202,7 +202,8 @@ struct Steps {
     const Rows of = rows(s);
     each_panel<S>(t, [&](const S* sums, Range units) {
       for (int r = 0; r < t.rows; ++r) {
-        const Row at = row(t, r, sums + r * t.row - units.begin, t.panel_units);
+        const Row at = row(t, r, s.call->saves, sums + r * t.row - units.begin,
+                          t.panel_units);
         S* const operand = row_at<S>(t, role::operand, r);
         of.open(&at, 1, &operand, units);
       }
@@ -212,7 +213,7 @@ struct Steps {
     const Rows of = rows(s);
     each_panel<S>(t, [&](const S* sums, Range units) {
       for (int r = 0; r < t.rows; ++r) {
-        const Row at = row(t, r, sums + r * t.row - units.begin);
+        const Row at = row(t, r, s.call->saves, sums + r * t.row - units.begin);
         of.close(&at, 1, units);
       }
     });
@@ -313,7 +314,7 @@ struct Steps {
   }
   static void backward(const Step& s, const Tile& t) {
     each_unit(s, t, [&](const Rows& of, const BackRow& at, int r, index u, V dh) {
-      dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u));
+      dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
       of.backward(at, s.call->gradient, u, dh);
     });
   }
@@ -324,7 +325,7 @@ struct Steps {
   }
   static void open_backward(const Step& s, const Tile& t) {
     each_unit(s, t, [&](const Rows& of, const BackRow& at, int r, index u, V dh) {
-      dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u));
+      dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
       of.open_backward(at, s.call->gradient, u, dh);
     });
   }
@@ -340,7 +341,7 @@ struct Steps {
     const S* dm[most_tile_rows];
     for (int r = 0; r < t.rows; ++r) {
       all[r] = back_row(s, t, r);
-      dm[r] = row_of<S>(t, role::dm, r);
+      dm[r] = row_at<S>(t, role::dm, r);
     }
     f(rows(s), all, t.rows, dm);
   }
@@ -414,7 +415,7 @@ struct Steps {
   // dh where the cell waits for a projection or for whole rows.
   static void before(const Step& s, const Tile& t) {
     each_unit(s, t, [&](const Rows& of, const BackRow& at, int r, index u, V dh) {
-      dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u));
+      dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
       dh.store(at.dh + u);
       if (!s.call->model.projects) return;
       store_upto(dh, at.da + s.call->gradient.dh + u, s.call->model.R - u);
