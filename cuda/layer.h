@@ -339,8 +339,11 @@ class Layer {
       using Kernel = Forwards<tiles, resident>;
       using Mirror = Backwards<tiles, resident>;
       for_each_candidate(p, work, gpu, tiles, resident, [&](Plan& plan) {
-        plan.shared_bytes = backward ? Mirror::Engine::shared_bytes(plan)
-                                     : Kernel::Engine::shared_bytes(plan);
+        if (backward) {
+          Mirror::Engine::lay_out(plan);
+        } else {
+          Kernel::Engine::lay_out(plan);
+        }
         if (plan.shared_bytes > gpu.shared_bytes) return;
         // Row groups, or single blocks of a step.
         int at_once = gpu.multiprocessors;

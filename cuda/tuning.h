@@ -33,7 +33,18 @@ struct Plan {
   int unit_groups;  // in all
   int row_groups;   // in all
   int blocks_x, blocks_y;
-  index P;             // hidden units, rounded up to whole blocks of depth
+  int P;            // hidden units, rounded up to whole blocks of depth
+  int group_quads;  // 16 bytes each: the packed weights of a group of units
+  // Where a block's shared memory has its parts, after the weights, in bytes. Kernels
+  // read this instead of working it out, which would cost registers and much code
+  // (recurrence.h).
+  int row_bytes;  // from one row of an operand to the next
+  int operands_at;
+  int operand_bytes;  // from one operand to the other; 0 where there is but one
+  int partials_at;
+  int partial_bytes;  // from one set of partial sums to the other
+  int staging_at;
+  int arrivals_at;
   index shared_bytes;  // of a block
 
   constexpr int threads() const { return groups * splits * 32; }
@@ -158,10 +169,10 @@ void for_each_candidate(const Sizes& p, const Work& work, const Device& gpu, int
   Plan plan{};
   plan.tiles = tiles;
   plan.resident = resident;
-  plan.P = padded_units(p.H);
+  plan.P = static_cast<int>(padded_units(p.H));
   plan.unit_groups = static_cast<int>(ceil_div(p.H, work.group_units));
   plan.row_groups = static_cast<int>(ceil_div(p.B, 8 * tiles));
-  const int blocks_of_depth = static_cast<int>(plan.P / work.block_depth);
+  const int blocks_of_depth = plan.P / work.block_depth;
   for (int groups = 1; groups <= most_warps; groups *= 2) {
     if (groups / 2 >= plan.unit_groups || !meets(wish.groups, groups)) continue;
     plan.groups = groups;
