@@ -40,6 +40,7 @@ template <template <class> class CellOf, class P>
 class Layer {
   using Call = ForwardCall;
   using S = typename P::Storage;
+  using Stored = typename P::Stored;
   using E = typename P::Operand;
   using A = typename P::State;
   using Cell = CellOf<device::Vec<A>>;
@@ -201,15 +202,15 @@ class Layer {
     const index H = call.H, I = call.I, rows = call.T * call.B;
 
     const auto previous = [&](const A* mask) {
-      const Previous<P> kernel{call,
-                               P::of(call.precision),
-                               static_cast<const S*>(call.y),
-                               call.B * call.y_b,
-                               call.y_b,
-                               static_cast<const A*>(call.h0),
-                               room.h_prev,
-                               room.drawn.masks(call),
-                               mask};
+      const Previous<Stored> kernel{call,
+                                    Stored::of(call.precision),
+                                    static_cast<const S*>(call.y),
+                                    call.B * call.y_b,
+                                    call.y_b,
+                                    static_cast<const A*>(call.h0),
+                                    room.h_prev,
+                                    room.drawn.masks(call),
+                                    mask};
       launch_each(kernel, rows * H, call.device, call.stream);
     };
     // Products see it masked, what passes them by does not.
@@ -281,15 +282,15 @@ class Layer {
       multiply(matrix(room.da + slot * H, rows, count * H, da_stride, true),
                matrix(room.h_prev, rows, H, H), matrix(to, count * H, H, H));
     });
-    BiasGradients<P> bias{P::of(call.precision),
-                          room.da,
-                          rows,
-                          H,
-                          slots,
-                          {},
-                          {},
-                          static_cast<S*>(call.dbias_ih),
-                          static_cast<S*>(call.dbias_hh)};
+    BiasGradients<Stored> bias{Stored::of(call.precision),
+                               room.da,
+                               rows,
+                               H,
+                               slots,
+                               {},
+                               {},
+                               static_cast<S*>(call.dbias_ih),
+                               static_cast<S*>(call.dbias_hh)};
     blocks_of_slots(bias.input_block, bias.recurrent_block);
     if (bias.dbias_ih || bias.dbias_hh) launch_columns(bias, call.stream);
     if constexpr (Cell::peepholes > 0) {
@@ -487,14 +488,14 @@ class Layer {
 
   static void pack_bias(Precision precision, const void* bias_ih, const void* bias_hh,
                         A* to, index H, int device, Stream stream) {
-    PackBias<P> bias{P::of(precision),
-                     static_cast<const S*>(bias_ih),
-                     static_cast<const S*>(bias_hh),
-                     to,
-                     H,
-                     slots,
-                     {},
-                     {}};
+    PackBias<Stored> bias{Stored::of(precision),
+                          static_cast<const S*>(bias_ih),
+                          static_cast<const S*>(bias_hh),
+                          to,
+                          H,
+                          slots,
+                          {},
+                          {}};
     blocks_of_slots(bias.input_block, bias.recurrent_block);
     launch_each(bias, slots * H, device, stream);
   }
@@ -508,14 +509,14 @@ class Layer {
   }
 
   static void gather_x(const Call& call, S* to, const Masks& masks) {
-    const GatherRows<P> gather{static_cast<const S*>(call.x),
-                               call.x_t,
-                               call.x_b,
-                               to,
-                               call.T,
-                               call.B,
-                               call.I,
-                               masks};
+    const GatherRows<Stored> gather{static_cast<const S*>(call.x),
+                                    call.x_t,
+                                    call.x_b,
+                                    to,
+                                    call.T,
+                                    call.B,
+                                    call.I,
+                                    masks};
     launch_each(gather, call.T * call.B * call.I, call.device, call.stream);
   }
 
