@@ -14,30 +14,33 @@ __global__ void __launch_bounds__(most_threads, 1)
 }
 
 template <class Kernel>
-Launcher& launcher() {
-  static Launcher own(reinterpret_cast<const void*>(entry<Kernel>));
-  return own;
+const void* function_of() {
+  return reinterpret_cast<const void*>(entry<Kernel>);
 }
 
 template <class Kernel>
 void launch(const Kernel& kernel, const Launch& shape, Stream stream) {
-  launcher<Kernel>().launch(&kernel, shape, stream);
+  launch(function_of<Kernel>(), &kernel, shape, stream);
 }
 
 template <class F>
 void launch_in_turn(index count, const F& of, const Launch& shape, Stream stream) {
   using Kernel = decltype(of(0));
-  Kernel kernel{};
-  const auto next = [&](index i) {
-    kernel = of(i);
-    return &kernel;
+  struct List {
+    const F& of;
+    Kernel kernel;
+  } list{of, {}};
+  const auto at = [](void* p, index i) -> const void* {
+    List& list = *static_cast<List*>(p);
+    list.kernel = list.of(i);
+    return &list.kernel;
   };
-  launcher<Kernel>().launch_in_turn(count, next, shape, stream);
+  launch_in_turn(function_of<Kernel>(), count, {at, &list}, shape, stream);
 }
 
 template <class Kernel>
 int clusters_at_once(const Launch& shape) {
-  return launcher<Kernel>().clusters_at_once(shape);
+  return clusters_at_once(function_of<Kernel>(), shape);
 }
 
 }  // namespace fusedrnn::cuda

@@ -1,6 +1,15 @@
 #include "launcher.h"
 
+#include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
+
 namespace fusedrnn::cuda {
+
+void check(cudaError_t status, const char* what);
+
 namespace {
 
 dim3 grid_of(const Launch& shape) {
@@ -33,84 +42,110 @@ cudaLaunchConfig_t configuration(const Launch& shape, Stream stream,
   return config;
 }
 
-}  // namespace
+// Launches, each after the end of the one before, as a graph: the driver is handed all of
+// them at once. A stream keeps its graph and gives it other arguments for each use, which
+// what is queued already does not see. (Uses of a graph wait for each other, so streams
+// must not share one.)
+struct Chain {
+  static constexpr int length = 64;
+
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t ready = nullptr;
+  cudaGraphNode_t nodes[length] = {};
+
+  void set(int i, const void* function, const void* kernel, const Launch& shape) {
+    void* argument = const_cast<void*>(kernel);
+    cudaKernelNodeParams node{};
+    node.func = const_cast<void*>(function);
+    node.gridDim = grid_of(shape);
+    node.blockDim = dim3(static_cast<unsigned>(shape.threads), 1, 1);
+    node.sharedMemBytes = static_cast<unsigned>(shape.shared_bytes);
+    node.kernelParams = &argument;
+    if (ready) {
+      check(cudaGraphExecKernelNodeSetParams(ready, nodes[i], &node),
+            "arguments of a graph");
+    } else {
+      const cudaGraphNode_t* const before = i > 0 ? &nodes[i - 1] : nullptr;
+      check(cudaGraphAddKernelNode(&nodes[i], graph, before, i > 0, &node), "graph");
+    }
+  }
+};
+
+// What is known of a function.
+struct Function {
+  std::mutex allowing, chaining;
+  std::map<int, cudaError_t> allowed;  // by device
+  std::map<std::pair<int, Stream>, Chain> chains;
+};
+Function& known(const void* function) {
+  static std::mutex mutex;
+  static std::map<const void*, Function> all;
+  const std::lock_guard lock(mutex);
+  return all[function];
+}
 
 // Lets a kernel have all of a device's shared memory and its largest clusters; once,
 // since the attributes are the kernel's and not a launch's.
-cudaError_t Launcher::allow(int ordinal) {
-  const std::lock_guard lock(allowing_);
-  const auto known = allowed_.find(ordinal);
-  if (known != allowed_.end()) return known->second;
+cudaError_t allow(const void* function, int ordinal) {
+  Function& own = known(function);
+  const std::lock_guard lock(own.allowing);
+  const auto allowed = own.allowed.find(ordinal);
+  if (allowed != own.allowed.end()) return allowed->second;
   const Device& gpu = device(ordinal);
   cudaError_t status =
-      cudaFuncSetAttribute(function_, cudaFuncAttributeMaxDynamicSharedMemorySize,
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                            static_cast<int>(gpu.shared_bytes));
   if (status == cudaSuccess && gpu.largest_cluster > 1) {
-    status = cudaFuncSetAttribute(function_,
-                                  cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    status =
+        cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
   cudaGetLastError();
-  return allowed_[ordinal] = status;
+  return own.allowed[ordinal] = status;
 }
 
-void Launcher::launch(const void* kernel, const Launch& shape, Stream stream) {
-  check(allow(current_device()), "attributes of a kernel");
+}  // namespace
+
+void launch(const void* function, const void* kernel, const Launch& shape,
+            Stream stream) {
+  check(allow(function, current_device()), "attributes of a kernel");
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configuration(shape, stream, attributes);
   void* argument = const_cast<void*>(kernel);
-  check(cudaLaunchKernelExC(&config, function_, &argument), "launch of a kernel");
+  check(cudaLaunchKernelExC(&config, function, &argument), "launch of a kernel");
 }
 
-void Launcher::set(Chain& chain, int i, const void* kernel, const Launch& shape) const {
-  void* argument = const_cast<void*>(kernel);
-  cudaKernelNodeParams node{};
-  node.func = const_cast<void*>(function_);
-  node.gridDim = grid_of(shape);
-  node.blockDim = dim3(static_cast<unsigned>(shape.threads), 1, 1);
-  node.sharedMemBytes = static_cast<unsigned>(shape.shared_bytes);
-  node.kernelParams = &argument;
-  if (chain.ready) {
-    check(cudaGraphExecKernelNodeSetParams(chain.ready, chain.nodes[i], &node),
-          "arguments of a graph");
-  } else {
-    const cudaGraphNode_t* const before = i > 0 ? &chain.nodes[i - 1] : nullptr;
-    check(cudaGraphAddKernelNode(&chain.nodes[i], chain.graph, before, i > 0, &node),
-          "graph");
-  }
-}
-
-void Launcher::launch_in_turn(index count,
-                              const std::function<const void*(index)>& kernel,
-                              const Launch& shape, Stream stream) {
+void launch_in_turn(const void* function, index count, const KernelList& kernels,
+                    const Launch& shape, Stream stream) {
+  const auto at = [&](index i) { return kernels.at(kernels.list, i); };
   // In a graph of the caller's they are nodes like all others. What does not fill a chain
   // goes first, so that the device has work while the host fills one.
   const index alone = is_capturing(stream) ? count : count % Chain::length;
-  for (index i = 0; i < alone; ++i) launch(kernel(i), shape, stream);
+  for (index i = 0; i < alone; ++i) launch(function, at(i), shape, stream);
   if (alone == count) return;
-  const std::lock_guard lock(chaining_);
+  Function& own = known(function);
+  const std::lock_guard lock(own.chaining);
   const int ordinal = current_device();
-  check(allow(ordinal), "attributes of a kernel");
-  Chain& chain = chains_[{ordinal, stream}];
+  check(allow(function, ordinal), "attributes of a kernel");
+  Chain& chain = own.chains[{ordinal, stream}];
   for (index first = alone; first < count; first += Chain::length) {
     if (!chain.ready) {
       if (chain.graph) cudaGraphDestroy(chain.graph);  // of a try that failed
       chain.graph = nullptr;
       check(cudaGraphCreate(&chain.graph, 0), "graph");
     }
-    for (int i = 0; i < Chain::length; ++i) set(chain, i, kernel(first + i), shape);
+    for (int i = 0; i < Chain::length; ++i) chain.set(i, function, at(first + i), shape);
     if (!chain.ready) check(cudaGraphInstantiate(&chain.ready, chain.graph, 0), "graph");
     check(cudaGraphLaunch(chain.ready, static_cast<cudaStream_t>(stream)),
           "launch of a graph");
   }
 }
 
-int Launcher::clusters_at_once(const Launch& shape) {
-  if (allow(current_device()) != cudaSuccess) return 0;
+int clusters_at_once(const void* function, const Launch& shape) {
+  if (allow(function, current_device()) != cudaSuccess) return 0;
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configuration(shape, nullptr, attributes);
   int clusters = 0;
-  const cudaError_t status =
-      cudaOccupancyMaxActiveClusters(&clusters, function_, &config);
+  const cudaError_t status = cudaOccupancyMaxActiveClusters(&clusters, function, &config);
   if (status != cudaSuccess) {
     cudaGetLastError();  // a shape that this device cannot run, not a failure
     return 0;

@@ -8,10 +8,8 @@
 // rows at one distance (y_t = B y_b). Everything is queued on the call's stream.
 #pragma once
 
-#include <map>
-#include <mutex>
-#include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "vec.h"
 // after FUSEDRNN_ARCH
@@ -306,16 +304,10 @@ class Layer {
     }
   }
 
-  // The plan that is estimated to be fastest among those a device can run; looked for
-  // once.
-  static Plan choose(const Sizes& p, int ordinal, bool backward) {
-    static std::mutex mutex;
-    static std::map<std::tuple<int, index, index, bool, Wish>, Plan> chosen;
-    const std::lock_guard lock(mutex);
-    const auto key = std::tuple(ordinal, p.B, p.H, backward, wish);
-    const auto known = chosen.find(key);
-    if (known != chosen.end()) return known->second;
-    return chosen[key] = search(p, ordinal, backward);
+  static Plan choose(const Sizes& p, int device, bool backward) {
+    return backward
+               ? choose_plan(p, device, work_of<BackwardEngine>(), instances<Backwards>())
+               : choose_plan(p, device, work_of<ForwardEngine>(), instances<Forwards>());
   }
 
  private:
@@ -330,41 +322,18 @@ class Layer {
             Engine::held};
   }
 
-  static Plan search(const Sizes& p, int ordinal, bool backward) {
-    const OnDevice current(ordinal);
-    const Device& gpu = device(ordinal);
-    const Work work = backward ? work_of<BackwardEngine>() : work_of<ForwardEngine>();
-    Plan best{};
-    double least = 0;
-    for_each_instance([&]<int tiles, bool resident>() {
-      using Kernel = Forwards<tiles, resident>;
-      using Mirror = Backwards<tiles, resident>;
-      for_each_candidate(p, work, gpu, tiles, resident, [&](Plan& plan) {
-        if (backward) {
-          Mirror::Engine::lay_out(plan);
-        } else {
-          Kernel::Engine::lay_out(plan);
-        }
-        if (plan.shared_bytes > gpu.shared_bytes) return;
-        // Row groups, or single blocks of a step.
-        int at_once = gpu.multiprocessors;
-        if (plan.exchange == Exchange::grid) at_once /= plan.blocks_x;
-        if (plan.exchange == Exchange::cluster) {
-          const Launch shape = shape_of(plan);
-          at_once = plan.blocks_x == 1 ? gpu.multiprocessors
-                    : backward         ? clusters_at_once<Mirror>(shape)
-                                       : clusters_at_once<Kernel>(shape);
-          if (at_once == 0) return;
-        }
-        const double cycles = estimate(plan, work, at_once);
-        if (best.tiles == 0 || cycles < least) {
-          best = plan;
-          least = cycles;
-        }
+  template <template <int, bool> class Recurrence>
+  static std::span<const Instance> instances() {
+    static const std::vector<Instance> all = [] {
+      std::vector<Instance> list;
+      for_each_instance([&]<int tiles, bool resident>() {
+        using Kernel = Recurrence<tiles, resident>;
+        list.push_back(
+            {tiles, resident, Kernel::Engine::lay_out, clusters_at_once<Kernel>});
       });
-    });
-    if (best.tiles == 0) throw Error("no plan for this layer meets what was wished");
-    return best;
+      return list;
+    }();
+    return all;
   }
 
   struct Saved {
@@ -570,14 +539,6 @@ class Layer {
     }
   }
 
-  static Launch shape_of(const Plan& plan) {
-    return {plan.blocks_x,
-            plan.blocks_y,
-            plan.threads(),
-            plan.shared_bytes,
-            plan.exchange == Exchange::cluster,
-            plan.exchange == Exchange::grid};
-  }
   template <class F>
   static void with_instance(const Plan& plan, const F& f) {
     for_each_instance([&]<int tiles, bool resident>() {
