@@ -148,7 +148,8 @@ FUSEDRNN_DEVICE Quad load_exchanged(const Quad* p) {
   __builtin_memcpy(&quad, &v, sizeof(quad));
   return quad;
 }
-FUSEDRNN_DEVICE void store_exchanged(Quad* p, const Quad& value) {
+// By value: of memory that it was given, nvcc would copy single bytes.
+FUSEDRNN_DEVICE void store_exchanged(Quad* p, Quad value) {
   ulonglong2 v;
   __builtin_memcpy(&v, &value, sizeof(v));
   asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(p), "l"(v.x), "l"(v.y)

@@ -8,10 +8,8 @@
 // rows at one distance (y_t = B y_b). Everything is queued on the call's stream.
 #pragma once
 
-#include <map>
-#include <mutex>
-#include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "vec.h"
 // after FUSEDRNN_ARCH
@@ -40,6 +38,7 @@ template <template <class> class CellOf, class P>
 class Layer {
   using Call = ForwardCall;
   using S = typename P::Storage;
+  using Stored = typename P::Stored;
   using E = typename P::Operand;
   using A = typename P::State;
   using Cell = CellOf<device::Vec<A>>;
@@ -201,15 +200,15 @@ class Layer {
     const index H = call.H, I = call.I, rows = call.T * call.B;
 
     const auto previous = [&](const A* mask) {
-      const Previous<P> kernel{call,
-                               P::of(call.precision),
-                               static_cast<const S*>(call.y),
-                               call.B * call.y_b,
-                               call.y_b,
-                               static_cast<const A*>(call.h0),
-                               room.h_prev,
-                               room.drawn.masks(call),
-                               mask};
+      const Previous<Stored> kernel{call,
+                                    Stored::of(call.precision),
+                                    static_cast<const S*>(call.y),
+                                    call.B * call.y_b,
+                                    call.y_b,
+                                    static_cast<const A*>(call.h0),
+                                    room.h_prev,
+                                    room.drawn.masks(call),
+                                    mask};
       launch_each(kernel, rows * H, call.device, call.stream);
     };
     // Products see it masked, what passes them by does not.
@@ -281,15 +280,15 @@ class Layer {
       multiply(matrix(room.da + slot * H, rows, count * H, da_stride, true),
                matrix(room.h_prev, rows, H, H), matrix(to, count * H, H, H));
     });
-    BiasGradients<P> bias{P::of(call.precision),
-                          room.da,
-                          rows,
-                          H,
-                          slots,
-                          {},
-                          {},
-                          static_cast<S*>(call.dbias_ih),
-                          static_cast<S*>(call.dbias_hh)};
+    BiasGradients<Stored> bias{Stored::of(call.precision),
+                               room.da,
+                               rows,
+                               H,
+                               slots,
+                               {},
+                               {},
+                               static_cast<S*>(call.dbias_ih),
+                               static_cast<S*>(call.dbias_hh)};
     blocks_of_slots(bias.input_block, bias.recurrent_block);
     if (bias.dbias_ih || bias.dbias_hh) launch_columns(bias, call.stream);
     if constexpr (Cell::peephole_count > 0) {
@@ -305,16 +304,10 @@ class Layer {
     }
   }
 
-  // The plan that is estimated to be fastest among those a device can run; looked for
-  // once.
-  static Plan choose(const Sizes& p, int ordinal, bool backward) {
-    static std::mutex mutex;
-    static std::map<std::tuple<int, index, index, bool, Wish>, Plan> chosen;
-    const std::lock_guard lock(mutex);
-    const auto key = std::tuple(ordinal, p.B, p.H, backward, wish);
-    const auto known = chosen.find(key);
-    if (known != chosen.end()) return known->second;
-    return chosen[key] = search(p, ordinal, backward);
+  static Plan choose(const Sizes& p, int device, bool backward) {
+    return backward
+               ? choose_plan(p, device, work_of<BackwardEngine>(), instances<Backwards>())
+               : choose_plan(p, device, work_of<ForwardEngine>(), instances<Forwards>());
   }
 
  private:
@@ -329,38 +322,18 @@ class Layer {
             Engine::held};
   }
 
-  static Plan search(const Sizes& p, int ordinal, bool backward) {
-    const OnDevice current(ordinal);
-    const Device& gpu = device(ordinal);
-    const Work work = backward ? work_of<BackwardEngine>() : work_of<ForwardEngine>();
-    Plan best{};
-    double least = 0;
-    for_each_instance([&]<int tiles, bool resident>() {
-      using Kernel = Forwards<tiles, resident>;
-      using Mirror = Backwards<tiles, resident>;
-      for_each_candidate(p, work, gpu, tiles, resident, [&](Plan& plan) {
-        plan.shared_bytes = backward ? Mirror::Engine::shared_bytes(plan)
-                                     : Kernel::Engine::shared_bytes(plan);
-        if (plan.shared_bytes > gpu.shared_bytes) return;
-        // Row groups, or single blocks of a step.
-        int at_once = gpu.multiprocessors;
-        if (plan.exchange == Exchange::grid) at_once /= plan.blocks_x;
-        if (plan.exchange == Exchange::cluster) {
-          const Launch shape = shape_of(plan);
-          at_once = plan.blocks_x == 1 ? gpu.multiprocessors
-                    : backward         ? clusters_at_once<Mirror>(shape)
-                                       : clusters_at_once<Kernel>(shape);
-          if (at_once == 0) return;
-        }
-        const double cycles = estimate(plan, work, at_once);
-        if (best.tiles == 0 || cycles < least) {
-          best = plan;
-          least = cycles;
-        }
+  template <template <int, bool> class Recurrence>
+  static std::span<const Instance> instances() {
+    static const std::vector<Instance> all = [] {
+      std::vector<Instance> list;
+      for_each_instance([&]<int tiles, bool resident>() {
+        using Kernel = Recurrence<tiles, resident>;
+        list.push_back(
+            {tiles, resident, Kernel::Engine::lay_out, clusters_at_once<Kernel>});
       });
-    });
-    if (best.tiles == 0) throw Error("no plan for this layer meets what was wished");
-    return best;
+      return list;
+    }();
+    return all;
   }
 
   struct Saved {
@@ -484,14 +457,14 @@ class Layer {
 
   static void pack_bias(Precision precision, const void* bias_ih, const void* bias_hh,
                         A* to, index H, int device, Stream stream) {
-    PackBias<P> bias{P::of(precision),
-                     static_cast<const S*>(bias_ih),
-                     static_cast<const S*>(bias_hh),
-                     to,
-                     H,
-                     slots,
-                     {},
-                     {}};
+    PackBias<Stored> bias{Stored::of(precision),
+                          static_cast<const S*>(bias_ih),
+                          static_cast<const S*>(bias_hh),
+                          to,
+                          H,
+                          slots,
+                          {},
+                          {}};
     blocks_of_slots(bias.input_block, bias.recurrent_block);
     launch_each(bias, slots * H, device, stream);
   }
@@ -505,14 +478,14 @@ class Layer {
   }
 
   static void gather_x(const Call& call, S* to, const Masks& masks) {
-    const GatherRows<P> gather{static_cast<const S*>(call.x),
-                               call.x_t,
-                               call.x_b,
-                               to,
-                               call.T,
-                               call.B,
-                               call.I,
-                               masks};
+    const GatherRows<Stored> gather{static_cast<const S*>(call.x),
+                                    call.x_t,
+                                    call.x_b,
+                                    to,
+                                    call.T,
+                                    call.B,
+                                    call.I,
+                                    masks};
     launch_each(gather, call.T * call.B * call.I, call.device, call.stream);
   }
 
@@ -566,14 +539,6 @@ class Layer {
     }
   }
 
-  static Launch shape_of(const Plan& plan) {
-    return {plan.blocks_x,
-            plan.blocks_y,
-            plan.threads(),
-            plan.shared_bytes,
-            plan.exchange == Exchange::cluster,
-            plan.exchange == Exchange::grid};
-  }
   template <class F>
   static void with_instance(const Plan& plan, const F& f) {
     for_each_instance([&]<int tiles, bool resident>() {

@@ -16,6 +16,7 @@ FUSEDRNN_DEVICE A with_usual_nan(A x) {
 
 template <class S>
 struct Exact {
+  using Stored = Exact;  // what kernels are compiled for that know no product
   using Storage = S;
   using Operand = S;
   using State = S;
@@ -33,6 +34,7 @@ struct Exact {
 };
 
 struct OnTensorFloat32 {
+  using Stored = Exact<float>;
   using Storage = float;
   using Operand = TensorFloat32;
   using State = float;
@@ -51,6 +53,7 @@ struct OnTensorFloat32 {
 };
 
 struct OnHalf {
+  using Stored = OnHalf;
   using Storage = Half;
   using Operand = Half;
   using State = float;

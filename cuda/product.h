@@ -10,7 +10,9 @@
 //
 // so that each lane reads 16 consecutive bytes of a row: with the matrix units lane 4u+q
 // the quarter q of unit u's, whose words are its fragments of two mma, the order of depth
-// within a block being free as long as both factors agree. Operand rows are plain.
+// within a block being free as long as both factors agree. Operand rows are plain. Two
+// octets that share their mma lie interleaved, so that a lane's quad is the fragment as
+// it is: the first octet's has the words 0, 1 of both, the second's 2, 3 (packed_source).
 //
 // A lane's sums are those of mma's fragments in both forms: of unit lane/4, rows
 // 2(lane%4) and one more, for an even octet in [0], [1] and for the odd in [2], [3].
@@ -58,6 +60,22 @@ FUSEDRNN_DEVICE std::uint32_t fullest_word(const Quad& quad) {
   return larger(larger(a, b), larger(c, d));
 }
 
+// The octet and the element in a lane's 16 bytes that stand packed at element e of octet
+// o of so many.
+struct Source {
+  int octet, element;
+};
+template <class P>
+FUSEDRNN_DEVICE Source packed_source(int o, int e, [[maybe_unused]] int octets) {
+  if constexpr (P::on_matrix_units) {
+    const bool has_other = (o | 1) < octets;
+    constexpr int in_word = 4 / static_cast<int>(sizeof(typename P::Operand));
+    const int word = e / in_word, source = o % 2 * 2 + word / 2;
+    if (has_other) return {(o & ~1) + word % 2, source * in_word + e % in_word};
+  }
+  return {o, e};
+}
+
 template <class P, int octets, int tiles>
 struct Product {
   using E = typename P::Operand;
@@ -99,17 +117,14 @@ struct Product {
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int p = 0; p < pairs; ++p) {
-          const Quad& even = weights[2 * p];
-          const bool odd = 2 * p + 1 < octets;
-          const Quad& other = weights[odd ? 2 * p + 1 : 2 * p];
-          const std::uint32_t a[4] = {even.word[2 * half], odd ? other.word[2 * half] : 0,
-                                      even.word[2 * half + 1],
-                                      odd ? other.word[2 * half + 1] : 0};
+          const bool is_pair = 2 * p + 1 < octets;
+          const Quad& own = weights[is_pair ? 2 * p + half : 2 * p];
+          const Quad alone{own.word[2 * half], 0, own.word[2 * half + 1], 0};
 #pragma unroll
           for (int t = 0; t < tiles; ++t) {
             const Quad& of = operand[t];
             const std::uint32_t b[2] = {of.word[2 * half], of.word[2 * half + 1]};
-            mma(sums[half % chains][p][t], a, b);
+            mma(sums[half % chains][p][t], is_pair ? own.word : alone.word, b);
           }
         }
       }

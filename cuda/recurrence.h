@@ -65,33 +65,30 @@ class Engine {
   }
 
   // A block's shared memory: its weights, one or two operands, two sets of partial sums,
-  // staging, what has arrived of two operands.
-  static constexpr index weight_bytes(const Plan& plan) {
-    return plan.on_chip ? plan.groups * weight_quads(plan.P) * 16 : 0;
-  }
-  // Rows of an operand lie so that the lanes' 16 bytes fall on different banks.
-  static constexpr index row_bytes(const Plan& plan) {
-    return round_up(segments * plan.P * index{sizeof(E)}, 128) + Block::bytes;
-  }
-  // One is enough where all warps meet after the product.
-  static constexpr int operands(const Plan& plan) {
-    return plan.exchange == Exchange::cluster || plan.splits == 1 ? 2 : 1;
-  }
-  static constexpr index operand_bytes(const Plan& plan) {
-    return plan.shares_operand() ? operands(plan) * rows * row_bytes(plan) : 0;
-  }
-  static constexpr index partial_count(const Plan& plan) {
-    return plan.splits > 1 ? index{plan.groups} * plan.splits * pairs * tiles * 32 : 0;
-  }
-  static constexpr index partial_bytes(const Plan& plan) {
-    return 2 * partial_count(plan) * index{sizeof(Four<A>)};
-  }
-  static constexpr index stage_bytes(const Plan& plan) {
-    return index{plan.groups} * tiles * chunks * 64 * index{sizeof(E)};
-  }
-  static constexpr index shared_bytes(const Plan& plan) {
-    return weight_bytes(plan) + operand_bytes(plan) + partial_bytes(plan) +
-           stage_bytes(plan) + 2 * index{sizeof(Arrivals)};
+  // staging, what has arrived of two operands. Rows of an operand lie so that the lanes'
+  // 16 bytes fall on different banks; one operand is enough where all warps meet after
+  // the product.
+  static constexpr void lay_out(Plan& plan) {
+    const bool has_one = plan.exchange != Exchange::cluster && plan.splits > 1;
+    const index sums = plan.splits > 1 ? index{plan.groups} * plan.splits * pairs : 0;
+    const index quads = weight_quads(plan.P);
+    const index row = round_up(segments * plan.P * index{sizeof(E)}, 128) + Block::bytes;
+    const index operand = plan.shares_operand() ? rows * row : 0;
+    const index partial = sums * tiles * 32 * index{sizeof(Four<A>)};
+    const index operands_at = plan.on_chip ? plan.groups * quads * 16 : 0;
+    const index partials_at = operands_at + (has_one ? 1 : 2) * operand;
+    const index staging_at = partials_at + 2 * partial;
+    const index arrivals_at =
+        staging_at + index{plan.groups} * tiles * chunks * 64 * index{sizeof(E)};
+    plan.group_quads = static_cast<int>(quads);
+    plan.row_bytes = static_cast<int>(row);
+    plan.operands_at = static_cast<int>(operands_at);
+    plan.operand_bytes = has_one ? 0 : static_cast<int>(operand);
+    plan.partials_at = static_cast<int>(partials_at);
+    plan.partial_bytes = static_cast<int>(partial);
+    plan.staging_at = static_cast<int>(staging_at);
+    plan.arrivals_at = static_cast<int>(arrivals_at);
+    plan.shared_bytes = arrivals_at + 2 * index{sizeof(Arrivals)};
   }
 
   FUSEDRNN_DEVICE Engine(P precision, const Plan& plan, const Quad* weights, E* operand)
@@ -103,17 +100,18 @@ class Engine {
         unit_group_(block_x() * plan.groups + group_),
         clustered_(plan.exchange == Exchange::cluster),
         has_peers_(clustered_ && blocks_x() > 1) {
-    const int blocks = static_cast<int>(plan.P / Block::depth);
+    const int blocks = plan.P / Block::depth;
     first_ = blocks * split_ / plan.splits;
     depth_blocks_ = blocks * (split_ + 1) / plan.splits - first_;
     if (!has_units()) depth_blocks_ = 0;
-    weights_ = weights + unit_group_ * weight_quads(plan.P);
+    weights_ = weights + index{unit_group_} * plan.group_quads;
     if constexpr (resident) {
+      DepthWalk at{first_, 0};
 #pragma unroll
       for (int b = 0; b < held; ++b) {
         if (b >= segments * depth_blocks_) continue;
-        const int block = block_at(b / depth_blocks_, b % depth_blocks_);
-        load_weights(weights_ + Sums::weight_quad(block), held_[b]);
+        load_weights(weights_ + Sums::weight_quad(at.block), held_[b]);
+        advance(at);
       }
     }
     if (has_peers_ && thread() == 0) {
@@ -123,8 +121,8 @@ class Engine {
     if (plan.on_chip) {
       const int own = block_x() * plan.groups, left = plan.unit_groups - own;
       const int groups = left < plan.groups ? left : plan.groups;
-      const int quads = groups * static_cast<int>(weight_quads(plan.P));
-      const Quad* const from = weights + own * weight_quads(plan.P);
+      const int quads = groups * plan.group_quads;
+      const Quad* const from = weights + index{own} * plan.group_quads;
       Quad* const to = reinterpret_cast<Quad*>(shared());
 #pragma unroll 4
       for (int i = thread(); i < quads; i += threads()) to[i] = load_constant(from + i);
@@ -139,10 +137,10 @@ class Engine {
   }
   // The first of its two rows.
   FUSEDRNN_DEVICE index row() const {
-    return row_group_ * rows + split_ * 8 + lane_row();
+    return index{row_group_} * rows + split_ * 8 + lane_row();
   }
 
-  FUSEDRNN_DEVICE void start(index row_group, index begin, index end) {
+  FUSEDRNN_DEVICE void start(int row_group, index begin, index end) {
     row_group_ = row_group;
     begin_ = begin;
     end_ = end;
@@ -156,7 +154,7 @@ class Engine {
         for (int byte = thread() * 16; byte < row_quads() * 16; byte += threads() * 16) {
           const Quad value = load_exchanged(at_byte(global_operand(begin, row), byte));
           for (const index n : {begin, begin + 1}) {
-            *at_byte(shared_operand(n), row * row_bytes(plan_) + byte) = value;
+            *at_byte(shared_operand(n), row * plan_.row_bytes + byte) = value;
           }
         }
       }
@@ -173,7 +171,7 @@ class Engine {
     if (clustered_ && n > begin_) receive(n);
     if (plan_.staged) fetch(n);
     if (resident || plan_.shares_operand()) {
-      add_blocks<false>(product, shared_operand(n), static_cast<int>(row_bytes(plan_)));
+      add_blocks<false>(product, shared_operand(n), plan_.row_bytes);
     } else if constexpr (!resident) {
       add_blocks<true>(product, global_operand(n, 0), row_quads() * 16);
     }
@@ -188,12 +186,11 @@ class Engine {
       }
       return;
     }
-    Four<A>* const partial =
-        reinterpret_cast<Four<A>*>(shared() + weight_bytes(plan_) + operand_bytes(plan_));
+    Four<A>* const partial = reinterpret_cast<Four<A>*>(shared() + plan_.partials_at +
+                                                        odd(n) * plan_.partial_bytes);
     const auto at = [&](int split, int p, int tile) {
-      const index of =
-          ((index{group_} * plan_.splits + split) * pairs + p) * tiles + tile;
-      return partial + n % 2 * partial_count(plan_) + of * 32 + lane();
+      const int of = ((group_ * plan_.splits + split) * pairs + p) * tiles + tile;
+      return partial + of * 32 + lane();
     };
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
@@ -235,7 +232,7 @@ class Engine {
       constexpr int together = own_quads < 32 ? own_quads : 32;  // lanes of one peer
 #pragma unroll 1
       for (int i = lane() % together; i < own_quads; i += together) {
-        char* const row = shared_operand(n + 1) + own_row(i) * row_bytes(plan_);
+        char* const row = shared_operand(n + 1) + own_row(i) * plan_.row_bytes;
         Quad* const to = at_byte(row, own_byte(i));
         const Quad value = from[i];
         if (!has_peers_) {
@@ -252,8 +249,7 @@ class Engine {
       const bool takes_back = plan_.exchange == Exchange::grid;
 #pragma unroll 1
       for (int i = lane(); i < own_quads; i += 32) {
-        const int row = own_row(i);
-        const index byte = own_byte(i);
+        const int row = own_row(i), byte = own_byte(i);
         store_exchanged(at_byte(global_operand(n + 1, row), byte), from[i]);
         if (takes_back) {
           char* const before = global_operand(n - 1 + operands_in_turn, row);
@@ -264,30 +260,30 @@ class Engine {
   }
 
  private:
-  FUSEDRNN_DEVICE char* global_operand(index n, index row_in_group) const {
-    const index row = row_group_ * rows + row_in_group;
-    const index of = n % operands_in_turn * plan_.row_groups * rows + row;
-    return reinterpret_cast<char*>(operand_ + of * segments * plan_.P);
+  FUSEDRNN_DEVICE static int odd(index n) { return static_cast<int>(n) & 1; }
+  FUSEDRNN_DEVICE char* global_operand(index n, int row_in_group) const {
+    static_assert(operands_in_turn == 4);
+    const int first_row = (static_cast<int>(n) & 3) * plan_.row_groups + row_group_;
+    const index quads = index{first_row * rows + row_in_group} * row_quads();
+    return reinterpret_cast<char*>(operand_) + quads * 16;
   }
   FUSEDRNN_DEVICE char* shared_operand(index n) const {
-    const index of = n % 2 * (operands(plan_) - 1);
-    return shared() + weight_bytes(plan_) + of * rows * row_bytes(plan_);
+    return shared() + plan_.operands_at + odd(n) * plan_.operand_bytes;
   }
-  FUSEDRNN_DEVICE static Quad* at_byte(char* p, index byte) {
+  FUSEDRNN_DEVICE static Quad* at_byte(char* p, int byte) {
     return reinterpret_cast<Quad*>(p + byte);
   }
   // The quads of an operand that the warp makes: their row in the row group, their place
   // in the row.
   FUSEDRNN_DEVICE int own_row(int i) const { return split_ * 8 + i / chunk_quads % 8; }
-  FUSEDRNN_DEVICE index own_byte(int i) const {
+  FUSEDRNN_DEVICE int own_byte(int i) const {
     const int chunk = i / (8 * chunk_quads);
-    const index column = chunk / unit_octets * plan_.P +
-                         index{unit_group_} * group_units + chunk % unit_octets * 8;
-    return column * index{sizeof(E)} + i % chunk_quads * 16;
+    const int column = chunk / unit_octets * plan_.P + unit_group_ * group_units +
+                       chunk % unit_octets * 8;
+    return column * static_cast<int>(sizeof(E)) + i % chunk_quads * 16;
   }
   FUSEDRNN_DEVICE Arrivals* arrivals(index n) const {
-    const index bytes = shared_bytes(plan_) - (2 - n % 2) * index{sizeof(Arrivals)};
-    return reinterpret_cast<Arrivals*>(shared() + bytes);
+    return reinterpret_cast<Arrivals*>(shared() + plan_.arrivals_at) + odd(n);
   }
   // Waits for all of the operand of turn n, for every thread. A warp without units, which
   // nobody waits for, could come so late that it took one round for another.
@@ -295,18 +291,24 @@ class Engine {
     if (!has_peers_) return sync_block();
     if (thread() == 0) expect(arrivals(n), plan_.unit_groups * tiles * own_quads * 16);
     if (!has_units()) return;
-    wait_for(arrivals(n), rounds_ >> n % 2 & 1);
-    rounds_ ^= 1u << n % 2;
+    wait_for(arrivals(n), rounds_ >> odd(n) & 1);
+    rounds_ ^= 1u << odd(n);
   }
   FUSEDRNN_DEVICE E* staging() const {
-    char* const all =
-        shared() + weight_bytes(plan_) + operand_bytes(plan_) + partial_bytes(plan_);
-    return reinterpret_cast<E*>(all) + (group_ * tiles + split_) * chunks * 64;
+    E* const all = reinterpret_cast<E*>(shared() + plan_.staging_at);
+    return all + (group_ * tiles + split_) * chunks * 64;
   }
 
-  // The b-th of the warp's blocks of depth in a segment, among all of a group.
-  FUSEDRNN_DEVICE int block_at(int segment, int b) const {
-    return segment * static_cast<int>(plan_.P / Block::depth) + first_ + b;
+  // Goes through the warp's blocks of depth, segment after segment.
+  struct DepthWalk {
+    int block;       // among all of a group
+    int in_segment;  // among the warp's
+  };
+  FUSEDRNN_DEVICE void advance(DepthWalk& at) const {
+    ++at.block;
+    if (segments == 1 || ++at.in_segment < depth_blocks_) return;
+    at.in_segment = 0;
+    at.block += plan_.P / Block::depth - depth_blocks_;
   }
 
   FUSEDRNN_DEVICE static void load_weights(const Quad* block, Quad (&to)[octets]) {
@@ -334,7 +336,7 @@ class Engine {
   }
 
   FUSEDRNN_DEVICE int row_quads() const {
-    return static_cast<int>(segments * plan_.P * index{sizeof(E)} / 16);
+    return segments * plan_.P * static_cast<int>(sizeof(E)) / 16;
   }
   // Brings the operand of turn n from L2 into shared memory, where all groups read it.
   FUSEDRNN_DEVICE void fetch(index n) const {
@@ -351,10 +353,10 @@ class Engine {
                         : nullptr;
         });
         if (!exists) continue;
-        char* const to = shared_operand(n) + first_row * row_bytes(plan_) + quad * 16;
+        char* const to = shared_operand(n) + first_row * plan_.row_bytes + quad * 16;
 #pragma unroll
         for (int row = 0; row < at_once; ++row) {
-          *at_byte(to, row * row_bytes(plan_)) = part[row];
+          *at_byte(to, row * plan_.row_bytes) = part[row];
         }
       }
     }
@@ -371,11 +373,11 @@ class Engine {
     static_assert(!resident || held % together == 0);
     [[maybe_unused]] constexpr int unrolled = resident ? held : 1;
     const Quad* const slice = plan_.on_chip ? reinterpret_cast<const Quad*>(shared()) +
-                                                  group_ * weight_quads(plan_.P)
+                                                  group_ * plan_.group_quads
                                             : weights_;
     operand += Sums::operand_row() * row_size + Sums::operand_byte();
     const int count = segments * depth_blocks_;
-    int segment = 0, in_segment = 0;
+    DepthWalk at{first_, 0};
 #pragma unroll unrolled
     for (int first = 0; first < (resident ? held : count); first += together) {
       int block[together];  // or -1
@@ -383,11 +385,8 @@ class Engine {
       for (int b = 0; b < together; ++b) {
         block[b] = -1;
         if (first + b >= count) continue;
-        block[b] = block_at(segment, in_segment);
-        if (++in_segment == depth_blocks_) {
-          in_segment = 0;
-          ++segment;
-        }
+        block[b] = at.block;
+        advance(at);
       }
       // Weights are asked for a block ahead.
       constexpr int quads = tiles * Sums::rows;  // of the operand in a block
@@ -433,7 +432,8 @@ class Engine {
   const bool clustered_, has_peers_;
   const Quad* weights_;
   int first_, depth_blocks_;  // of a segment
-  index row_group_ = 0, begin_ = 0, end_ = 0;
+  int row_group_ = 0;
+  index begin_ = 0, end_ = 0;
   unsigned rounds_ = 0;  // of arrivals: bit n % 2 is whether that of turn n is odd
   Quad held_[resident ? held : 1][octets] = {};
 };
@@ -456,7 +456,7 @@ struct Recurrence : Sizes {
   template <class Engine, class F>
   FUSEDRNN_DEVICE void for_each_row_group(const F& f) const {
     Engine engine(precision, plan, weights, operand);
-    for (index group = block_y(); group < plan.row_groups; group += blocks_y()) {
+    for (int group = block_y(); group < plan.row_groups; group += blocks_y()) {
       engine.start(group, begin, end);
       f(engine);
     }

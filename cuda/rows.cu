@@ -45,17 +45,22 @@ void convert(const Conversion& problem, int ordinal, Stream stream) {
   launch_each(Convert{problem}, problem.T * problem.B * problem.N, ordinal, stream);
 }
 
-#define FUSEDRNN_ROWS(P)                                                \
-  template void launch_each(const PackWeights<P>&, index, int, Stream); \
-  template void launch_each(const PackBias<P>&, index, int, Stream);    \
-  template void launch_each(const Prepare<P>&, index, int, Stream);     \
-  template void launch_each(const Previous<P>&, index, int, Stream);    \
-  template void launch_each(const GatherRows<P>&, index, int, Stream);  \
+#define FUSEDRNN_ROWS(P)                                               \
+  template void launch_each(const PackBias<P>&, index, int, Stream);   \
+  template void launch_each(const Previous<P>&, index, int, Stream);   \
+  template void launch_each(const GatherRows<P>&, index, int, Stream); \
   template void launch_columns(const BiasGradients<P>&, Stream);
+#define FUSEDRNN_OPERANDS(P)                                            \
+  template void launch_each(const PackWeights<P>&, index, int, Stream); \
+  template void launch_each(const Prepare<P>&, index, int, Stream);
 FUSEDRNN_ROWS(Exact<float>)
 FUSEDRNN_ROWS(Exact<double>)
-FUSEDRNN_ROWS(OnTensorFloat32)
 FUSEDRNN_ROWS(OnHalf)
+FUSEDRNN_OPERANDS(Exact<float>)
+FUSEDRNN_OPERANDS(Exact<double>)
+FUSEDRNN_OPERANDS(OnTensorFloat32)
+FUSEDRNN_OPERANDS(OnHalf)
+#undef FUSEDRNN_OPERANDS
 #undef FUSEDRNN_ROWS
 
 }  // namespace fusedrnn::cuda

@@ -68,16 +68,18 @@ struct PackWeights {
   FUSEDRNN_DEVICE void operator()() const {
     for_each(quads, [&](index i) {
       constexpr int parts = Block::bytes / 16, in_part = 16 / sizeof(E);
-      const index part = i % parts, u = i / parts % 8, octet = i / (8 * parts) % octets;
+      const index part = i % parts, u = i / parts % 8;
+      const int place = static_cast<int>(i / (8 * parts) % octets);
       const index block = i / (8 * parts) / octets;
       const index blocks_of_segment = padded / Block::depth;
       const index blocks = blocks_of_segment * segments;
       const index group = block / blocks, segment = block % blocks / blocks_of_segment;
       const index first = block % blocks_of_segment * Block::depth + part * in_part;
-      const index unit = (backward ? group * octets + octet : group) * 8 + u;
       Elements<E> value;
       for (int e = 0; e < in_part; ++e) {
-        const index k = first + e;
+        const auto [octet, element] = packed_source<P>(place, e, octets);
+        const index unit = (backward ? group * octets + octet : group) * 8 + u;
+        const index k = first + element;
         A weight = 0;
         if (unit < H && k < H) {
           const index row = backward ? recurrent_gate[segment] * H + k

@@ -12,10 +12,12 @@
 
 #include <compare>
 #include <cstddef>
+#include <span>
+
+#include "../csrc/problem.h"
+#include "runtime.h"
 
 namespace fusedrnn::cuda {
-
-using index = std::ptrdiff_t;
 
 // Of a block, so that a thread may have 255 registers.
 constexpr int most_threads = 256;
@@ -33,7 +35,18 @@ struct Plan {
   int unit_groups;  // in all
   int row_groups;   // in all
   int blocks_x, blocks_y;
-  index P;             // hidden units, rounded up to whole blocks of depth
+  int P;            // hidden units, rounded up to whole blocks of depth
+  int group_quads;  // 16 bytes each: the packed weights of a group of units
+  // Where a block's shared memory has its parts, after the weights, in bytes. Kernels
+  // read this instead of working it out, which would cost registers and much code
+  // (recurrence.h).
+  int row_bytes;  // from one row of an operand to the next
+  int operands_at;
+  int operand_bytes;  // from one operand to the other; 0 where there is but one
+  int partials_at;
+  int partial_bytes;  // from one set of partial sums to the other
+  int staging_at;
+  int arrivals_at;
   index shared_bytes;  // of a block
 
   constexpr int threads() const { return groups * splits * 32; }
@@ -69,143 +82,21 @@ struct Work {
   int held;         // blocks of depth that a warp's registers hold
 };
 
-// Cycles of a multiprocessor that the choice rests on: estimates from the CUDA
-// programming guide and from published measurements of Hopper, not yet our own.
-struct Costs {
-  double cluster_alone = 100;    // a cluster of one block meets
-  double cluster_meets = 400;    // of several
-  double cluster_bytes = 32;     // per cycle, that a block receives
-  double grid_meets = 900;       // through L2
-  double step_launch = 4000;     // a launch for each step
-  double step_ends = 250;        // the cell and what it reads
-  double staging = 100;          // an operand goes through shared memory
-  double joins = 60, join = 10;  // partial sums of the warps of a group, and of each
-  double matrix_issue = 8;       // of a scheduler, 16 × 8 × 32 bytes on the matrix units
-  double matrix_latency = 33;    // until the next product may add to the same sum
-  double shared_quad = 4;        // 16 bytes for each lane of a warp
-  double l2_latency = 600;
-  double l2_bytes = 24;  // per cycle, all multiprocessors reading at once
-};
-
-// The cycles of a step of all row groups with this plan.
-constexpr double estimate(const Plan& plan, const Work& work, int at_once) {
-  const auto most = [](double a, double b) { return a > b ? a : b; };
-  const Costs costs;
-  const bool in_cluster = plan.exchange == Exchange::cluster;
-  const bool steps = plan.exchange == Exchange::step;
-  const bool weights_from_l2 = !plan.resident && !plan.on_chip;
-  const int warps = plan.groups * plan.splits, lane_rows = work.on_matrix_units ? 1 : 2;
-  const double turns = static_cast<double>(ceil_div(warps, 4));  // of a scheduler
-  const double block_bytes =
-      8.0 * static_cast<double>(work.block_depth * work.operand_bytes);
-
-  // One block of depth in all warps: the slowest of what takes part.
-  double block = 0;
-  if (work.on_matrix_units) {
-    const int sums = (work.octets + 1) / 2 * plan.tiles;
-    block = most(2 * sums * costs.matrix_issue * turns,
-                 (sums == 1 ? 1 : 2) * costs.matrix_latency);
-  } else {
-    block = 2.0 * work.octets * plan.tiles * work.block_depth * turns *
-            static_cast<double>(work.operand_bytes) / 4;
-  }
-  const int quads = (plan.on_chip ? work.octets : 0) +
-                    (plan.shares_operand() ? plan.tiles * lane_rows : 0);
-  block = most(block, quads * costs.shared_quad * warps);
-  const int octets =
-      (weights_from_l2 ? work.octets : 0) + (plan.shares_operand() ? 0 : plan.tiles);
-  block = most(block, octets * block_bytes * warps / costs.l2_bytes);
-  if (weights_from_l2) block = most(block, costs.l2_latency / 2);
-
-  const index blocks = work.segments * ceil_div(plan.P / work.block_depth, plan.splits);
-  double step = costs.step_ends + static_cast<double>(blocks) * block;
-  if (plan.splits > 1) step += costs.joins + costs.join * plan.splits;
-  const index bytes = 8 * plan.tiles * work.segments * plan.P * work.operand_bytes;
-  if (in_cluster && plan.blocks_x > 1) {
-    step += static_cast<double>(bytes) / costs.cluster_bytes;
-  } else if (!in_cluster) {  // the operand comes in parts, a meeting has the first
-    const int fit = 8 / (plan.tiles * lane_rows);
-    index parts = ceil_div(blocks, fit < 1 ? 1 : fit);
-    if (plan.staged) {
-      step += costs.staging + static_cast<double>(bytes) / costs.l2_bytes;
-      parts = 2 * plan.tiles * ceil_div(bytes / (128 * plan.tiles), plan.threads());
-    }
-    step += static_cast<double>(parts - 1) * costs.l2_latency;
-  }
-  if (steps) {
-    const index blocks_in_all = index{plan.blocks_x} * plan.row_groups;
-    return costs.step_launch +
-           step * static_cast<double>(ceil_div(blocks_in_all, at_once));
-  }
-  step += !in_cluster          ? costs.grid_meets
-          : plan.blocks_x == 1 ? costs.cluster_alone
-                               : costs.cluster_meets;
-  return step * static_cast<double>(ceil_div(plan.row_groups, at_once));
-}
-
 // What the next choices of this thread must meet.
 inline thread_local Wish wish;
 
-// f(plan) for each plan of this instance that is worth a look; its shared memory is still
-// to be counted.
-template <class Sizes, class Device, class F>
-void for_each_candidate(const Sizes& p, const Work& work, const Device& gpu, int tiles,
-                        bool resident, const F& f) {
-  constexpr int most_warps = most_threads / 32, most_blocks_y = 65535;
-  const auto meets = [](int wished, int value) { return wished <= 0 || wished == value; };
-  if (!meets(wish.tiles, tiles)) return;
-  if (wish.resident >= 0 && (wish.resident > 0) != resident) return;
-  Plan plan{};
-  plan.tiles = tiles;
-  plan.resident = resident;
-  plan.P = padded_units(p.H);
-  plan.unit_groups = static_cast<int>(ceil_div(p.H, work.group_units));
-  plan.row_groups = static_cast<int>(ceil_div(p.B, 8 * tiles));
-  const int blocks_of_depth = static_cast<int>(plan.P / work.block_depth);
-  for (int groups = 1; groups <= most_warps; groups *= 2) {
-    if (groups / 2 >= plan.unit_groups || !meets(wish.groups, groups)) continue;
-    plan.groups = groups;
-    plan.blocks_x = static_cast<int>(ceil_div(plan.unit_groups, groups));
-    if (!meets(wish.blocks_x, plan.blocks_x)) continue;
-    for (int splits = tiles; groups * splits <= most_warps; splits *= 2) {
-      // A warp without depth is of use only where it has a tile.
-      if (splits > tiles && splits > blocks_of_depth) break;
-      if (!meets(wish.splits, splits)) continue;
-      plan.splits = splits;
-      const int most = static_cast<int>(ceil_div(blocks_of_depth, splits));
-      if (resident && most * work.segments > work.held) continue;
-      for (const Exchange exchange :
-           {Exchange::cluster, Exchange::grid, Exchange::step}) {
-        if (wish.exchange >= 0 && wish.exchange != static_cast<int>(exchange)) continue;
-        plan.exchange = exchange;
-        plan.blocks_y = plan.row_groups < most_blocks_y ? plan.row_groups : most_blocks_y;
-        if (exchange == Exchange::cluster && plan.blocks_x > gpu.largest_cluster) {
-          continue;
-        }
-        if (exchange == Exchange::grid) {
-          const int fit = gpu.multiprocessors / plan.blocks_x;
-          if (fit == 0) continue;
-          if (fit < plan.blocks_y) plan.blocks_y = fit;
-        }
-        const bool in_cluster = exchange == Exchange::cluster;
-        // For one turn weights are not worth a place on chip.
-        const bool steps = exchange == Exchange::step;
-        if (resident && steps) continue;
-        for (const bool on_chip : {false, true}) {
-          if (on_chip && (resident || steps)) continue;
-          if (!on_chip && !resident && in_cluster) continue;
-          for (const bool staged : {false, true}) {
-            // Weights in registers meet an operand in shared memory alone.
-            if (staged ? in_cluster : resident && !in_cluster) continue;
-            if (wish.staged >= 0 && (wish.staged > 0) != staged) continue;
-            plan.on_chip = on_chip;
-            plan.staged = staged;
-            f(plan);
-          }
-        }
-      }
-    }
-  }
-}
+// A recurrence that is compiled, for both directions its own.
+struct Instance {
+  int tiles;
+  bool resident;
+  void (*lay_out)(Plan&);
+  int (*clusters_at_once)(const Launch&);
+};
+
+Launch shape_of(const Plan&);
+
+// The plan that is estimated to be fastest among those of the instances that a device can
+// run; looked for once. The instances stay where they are.
+Plan choose_plan(const Sizes&, int device, const Work&, std::span<const Instance>);
 
 }  // namespace fusedrnn::cuda
