@@ -153,7 +153,7 @@ struct RowStart : RowKernel<CellOf, A> {
   A *h, *c, *seen;  // null in backward
 
   FUSEDRNN_DEVICE void operator()() const {
-    constexpr Shape blocks = shape_of<typename Base::Cell>(0);
+    constexpr Shape blocks = fusedrnn::shape_of<typename Base::Cell>(0);
     for_each(slots * H, [&](index i) {
       const int k = static_cast<int>(i / H);
       const index u = i % H;
@@ -652,11 +652,11 @@ class RowLayer {
   static constexpr int second_block = Cell::recurrent_gate[0];  // of weight_hh
 
   static bool has_second(const Model& m) {
-    return shape_of<Cell>(m.variant).has_second();
+    return fusedrnn::shape_of<Cell>(m.variant).has_second();
   }
-  static Record record_of(const Model& m) { return {shape_of<Cell>(0), m.norm, m.H}; }
+  static Record record_of(const Model& m) { return {fusedrnn::shape_of<Cell>(0), m.norm, m.H}; }
   static GradientRow row_of(const ForwardOf<A>& call) {
-    GradientRow row(shape_of<Cell>(call.model.variant), call.model,
+    GradientRow row(fusedrnn::shape_of<Cell>(call.model.variant), call.model,
                     call.vectors.weight_ch != nullptr, call.H, call.R);
     row.values = round_up(row.values, 4);
     return row;
@@ -846,7 +846,7 @@ class RowLayer {
       if (!to) return;
       sums.jobs[sums.count++] = {room.gradients + a, b, gradient, b_row, to + block * H};
     };
-    constexpr Shape blocks = shape_of<Cell>(0);
+    constexpr Shape blocks = fusedrnn::shape_of<Cell>(0);
     const Record in = record_of(call.model);
     const auto& v = call.dvectors;
     for (int k = 0; k < slots; ++k) {

@@ -14,7 +14,7 @@
 #include <cstddef>
 #include <span>
 
-#include "../csrc/problem.h"
+#include "../csrc/contract.h"
 #include "runtime.h"
 
 namespace fusedrnn::cuda {

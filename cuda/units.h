@@ -155,7 +155,7 @@ FUSEDRNN_DEVICE void step_unit_back(const UnitOptions<A>& o, index b, index unit
                                     device::Vec<A> c, Unit<Cell, device::Vec<A>>& at) {
   constexpr int slots = Cell::slots;
   const auto rows = row_of_unit<Cell>(o, unit, UnitWalk<A>(o, kept, true));
-  constexpr GradientRow in(shape_of<Cell>(0), Model{}, Cell::has_c, 1, 1);
+  constexpr GradientRow in(fusedrnn::shape_of<Cell>(0), Model{}, Cell::has_c, 1, 1);
   A record[slots], da[slots + 2];
   for (int k = 0; k < slots; ++k) record[k] = at.v[k].value;
   const A h_prev = prev.h.value, c_prev = prev.c.value;
@@ -171,7 +171,7 @@ FUSEDRNN_DEVICE void step_unit_back(const UnitOptions<A>& o, index b, index unit
   if constexpr (Cell::has_c) {
     if (!o.weight_ch) return;
     // Each sum is one thread's, which adds to it in order.
-    constexpr Shape shape = shape_of<Cell>(0);
+    constexpr Shape shape = fusedrnn::shape_of<Cell>(0);
     A* const to = o.dweight_ch + b * Cell::peephole_count * o.H + unit;
     for (int k = 0; k < Cell::peephole_count; ++k) {
       const auto [slot, sees_new] = shape.peepholes[k];
