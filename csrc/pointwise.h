@@ -1,6 +1,7 @@
-// What a step does after its product, forward and backward, row by row, with any option.
-// Written once for the CPU, where a thread walks along rows in vectors, and for GPUs,
-// where the threads of a block share a row or one thread has a unit of it.
+// What a step does after its product, forward and backward, with any option: of some
+// units of a row, or of whole rows. Written once for the CPU, where a thread takes the
+// units of a tile or of whole rows in vectors, and for GPUs, where the threads of a block
+// share a row or one thread has a unit of it.
 //
 //   forward   [LayerNorm]  the cell  zoneout of c | [projection]  zoneout of h
 //   backward  zoneout of h | [projection]  zoneout of c  the cell  [LayerNorm]

@@ -4,7 +4,7 @@
 // warp sums some octets of a group of units for `tiles` × 8 rows of the batch.
 //
 // The depth is cut into blocks of 64 bytes for the matrix units, 16 bytes without them.
-// Weights are packed (pack.h) as
+// Weights are packed (PackWeights in rows.h) as
 //
 //   [group][block of depth][octet][unit of 8][bytes of the block]
 //

@@ -4,7 +4,7 @@
 // does between them, a block to a row. In float32 and float64; arrays of 16 bits are
 // converted before and after.
 //
-//   records    (T, B, values)  by time: csrc/pointwise.h; saved for backward
+//   records    (T, B, values)  by time: csrc/record.h; saved for backward
 //   gradients  (T, B, values)  by time, of a backward
 //   seen       (B, R)          h' as R sees it: masked, and 0 where a row is reset next
 //

@@ -315,7 +315,7 @@ def draw_step() -> None:
     d.text(400, 246, "order, once for each tile of rows", 13, "start", SOFT)
     # A tile.
     d.line((24, 268), (WIDTH - 24, 268), arrow=False, colour=FAINT, width=1)
-    d.text(24, 292, "3  A step of a tile, all of it in registers", 14, "start", bold=True)
+    d.text(24, 292, "3  A step of a tile: the product, then the cell", 14, "start", bold=True)
     for row in range(4):
         y = 346 + row * 24
         d.box(116, y, 88, 24, "", "none", corner=0)

@@ -25,7 +25,7 @@ cp "$build"/_cpu*.so "$build/fusedrnn/"
 # Python itself is not built with a sanitizer: its runtime is loaded before Python, and what
 # Python and NumPy leave allocated at exit is not ours. hypothesis and torch add nothing here
 # but time, so the tests that need them are left out, as are 530 rows without vectors. Cells
-# that are always taken row by row are left to the tests of options.
+# that always run the kernels with options are left to the tests of options.
 export LD_PRELOAD="$(g++ -print-file-name=$library) $(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 export TSAN_OPTIONS="halt_on_error=1 second_deadlock_stack=1 suppressions=$PWD/tests/tsan.txt"

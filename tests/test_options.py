@@ -162,7 +162,7 @@ def test_seeds(cell: Cell) -> None:
 
 
 def test_options_without_effect_change_nothing(cell: Cell, dtype: np.dtype, isa: str) -> None:
-    """Bounds that nothing reaches: the row-wise way computes what the plain one does."""
+    """Bounds that nothing reaches: the kernels with options compute what the plain ones do."""
     sizes = Sizes(7, 9, 5, 50)
     values, _ = with_options(cell, sizes, [], dtype)
     for reverse in (False, True):

@@ -1,4 +1,4 @@
-// The vector contract: what the cells and the time loop may ask of an instruction set.
+// The vector contract: what the cells and the kernels may ask of an instruction set.
 //
 // Each ISA header defines, inside the namespace FUSEDRNN_ARCH, `template <class S> struct
 // Vec` for S = float and double with
@@ -21,8 +21,8 @@
 //                                 halves of those of a and b, or of the upper
 //   even_blocks(a, b), odd_…      those blocks of a, then those of b; of wider vectors
 //
-// and for random.h `Words`, whole numbers of 32 bits in the lower halves of 64, of whose
-// upper halves operations but high() take no notice:
+// and for random.h `Words`, whole numbers of 32 bits in the lower halves of 64.
+// Operations ignore the upper 32 bits, except high():
 //
 //   lanes, load(p), broadcast(x), a + b, a ^ b
 //   times(a, b)                   the products, of 64 bits; high(a) the upper halves

@@ -1,8 +1,7 @@
 """The cells that the kernels know, one row each.
 
-To add a cell: its definition in `reference.py`, a row here, a header in `csrc/cells/`, a
-line in `csrc/cpu/kernels.cpp`, and for GPUs its names in `cuda/cells.h` and a word in
-`cuda/CMakeLists.txt`. Tests and benchmarks iterate over `CELLS`.
+To add a cell: its definition in `reference.py`, a row here, a header in `csrc/cells/` and
+its name in `csrc/cells/all.h`. Tests and benchmarks iterate over `CELLS`.
 """
 
 from __future__ import annotations

@@ -305,8 +305,7 @@ class Host:
     ) -> Weights:
         """Pack parameters for a forward or, given the weights of that, for its backward.
 
-        `borrow` keeps the weights as they are, for few rows; whether a step is taken row by row
-        changes nothing here.
+        `borrow` keeps the weights as they are, for few rows. `row_wise` changes nothing here.
         """
         if cell.is_coupled:
             parameters = with_forget_gate(parameters, _insert)

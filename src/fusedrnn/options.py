@@ -106,7 +106,7 @@ class Request:
         return replace(self, options=replace(self.options, seed=seed))
 
     def beyond_plain(self, on_cpu: bool) -> list[str]:
-        """Return what the plain kernels do not do: a step is then taken row by row."""
+        """Return what the plain kernels do not do, so that those with options run."""
         return self._beyond_cpu if on_cpu else []
 
     @cached_property

@@ -33,7 +33,7 @@ double multiply_add(index rounds) {
 }
 
 // Reads n elements from p `rounds` times, to and fro in blocks of 64 KB as the panels are
-// (gemm.h); returns the sum.
+// (run.h); returns the sum.
 template <class S>
 S read_all(const S* p, index n, index rounds) {
   using V = Vec<S>;
