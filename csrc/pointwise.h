@@ -13,10 +13,9 @@
 //   V, S                   the cell's vector, its scalar
 //   most_rows              how many rows at most are taken together
 //   each(units, f)         f(u) for units, several at a time if V has lanes
-//   sums(n, H, f, to)      to[r] = Σ f(r, u) over whole rows, the same to all who share one
-//   load(p, u), store      of rows that are padded
-//   upto(p, u, n), put     of rows that end at n
-//   keep_h(row, u), keep_c how much of a unit's state zoneout keeps
+//   sums(n, H, f, to)      to[r] = Σ f(r, u) over whole rows, the same to all who share
+//   one load(p, u), store      of rows that are padded upto(p, u, n), put     of rows
+//   that end at n keep_h(row, u), keep_c how much of a unit's state zoneout keeps
 //   scratch(r)             (2 + slots, P) for a row, each unit's values its owner's
 //   once(f), all(n)        f by one of those who share a row; the units of a whole row
 //   root(x)                √x
@@ -89,10 +88,10 @@ class RowWise {
     index sums_apart;
     const S *h_prev, *c_prev, *seen;  // where the cell needs them; seen is h' for R
     S* c;
-    S* h;              // or, where h is projected, what the projection multiplies
-    S *cells, *trace;  // or null
-    S* next_seen;      // or null: h for R in the next step, which is h times
-    const S* mask;     // this, or null
+    S* h;                      // or, where h is projected, what the projection multiplies
+    S *cells, *trace;          // or null
+    S* next_seen;              // or null: h for R in the next step, which is h times
+    const S* mask;             // this, or null
     const S *keep_h, *keep_c;  // what zoneout keeps, where the walk does not know
     S* kept;                   // the record, where the slots are kept; or null
   };
@@ -404,7 +403,9 @@ class RowWise {
     }
     FUSEDRNN_DEVICE V through_cell(V c, V dc) const { return of().through_cell(c, dc); }
   };
-  FUSEDRNN_DEVICE UnitExtras extras_at(index u) const { return {*this, u, extras.variant}; }
+  FUSEDRNN_DEVICE UnitExtras extras_at(index u) const {
+    return {*this, u, extras.variant};
+  }
 
   // Of a block of one of `vectors`.
   FUSEDRNN_DEVICE V vector(const S* of, int block, index u) const {
@@ -507,7 +508,7 @@ class RowWise {
   }
   // Slots of those that stand from `part` of a record on as if it began with slot 0.
   FUSEDRNN_LONG void normalise(const Row* rows, int n, index part, Range of_slots,
-                                 int group) const {
+                               int group) const {
     Moments of[E::most_rows];
     moments(
         n, of_slots, size(of_slots),
@@ -656,8 +657,7 @@ class RowWise {
       return e.load(rows[r].da + at.normal_c, u);
     };
     e.sums(count(n), H, d, mean);
-    e.sums(
-        count(n), H, [&](int r, index u) { return d(r, u) * normal(r, u); }, along);
+    e.sums(count(n), H, [&](int r, index u) { return d(r, u) * normal(r, u); }, along);
     const S values = static_cast<S>(H);
     for (int r = 0; r < count(n); ++r) {
       const V middle = V::broadcast(mean[r] / values);

@@ -48,14 +48,9 @@ auto make_entries() {
   constexpr std::size_t count = sizeof(Cell::variants) / sizeof(Variant);
   std::array<CellEntry, count> entries{};
   for (std::size_t i = 0; i < count; ++i) {
-    entries[i] = {Cell::variants[i].name,
-                  Cell::gates,
-                  Cell::has_c,
-                  Cell::peephole_count,
-                  static_cast<int>(i),
-                  kernels_of<CellOf>,
-                  rows32,
-                  rows64};
+    entries[i] = {
+        Cell::variants[i].name, Cell::gates,        Cell::has_c, Cell::peephole_count,
+        static_cast<int>(i),    kernels_of<CellOf>, rows32,      rows64};
   }
   return entries;
 }

@@ -297,8 +297,9 @@ class Layer {
       sums.rows = call.B;
       sums.H = H;
       for (int k = 0; k < Cell::peephole_count; ++k) {
-        sums.jobs[sums.count++] = {room.dweight_ch + k * H, nullptr, Cell::peephole_count * H,
-                                   0, static_cast<A*>(call.dvectors.weight_ch) + k * H};
+        sums.jobs[sums.count++] = {room.dweight_ch + k * H, nullptr,
+                                   Cell::peephole_count * H, 0,
+                                   static_cast<A*>(call.dvectors.weight_ch) + k * H};
       }
       launch_sums(sums, call.stream);
     }

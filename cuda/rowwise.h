@@ -1,8 +1,8 @@
 // A layer in one direction on a GPU whose units need each other within a step (LayerNorm,
 // a projection, a GRU that is reset before its matmul), which the recurrences of
-// recurrence.h do not know: each step is its products by cuBLASLt and what csrc/pointwise.h
-// does between them, a block to a row. In float32 and float64; arrays of 16 bits are
-// converted before and after.
+// recurrence.h do not know: each step is its products by cuBLASLt and what
+// csrc/pointwise.h does between them, a block to a row. In float32 and float64; arrays of
+// 16 bits are converted before and after.
 //
 //   records    (T, B, values)  by time: csrc/record.h; saved for backward
 //   gradients  (T, B, values)  by time, of a backward
@@ -205,22 +205,21 @@ struct RowForward : RowKernel<CellOf, A> {
         const auto rows = this->rows(t, b);
         const bool is_reset = masks.is_reset(t, b);
         A* const record = records + (t * B + b) * this->record_values;
-        typename Base::Rows::Row row{
-            record,
-            record,
-            H,
-            is_reset ? this->zeros : h + b * R,
-            is_reset || !Cell::has_c ? this->zeros : c + b * H,
-            seen + b * R,
-            record + rows.record.cell(),
-            model.projects ? operand + b * H : fresh + b * R,
-            cells ? cells + t * cells_t + b * cells_b : nullptr,
-            trace ? trace + (t * B + b) * gates * H : nullptr,
-            nullptr,
-            nullptr,
-            nullptr,
-            nullptr,
-            record};
+        typename Base::Rows::Row row{record,
+                                     record,
+                                     H,
+                                     is_reset ? this->zeros : h + b * R,
+                                     is_reset || !Cell::has_c ? this->zeros : c + b * H,
+                                     seen + b * R,
+                                     record + rows.record.cell(),
+                                     model.projects ? operand + b * H : fresh + b * R,
+                                     cells ? cells + t * cells_t + b * cells_b : nullptr,
+                                     trace ? trace + (t * B + b) * gates * H : nullptr,
+                                     nullptr,
+                                     nullptr,
+                                     nullptr,
+                                     nullptr,
+                                     record};
         if (part == 0) {
           if (model.norm) rows.normalise_inputs(&row, 1);
           if (model.norm) rows.normalise_recurrent(&row, 1);
@@ -341,10 +340,10 @@ struct RowAgain : RowKernel<CellOf, A> {
 template <template <class> class CellOf, class A>
 struct RowBackward : RowKernel<CellOf, A> {
   using Base = RowKernel<CellOf, A>;
-  using typename Base::V;
   using Base::B, Base::H, Base::R, Base::T, Base::mask, Base::masks, Base::model;
   using Base::slots;
   using typename Base::Cell;
+  using typename Base::V;
   using typename Base::Walk;
   index step;
   int part;
@@ -497,9 +496,7 @@ class RowLayer {
   };
 
  public:
-  static index record(const Model& m) {
-    return round_up(record_of(m).values(), 4);
-  }
+  static index record(const Model& m) { return round_up(record_of(m).values(), 4); }
   static index saved_bytes(const ForwardOf<A>& call) {
     return round_up(call.T * call.B * record(call.model) * index{sizeof(A)}, 256);
   }
@@ -654,7 +651,9 @@ class RowLayer {
   static bool has_second(const Model& m) {
     return fusedrnn::shape_of<Cell>(m.variant).has_second();
   }
-  static Record record_of(const Model& m) { return {fusedrnn::shape_of<Cell>(0), m.norm, m.H}; }
+  static Record record_of(const Model& m) {
+    return {fusedrnn::shape_of<Cell>(0), m.norm, m.H};
+  }
   static GradientRow row_of(const ForwardOf<A>& call) {
     GradientRow row(fusedrnn::shape_of<Cell>(call.model.variant), call.model,
                     call.vectors.weight_ch != nullptr, call.H, call.R);

@@ -1,6 +1,7 @@
-// A step of one unit of a row with the options that need no other unit, as csrc/pointwise.h
-// has it, by the thread that has the unit: for the recurrences, which do a plain step by
-// themselves. They call what is here, so that it takes no register from that.
+// A step of one unit of a row with the options that need no other unit, as
+// csrc/pointwise.h has it, by the thread that has the unit: for the recurrences, which do
+// a plain step by themselves. They call what is here, so that it takes no register from
+// that.
 #pragma once
 
 #include "vec.h"
@@ -140,8 +141,8 @@ FUSEDRNN_DEVICE void step_unit(const UnitOptions<A>& o, index unit, unsigned kep
   for (int k = 0; k < slots; ++k) record[k] = at.v[k].value;
   const A h_prev = at.state.h.value, c_prev = record[slots] = at.state.c.value;
   const typename decltype(rows)::Row row{
-      record,  record,  1,       &h_prev, &c_prev, nullptr, record + slots,
-      &h,      nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, record};
+      record,  record,  1,       &h_prev, &c_prev, nullptr, record + slots, &h,
+      nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, record};
   rows.forward(&row, 1, 1);
   for (int k = 0; k < slots; ++k) at.v[k] = {record[k]};
   at.state = {{h}, {record[slots]}};

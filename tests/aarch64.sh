@@ -17,10 +17,10 @@ for isa in neon portable; do
   done
   wait
 done
-for source in csrc/cpu/*.cpp tests/kernels_test.cpp; do
+for source in csrc/cpu/*.cpp tests/{kernels,products}_test.cpp; do
   compile -ffp-contract=off -fopenmp -DFUSEDRNN_HAS_NEON -c "$source" \
     -o "$build/$(basename "$source").o"
 done
-test "$(ls "$build"/*.o | wc -l)" -eq "$((4 + $(ls csrc/cpu/*.cpp | wc -l) + 1))"
+test "$(ls "$build"/*.o | wc -l)" -eq "$((4 + $(ls csrc/cpu/*.cpp | wc -l) + 2))"
 compile -fopenmp "$build"/*.o -o "$build/kernels_test"
 qemu-aarch64 -L /usr/aarch64-linux-gnu "$build/kernels_test"

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../csrc/cpu/dispatch.h"
+#include "products_test.h"
 
 using namespace fusedrnn;
 
@@ -39,7 +40,7 @@ struct Arrays {
   bool reverse;
   Values x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, dy, dh_n, dc_n;
   std::vector<index> lengths;  // empty without masks
-  std::unique_ptr<bool[]> resets;
+  std::shared_ptr<bool[]> resets;
   Options options{INFINITY, INFINITY, 0, 0, 0, false, 0, 0, 0};
   bool row_wise = false;
 
@@ -66,7 +67,7 @@ struct Arrays {
     fill(dy, T * B * H, 1);
     if (!masked) return;
     for (index row = 0; row < B; ++row) lengths.push_back(row ? random() % (T + 1) : T);
-    resets = std::make_unique<bool[]>(T * B);
+    resets = std::shared_ptr<bool[]>(new bool[T * B]);
     for (index at = 0; at < T * B; ++at) resets[at] = random() % 4 == 0;
   }
 
@@ -255,9 +256,74 @@ void test_math(const MathEntry& function, const std::string& what) {
         what + " off by " + std::to_string(static_cast<double>(worst)) + " ULP");
 }
 
+// y, h_n and c_n by the portable kernels with another product in place of their own.
+void test_product(const Product& product, const CellKernels& cell, const Arrays& a,
+                  double tolerance, const std::string& what) {
+  const Kernels& own = *compiled_isas().back().isa->f32;
+  Kernels kernels = own;
+  kernels.product = product;
+  set_num_threads(1);
+  const auto forward = [&](const Kernels& with, const Arrays& arrays, index chunks) {
+    Results results = train<float>({with, cell}, arrays, false, chunks);
+    results.resize(3);
+    return results;
+  };
+  // Two pieces, as backward's products are those of the element type.
+  const Results expected = forward(own, a, 2), got = forward(kernels, a, 2);
+  compare(got, expected, tolerance, what);
+  if (!a.options.training) {
+    check(forward(kernels, a, 3) == got, what + " differs in three pieces");
+  }
+  set_num_threads(3);
+  check(forward(kernels, a, 2) == got, what + " differs with 3 threads");
+  if (a.resets) return;
+  // The first rows alone.
+  Arrays few = a;
+  few.B = a.B / 2 + 1;
+  const auto keep = [&](Values& of, index outer, index inner) {
+    Values kept;
+    for (index t = 0; t < outer; ++t) {
+      const auto row = of.begin() + t * a.B * inner;
+      kept.insert(kept.end(), row, row + few.B * inner);
+    }
+    of = kept;
+  };
+  keep(few.x, a.T, a.I);
+  keep(few.h0, 1, a.H);
+  keep(few.c0, 1, a.H);
+  Results rows = got;
+  keep(rows[0], a.T, a.H);
+  keep(rows[1], 1, a.H);
+  if (cell.shape.has_c) keep(rows[2], 1, a.H);
+  check(forward(kernels, few, 2) == rows, what + " differs with other rows");
+}
+
+void test_products() {
+  std::mt19937 random(2);
+  constexpr index shapes[][4] = {
+      {5, 3, 4, 7}, {6, 37, 9, 33}, {40, 1, 3, 16}, {4, 20, 70, 50}};
+  for (const CellKernels& cell : compiled_isas().back().isa->f32->cells) {
+    if (cell.name == "rnn_identity") continue;  // it grows without bounds
+    for (const auto& [T, B, I, H] : shapes) {
+      for (const bool masked : {false, true}) {
+        Arrays a(random, cell.shape.gates, T, B, I, H, masked, masked);
+        a.row_wise = cell.shape.differs.absent >= 0 || cell.shape.differs.second >= 0;
+        const std::string what = std::string(cell.name) + " " + std::to_string(B) + "," +
+                                 std::to_string(H) + (masked ? " masked" : "");
+        test_product(test::matrix_product, cell, a, 1e-4, "matrix " + what);
+        test_product(test::int8_product, cell, a, 0.1, "int8 " + what);
+        a.ask_for_options();
+        test_product(test::matrix_product, cell, a, 1e-4, "matrix, options " + what);
+        test_product(test::int8_product, cell, a, 0.1, "int8, options " + what);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  test_products();
   constexpr index shapes[][4] = {{1, 1, 1, 1},   {5, 3, 4, 7},    {7, 1, 9, 33},
                                  {6, 20, 7, 50}, {40, 13, 3, 16}, {3, 70, 20, 17},
                                  {130, 2, 5, 20}};

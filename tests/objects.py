@@ -22,7 +22,8 @@ from pathlib import Path
 MOST_CODE = {"avx512": 450_000, "avx2": 350_000, "portable": 250_000}
 MOST_MODULE = {"_cpu": 1_600_000}
 
-# The targets of an instruction set are fusedrnn_<isa>_<element>, and its namespace is fusedrnn::<isa>.
+# The targets of an instruction set are fusedrnn_<isa>_<element>, its namespace is
+# fusedrnn::<isa>.
 ISA_OBJECT = re.compile(r"(?:^|/)fusedrnn_(\w+?)_(?:float|double)\.dir/")
 
 

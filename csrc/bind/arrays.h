@@ -1,5 +1,6 @@
-// Arrays in and out of the bindings. src/fusedrnn/functional.py checks what users pass and
-// allocates what they get; here a wrong array is a programming error and only refused.
+// Arrays in and out of the bindings. src/fusedrnn/functional.py checks what users pass
+// and allocates what they get; here a wrong array is a programming error and only
+// refused.
 #pragma once
 
 #include <pybind11/numpy.h>

@@ -185,7 +185,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   });
   m.def("cells", [] {
     py::list names;
-    for (const CellKernels& cell : active_isa().f32->cells) names.append(std::string(cell.name));
+    for (const CellKernels& cell : active_isa().f32->cells)
+      names.append(std::string(cell.name));
     return names;
   });
   m.def("get_isa", [] { return std::string(active_isa().name); });

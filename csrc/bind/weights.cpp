@@ -32,12 +32,9 @@ Model model_of(const CellKernels& cell, const Array& weight_ih, const Array& wei
   if (!(weight_ih.flags() & py::array::c_style)) refuse("weight_ih");
   if (!(weight_hh.flags() & py::array::c_style)) refuse("weight_hh");
   if (weight_ih.ndim() != 2 || weight_hh.ndim() != 2) refuse("weight_ih");
-  return {weight_ih.shape(1),
-          weight_ih.shape(0) / cell.shape.gates,
-          weight_hh.shape(1),
-          cell.shape.variant,
-          p[4].has_value(),
-          p[6].has_value()};
+  return {weight_ih.shape(1), weight_ih.shape(0) / cell.shape.gates,
+          weight_hh.shape(1), cell.shape.variant,
+          p[4].has_value(),   p[6].has_value()};
 }
 
 }  // namespace
@@ -193,11 +190,10 @@ void Weights::backward(const CallOptions& options, const Weights& forward, const
   p.dbias_hh = write(d[3], size_, "dbias_hh", {GH});
   p.dweight_hr = write(d[4], size_, "dweight_hr", {p.R, p.H});
   const index of_peepholes = cell_.shape.peephole_count * p.H;
-  p.dvectors = {write(d[5], size_, "dweight_ch", {of_peepholes}),
-                write(d[6], size_, "dgamma_ih", {GH}),
-                write(d[7], size_, "dgamma_hh", {GH}),
-                write(d[8], size_, "dgamma_c", {p.H}),
-                write(d[9], size_, "dbeta_c", {p.H})};
+  p.dvectors = {
+      write(d[5], size_, "dweight_ch", {of_peepholes}),
+      write(d[6], size_, "dgamma_ih", {GH}), write(d[7], size_, "dgamma_hh", {GH}),
+      write(d[8], size_, "dgamma_c", {p.H}), write(d[9], size_, "dbeta_c", {p.H})};
   p.dh0 = write(dh0, size_, "dh0", {p.B, p.R});
   p.dc0 = write(dc0, size_, "dc0", {p.B, p.H});
   if (!p.dh0) refuse("dh0");

@@ -1,5 +1,5 @@
-// A layer's parameters in one direction, packed for the forward or the backward kernels of
-// one ISA, or only borrowed: packing for a few rows costs more than it gains.
+// A layer's parameters in one direction, packed for the forward or the backward kernels
+// of one ISA, or only borrowed: packing for a few rows costs more than it gains.
 #pragma once
 
 #include <array>

@@ -25,7 +25,8 @@
 //   saves                  keep the slots for backward; else h alone is known, in slot 0
 //   has_c                  there is a cell state c beside h
 //   has_direct             h' reaches h past the matmul, so backward returns dh_direct
-//   peepholes              gates that may see c: Peephole{slot, whether it sees the new c}
+//   peepholes              gates that may see c: Peephole{slot, whether it sees the new
+//   c}
 //
 // and the functions
 //

@@ -25,8 +25,8 @@ class BackwardPass {
   // Scratch memory, of a thread and of all.
   struct Scratch : Arena {
     index *own_schedule, *schedule;
-    char* of_rows;   // what LayerNorm keeps of some whole rows
-    char* zeros;     // (P)
+    char* of_rows;  // what LayerNorm keeps of some whole rows
+    char* zeros;    // (P)
     char* bounds;
     char* vectors;  // padded
     char* zoneout;
@@ -34,19 +34,19 @@ class BackwardPass {
     bool *cut, *cut_after;  // (B)
     char **from, **to;      // rows of a stretch
     char** again;           // lists of rows of a stretch that are computed again
-    char* nowhere;
-    char* waiting;   // sums that wait for the next piece; or columns of da
-    char* da;        // (ring, B) rows of gradients
-    char* dc;        // (B, P)
-    char* direct;    // (B, P) dh that reaches the step before past the matmul
-    char* c0;        // (B, P)
+    char *nowhere, *operands;
+    char* waiting;  // sums that wait for the next piece; or columns of da
+    char* da;       // (ring, B) rows of gradients
+    char* dc;       // (B, P)
+    char* direct;   // (B, P) dh that reaches the step before past the matmul
+    char* c0;       // (B, P)
     char* dbias;
     char* right;
     // With options
-    char* mask;     // (B, P) of the h' that R sees
-    char* shown;    // (stretch, B, P) h' as R sees it
-    char* dh;       // (B, P)
-    char* dm;       // (B, P) what a second product is of, or comes to
+    char* mask;   // (B, P) of the h' that R sees
+    char* shown;  // (stretch, B, P) h' as R sees it
+    char* dh;     // (B, P)
+    char* dm;     // (B, P) what a second product is of, or comes to
     char* sums;
     char* records;  // (stretch + 1, B) computed again
 
@@ -65,9 +65,9 @@ class BackwardPass {
       zeros = of_thread(row, rank, threads);
       bounds = of_thread(l.bytes(4), rank, threads);
       vectors = of_thread(padded_vectors_bytes(l, p.vectors), rank, threads);
-      zoneout = of_thread(
-          Zoneout::bytes(l, p.options, p.has_options, p.B, threads, by_rows), rank,
-          threads);
+      zoneout =
+          of_thread(Zoneout::bytes(l, p.options, p.has_options, p.B, threads, by_rows),
+                    rank, threads);
       h = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
       c = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
       seen = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
@@ -75,9 +75,11 @@ class BackwardPass {
       cut_after = of_thread<bool>(has_cuts ? p.B : 0, rank, threads);
       from = of_thread<char*>(p.dx ? steps * p.B : 0, rank, threads);
       to = of_thread<char*>(p.dx ? steps * p.B : 0, rank, threads);
-      this->again = of_thread<char*>(
-          is_again ? RecomputedRows::lists * steps * p.B : 0, rank, threads);
+      this->again = of_thread<char*>(is_again ? RecomputedRows::lists * steps * p.B : 0,
+                                     rank, threads);
       nowhere = of_thread(is_again ? row : 0, rank, threads);
+      const index wide = p.I > p.H ? p.I : p.H;
+      operands = of_thread(is_again ? l.operand_bytes(wide, p.R) : 0, rank, threads);
       const index of_waiting =
           l.bytes((most_rows_waiting + l.back_tile()) * l.dense_units());
       const index of_left = WeightGradients::left_bytes(l);
@@ -187,12 +189,12 @@ class BackwardPass {
   }
   StateBefore cell_before(index s) const {
     const char* const left = saved(s > 0 ? s - 1 : 0) + l_.bytes(l_.record.cell());
-    return {p_,         p_.masks, s, memory_.zeros, memory_.c0, left, l_.padded_bytes(),
-            record_};
+    return {p_, p_.masks, s, memory_.zeros, memory_.c0, left, l_.padded_bytes(), record_};
   }
   StateBefore h_before(index s) const {
-    return {p_,     p_.masks,        s,              memory_.zeros,
-            p_.h0,  y(s > 0 ? s - 1 : 0), l_.bytes(p_.R), p_.y_b};
+    return {
+        p_,    p_.masks, s, memory_.zeros, p_.h0, y(s > 0 ? s - 1 : 0), l_.bytes(p_.R),
+        p_.y_b};
   }
   // What R is multiplied by in the step of row b.
   const char* seen_before(index s, index b) const {
@@ -277,7 +279,8 @@ class BackwardPass {
       fill(second_, second_step_, norm ? l_.k.put : l_.cell.projected_backward,
            cell_panels());
     } else if (twice) {
-      second_ = l_.dense_backward_block(packed + l_.back_recurrent(), l_.back_depth(), l_.P);
+      second_ =
+          l_.dense_backward_block(packed + l_.back_recurrent(), l_.back_depth(), l_.P);
       fill(second_, second_step_, norm ? l_.k.put : l_.cell.close_backward, own_.panels);
     }
     second_step_.put = {dm, 0, 1, 0, 0, p_.H, true};
@@ -375,20 +378,19 @@ class BackwardPass {
     Schedule::Entry next = all_.entry(begin, 0);
     for (index n = 0; n < count; ++n, all_.advance(next)) {
       const index s = next.s, b = all_.row(next.place);
-      const char* const rows[] = {
-          p_.x + p_.time(s) * p_.x_t + b * p_.x_b,
-          records(s) + b * record_,
-          seen_before(s, b),
-          h_before(s)(b),
-          l_.shape.has_c ? cell_before(s)(b) : nullptr,
-          da(s) + b * da_row_ + l_.bytes(call_.gradient.operand)};
+      const char* const rows[] = {p_.x + p_.time(s) * p_.x_t + b * p_.x_b,
+                                  records(s) + b * record_,
+                                  seen_before(s, b),
+                                  h_before(s)(b),
+                                  l_.shape.has_c ? cell_before(s)(b) : nullptr,
+                                  da(s) + b * da_row_ + l_.bytes(call_.gradient.operand)};
       for (int of = 0; of < RecomputedRows::lists; ++of) {
         list[of][n] = const_cast<char*>(rows[of]);
       }
     }
     fusedrnn::compute_again(l_, p_.forward_weights, call_,
                             {count, list[0], list[1], list[2], list[3], list[4], list[5],
-                             memory_.nowhere, memory_.of_rows},
+                             memory_.nowhere, memory_.of_rows, memory_.operands},
                             team_);
   }
 
@@ -400,8 +402,8 @@ class BackwardPass {
     Rows* const rows = product_.rows;
     rows[da_after] = rows_of(da(s + 1) + l_.bytes(call_.gradient.recurrent), da_row_);
     rows[role::da] = rows_of(da(now), da_row_);
-    rows[role::saved] = has_record() ? rows_of(saved(now), record_)
-                                     : rows_of(y(now), p_.y_b);
+    rows[role::saved] =
+        has_record() ? rows_of(saved(now), record_) : rows_of(y(now), p_.y_b);
     if (product_.used & bit(before_h)) {
       rows[before_h] = h_before(now).find(own_.rows, count, memory_.h);
       rows[seen_h] = drops(p_.options) ? rows_of(shown(now), row) : rows[before_h];

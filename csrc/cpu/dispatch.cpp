@@ -228,9 +228,8 @@ void run(const Dropout<char>& p, index element) {
   const int threads = static_cast<int>(std::min<index>(most, get_num_threads()));
   const Isa& isa = active_isa();
   const Kernels& kernels = element == sizeof(float) ? *isa.f32 : *isa.f64;
-  with_team({threads, true}, 0, [&](const Team& team) {
-    kernels.drop_out(p, team.share(p.T * p.B));
-  });
+  with_team({threads, true}, 0,
+            [&](const Team& team) { kernels.drop_out(p, team.share(p.T * p.B)); });
 }
 
 template <class S>

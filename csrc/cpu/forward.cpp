@@ -33,6 +33,7 @@ class ForwardPass {
     char* bounds;
     char* vectors;  // padded
     char* zoneout;
+    char* operands;         // of a product that does not read rows where they lie
     char **h, **c, **seen;  // the rows' states before a step, (B) each
     char **x, **to;         // rows of a stretch
     char* c0;               // (B, P)
@@ -53,9 +54,10 @@ class ForwardPass {
       zeros = of_thread(row, rank, threads);
       bounds = of_thread(l.bytes(4), rank, threads);
       vectors = of_thread(padded_vectors_bytes(l, p.vectors), rank, threads);
-      zoneout = of_thread(
-          Zoneout::bytes(l, p.options, p.has_options, p.B, threads, by_rows), rank,
-          threads);
+      zoneout =
+          of_thread(Zoneout::bytes(l, p.options, p.has_options, p.B, threads, by_rows),
+                    rank, threads);
+      operands = of_thread(l.operand_bytes(p.I > p.H ? p.I : p.H, p.R), rank, threads);
       h = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
       c = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
       seen = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
@@ -170,21 +172,27 @@ class ForwardPass {
       b.step = &step;
       b.panels = own_.panels;
       b.has_options = p_.has_options;
+      b.operands = memory_.operands;
     };
     if (!fused_) {
       inputs_.emplace(l_.forward_block(p_.weights, unpacked(), true, false));
-      inputs_step_.put = {record, norm ? l_.shape.first_input() : 0, l_.shape.slots,
-                          l_.record.input(0), l_.P, p_.H, true};
+      inputs_step_.put = {record,
+                          norm ? l_.shape.first_input() : 0,
+                          l_.shape.slots,
+                          l_.record.input(0),
+                          l_.P,
+                          p_.H,
+                          true};
       fill(*inputs_, inputs_step_, l_.k.put);
       inputs_->used = bit(x) | bit(record);
     }
     if (!fused_ && !norm) product_.start_role = record;
     step_.put = {record, 0, l_.shape.gates, l_.record.recurrent(0), l_.P, p_.H, true};
     fill(product_, step_,
-         norm              ? l_.k.put
-         : twice           ? l_.cell.open
-         : p_.has_options  ? l_.cell.forward
-                           : l_.cell.plain_forward);
+         norm             ? l_.k.put
+         : twice          ? l_.cell.open
+         : p_.has_options ? l_.cell.forward
+                          : l_.cell.plain_forward);
     product_.used = bit(seen) | bit(h) | bit(record);
     if (fused_) product_.used |= bit(x);
     if (l_.shape.has_c) product_.used |= bit(c) | bit(c_prev);
@@ -304,20 +312,21 @@ class ForwardPass {
     const index count = own_.rows.count(s), t = p_.time(s), row = l_.padded_bytes();
     Rows* const rows = product_.rows;
     const char* const y_before = y(s > 0 ? s - 1 : 0);
-    const StateBefore h_before{p_,    p_.masks, s,          memory_.zeros,
-                               p_.h0, y_before, l_.bytes(p_.R), p_.y_b};
+    const StateBefore h_before{p_,       p_.masks,       s,     memory_.zeros, p_.h0,
+                               y_before, l_.bytes(p_.R), p_.y_b};
     rows[seen] = h_before.find(own_.rows, count, memory_.h);
     rows[h_prev] = rows[seen];
     if (drops(p_.options)) {
-      const StateBefore of{p_,            p_.masks,     s,   memory_.zeros,
-                           memory_.shown, shown(s - 1), row, row};
+      const StateBefore of{p_,           p_.masks, s,  memory_.zeros, memory_.shown,
+                           shown(s - 1), row,      row};
       rows[seen] = of.find(own_.rows, count, memory_.seen);
       rows[next_seen] = rows_of(shown(s), row);
     }
     const index cell = l_.bytes(l_.record.cell());
     if (l_.shape.has_c) {
       char* const left = records(s > 0 ? s - 1 : 0) + cell;
-      const StateBefore of{p_, p_.masks, s, memory_.zeros, memory_.c0, left, row, record_};
+      const StateBefore of{p_,         p_.masks, s,   memory_.zeros,
+                           memory_.c0, left,     row, record_};
       rows[c_prev] = of.find(own_.rows, count, memory_.c);
       rows[c] = rows_of(records(s) + cell, record_);
     }

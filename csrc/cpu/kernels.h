@@ -19,8 +19,6 @@
 
 namespace fusedrnn {
 
-enum class Format : std::uint8_t { f32, f64, bf16, s8 };
-
 constexpr int most_tile_rows = 16, most_roles = 16, most_terms = 2;
 constexpr int gradient_tiles_at_once = 32;
 constexpr index gradient_depth = 256;
@@ -57,7 +55,7 @@ struct Tile {
   index panel_units;
   const void* sums;
   index row, panel;  // elements from one row of sums to the next, and from panel to panel
-  std::uint32_t used;   // a bit for each role that there is
+  std::uint32_t used;                 // a bit for each role that there is
   char* const (*at)[most_tile_rows];  // at[role][row]
 };
 
@@ -68,10 +66,10 @@ struct Call {
   Options options;
   Vectors<const char> vectors;  // their blocks padded to P elements
   index P;                      // elements of a padded row of units
-  index bias_stride;   // elements from a slot of the bias to the next
-  const char* bias;    // (slots, P)
-  const char* bounds;  // of clip: 4 elements
-  bool saves;       // keep the slots for backward
+  index bias_stride;            // elements from a slot of the bias to the next
+  const char* bias;             // (slots, P)
+  const char* bounds;           // of clip: 4 elements
+  bool saves;                   // keep the slots for backward
   bool has_direct;  // whether anything of dh passes the product by: else it is zero
   GradientRow gradient;
 };
@@ -91,9 +89,9 @@ struct Step {
   // By place: whether no gradient passes from this step to the one before, and from the
   // one after to this; or null.
   const bool *cut, *cut_after;
-  bool has_product;   // whether dh has a part that comes through R
-  bool adds_direct;   // and one that passes it
-  char* scratch;      // of the thread: (2 + slots, P) for each row of a tile
+  bool has_product;  // whether dh has a part that comes through R
+  bool adds_direct;  // and one that passes it
+  char* scratch;     // of the thread: (2 + slots, P) for each row of a tile
 };
 
 using Pointwise = void (*)(const Step&, const Tile&);
@@ -113,8 +111,7 @@ struct Term {
   const Matrix* matrix;
   index panel_bytes, k_bytes;  // of a panel, and of one k of it
   index K, depth, from;
-  int column;          // the column of each panel's sums that its first column adds to
-  const float* scale;  // of each place, where the product needs one
+  int column;  // the column of each panel's sums that its first column adds to
 };
 
 // Where the terms of a tile are, and where the memory is that it asks for meanwhile.
@@ -133,8 +130,8 @@ struct TermAt {
 struct StartAt {
   const char* const* rows;  // of each row, `offset` bytes before its start
   index offset;
-  index slot, panel;  // elements from one vector of a panel to the next, and from panel to
-                      // panel
+  index slot, panel;  // elements from one vector of a panel to the next, and from panel
+                      // to panel
 };
 struct PanelProduct {
   using Multiply = void (*)(void* to, const StartAt& start, const TermAt* terms,
@@ -156,18 +153,17 @@ struct PanelProduct {
 // precision is to add one of these.
 struct Product {
   std::string_view name;
-  Format weights, operand, sums;
-  int depth_grain;  // K is padded to a multiple of this
-  // Left rows must lie one after the other (a matrix unit reads them by a stride), and a
-  // tile of them is padded to `tile` rows.
-  bool dense_left;
   std::span<const PanelProduct> panels;
   // Bytes of one panel of `width` vectors.
   index (*panel_bytes)(int width, index K);
   // Packs panels [begin, end) of a matrix to `to`, each `unit_vectors` vectors of units
   // of every slot.
   void (*pack)(const Matrix&, int unit_vectors, Range panels, char* to);
-  // Rows of floats to an operand, so many elements of each; null: rows are read in place.
+  // The rows of a tile as an operand: `count` rows of K elements, put left_bytes(K)
+  // apart, with a scale each. Null: rows are read where they lie. A product that reads
+  // whole tiles, as a matrix unit does, finds `tile` rows there, the last of them
+  // unspecified.
+  index (*left_bytes)(index K);
   void (*put_left)(const char* const* rows, index count, index K, char* to, float* scale);
   // Of a thread, before and after its products; or null.
   void (*enter)();
@@ -182,12 +178,13 @@ struct Block {
   int count;
   int width, unit_vectors;  // of a panel
   Range places, panels;
-  index size;           // units there are: columns of the result
-  bool transposed;      // weights, whose last panel has one vector if that is enough
+  index size;       // units there are: columns of the result
+  bool transposed;  // weights, whose last panel has one vector if that is enough
   index row_bytes, panel_bytes;
-  int pieces = 1;       // that a panel's depth is cut into, where many tiles share it
+  int pieces = 1;  // that a panel's depth is cut into, where many tiles share it
   bool backwards = false;
-  char* waiting;        // where pieces > 1: memory for sums that wait for the next piece
+  char* waiting;   // where pieces > 1: memory for sums that wait for the next piece
+  char* operands;  // where the product has put_left: memory for a tile of each term
   // Where sums start: a record's slots, else the bias, else zero.
   int start_role = -1;
   const char* start = nullptr;
@@ -251,7 +248,7 @@ struct Kernels {
   index size;  // bytes of an element
   int lanes;
   int gradient_tile;  // columns of da in a tile of the gradients of weights
-  Product product;  // of the element's own precision
+  Product product;    // of the element's own precision
   std::span<const CellKernels> cells;
 
   void (*run)(const Block&);

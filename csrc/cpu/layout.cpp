@@ -205,7 +205,8 @@ void pack(const Layout& layout, const Parameters<char>& p, bool backward, bool b
     transposed(W, to);
     transposed(R, to + layout.back_recurrent());
     if (p.model.projects) {
-      transposed(with_weight(layout.of_second, p.weight_hr), to + layout.back_projection());
+      transposed(with_weight(layout.of_second, p.weight_hr),
+                 to + layout.back_projection());
     }
     return;
   }

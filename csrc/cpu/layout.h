@@ -54,8 +54,9 @@ struct Layout {
         record(shape, m.norm, P),
         of_input{nullptr, shape.input + shape.first_input(), shape.gates, H, I, P},
         of_recurrent{nullptr, shape.recurrent, shape.gates, H, R, P},
-        of_second{nullptr, &first_block, 1, m.projects ? R : H, H,
-                  round_up(m.projects ? R : H, lanes)} {
+        of_second{nullptr, &first_block,
+                  1,       m.projects ? R : H,
+                  H,       round_up(m.projects ? R : H, lanes)} {
     if (!m.projects && shape.has_second()) {
       of_second.blocks = shape.recurrent + shape.differs.second;
     }
@@ -87,6 +88,12 @@ struct Layout {
     return second_panels() + (has_second() ? of_second_product : 0);
   }
   int tile_rows() const { return find(width, sums).tile; }
+  // Memory for the operands of a tile, which hold at most these depths.
+  index operand_bytes(index first, index second) const {
+    const Product& product = k.product;
+    if (!product.put_left) return 0;
+    return tile_rows() * (product.left_bytes(first) + product.left_bytes(second));
+  }
 
   // Backward
   index back_depth() const { return shape.gates * P; }
@@ -171,7 +178,9 @@ struct Blocks {
     if (!alone) team.meet();
   }
   // This thread's part of n things that all threads of a block share.
-  Range share(const Team& team, index n) const { return alone ? Range{0, n} : team.share(n); }
+  Range share(const Team& team, index n) const {
+    return alone ? Range{0, n} : team.share(n);
+  }
 };
 
 // What zoneout keeps of the units of a thread's rows: what is expected, in one row for

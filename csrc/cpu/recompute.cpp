@@ -21,6 +21,7 @@ void compute_again(const Layout& l, const char* weights, Call call,
     b.used |= 1u << role::x | 1u << role::record | 1u << role::seen | 1u << role::h_prev |
               1u << role::c_prev | 1u << role::h | 1u << role::c;
     b.has_options = true;
+    b.operands = rows.operands;
     b.after = after;
     b.step = &step;
     if (b.product) {
@@ -36,9 +37,9 @@ void compute_again(const Layout& l, const char* weights, Call call,
   };
   const Range panels = team.share(l.panels());
   if (norm) {
-    step.put = {role::record,       l.shape.first_input(), l.shape.slots,
-                l.record.input(0), l.P,                   l.H,
-                true};
+    step.put = {
+        role::record, l.shape.first_input(), l.shape.slots, l.record.input(0), l.P, l.H,
+        true};
     run(l.forward_block(weights, nullptr, true, false), l.k.put, panels);
     step.put = {role::record, 0, l.shape.gates, l.record.recurrent(0), l.P, l.H, true};
     run(l.forward_block(weights, nullptr, false, true), l.k.put, panels);

@@ -12,6 +12,7 @@ struct RecomputedRows {
   char **x, **record, **seen, **h_prev, **c_prev, **operand;
   char* nowhere;  // (P), of this thread: h and c are known
   char* of_rows;  // what LayerNorm keeps of some whole rows
+  char* operands;
 };
 
 void compute_again(const Layout& layout, const char* forward_weights, Call call,

@@ -36,7 +36,8 @@ class Schedule {
  public:
   // A member of the team's rows. Of rows of unlike length each member is dealt every n-th
   // longest, so that all have as much to do. `memory` has size() indices.
-  Schedule(const Sizes& p, const Masks& masks, const Team& team, index* memory) : T_(p.T) {
+  Schedule(const Sizes& p, const Masks& masks, const Team& team, index* memory)
+      : T_(p.T) {
     const Range own = team.share(p.B);
     first_ = own.begin;
     rows_ = own.end - own.begin;

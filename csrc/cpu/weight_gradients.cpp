@@ -56,7 +56,8 @@ void WeightGradients::add(const Schedule& all, const Team& team, index begin,
     const auto add = [&](Range columns, const Target* targets, int count) {
       const index at_once = gradient_tiles_at_once * tile;
       for (index column = columns.begin; column < columns.end; column += at_once) {
-        const index last = column + at_once < columns.end ? column + at_once : columns.end;
+        const index last =
+            column + at_once < columns.end ? column + at_once : columns.end;
         k.pack_left(da, depth, {column, last}, memory_.left);
         for (int n = 0; n < count; ++n) {
           k.add_products(memory_.left, depth, {column, last}, targets[n], first);

@@ -125,8 +125,8 @@ void add_outer_products(const char* const* da, const char* const* right, index d
   for (index column = columns.begin; column < columns.end; ++column) {
     const index at = column - of.begin;
     if (at < 0 || at >= of.blocks * P || at % P >= of.units) continue;
-    S* const to = reinterpret_cast<S*>(of.dweight) +
-                  (of.order[at / P] * of.units + at % P) * of.N;
+    S* const to =
+        reinterpret_cast<S*>(of.dweight) + (of.order[at / P] * of.units + at % P) * of.N;
     V factor[most];
     for (index k = 0; k < depth; ++k) {
       factor[k] = V::broadcast(reinterpret_cast<const S*>(da[k])[column]);

@@ -51,6 +51,21 @@ constexpr PanelProduct panels[] = {
     panel_product<V, 1, 1>(),
 };
 
+static_assert(
+    [] {
+      for (const CellKernels& cell : cells.at) {
+        const int vectors = cell.shape.gates == 1 ? 2 : 1;
+        bool found = false;
+        for (const PanelProduct& p : panels) {
+          found |= p.width == cell.shape.gates * vectors &&
+                   p.sums == cell.shape.slots * vectors;
+        }
+        if (!found) return false;
+      }
+      return true;
+    }(),
+    "a cell's shape of panel is missing in `panels`");
+
 void run(const Block& block) { BlockRun<S>(block).run(); }
 void walk(const Block& block, int rows_at_once) { BlockRun<S>(block).walk(rows_at_once); }
 
@@ -65,8 +80,8 @@ void bounds(double clip, char* to) {
 }
 
 void multiply_rows(const char* a, const char* b, index n, char* to) {
-  const S *const left = reinterpret_cast<const S*>(a),
-                 *const right = reinterpret_cast<const S*>(b);
+  const S *const left = reinterpret_cast<const S*>(a), *const right =
+                                                           reinterpret_cast<const S*>(b);
   for (index j = 0; j < n; ++j) reinterpret_cast<S*>(to)[j] = left[j] * right[j];
 }
 
@@ -79,8 +94,6 @@ using Any = Steps<Rnn<V>, S>;
 
 }  // namespace
 
-constexpr Format format = sizeof(S) == 4 ? Format::f32 : Format::f64;
-
 #define FUSEDRNN_TABLE_(element) kernels_##element
 #define FUSEDRNN_TABLE(element) FUSEDRNN_TABLE_(element)
 
@@ -89,8 +102,8 @@ constinit const Kernels FUSEDRNN_TABLE(FUSEDRNN_ELEMENT){
     sizeof(S),
     V::lanes,
     gradient_tile<S>,
-    {sizeof(S) == 4 ? "float32" : "float64", format, format, format, 1, false, panels,
-     panel_bytes<S>, pack_panels<S>, nullptr, nullptr, nullptr},
+    {sizeof(S) == 4 ? "float32" : "float64", panels, panel_bytes<S>, pack_panels<S>,
+     nullptr, nullptr, nullptr, nullptr},
     cells.at,
     run,
     walk,
@@ -145,12 +158,11 @@ constexpr MathEntry math[] = {
 }  // namespace
 
 extern const Isa isa;
-constinit const Isa isa{
-    FUSEDRNN_STRINGIFY(FUSEDRNN_ARCH),
-    &kernels_float,
-    &kernels_double,
-    math,
-    {multiply_add<float>, multiply_add<double>, read_all<float>}};
+constinit const Isa isa{FUSEDRNN_STRINGIFY(FUSEDRNN_ARCH),
+                        &kernels_float,
+                        &kernels_double,
+                        math,
+                        {multiply_add<float>, multiply_add<double>, read_all<float>}};
 
 #endif
 

@@ -21,8 +21,8 @@ inline void load_square(const Matrix& of, int unit_vectors, index panel, int vec
   using S = typename V::scalar;
   const int slot = vector / unit_vectors;
   const index unit = (panel * unit_vectors + vector % unit_vectors) * V::lanes;
-  const S* const rows = reinterpret_cast<const S*>(of.weight) +
-                        (of.blocks[slot] * of.H + unit) * of.K + k;
+  const S* const rows =
+      reinterpret_cast<const S*>(of.weight) + (of.blocks[slot] * of.H + unit) * of.K + k;
 #pragma GCC unroll 16
   for (int u = 0; u < V::lanes; ++u) {
     const bool real = unit + u < of.H;
@@ -71,9 +71,10 @@ void pack_transposed(const Matrix& of, Range panels, char* to) {
   const auto pack_row = [&](int slot, index unit, index panel) {
     const index first = panel * columns;
     const int width = N - first > lanes ? 2 : 1;
-    const S* const row = reinterpret_cast<const S*>(of.weight) +
-                         (of.blocks[slot] * of.H + unit) * N;
-    S* at = reinterpret_cast<S*>(to) + first * depth + (slot * of.P + unit) * width * lanes;
+    const S* const row =
+        reinterpret_cast<const S*>(of.weight) + (of.blocks[slot] * of.H + unit) * N;
+    S* at =
+        reinterpret_cast<S*>(to) + first * depth + (slot * of.P + unit) * width * lanes;
     for (int vector = 0; vector < width; ++vector, at += lanes) {
       const index n = first + vector * lanes;
       const bool real = unit < of.H && n < N;

@@ -12,8 +12,8 @@
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// to = start + the terms (PanelProduct in kernels.h) for `rows` rows and `panels` panels of
-// W vectors that go into C sums each, `lines` of them with a prefetch.
+// to = start + the terms (PanelProduct in kernels.h) for `rows` rows and `panels` panels
+// of W vectors that go into C sums each, `lines` of them with a prefetch.
 //
 // gcc keeps a 2-D array in registers only if every loop over it is unrolled. The sums are
 // stored for a pointwise function, which is a call of its own: inlined beside a cell's
@@ -135,8 +135,8 @@ constexpr void fill_rows(PanelProduct& p) {
   constexpr bool asks = sizeof(V) > 16 || V::registers == 32;
   constexpr bool is_tall = 2 * rows >= tallest_tile<V>(C);
   constexpr bool is_alone = panels_at_once<V>(rows, W, C, true) == 1;
-  p.asks_one[rows - 1] = multiply<V, rows, 1, W, C, asks && is_tall ? 1 : 0>;
-  p.asks_all[rows - 1] = multiply<V, rows, 1, W, C, asks && is_alone ? W : 0>;
+  p.asks_one[rows - 1] = multiply < V, rows, 1, W, C, asks && is_tall ? 1 : 0 > ;
+  p.asks_all[rows - 1] = multiply < V, rows, 1, W, C, asks && is_alone ? W : 0 > ;
   if constexpr (rows < tallest_tile<V>(C)) fill_rows<V, W, C, rows + 1>(p);
 }
 

@@ -55,7 +55,8 @@ void drop_out(const Dropout<char>& d, Range rows) {
   const Generator generator(d.seed, d.draw, d.where);
   for (index row = rows.begin; row < rows.end; ++row) {
     const index i = row / d.B, j = row % d.B;
-    const S* const from = reinterpret_cast<const S*>(d.from + i * d.from_t + j * d.from_b);
+    const S* const from =
+        reinterpret_cast<const S*>(d.from + i * d.from_t + j * d.from_b);
     S* const to = reinterpret_cast<S*>(d.to + i * d.to_t + j * d.to_b);
     draw_dropout<S>(generator, d.p, i, j, d.N,
                     [&](index at, const S* factors, index count) {

@@ -39,9 +39,11 @@ class BlockRun {
   char* at_[most_roles][most_tile_rows];
   const char* same_start_[most_tile_rows];  // for all rows
   const char* left_[most_tile_rows];
+  const char* operand_[most_terms][most_tile_rows];
+  float scale_[most_terms][most_tile_rows];
   alignas(64) S sums_[most_vectors * lanes];
   alignas(64) S zeros_[lanes] = {};
-  alignas(64) S edge_[24 * lanes];
+  alignas(64) S edge_[2 * most_tile_rows * lanes];
 
  public:
   explicit BlockRun(const Block& block)
@@ -109,7 +111,20 @@ class BlockRun {
       terms_[n].K = of.K - of.from;
       terms_[n].panel = of.panel_bytes;
       terms_[n].column = of.column;
+      if (!b_.product->put_left) continue;
+      const index apart = b_.product->left_bytes(of.K);
+      for (int r = 0; r < product.tile; ++r) operand_[n][r] = operand_at(n) + r * apart;
+      terms_[n].left = operand_[n];
+      terms_[n].scale = scale_[n];
     }
+  }
+  // Memory for the rows of a tile as the operand of a term.
+  char* operand_at(int n) const {
+    char* at = b_.operands;
+    for (int before = 0; before < n; ++before) {
+      at += product_->tile * b_.product->left_bytes(b_.terms[before].K);
+    }
+    return at;
   }
 
   // f(first row, rows) for tiles of nearly equal height, at most that of the product.
@@ -249,6 +264,10 @@ class BlockRun {
         }
       }
     }
+    for (int n = 0; n < b_.count && b_.product && b_.product->put_left; ++n) {
+      const Term& of = b_.terms[n];
+      b_.product->put_left(at_[of.role], rows, of.K, operand_at(n), scale_[n]);
+    }
   }
 
   // Prefetches what the pointwise function reads and writes: while the product runs, its
@@ -322,7 +341,6 @@ class BlockRun {
       const index k_bytes = of.k_bytes * product_->width / b_.width;
       terms_[n].right = of.panels + panel * of.panel_bytes + of.from * k_bytes;
       if (of.from > 0) terms_[n].left = left_from(of, of.from);
-      if (of.scale) terms_[n].scale = of.scale + place_;
     }
     by_panels[together - 1](to, start, terms_, b_.count);
   }

@@ -131,23 +131,31 @@ struct Steps {
     const Call& call = *s.call;
     const auto of = [](const char* p) { return reinterpret_cast<const S*>(p); };
     const auto& v = call.vectors;
-    const Asked asked{call.model,
-                      call.options,
-                      {of(v.weight_ch), of(v.gamma_ih), of(v.gamma_hh), of(v.gamma_c),
-                       of(v.beta_c)}};
+    const Asked asked{
+        call.model,
+        call.options,
+        {of(v.weight_ch), of(v.gamma_ih), of(v.gamma_hh), of(v.gamma_c), of(v.beta_c)}};
     const Walk<S> walk{of(call.bounds), reinterpret_cast<S*>(s.scratch),
                        (2 + slots) * call.P};
     return Rows(asked, call.P, of(call.bias), walk);
   }
   static Row row(const Tile& t, int r, bool saves = false, const S* sums = nullptr,
                  index apart = 0) {
-    return {row_at<S>(t, role::record, r), sums, apart,
-            row_at<S>(t, role::h_prev, r), row_at<S>(t, role::c_prev, r),
-            row_at<S>(t, role::seen, r),   row_at<S>(t, role::c, r),
-            row_at<S>(t, role::h, r),      row_at<S>(t, role::cells, r),
-            row_at<S>(t, role::trace, r),  row_at<S>(t, role::next_seen, r),
-            row_at<S>(t, role::mask, r),   row_at<S>(t, role::keep_h, r),
-            row_at<S>(t, role::keep_c, r), saves ? row_at<S>(t, role::record, r) : nullptr};
+    return {row_at<S>(t, role::record, r),
+            sums,
+            apart,
+            row_at<S>(t, role::h_prev, r),
+            row_at<S>(t, role::c_prev, r),
+            row_at<S>(t, role::seen, r),
+            row_at<S>(t, role::c, r),
+            row_at<S>(t, role::h, r),
+            row_at<S>(t, role::cells, r),
+            row_at<S>(t, role::trace, r),
+            row_at<S>(t, role::next_seen, r),
+            row_at<S>(t, role::mask, r),
+            row_at<S>(t, role::keep_h, r),
+            row_at<S>(t, role::keep_c, r),
+            saves ? row_at<S>(t, role::record, r) : nullptr};
   }
   static BackRow back_row(const Step& s, const Tile& t, int r) {
     return {row_at<S>(t, role::saved, r),    row_at<S>(t, role::before_h, r),
@@ -170,7 +178,8 @@ struct Steps {
         const index left = H - u;
         for (int r = 0; r < t.rows; ++r, a += t.row) {
           V v[slots];
-          for (int slot = 0; slot < slots; ++slot) v[slot] = V::load(a + slot * t.panel_units);
+          for (int slot = 0; slot < slots; ++slot)
+            v[slot] = V::load(a + slot * t.panel_units);
           State<V> prev{};
           if constexpr (Cell::has_direct) {
             prev.h = load_upto<V>(row_at<S>(t, role::seen, r) + u, left);
@@ -192,8 +201,8 @@ struct Steps {
     const Rows of = rows(s);
     each_panel<S>(t, [&](const S* sums, Range units) {
       for (int r = 0; r < t.rows; ++r) {
-        const Row at = row(t, r, s.call->saves, sums + r * t.row - units.begin,
-                          t.panel_units);
+        const Row at =
+            row(t, r, s.call->saves, sums + r * t.row - units.begin, t.panel_units);
         of.forward(&at, 1, units);
       }
     });
@@ -202,8 +211,8 @@ struct Steps {
     const Rows of = rows(s);
     each_panel<S>(t, [&](const S* sums, Range units) {
       for (int r = 0; r < t.rows; ++r) {
-        const Row at = row(t, r, s.call->saves, sums + r * t.row - units.begin,
-                          t.panel_units);
+        const Row at =
+            row(t, r, s.call->saves, sums + r * t.row - units.begin, t.panel_units);
         S* const operand = row_at<S>(t, role::operand, r);
         of.open(&at, 1, &operand, units);
       }
@@ -289,7 +298,8 @@ struct Steps {
           }
           State<V> d = Cell::backward(v, prev, c, dh, dc, plain);
           S* const da = row_at<S>(t, role::da, r) + u;
-          for (int slot = 0; slot < slots; ++slot) store_upto(v[slot], da + slot * P, left);
+          for (int slot = 0; slot < slots; ++slot)
+            store_upto(v[slot], da + slot * P, left);
           if (s.cut && s.cut[t.place + r]) d = {V::broadcast(0), V::broadcast(0)};
           if constexpr (Cell::has_direct) d.h.store(row_at<S>(t, role::direct, r) + u);
           if constexpr (Cell::has_c) d.c.store(row_at<S>(t, role::dc, r) + u);
