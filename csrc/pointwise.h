@@ -8,24 +8,10 @@
 //
 // and a cell with a second product is taken in two parts, on either side of it. A bar is
 // where a thread may need what others have computed. Records and rows of gradients are as
-// record.h says. E, the walk, is:
-//
-//   V, S                   the cell's vector, its scalar
-//   most_rows              how many rows at most are taken together
-//   each(units, f)         f(u) for units, several at a time if V has lanes
-//   sums(n, H, f, to)      to[r] = Σ f(r, u) over whole rows, the same to all who share
-//   one load(p, u), store      of rows that are padded upto(p, u, n), put     of rows
-//   that end at n keep_h(row, u), keep_c how much of a unit's state zoneout keeps
-//   scratch(r)             (2 + slots, P) for a row, each unit's values its owner's
-//   once(f), all(n)        f by one of those who share a row; the units of a whole row
-//   root(x)                √x
-//   kept(x)                x as a record rounds it
-//   bounds(clip, to)       to[4]: ±clip and the activations there (clip_bounds)
-//   bias_is_in             whether sums start at the bias
-//   vectors_are_padded     whether the blocks of `vectors` have P elements, or H
+// record.h says. E is a walk along rows (layer_norm.h).
 #pragma once
 
-#include "record.h"
+#include "layer_norm.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
@@ -40,86 +26,31 @@ FUSEDRNN_DEVICE void clip_bounds(double clip, V (&to)[4]) {
 }
 
 template <class Cell, class E>
-class RowWise {
-  using V = typename E::V;
-  using S = typename E::S;
-  static constexpr int gates = Cell::gates, slots = Cell::slots;
-  static constexpr int first_input = slots - gates;
-  static constexpr Shape shape = shape_of<Cell>(0);
-  static constexpr int input_groups = Groups(Cell::input_group, first_input).count;
-  static constexpr int recurrent_groups = Groups(Cell::recurrent_group, 0).count;
+class RowWise : public NormalisedRows<Cell, E> {
+  using Base = NormalisedRows<Cell, E>;
+  using Base::count, Base::first_input, Base::gates, Base::has_parts, Base::moments_of;
+  using Base::read_normalised, Base::scaled_cell, Base::slots;
+  using Base::vector;
+  using typename Base::Moments;
+  using typename Base::S;
+  using typename Base::V;
 
  public:
-  const Model model;
-  const Vectors<const S> vectors;
-  const index H, R, P;
-  const Variant variant;
-  const Record record;
-  const S* const bias;  // (slots, P)
+  using Base::bias, Base::e, Base::H, Base::has_second, Base::model, Base::P, Base::R;
+  using Base::normalise_backward, Base::record, Base::variant, Base::vectors;
+  using typename Base::BackRow;
+  using typename Base::Row;
   const bool zones_out;
-  const E e;
   const Extras<V> extras;
 
   template <class Problem>
   FUSEDRNN_DEVICE RowWise(const Problem& p, index padded, const S* packed_bias,
                           const E& walk)
-      : model(p.model),
-        vectors(p.vectors),
-        H(p.model.H),
-        R(p.model.R),
-        P(padded),
-        variant(variant_of(p.model.variant)),
-        record(shape, p.model.norm, padded),
-        bias(packed_bias),
+      : Base(p, padded, packed_bias, walk),
         zones_out(p.options.zoneout_h > 0 || p.options.zoneout_c > 0),
-        e(walk),
         extras(extras_of(p, walk)) {}
 
-  FUSEDRNN_DEVICE static bool has_second(const Model& m) {
-    return variant_of(m.variant).second >= 0;
-  }
-  FUSEDRNN_DEVICE bool has_second() const { return variant.second >= 0; }
-
   // Forward
-
-  struct Row {
-    S* record;
-    const S* sums;  // pre-activations, those of slot k from k * sums_apart on
-    index sums_apart;
-    const S *h_prev, *c_prev, *seen;  // where the cell needs them; seen is h' for R
-    S* c;
-    S* h;                      // or, where h is projected, what the projection multiplies
-    S *cells, *trace;          // or null
-    S* next_seen;              // or null: h for R in the next step, which is h times
-    const S* mask;             // this, or null
-    const S *keep_h, *keep_c;  // what zoneout keeps, where the walk does not know
-    S* kept;                   // the record, where the slots are kept; or null
-  };
-
-  // The groups of W x, and those of R h' that wait for no second product.
-  FUSEDRNN_DEVICE void normalise_inputs(const Row* rows, int n) const {
-    e.once([&] {
-      for (int r = 0; r < count(n); ++r) {
-        for (int group = 0; group < record.stats; ++group) {
-          rows[r].record[record.scale() + group] = 0;
-        }
-      }
-    });
-    for (int group = 0; group < input_groups; ++group) {
-      const Range of = input_slots(group);
-      normalise(rows, n, record.input(0), of, group);
-    }
-  }
-  FUSEDRNN_DEVICE void normalise_recurrent(const Row* rows, int n) const {
-    for (int group = 0; group < recurrent_groups; ++group) {
-      if (!is_second(group)) normalise_group(rows, n, group);
-    }
-  }
-  FUSEDRNN_DEVICE void normalise_second(const Row* rows, int n) const {
-    for (int group = 0; group < recurrent_groups; ++group) {
-      if (is_second(group)) normalise_group(rows, n, group);
-    }
-  }
 
   template <class Units>
   FUSEDRNN_DEVICE void forward(const Row* rows, int n, Units units) const {
@@ -152,7 +83,7 @@ class RowWise {
     if constexpr (Cell::has_c) {
       if (!norm_c) return;
       Moments of[E::most_rows];
-      moments_of_scratch(n, of);
+      moments_of(n, [&](int r, index u) { return e.load(e.scratch(r), u); }, of);
       for (int r = 0; r < count(n); ++r) {
         e.each(units, [&](index u) {
           const V n_c = of[r].normal(e.load(e.scratch(r), u));
@@ -220,19 +151,6 @@ class RowWise {
   }
 
   // Backward
-
-  struct BackRow {
-    const S* record;  // or h, for a cell whose h tells its slot
-    const S *h_prev, *c_prev;
-    const S* c;  // before zoneout, or null: from the gates
-    const S* seen;
-    const S* dcells;      // or null
-    S *dh, *dc, *direct;  // padded; dh becomes that of h before zoneout
-    S* da;                // a row of gradients
-    bool is_cut;
-    const S* mask;             // of `seen`, or null
-    const S *keep_h, *keep_c;  // what zoneout keeps, where the walk does not know
-  };
 
   // dh before zoneout; the rest goes past the cell, and is zero where it is not stored.
   FUSEDRNN_DEVICE V before(const BackRow& row, index u, V dh, bool stores = true) const {
@@ -309,52 +227,7 @@ class RowWise {
     }
   }
 
-  // LayerNorm: da of the sums to da of W x and R h', over whole rows; of a second
-  // product's slot before that product, of all others at last.
-  FUSEDRNN_DEVICE void normalise_second_backward(const BackRow* rows, int n,
-                                                 const GradientRow& at) const {
-    for (int group = 0; group < recurrent_groups; ++group) {
-      if (is_second(group)) back_to_recurrent(rows, n, at, group);
-    }
-  }
-  FUSEDRNN_DEVICE void normalise_backward(const BackRow* rows, int n,
-                                          const GradientRow& at) const {
-    for (int group = 0; group < input_groups; ++group) {
-      back(rows, n, record.input(0), at.input - first_input * P, input_slots(group),
-           group, true);
-    }
-    for (int group = 0; group < recurrent_groups; ++group) {
-      if (!is_second(group)) back_to_recurrent(rows, n, at, group);
-    }
-  }
-
  private:
-  static constexpr bool has_parts = [] {
-    for (const Variant& v : Cell::variants) {
-      if (v.second >= 0) return true;
-    }
-    return false;
-  }();
-  static constexpr bool may_lack_slots = [] {
-    for (const Variant& v : Cell::variants) {
-      if (v.absent >= 0) return true;
-    }
-    return false;
-  }();
-
-  // A GPU cannot index an array of the host.
-  template <int at = 0>
-  FUSEDRNN_DEVICE static constexpr Variant variant_of(int which) {
-    constexpr Variant here = Cell::variants[at];
-    if constexpr (at + 1 < sizeof(Cell::variants) / sizeof(Variant)) {
-      return which == at ? here : variant_of<at + 1>(which);
-    } else {
-      return here;
-    }
-  }
-  // Of n rows; a walk of one row need not loop.
-  FUSEDRNN_DEVICE static constexpr int count(int n) { return E::most_rows == 1 ? 1 : n; }
-
   template <class Problem>
   FUSEDRNN_DEVICE static Extras<V> extras_of(const Problem& p, const E& e) {
     constexpr double none = __builtin_inf();
@@ -407,10 +280,6 @@ class RowWise {
     return {*this, u, extras.variant};
   }
 
-  // Of a block of one of `vectors`.
-  FUSEDRNN_DEVICE V vector(const S* of, int block, index u) const {
-    return e.load(of + block * (E::vectors_are_padded ? P : H), u);
-  }
   FUSEDRNN_DEVICE static V mix(V keeps, V old, V fresh) {
     return fma(keeps, old, (V::broadcast(1) - keeps) * fresh);
   }
@@ -430,133 +299,12 @@ class RowWise {
     for (int k = 0; k < slots; ++k) e.put(v[k], row.da + k * P, u, H);
   }
 
-  // LayerNorm
-
-  struct Moments {
-    S mean, scale;
-
-    FUSEDRNN_DEVICE V normal(V x) const {
-      return (x - V::broadcast(mean)) * V::broadcast(scale);
-    }
-  };
-  FUSEDRNN_DEVICE static Range input_slots(int group) {
-    constexpr Groups all(Cell::input_group, first_input);
-    return all.slots[group];
-  }
-  FUSEDRNN_DEVICE static Range recurrent_slots(int group) {
-    constexpr Groups all(Cell::recurrent_group, 0);
-    return all.slots[group];
-  }
-  // Whether a group is the slot of a second product.
-  FUSEDRNN_DEVICE bool is_second(int group) const {
-    return has_parts && has_second() && recurrent_slots(group).begin == variant.second;
-  }
-  // Whether a slot has a pre-activation.
-  FUSEDRNN_DEVICE bool exists(int k) const {
-    return !may_lack_slots || k != variant.absent;
-  }
-  // to[r] = Σ f(r, slot, u) over some slots of n rows.
-  template <class F>
-  FUSEDRNN_DEVICE void sums(int n, Range of, const F& f, S* to) const {
-    e.sums(
-        count(n), H,
-        [&](int r, index u) {
-          V total = V::broadcast(0);
-          for (index k = of.begin; k < of.end; ++k) {
-            if (exists(static_cast<int>(k))) {
-              total = total + f(r, static_cast<int>(k), u);
-            }
-          }
-          return total;
-        },
-        to);
-  }
-  FUSEDRNN_DEVICE S size(Range of) const {
-    index slots_in = 0;
-    for (index k = of.begin; k < of.end; ++k) slots_in += exists(static_cast<int>(k));
-    return static_cast<S>(slots_in * H);
-  }
-  // Of n rows of values value(r, k, u).
-  template <class F>
-  FUSEDRNN_DEVICE void moments(int n, Range slots_in, S values, const F& value,
-                               Moments* of) const {
-    S mean[E::most_rows], variance[E::most_rows];
-    sums(n, slots_in, value, mean);
-    for (int r = 0; r < count(n); ++r) mean[r] = mean[r] / values;
-    sums(
-        n, slots_in,
-        [&](int r, int k, index u) {
-          const V centred = value(r, k, u) - V::broadcast(mean[r]);
-          return centred * centred;
-        },
-        variance);
-    constexpr S epsilon = static_cast<S>(1e-5);
-    for (int r = 0; r < count(n); ++r) {
-      of[r] = {mean[r], 1 / e.root(variance[r] / values + epsilon)};
-    }
-  }
-  // Of what stands first in scratch. One "slot" of a cell that lacks none.
-  FUSEDRNN_DEVICE void moments_of_scratch(int n, Moments* of) const {
-    const int one = variant.absent == 0 ? 1 : 0;
-    moments(
-        n, {one, one + 1}, static_cast<S>(H),
-        [&](int r, int, index u) { return e.load(e.scratch(r), u); }, of);
-  }
-  FUSEDRNN_DEVICE void normalise_group(const Row* rows, int n, int group) const {
-    normalise(rows, n, record.recurrent(0), recurrent_slots(group),
-              Shape::most_groups + group);
-  }
-  // Slots of those that stand from `part` of a record on as if it began with slot 0.
-  FUSEDRNN_LONG void normalise(const Row* rows, int n, index part, Range of_slots,
-                               int group) const {
-    Moments of[E::most_rows];
-    moments(
-        n, of_slots, size(of_slots),
-        [&](int r, int k, index u) { return e.load(rows[r].record + part + k * P, u); },
-        of);
-    e.once([&] {
-      for (int r = 0; r < count(n); ++r) {
-        rows[r].record[record.scale() + group] = of[r].scale;
-      }
-    });
-    for (int r = 0; r < count(n); ++r) {
-      e.each(e.all(H), [&](index u) {
-        for (index k = of_slots.begin; k < of_slots.end; ++k) {
-          S* const at = rows[r].record + part + k * P;
-          e.store(of[r].normal(e.load(at, u)), at, u);
-        }
-      });
-    }
-  }
-  FUSEDRNN_DEVICE V scaled_cell(V n, index u) const {
-    return fma(n, vector(vectors.gamma_c, 0, u), vector(vectors.beta_c, 0, u));
-  }
-  FUSEDRNN_DEVICE V gamma_x(int k, index u) const {
-    constexpr Shape blocks = shape;
-    return vector(vectors.gamma_ih, blocks.input[k], u);
-  }
-  FUSEDRNN_DEVICE V gamma_h(int k, index u) const {
-    constexpr Shape blocks = shape;
-    return vector(vectors.gamma_hh, blocks.recurrent[k], u);
-  }
-
   // Pre-activations: sums or, with LayerNorm, from a record.
   FUSEDRNN_DEVICE void read(const Row& row, index u, V (&v)[slots]) const {
     if (model.norm) return read_normalised(row.record, u, v);
     for (int k = 0; k < slots; ++k) {
       v[k] = e.load(row.sums + k * row.sums_apart, u);
       if (!E::bias_is_in) v[k] = v[k] + e.load(bias + k * P, u);
-    }
-  }
-  FUSEDRNN_DEVICE void read_normalised(const S* row, index u, V (&v)[slots]) const {
-    for (int k = 0; k < slots; ++k) {
-      v[k] = e.load(bias + k * P, u);
-      if (k >= first_input) {
-        v[k] = fma(gamma_x(k, u), e.load(row + record.input(k), u), v[k]);
-      }
-      if (k < gates) {
-        v[k] = fma(gamma_h(k, u), e.load(row + record.recurrent(k), u), v[k]);
-      }
     }
   }
   // What a record and a trace keep of them after the cell.
@@ -637,7 +385,7 @@ class RowWise {
       });
     }
     Moments of[E::most_rows];
-    moments_of_scratch(n, of);
+    moments_of(n, [&](int r, index u) { return e.load(e.scratch(r), u); }, of);
     for (int r = 0; r < count(n); ++r) {
       e.each(e.all(H), [&](index u) {
         const V n_c = of[r].normal(e.load(c_at(r), u));
@@ -674,41 +422,6 @@ class RowWise {
         dc = fma(V::broadcast(of[r].scale), d(r, u) - middle - n_c * slope, dc);
         const V squashed = Cell::squash(scaled_cell(n_c, u));
         backward_c(row, at, u, v, c_prev, c, squashed, e.load(dm[r], u), dc, direct, x);
-      });
-    }
-  }
-
-  FUSEDRNN_DEVICE void back_to_recurrent(const BackRow* rows, int n,
-                                         const GradientRow& at, int group) const {
-    back(rows, n, record.recurrent(0), at.recurrent, recurrent_slots(group),
-         Shape::most_groups + group, false);
-  }
-  // Slots of a group, in a record and in a row of gradients from where slot 0 would be.
-  FUSEDRNN_LONG void back(const BackRow* rows, int n, index normal_at, index to_at,
-                          Range of, int group, bool of_input) const {
-    const auto normal = [&](int r, int k, index u) {
-      return e.load(rows[r].record + normal_at + k * P, u);
-    };
-    const auto d = [&](int r, int k, index u) {
-      const V gamma = of_input ? gamma_x(k, u) : gamma_h(k, u);
-      return gamma * e.load(rows[r].da + k * P, u);
-    };
-    S mean[E::most_rows], along[E::most_rows];
-    sums(n, of, d, mean);
-    sums(
-        n, of, [&](int r, int k, index u) { return d(r, k, u) * normal(r, k, u); },
-        along);
-    const S values = size(of);
-    for (int r = 0; r < count(n); ++r) {
-      const V middle = V::broadcast(mean[r] / values);
-      const V slope = V::broadcast(along[r] / values);
-      const V scale = V::broadcast(rows[r].record[record.scale() + group]);
-      e.each(e.all(H), [&](index u) {
-        for (index at = of.begin; at < of.end; ++at) {
-          const int k = static_cast<int>(at);
-          const V back = scale * (d(r, k, u) - middle - normal(r, k, u) * slope);
-          e.put(exists(k) ? back : V::broadcast(0), rows[r].da + to_at + k * P, u, H);
-        }
       });
     }
   }

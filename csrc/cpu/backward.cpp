@@ -11,9 +11,7 @@
 #include <cstring>
 #include <tuple>
 
-#include "arena.h"
-#include "recompute.h"
-#include "weight_gradients.h"
+#include "scratch.h"
 
 namespace fusedrnn {
 
@@ -22,91 +20,11 @@ namespace {
 constexpr unsigned bit(int role) { return 1u << role; }
 
 class BackwardPass {
-  // Scratch memory, of a thread and of all.
-  struct Scratch : Arena {
-    index *own_schedule, *schedule;
-    char* of_rows;  // what LayerNorm keeps of some whole rows
-    char* zeros;    // (P)
-    char* bounds;
-    char* vectors;  // padded
-    char* zoneout;
-    char **h, **c, **seen;  // the rows' states before a step, (B) each
-    bool *cut, *cut_after;  // (B)
-    char **from, **to;      // rows of a stretch
-    char** again;           // lists of rows of a stretch that are computed again
-    char *nowhere, *operands;
-    char* waiting;  // sums that wait for the next piece; or columns of da
-    char* da;       // (ring, B) rows of gradients
-    char* dc;       // (B, P)
-    char* direct;   // (B, P) dh that reaches the step before past the matmul
-    char* c0;       // (B, P)
-    char* dbias;
-    char* right;
-    // With options
-    char* mask;   // (B, P) of the h' that R sees
-    char* shown;  // (stretch, B, P) h' as R sees it
-    char* dh;     // (B, P)
-    char* dm;     // (B, P) what a second product is of, or comes to
-    char* sums;
-    char* records;  // (stretch + 1, B) computed again
-
-    Scratch(const Layout& l, const Backward& p, char* memory, int rank, int threads)
-        : Arena(memory) {
-      const index row = l.padded_bytes(), all = p.B * row, steps = stretch(l, p);
-      const bool by_rows =
-          Blocks::cuts_rows(l, p, l.dense_panels(p.R), l.back_tile(), threads);
-      const bool has_lists = p.masks.resets || (p.masks.lengths && p.reverse);
-      const bool has_cuts = p.masks.resets || p.options.bptt;
-      const bool is_again = computes_again(l, p);
-      own_schedule = of_thread<index>(Schedule::size(p, p.masks), rank, threads);
-      schedule = of_thread<index>(Schedule::size(p, p.masks), rank, threads);
-      of_rows = of_thread(l.model.norm ? rows_at_once(l) * (2 + l.shape.slots) * row : 0,
-                          rank, threads);
-      zeros = of_thread(row, rank, threads);
-      bounds = of_thread(l.bytes(4), rank, threads);
-      vectors = of_thread(padded_vectors_bytes(l, p.vectors), rank, threads);
-      zoneout =
-          of_thread(Zoneout::bytes(l, p.options, p.has_options, p.B, threads, by_rows),
-                    rank, threads);
-      h = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
-      c = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
-      seen = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
-      cut = of_thread<bool>(has_cuts ? p.B : 0, rank, threads);
-      cut_after = of_thread<bool>(has_cuts ? p.B : 0, rank, threads);
-      from = of_thread<char*>(p.dx ? steps * p.B : 0, rank, threads);
-      to = of_thread<char*>(p.dx ? steps * p.B : 0, rank, threads);
-      this->again = of_thread<char*>(is_again ? RecomputedRows::lists * steps * p.B : 0,
-                                     rank, threads);
-      nowhere = of_thread(is_again ? row : 0, rank, threads);
-      const index wide = p.I > p.H ? p.I : p.H;
-      operands = of_thread(is_again ? l.operand_bytes(wide, p.R) : 0, rank, threads);
-      const index of_waiting =
-          l.bytes((most_rows_waiting + l.back_tile()) * l.dense_units());
-      const index of_left = WeightGradients::left_bytes(l);
-      waiting = of_thread(of_waiting > of_left ? of_waiting : of_left, rank, threads);
-      const GradientRow gradient(l.shape, p.model, p.vectors.weight_ch != nullptr, l.P,
-                                 round_up(p.R, l.lanes));
-      da = take((steps + 1) * p.B * l.row_bytes(gradient.values));
-      dc = take(all);
-      direct = take(all);
-      c0 = take(all);
-      dbias = take(l.shape.slots * row);
-      const index depth = steps * p.B < gradient_depth ? steps * p.B : gradient_depth;
-      right = take(WeightGradients::right_bytes(l, depth));
-      mask = take(drops(p.options) ? all : 0);
-      shown = take(drops(p.options) ? steps * all : 0);
-      dh = take(p.has_options ? all : 0);
-      dm = take(l.has_second() ? all : 0);
-      sums = take(p.has_options ? WeightGradients::vectors(l) * row : 0);
-      records = take(is_again ? (steps + 1) * p.B * l.record_bytes() : 0);
-    }
-  };
-
   const Layout& l_;
   const Backward& p_;
   const Team& team_;
   const index stretch_, ring_, record_;
-  const Scratch memory_;
+  const BackwardScratch memory_;
   const Blocks own_;
   const Schedule all_;
   const Zoneout zoneout_;
@@ -118,22 +36,11 @@ class BackwardPass {
   const WeightGradients weights_;
 
  public:
-  static index stretch(const Layout& l, const Backward& p) {
-    constexpr index cache = 512 * 1024, enough_rows = 256;
-    const index cached_rows = cache / (l.shape.slots * l.padded_bytes());
-    const index rows = cached_rows > enough_rows ? cached_rows : enough_rows;
-    const index steps = rows / p.B > 1 ? rows / p.B : 1;
-    return steps < p.T ? steps : p.T;
-  }
-  static index workspace(const Layout& l, const Backward& p, int threads) {
-    return Scratch(l, p, nullptr, 0, threads).used();
-  }
-
   BackwardPass(const Layout& l, const Backward& p, char* workspace, const Team& team)
       : l_(l),
         p_(p),
         team_(team),
-        stretch_(stretch(l, p)),
+        stretch_(BackwardScratch::stretch(l, p)),
         ring_(stretch_ + 1),
         record_(l.record_bytes()),
         memory_(l, p, workspace, team.rank, team.count),
@@ -173,9 +80,6 @@ class BackwardPass {
   }
 
  private:
-  static bool computes_again(const Layout& l, const Backward& p) {
-    return !p.saved && saves_slots(l.shape.saves, p.options);
-  }
   bool has_record() const { return saves_slots(l_.shape.saves, p_.options); }
 
   char* da(index s) const { return memory_.da + s % ring_ * p_.B * da_row_; }
@@ -350,7 +254,7 @@ class BackwardPass {
 
   // What the rows of a stretch need that was not saved.
   void prepare(index begin, index end) {
-    const bool again = computes_again(l_, p_);
+    const bool again = BackwardScratch::computes_again(l_, p_);
     if (!drops(p_.options) && !again) return;
     const Range own = team_.share(all_.count(begin, end));
     Schedule::Entry next = all_.entry(begin, own.begin);
@@ -537,7 +441,7 @@ class BackwardPass {
 }  // namespace
 
 index backward_workspace(const Layout& layout, const Backward& p, int threads) {
-  return BackwardPass::workspace(layout, p, threads);
+  return BackwardScratch(layout, p, nullptr, 0, threads).used();
 }
 
 void backward(const Layout& layout, const Backward& p, char* workspace,

@@ -15,8 +15,7 @@
 #include <cstring>
 #include <optional>
 
-#include "arena.h"
-#include "layout.h"
+#include "scratch.h"
 
 namespace fusedrnn {
 
@@ -25,59 +24,13 @@ namespace {
 constexpr unsigned bit(int role) { return 1u << role; }
 
 class ForwardPass {
-  // Scratch memory, of a thread and of all.
-  struct Scratch : Arena {
-    index* schedule;
-    char* of_rows;  // what LayerNorm keeps of some whole rows
-    char* zeros;    // (P)
-    char* bounds;
-    char* vectors;  // padded
-    char* zoneout;
-    char* operands;         // of a product that does not read rows where they lie
-    char **h, **c, **seen;  // the rows' states before a step, (B) each
-    char **x, **to;         // rows of a stretch
-    char* c0;               // (B, P)
-    char* mask;             // (B, P) of the h' that R sees
-    char* shown;            // (3, B, P) h0, and h of even and odd steps, as R sees them
-    char* operand;          // (B, P) of the second product
-    char* records;          // where they are not saved
-
-    Scratch(const Layout& l, const Forward& p, char* memory, int rank, int threads)
-        : Arena(memory) {
-      const index row = l.padded_bytes(), all = p.B * row, steps = stretch(l, p);
-      const bool by_rows = Blocks::cuts_rows(l, p, l.panels(), l.tile_rows(), threads);
-      const bool has_lists = p.masks.resets || (p.masks.lengths && p.reverse);
-      const index in_stretch = fuses(l, p, steps) ? 0 : steps * p.B;
-      schedule = of_thread<index>(Schedule::size(p, p.masks), rank, threads);
-      of_rows = of_thread(l.model.norm ? rows_at_once(l) * (2 + l.shape.slots) * row : 0,
-                          rank, threads);
-      zeros = of_thread(row, rank, threads);
-      bounds = of_thread(l.bytes(4), rank, threads);
-      vectors = of_thread(padded_vectors_bytes(l, p.vectors), rank, threads);
-      zoneout =
-          of_thread(Zoneout::bytes(l, p.options, p.has_options, p.B, threads, by_rows),
-                    rank, threads);
-      operands = of_thread(l.operand_bytes(p.I > p.H ? p.I : p.H, p.R), rank, threads);
-      h = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
-      c = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
-      seen = of_thread<char*>(has_lists ? p.B : 0, rank, threads);
-      x = of_thread<char*>(in_stretch, rank, threads);
-      to = of_thread<char*>(in_stretch, rank, threads);
-      c0 = take(l.shape.has_c ? all : 0);
-      mask = take(drops(p.options) ? all : 0);
-      shown = take(drops(p.options) ? 3 * all : 0);
-      operand = take(l.has_second() ? all : 0);
-      records = take(records_are_saved(l, p) ? 0 : steps * p.B * l.record_bytes());
-    }
-  };
-
   const Layout& l_;
   const Forward& p_;
   const Team& team_;
   const index stretch_;
   const bool saves_, fused_;
   const index record_, ring_;  // bytes of a record, steps in the ring
-  const Scratch memory_;
+  const ForwardScratch memory_;
   char* const records_;
   const Blocks own_;
   const Zoneout zoneout_;
@@ -88,35 +41,13 @@ class ForwardPass {
   std::optional<Block> inputs_, second_;
 
  public:
-  // Steps per stretch: one, with W·x fused into the step, if its panels are read anew for
-  // rows enough to pay for it; else as many as have their records in the second-level
-  // cache, but so many rows that W·x runs at the speed of a matmul.
-  static index stretch(const Layout& l, const Forward& p) {
-    constexpr index cache = 256 * 1024, enough_rows = 96, bytes_per_row = 16 * 1024;
-    if (l.panels() * l.panel_bytes(p.I) <= bytes_per_row * p.B) return 1;
-    const Record plain(l.shape, false, l.P);
-    const index cached_rows = cache / l.row_bytes(plain.values());
-    const index rows = cached_rows > enough_rows ? cached_rows : enough_rows;
-    const index steps = rows / p.B > 1 ? rows / p.B : 1;
-    return steps < p.T ? steps : p.T;
-  }
-  static bool fuses(const Layout& l, const Forward&, index steps) {
-    return steps == 1 && !l.model.norm;
-  }
-  static bool records_are_saved(const Layout& l, const Forward& p) {
-    return p.saved && saves_slots(l.shape.saves, p.options);
-  }
-  static index workspace(const Layout& l, const Forward& p, int threads) {
-    return Scratch(l, p, nullptr, 0, threads).used();
-  }
-
   ForwardPass(const Layout& l, const Forward& p, char* workspace, const Team& team)
       : l_(l),
         p_(p),
         team_(team),
-        stretch_(stretch(l, p)),
-        saves_(records_are_saved(l, p)),
-        fused_(fuses(l, p, stretch_)),
+        stretch_(ForwardScratch::stretch(l, p)),
+        saves_(ForwardScratch::saves(l, p)),
+        fused_(ForwardScratch::fuses(l, stretch_)),
         record_(l.record_bytes()),
         ring_(saves_ ? p.T : stretch_),
         memory_(l, p, workspace, team.rank, team.count),
@@ -397,7 +328,7 @@ class ForwardPass {
 }  // namespace
 
 index forward_workspace(const Layout& layout, const Forward& p, int threads) {
-  return ForwardPass::workspace(layout, p, threads);
+  return ForwardScratch(layout, p, nullptr, 0, threads).used();
 }
 
 void forward(const Layout& layout, const Forward& p, char* workspace, const Team& team) {
@@ -405,10 +336,10 @@ void forward(const Layout& layout, const Forward& p, char* workspace, const Team
 }
 
 ForwardPlan plan(const Layout& l, const Forward& p, int threads) {
-  const index steps = ForwardPass::stretch(l, p);
+  const index steps = ForwardScratch::stretch(l, p);
   return {threads,
           Blocks::cuts_rows(l, p, l.panels(), l.tile_rows(), threads),
-          ForwardPass::fuses(l, p, steps),
+          ForwardScratch::fuses(l, steps),
           steps,
           l.tile_rows(),
           l.panel_units,
