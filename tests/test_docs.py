@@ -103,6 +103,17 @@ def test_pictures_are_as_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(list(tmp_path.iterdir())) == len(draws)
 
 
+def test_the_cell_of_a_page_is_the_one_that_is_tested() -> None:
+    """docs/extending.md shows code that tests/extending.sh builds."""
+    page = (DOCS / "extending.md").read_text("utf-8").partition("## An option")[0]
+    files = [p.read_text("utf-8") for p in (ROOT / "tests" / "extending").iterdir()]
+    blocks = re.findall(r"^```(?:py|cpp)\n(.*?)^```", page, re.S | re.M)
+    parts = [part for block in blocks for part in block.split("\n\n\n")]
+    assert len(parts) == 3
+    for part in parts:
+        assert any(part in text for text in files), part
+
+
 # Messages
 
 X = np.zeros((10, 4, 8), np.float32)

@@ -1,6 +1,5 @@
 // The list of cells, for both backends. To add one: its header, and its name here.
-// cuda/CMakeLists.txt reads the names of AllCells, which stand on one line, and compiles
-// cuda/cell.cu once for each.
+// cuda/CMakeLists.txt reads the names of AllCells and compiles cuda/cell.cu once for each.
 #pragma once
 
 #include "gru.h"

@@ -87,6 +87,8 @@ struct Shape {
 
   FUSEDRNN_SHARED constexpr int first_input() const { return slots - gates; }
   FUSEDRNN_SHARED constexpr bool has_second() const { return differs.second >= 0; }
+  // Vectors of a gate's units in a panel of packed weights, on the CPU.
+  FUSEDRNN_SHARED constexpr int unit_vectors() const { return gates == 1 ? 2 : 1; }
 };
 
 template <class Cell>

@@ -47,7 +47,7 @@ struct Layout {
         H(m.H),
         R(m.R),
         P(round_up(m.H, lanes)),
-        unit_vectors(shape.gates == 1 ? 2 : 1),
+        unit_vectors(shape.unit_vectors()),
         width(shape.gates * unit_vectors),
         sums(shape.slots * unit_vectors),
         panel_units(unit_vectors * lanes),

@@ -1,7 +1,8 @@
 """The cells that the kernels know, one row each.
 
-To add a cell: its definition in `reference.py`, a row here, a header in `csrc/cells/` and
-its name in `csrc/cells/all.h`. Tests and benchmarks iterate over `CELLS`.
+To add a cell that `rnn` runs: its definition and its row of `RNN` in `reference.py`, from
+which its row here is made; a header in `csrc/cells/`; its include and its name in
+`csrc/cells/all.h`. Tests and benchmarks iterate over `CELLS`.
 """
 
 from __future__ import annotations

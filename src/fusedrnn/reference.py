@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 State = tuple[Array, ...]
-Nonlinearity = Literal["tanh", "relu", "identity"]
+Nonlinearity = Literal["tanh", "relu", "identity"]  # the rows of RNN
 Gradients = dict[str, Array]
 
 EPSILON = 1e-5  # of LayerNorm
@@ -285,11 +285,14 @@ class Cell:
     gates: blocks of H rows in the weights, one letter each.
     states: names of the states it carries.
     step: (x, h' as R sees it, state, parameters, options) -> Step.
+    jumps: whether a gate's slope jumps, as that of relu does. The gradients of a gate that is
+        near the jump may then differ by more than its rounding.
     """
 
     gates: str
     states: tuple[str, ...]
     step: Callable[[Array, Array, State, Parameters, Options], Step]
+    jumps: bool = False
 
 
 def _lstm(coupled: bool) -> Callable[[Array, Array, State, Parameters, Options], Step]:
@@ -422,6 +425,7 @@ RNN: dict[str, Cell] = {
             lambda a: _module(a).where(a.real <= 0, _module(a).zeros_like(a), a),
             lambda h: (h.real > 0).astype(h.dtype),
         ),
+        jumps=True,
     ),
     "identity": Cell("h", ("h",), _rnn(lambda a: a, np.ones_like)),
 }

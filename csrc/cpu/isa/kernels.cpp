@@ -43,28 +43,46 @@ constexpr CellTable cells = [] {
   return table;
 }();
 
-// One for each shape of panel that the cells have, besides those of one matrix.
-constexpr PanelProduct panels[] = {
-    panel_product<V, 4, 4>(),
-    panel_product<V, 3, 4>(),
-    panel_product<V, 2, 2>(),
-    panel_product<V, 1, 1>(),
+// One for each shape of panel: of one matrix, two vectors or a last one of one, and those
+// of the cells.
+struct PanelShape {
+  int width, sums;
+};
+struct PanelShapes {
+  PanelShape at[variants + 2] = {{2, 2}, {1, 1}};
+  int count = 2;
+
+  constexpr void add(PanelShape shape) {
+    for (int n = 0; n < count; ++n) {
+      if (at[n].width == shape.width && at[n].sums == shape.sums) return;
+    }
+    at[count++] = shape;
+  }
+};
+constexpr PanelShapes shapes = [] {
+  PanelShapes all;
+  AllCells::each([&]<template <class> class Cell>() {
+    constexpr Shape of = shape_of<Cell<V>>(0);
+    all.add({of.gates * of.unit_vectors(), of.slots * of.unit_vectors()});
+  });
+  return all;
+}();
+
+struct PanelTable {
+  PanelProduct at[shapes.count];
 };
 
-static_assert(
-    [] {
-      for (const CellKernels& cell : cells.at) {
-        const int vectors = cell.shape.gates == 1 ? 2 : 1;
-        bool found = false;
-        for (const PanelProduct& p : panels) {
-          found |= p.width == cell.shape.gates * vectors &&
-                   p.sums == cell.shape.slots * vectors;
-        }
-        if (!found) return false;
-      }
-      return true;
-    }(),
-    "a cell's shape of panel is missing in `panels`");
+template <int n = 0>
+constexpr void add_panels(PanelTable& to) {
+  to.at[n] = panel_product<V, shapes.at[n].width, shapes.at[n].sums>();
+  if constexpr (n + 1 < shapes.count) add_panels<n + 1>(to);
+}
+
+constexpr PanelTable panels = [] {
+  PanelTable table{};
+  add_panels(table);
+  return table;
+}();
 
 void run(const Block& block) { BlockRun<S>(block).run(); }
 void walk(const Block& block, int rows_at_once) { BlockRun<S>(block).walk(rows_at_once); }
@@ -102,7 +120,7 @@ constinit const Kernels FUSEDRNN_TABLE(FUSEDRNN_ELEMENT){
     sizeof(S),
     V::lanes,
     gradient_tile<S>,
-    {sizeof(S) == 4 ? "float32" : "float64", panels, panel_bytes<S>, pack_panels<S>,
+    {sizeof(S) == 4 ? "float32" : "float64", panels.at, panel_bytes<S>, pack_panels<S>,
      nullptr, nullptr, nullptr, nullptr},
     cells.at,
     run,
