@@ -1,5 +1,6 @@
 // The list of cells, for both backends. To add one: its header, and its name here.
-// cuda/CMakeLists.txt reads the names of AllCells and compiles cuda/cell.cu once for each.
+// cuda/CMakeLists.txt reads the names of AllCells and compiles cuda/cell.cu once for
+// each.
 #pragma once
 
 #include "gru.h"
