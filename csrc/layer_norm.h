@@ -62,7 +62,10 @@ class NormalisedRows {
   using S = typename E::S;
   static constexpr int gates = Cell::gates, slots = Cell::slots;
   static constexpr int first_input = slots - gates;
-  static constexpr Shape shape = shape_of<Cell>(0);
+  FUSEDRNN_DEVICE static constexpr Shape shape() {
+    constexpr Shape of_cell = shape_of<Cell>(0);
+    return of_cell;
+  }
   static constexpr int input_groups = Groups(Cell::input_group, first_input).count;
   static constexpr int recurrent_groups = Groups(Cell::recurrent_group, 0).count;
 
@@ -87,7 +90,7 @@ class NormalisedRows {
         R(p.model.R),
         P(padded),
         variant(variant_of(p.model.variant)),
-        record(shape, p.model.norm, padded),
+        record(shape(), p.model.norm, padded),
         bias(packed_bias),
         e(walk) {}
 
@@ -269,11 +272,11 @@ class NormalisedRows {
     return fma(n, vector(vectors.gamma_c, 0, u), vector(vectors.beta_c, 0, u));
   }
   FUSEDRNN_DEVICE V gamma_x(int k, index u) const {
-    constexpr Shape blocks = shape;
+    constexpr Shape blocks = shape_of<Cell>(0);
     return vector(vectors.gamma_ih, blocks.input[k], u);
   }
   FUSEDRNN_DEVICE V gamma_h(int k, index u) const {
-    constexpr Shape blocks = shape;
+    constexpr Shape blocks = shape_of<Cell>(0);
     return vector(vectors.gamma_hh, blocks.recurrent[k], u);
   }
 

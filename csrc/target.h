@@ -17,11 +17,15 @@
 
 // Marks a small function outside of an instruction set's namespace that its code may
 // call: a copy of its own in each instruction set's object would be a weak symbol, of
-// which the linker keeps one for every machine.
+// which the linker keeps one for every machine. FUSEDRNN_CONSTANT is for functions of
+// which a GPU knows only what the compiler computes: they read a cell's arrays, which it
+// lacks.
 #ifdef __CUDACC__
 #define FUSEDRNN_SHARED __host__ __device__ __forceinline__
+#define FUSEDRNN_CONSTANT
 #else
 #define FUSEDRNN_SHARED [[gnu::always_inline]] inline
+#define FUSEDRNN_CONSTANT FUSEDRNN_SHARED
 #endif
 
 namespace fusedrnn {

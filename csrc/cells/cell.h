@@ -92,7 +92,7 @@ struct Shape {
 };
 
 template <class Cell>
-FUSEDRNN_SHARED constexpr Shape shape_of(int variant) {
+FUSEDRNN_CONSTANT constexpr Shape shape_of(int variant) {
   Shape s{};
   s.gates = Cell::gates;
   s.slots = Cell::slots;
@@ -119,7 +119,7 @@ struct Groups {
   Range slots[Shape::most_groups]{};
 
   template <int gates>
-  FUSEDRNN_SHARED constexpr Groups(const int (&group)[gates], int first) {
+  FUSEDRNN_CONSTANT constexpr Groups(const int (&group)[gates], int first) {
     for (int k = 0; k < gates; ++k) {
       Range& of = slots[group[k]];
       if (of.end == 0) of.begin = first + k;
