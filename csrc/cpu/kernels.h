@@ -61,12 +61,10 @@ struct Tile {
 
 // What stays the same during a call.
 struct Call {
-  Shape shape;
   Model model;
   Options options;
   Vectors<const char> vectors;  // their blocks padded to P elements
   index P;                      // elements of a padded row of units
-  index bias_stride;            // elements from a slot of the bias to the next
   const char* bias;             // (slots, P)
   const char* bounds;           // of clip: 4 elements
   bool saves;                   // keep the slots for backward
@@ -125,14 +123,16 @@ struct TermAt {
   const float* scale;  // of the tile's rows
 };
 
-// A product over panels of `width` vectors for each k that go into `sums` vectors of a
-// tile. One tile: to[row][panel][sum] = start + the terms.
+// Where the sums of a tile start.
 struct StartAt {
   const char* const* rows;  // of each row, `offset` bytes before its start
   index offset;
   index slot, panel;  // elements from one vector of a panel to the next, and from panel
                       // to panel
 };
+
+// A product over panels of `width` vectors for each k that go into `sums` vectors of a
+// tile. One tile: to[row][panel][sum] = start + the terms.
 struct PanelProduct {
   using Multiply = void (*)(void* to, const StartAt& start, const TermAt* terms,
                             int count);

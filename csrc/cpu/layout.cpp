@@ -127,7 +127,6 @@ Vectors<const char> pad_vectors(const Layout& l, const Vectors<const char>& v, c
 Call call_of(const Layout& layout, const ForwardOf<char>& p, const char* bias,
              const char* bounds) {
   Call call{};
-  call.shape = layout.shape;
   call.model = p.model;
   call.options = p.options;
   call.vectors = p.vectors;
