@@ -16,23 +16,9 @@
 #include "../csrc/pointwise.h"
 #include "kernels.h"
 #include "launches.h"
-#include "recurrence.h"
-#include "rows.h"
+#include "products.h"
 
 namespace fusedrnn::cuda {
-
-inline Element element_of(Precision precision) {
-  switch (precision) {
-    case Precision::float64:
-      return Element::float64;
-    case Precision::bfloat16:
-      return Element::bfloat16;
-    case Precision::float16:
-      return Element::float16;
-    default:
-      return Element::float32;
-  }
-}
 
 template <template <class> class CellOf, class P>
 class Layer {
@@ -76,8 +62,8 @@ class Layer {
     const index H = call.H;
     Carver carver(call.packed);
     if (!call.backward) {
-      pack_bias(call.precision, call.bias_ih, call.bias_hh, carver.take<A>(slots * H), H,
-                call.device, call.stream);
+      pack_bias<Cell, Stored>(call.precision, call.bias_ih, call.bias_hh,
+                              carver.take<A>(slots * H), H, call.device, call.stream);
     }
     const index quads = packed_quads(H, call.backward);
     PackWeights<P> weights{
@@ -119,13 +105,8 @@ class Layer {
     prepare(call, plan, room, static_cast<const A*>(call.h0),
             static_cast<const A*>(call.c0), static_cast<A*>(call.h_n),
             static_cast<A*>(call.c_n), true);
-    const S* x = static_cast<const S*>(call.x);
-    index x_b = row_stride(call);
-    if (room.x) {
-      gather_x(call, room.x, {});
-      x = room.x;
-      x_b = call.I;
-    }
+    const Matrix x = matrix_of_x<Stored>(call, element_of(call.precision), room.x, {});
+    const auto products = products_of(call, room);
     Carver weights(const_cast<void*>(call.packed));
     const A* const bias = weights.take<A>(slots * call.H);
     const Quad* const quads = weights.take<Quad>(0);
@@ -140,12 +121,11 @@ class Layer {
       const index end = begin + room.stretch < call.T ? begin + room.stretch : call.T;
       const index earliest = earliest_time(call, begin, end);
       const index rows = (end - begin) * call.B, width = gates * call.H;
-      const Element element = element_of(call.precision);
-      constexpr Element sums = state_element<A>;
-      matmul({x + earliest * call.B * x_b, element, rows, call.I, x_b, false},
-             {call.weight_ih, element, width, call.I, call.I, true},
-             {room.a_x, sums, rows, width, width, false}, false, tf32, room.matmul,
-             call.stream);
+      Matrix some = x;
+      some.data = static_cast<const S*>(x.data) + earliest * call.B * x.stride;
+      some.rows = rows;
+      products.multiply_inputs(some,
+                               {room.a_x, state_element<A>, rows, width, width, false});
       with_instance(plan, [&]<int tiles, bool resident>() {
         launch_turns(call, plan, begin, end, [&](index from, index to) {
           Forwards<tiles, resident> p{};
@@ -178,15 +158,7 @@ class Layer {
   static void backward(const BackwardCall& call) {
     const OnDevice current(call.device);
     if (call.T == 0 || call.B == 0) {
-      const index width = gates * call.H * index{sizeof(S)};
-      clear(call.dweight_ih, width * call.I, call.stream);
-      clear(call.dweight_hh, width * call.H, call.stream);
-      clear(call.dbias_ih, width, call.stream);
-      clear(call.dbias_hh, width, call.stream);
-      if (call.dvectors.weight_ch) {
-        const index bytes = Cell::peephole_count * call.H * index{sizeof(A)};
-        clear(call.dvectors.weight_ch, bytes, call.stream);
-      }
+      clear_gradients<Cell, S, A>(call);
       if (call.B == 0) return;
     }
     const Plan plan = choose(call, call.device, true);
@@ -197,7 +169,7 @@ class Layer {
     prepare(call, plan, room, static_cast<const A*>(call.dh_n),
             static_cast<const A*>(call.dc_n), dh, dc, false);
     if (call.T == 0) return;
-    const index H = call.H, I = call.I, rows = call.T * call.B;
+    const index H = call.H, rows = call.T * call.B;
 
     const auto previous = [&](const A* mask) {
       const Previous<Stored> kernel{call,
@@ -214,21 +186,14 @@ class Layer {
     // Products see it masked, what passes them by does not.
     const bool differs = Cell::has_direct && room.drawn.mask;
     if (!differs || room.saved) previous(room.drawn.mask);
-    const S* x = static_cast<const S*>(call.x);
-    index x_b = row_stride(call);
-    if (room.x) {
-      gather_x(call, room.x, room.drawn.masks(call));
-      x = room.x;
-      x_b = I;
-    }
-    const auto matrix = [&](const void* data, index height, index width, index stride,
-                            bool transposed = false) {
-      return Matrix{data, element_of(call.precision), height, width, stride, transposed};
-    };
+    const Element element = element_of(call.precision);
+    const Matrix x = matrix_of_x<Stored>(call, element, room.x, room.drawn.masks(call));
+    const auto products = products_of(call, room);
+    const Matrix h_prev{room.h_prev, element, rows, H, H, false};
     Carver saving(call.saved ? call.saved : room.saved);
     const Saved saved(call, saving);
     if (room.saved) {
-      compute_again(call, room, matrix(x, rows, I, x_b), saved);
+      compute_again(call, room, products, x, h_prev, saved);
     }
     if (differs) previous(nullptr);
     if (room.dweight_ch) {
@@ -263,23 +228,12 @@ class Layer {
     });
     if (differs) previous(room.drawn.mask);
 
-    const auto multiply = [&](const Matrix& left, const Matrix& right, const Matrix& to,
-                              bool adds = false) {
-      if (to.data) matmul(left, right, to, adds, tf32, room.matmul, call.stream);
-    };
     const index da_stride = slots * H;
-    const S* const of_input = room.da + first_input * H;
-    multiply(matrix(of_input, rows, gates * H, da_stride),
-             matrix(call.weight_ih, gates * H, I, I), matrix(call.dx, rows, I, call.dx_b),
-             call.adds_dx);
-    multiply(matrix(of_input, rows, gates * H, da_stride, true), matrix(x, rows, I, x_b),
-             matrix(call.dweight_ih, gates * H, I, I));
-    each_recurrent_block<Cell>(0, [&](int slot, int block, int count) {
-      S* const all = static_cast<S*>(call.dweight_hh);
-      S* const to = all ? all + block * H * H : nullptr;
-      multiply(matrix(room.da + slot * H, rows, count * H, da_stride, true),
-               matrix(room.h_prev, rows, H, H), matrix(to, count * H, H, H));
-    });
+    products.write_gradients(
+        call, {room.da + first_input * H, element, rows, gates * H, da_stride, false}, x,
+        h_prev, [&](int slot, int count) {
+          return Matrix{room.da + slot * H, element, rows, count * H, da_stride, true};
+        });
     BiasGradients<Stored> bias{Stored::of(call.precision),
                                room.da,
                                rows,
@@ -289,7 +243,7 @@ class Layer {
                                {},
                                static_cast<S*>(call.dbias_ih),
                                static_cast<S*>(call.dbias_hh)};
-    blocks_of_slots(bias.input_block, bias.recurrent_block);
+    blocks_of_slots<Cell>(bias.input_block, bias.recurrent_block);
     if (bias.dbias_ih || bias.dbias_hh) launch_columns(bias, call.stream);
     if constexpr (Cell::peephole_count > 0) {
       if (!room.dweight_ch || !call.dvectors.weight_ch) return;
@@ -426,24 +380,17 @@ class Layer {
 
   // The slots, of h' as the product saw it.
   static void compute_again(const BackwardCall& call, const BackwardRoom& room,
-                            const Matrix& x, const Saved& saved) {
+                            const LayerProducts<Cell, S>& products, const Matrix& x,
+                            const Matrix& h_prev, const Saved& saved) {
     const index H = call.H, rows = call.T * call.B;
-    const Element element = element_of(call.precision);
     constexpr Element sums = state_element<A>;
-    const auto multiply = [&](const Matrix& from, const void* weight, index block,
-                              index count, index columns, index slot, bool adds) {
-      const S* const blocks = static_cast<const S*>(weight) + block * H * columns;
-      matmul(from, {blocks, element, count * H, columns, columns, true},
-             {room.sums + slot * H, sums, rows, count * H, slots * H, false}, adds, tf32,
-             room.matmul, call.stream);
+    const auto to = [&](int slot, int count) {
+      return Matrix{room.sums + slot * H, sums, rows, count * H, slots * H, false};
     };
-    multiply(x, call.weight_ih, 0, gates, call.I, first_input, false);
-    const Matrix h_prev{room.h_prev, element, rows, H, H, false};
-    each_recurrent_block<Cell>(0, [&](int slot, int block, int count) {
-      multiply(h_prev, call.weight_hh, block, count, H, slot, slot >= first_input);
-    });
-    pack_bias(call.precision, call.bias_ih, call.bias_hh, room.bias, H, call.device,
-              call.stream);
+    products.multiply_inputs(x, to(first_input, gates));
+    products.multiply_recurrent(h_prev, to, [](int slot) { return slot >= first_input; });
+    pack_bias<Cell, Stored>(call.precision, call.bias_ih, call.bias_hh, room.bias, H,
+                            call.device, call.stream);
     const SlotsAgain<CellOf, A> again{
         call,      units_of(call, room),  room.drawn.masks(call),
         room.bias, cells_of(call, saved), room.sums};
@@ -451,43 +398,13 @@ class Layer {
     if constexpr (sizeof(S) != sizeof(A)) {
       const index width = slots * H, step = call.B * width;
       convert({room.sums, step, width, saved.slots, step, width, call.T, call.B, width,
-               sums, element},
+               sums, element_of(call.precision)},
               call.device, call.stream);
     }
   }
 
-  static void pack_bias(Precision precision, const void* bias_ih, const void* bias_hh,
-                        A* to, index H, int device, Stream stream) {
-    PackBias<Stored> bias{Stored::of(precision),
-                          static_cast<const S*>(bias_ih),
-                          static_cast<const S*>(bias_hh),
-                          to,
-                          H,
-                          slots,
-                          {},
-                          {}};
-    blocks_of_slots(bias.input_block, bias.recurrent_block);
-    launch_each(bias, slots * H, device, stream);
-  }
-
-  static void blocks_of_slots(int (&input)[4], int (&recurrent)[4]) {
-    constexpr Shape blocks = fusedrnn::shape_of<Cell>(0);
-    for (int k = 0; k < slots; ++k) {
-      input[k] = blocks.input[k];
-      recurrent[k] = blocks.recurrent[k];
-    }
-  }
-
-  static void gather_x(const Call& call, S* to, const Masks& masks) {
-    const GatherRows<Stored> gather{static_cast<const S*>(call.x),
-                                    call.x_t,
-                                    call.x_b,
-                                    to,
-                                    call.T,
-                                    call.B,
-                                    call.I,
-                                    masks};
-    launch_each(gather, call.T * call.B * call.I, call.device, call.stream);
+  static LayerProducts<Cell, S> products_of(const Call& call, const Room& room) {
+    return {call, element_of(call.precision), room.matmul, 0};
   }
 
   static void prepare(const Call& call, const Plan& plan, const Room& room, const A* from,

@@ -18,8 +18,7 @@
 #include "../csrc/random.h"
 #include "kernels.h"
 #include "launches.h"
-#include "recurrence.h"
-#include "rows.h"
+#include "products.h"
 
 namespace fusedrnn::cuda {
 
@@ -142,28 +141,15 @@ struct RowKernel : Sizes {
   }
 };
 
-// bias, and the state and what R sees of it before the first step.
+// The state and what R sees of it before the first step.
 template <template <class> class CellOf, class A>
 struct RowStart : RowKernel<CellOf, A> {
   using Base = RowKernel<CellOf, A>;
   using Base::B, Base::H, Base::R, Base::T, Base::mask, Base::masks, Base::model;
-  using Base::slots;
-  const A *bias_ih, *bias_hh;
-  A *bias_to, *zeros_to;
+  A* zeros_to;
   A *h, *c, *seen;  // null in backward
 
   FUSEDRNN_DEVICE void operator()() const {
-    constexpr Shape blocks = fusedrnn::shape_of<typename Base::Cell>(0);
-    for_each(slots * H, [&](index i) {
-      const int k = static_cast<int>(i / H);
-      const index u = i % H;
-      A sum = 0;
-      if (bias_ih && blocks.input[k] >= 0) sum += bias_ih[blocks.input[k] * H + u];
-      if (bias_hh && blocks.recurrent[k] >= 0) {
-        sum += bias_hh[blocks.recurrent[k] * H + u];
-      }
-      bias_to[i] = sum;
-    });
     for_each(H > R ? H : R, [&](index i) { zeros_to[i] = 0; });
     for_each(B * R, [&](index i) {
       const index b = i / R;
@@ -555,19 +541,9 @@ class RowLayer {
 
   static void backward(const BackwardOf<A>& call) {
     const OnDevice current(call.device);
-    const index T = call.T, B = call.B, I = call.I, H = call.H, R = call.R, all = T * B;
+    const index T = call.T, B = call.B, H = call.H, R = call.R, all = T * B;
     if (all == 0) {
-      clear(call.dweight_ih, gates * H * I, call);
-      clear(call.dweight_hh, gates * H * R, call);
-      clear(call.dbias_ih, gates * H, call);
-      clear(call.dbias_hh, gates * H, call);
-      clear(call.dweight_hr, R * H, call);
-      const auto& v = call.dvectors;
-      clear(v.weight_ch, peepholes * H, call);
-      clear(v.gamma_ih, gates * H, call);
-      clear(v.gamma_hh, gates * H, call);
-      clear(v.gamma_c, H, call);
-      clear(v.beta_c, H, call);
+      clear_gradients<Cell, A, A>(call);
     }
     if (B == 0) return;
     if (T == 0) {
@@ -660,9 +636,6 @@ class RowLayer {
     row.values = round_up(row.values, 4);
     return row;
   }
-  static void clear(A* to, index count, const ForwardOf<A>& call) {
-    cuda::clear(to, count * index{sizeof(A)}, call.stream);
-  }
   static void give(const A* from, A* to, index count, const ForwardOf<A>& call) {
     const index bytes = count * index{sizeof(A)};
     if (from) {
@@ -688,11 +661,10 @@ class RowLayer {
   }
   static void start(const ForwardOf<A>& call, const Room& room, A* h, A* c, A* seen) {
     room.drawn.draw(call, Cell::has_c);
+    pack_bias<Cell, Exact<A>>(call.precision, call.bias_ih, call.bias_hh, room.bias,
+                              call.H, call.device, call.stream);
     RowStart<CellOf, A> kernel{};
     fill(kernel, call, room);
-    kernel.bias_ih = call.bias_ih;
-    kernel.bias_hh = call.bias_hh;
-    kernel.bias_to = room.bias;
     kernel.zeros_to = room.zeros;
     kernel.h = h;
     kernel.c = c;
@@ -731,36 +703,31 @@ class RowLayer {
     each_recurrent_block<Cell>(has_second(call.model), f);
   }
 
-  // x as a matrix of rows by time and then by batch.
+  static LayerProducts<Cell, A> products_of(const ForwardOf<A>& call, const Room& room) {
+    return {call, element, room.matmul, has_second(call.model)};
+  }
   static Matrix gather_x(const ForwardOf<A>& call, const Room& room) {
-    const index rows = call.T * call.B;
-    if (!room.x) return {call.x, element, rows, call.I, row_stride(call), false};
-    const Masks masks = room.drawn.masks(call);
-    const GatherRows<Exact<A>> gather{call.x, call.x_t, call.x_b, room.x,
-                                      call.T, call.B,   call.I,   masks};
-    cuda::launch_each(gather, rows * call.I, call.device, call.stream);
-    return {room.x, element, rows, call.I, call.I, false};
+    return matrix_of_x<Exact<A>>(call, element, room.x, room.drawn.masks(call));
   }
   // W x of all times.
   static void multiply_inputs(const ForwardOf<A>& call, const Room& room, const Matrix& x,
                               A* records) {
-    const index stride = record(call.model);
-    const Record at = record_of(call.model);
-    multiply(call, room, x, blocks_of(call.weight_ih, 0, gates, call.H, call.I, true),
-             {records + at.input(first_input), element, x.rows, gates * call.H, stride,
-              false});
+    products_of(call, room)
+        .multiply_inputs(x, {records + record_of(call.model).input(first_input), element,
+                             x.rows, gates * call.H, record(call.model), false});
   }
   // R h' of some rows, added to what is there of W x where that is one sum.
   static void multiply_recurrent(const ForwardOf<A>& call, const Room& room,
                                  const A* seen, index rows, A* records) {
     const Record at = record_of(call.model);
-    each_recurrent(call, [&](int slot, int block, int count) {
-      multiply(call, room, {seen, element, rows, call.R, call.R, false},
-               blocks_of(call.weight_hh, block, count, call.H, call.R, true),
-               {records + at.recurrent(slot), element, rows, count * call.H,
-                record(call.model), false},
-               !call.model.norm && slot >= first_input);
-    });
+    products_of(call, room)
+        .multiply_recurrent(
+            {seen, element, rows, call.R, call.R, false},
+            [&](int slot, int count) {
+              return Matrix{records + at.recurrent(slot), element, rows, count * call.H,
+                            record(call.model),           false};
+            },
+            [&](int slot) { return !call.model.norm && slot >= first_input; });
   }
   // R_n (r h') to the first slot.
   static void multiply_new(const ForwardOf<A>& call, const Room& room, const A* operand,
@@ -810,25 +777,16 @@ class RowLayer {
   static void write_gradients(const BackwardOf<A>& call, const BackwardRoom& room,
                               const Matrix& x, const GradientRow& at) {
     const index gradient = at.values, stride = record(call.model);
-    const index T = call.T, B = call.B, I = call.I, H = call.H, R = call.R, all = T * B;
+    const index T = call.T, B = call.B, H = call.H, R = call.R, all = T * B;
     const auto of = [&](index from, index columns, bool transposed) {
       return Matrix{room.gradients + from, element, all, columns, gradient, transposed};
     };
-    if (call.dx) {
-      multiply(call, room, of(at.input, gates * H, false),
-               blocks_of(call.weight_ih, 0, gates, H, I, false),
-               {call.dx, element, all, I, call.dx_b, false}, call.adds_dx);
-    }
-    if (call.dweight_ih) {
-      multiply(call, room, of(at.input, gates * H, true), x,
-               {call.dweight_ih, element, gates * H, I, I, false});
-    }
-    each_recurrent(call, [&](int slot, int block, int count) {
-      if (!call.dweight_hh) return;
-      multiply(call, room, of(at.recurrent + slot * H, count * H, true),
-               {room.seen, element, all, R, R, false},
-               {call.dweight_hh + block * H * R, element, count * H, R, R, false});
-    });
+    products_of(call, room)
+        .write_gradients(call, of(at.input, gates * H, false), x,
+                         {room.seen, element, all, R, R, false},
+                         [&](int slot, int count) {
+                           return of(at.recurrent + slot * H, count * H, true);
+                         });
     if (has_second(call.model) && call.dweight_hh) {
       multiply(call, room, of(at.recurrent, H, true), of(at.operand, H, false),
                {call.dweight_hh + second_block * H * R, element, H, R, R, false});
