@@ -116,24 +116,24 @@ void add_products(const char* left, index depth, Range columns, const Target& of
 }
 
 // The same from few rows, for which packing takes longer than the sums.
-template <class S>
-void add_outer_products(const char* const* da, const char* const* right, index depth,
-                        Range columns, index P, const Target& of, bool first) {
+template <class S, int depth>
+void add_outer_products_of(const char* const* da, const char* const* right, Range columns,
+                           index P, const Target& of, bool first) {
   using V = Vec<S>;
-  constexpr index lanes = V::lanes, most = 4;
-  if (!of.dweight) return;
+  constexpr index lanes = V::lanes;
   for (index column = columns.begin; column < columns.end; ++column) {
     const index at = column - of.begin;
     if (at < 0 || at >= of.blocks * P || at % P >= of.units) continue;
     S* const to =
         reinterpret_cast<S*>(of.dweight) + (of.order[at / P] * of.units + at % P) * of.N;
-    V factor[most];
-    for (index k = 0; k < depth; ++k) {
+    V factor[depth];
+    for (int k = 0; k < depth; ++k) {
       factor[k] = V::broadcast(reinterpret_cast<const S*>(da[k])[column]);
     }
     for (index n = 0; n < of.N; n += lanes) {
       V sum = V::broadcast(0);
-      for (index k = 0; k < depth; ++k) {
+#pragma GCC unroll 4
+      for (int k = 0; k < depth; ++k) {
         const S* const row = reinterpret_cast<const S*>(right[k]) + n;
         sum = fma(factor[k], load_upto<V>(row, of.N - n), sum);
       }
@@ -141,43 +141,57 @@ void add_outer_products(const char* const* da, const char* const* right, index d
     }
   }
 }
+template <class S>
+void add_outer_products(const char* const* da, const char* const* right, index depth,
+                        Range columns, index P, const Target& of, bool first) {
+  if (!of.dweight) return;
+  if (depth == 1) return add_outer_products_of<S, 1>(da, right, columns, P, of, first);
+  if (depth == 2) return add_outer_products_of<S, 2>(da, right, columns, P, of, first);
+  if (depth == 3) return add_outer_products_of<S, 3>(da, right, columns, P, of, first);
+  add_outer_products_of<S, 4>(da, right, columns, P, of, first);
+}
 
 // to = Σ_k a[k] or Σ_k a[k] b[k], in order, of columns `own`, added to what is there
 // unless it is the first block: where the sum `continues` from it, else after it.
+template <class S, bool is_full>
+void add_some_columns(const char* const* a, const char* const* b, index depth, index left,
+                      index column, S* out, bool first, bool continues) {
+  using V = Vec<S>;
+  constexpr int lanes = V::lanes, at_once = 8;  // which hide the latency of an addition
+  V sum[at_once] = {};
+  const auto each = [&](const auto& f) {
+#pragma GCC unroll 8
+    for (int v = 0; v < at_once; ++v) {
+      const index rest = is_full ? lanes : left - v * lanes;
+      if (rest > 0) f(column + v * lanes, rest, sum[v]);
+    }
+  };
+  if (continues && !first) {
+    each([&](index at, index rest, V& of) { of = load_upto<V>(out + at, rest); });
+  }
+  for (index k = 0; k < depth; ++k) {
+    const S* const x = reinterpret_cast<const S*>(a[k]);
+    const S* const y = b ? reinterpret_cast<const S*>(b[k]) : nullptr;
+    each([&](index at, index rest, V& of) {
+      const V value = load_upto<V>(x + at, rest);
+      of = b ? fma(value, load_upto<V>(y + at, rest), of) : of + value;
+    });
+  }
+  each([&](index at, index rest, V& of) {
+    const bool adds = !continues && !first;
+    store_upto(adds ? load_upto<V>(out + at, rest) + of : of, out + at, rest);
+  });
+}
 template <class S>
 void add_columns(const char* const* a, const char* const* b, index depth, Range own,
                  char* to, bool first, bool continues) {
-  using V = Vec<S>;
-  constexpr int lanes = V::lanes, at_once = 8;  // which hide the latency of an addition
+  constexpr index many = 8 * Vec<S>::lanes;
   S* const out = reinterpret_cast<S*>(to);
-  for (index column = own.begin; column < own.end; column += at_once * lanes) {
-    V sum[at_once] = {};
-    const auto each = [&](const auto& f) {
-#pragma GCC unroll 8
-      for (int v = 0; v < at_once; ++v) {
-        const index at = column + v * lanes;
-        if (at < own.end) f(at, own.end - at, sum[v]);
-      }
-    };
-    each([&](index at, index left, V& of) {
-      of = continues && !first ? load_upto<V>(out + at, left) : V::broadcast(0);
-    });
-    for (index k = 0; k < depth; ++k) {
-      const S* const x = reinterpret_cast<const S*>(a[k]);
-      each([&](index at, index left, V& of) {
-        const V value = load_upto<V>(x + at, left);
-        if (b) {
-          const S* const y = reinterpret_cast<const S*>(b[k]);
-          of = fma(value, load_upto<V>(y + at, left), of);
-        } else {
-          of = of + value;
-        }
-      });
-    }
-    each([&](index at, index left, V& of) {
-      const bool adds = !continues && !first;
-      store_upto(adds ? load_upto<V>(out + at, left) + of : of, out + at, left);
-    });
+  for (index column = own.begin; column < own.end; column += many) {
+    const index left = own.end - column;
+    const auto add =
+        left >= many ? add_some_columns<S, true> : add_some_columns<S, false>;
+    add(a, b, depth, left, column, out, first, continues);
   }
 }
 

@@ -91,7 +91,8 @@ template <class S>
 void add_transposed(const Matrix& of, const S* const* left, int rows, index column,
                     int vectors, S* sums) {
   using V = Vec<S>;
-  constexpr int at_once = 4;  // 8 sums of two rows or one hide the latency of an FMA
+  // Enough sums to hide the latency of an FMA, and long pieces of the weight's rows.
+  constexpr int at_once = V::registers == 32 ? 8 : 4;
   const index row = index{vectors} * V::lanes;
   for (int c = 0; c < vectors; c += at_once) {
     const int count = vectors - c < at_once ? vectors - c : at_once;
