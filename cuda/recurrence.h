@@ -680,7 +680,7 @@ struct BackwardRecurrence : Recurrence<P> {
     const index first_row = engine.row();
     const bool mine = engine.has_item();
     int length[2];
-    bool resets[2], cuts[2];
+    bool resets[2] = {false, false}, cuts[2] = {false, false};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       length[r] = mine && first_row + r < B ? masks.length(first_row + r) : 0;
