@@ -192,7 +192,8 @@ def take_turns(builds: Sequence[Build], asked: Asked, rounds: int, seconds: floa
 def take_turns_again(builds: Sequence[Build], asked: Asked, *limits: Any) -> Times:
     """Time a case; where a build looks slower, again in new processes.
 
-    Where a process's memory lies can cost more than what is looked for, for all of its life.
+    The addresses of a process's memory can cost it more time than the change that is measured,
+    and they stay the same for all of its life.
     """
     times = take_turns(builds, asked, *limits)
     for _ in range(REPETITIONS):
@@ -219,7 +220,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 class Figure(NamedTuple):
-    """What is known of a case."""
+    """The result of one case."""
 
     name: str
     cell: str

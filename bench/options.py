@@ -1,4 +1,4 @@
-"""What each option costs: its time over the plain cell's, in turn.
+"""The cost of each option: its time over the plain cell's, measured in turn.
 
 python bench/options.py             both thread counts, some 8 minutes
 python bench/options.py 1           one thread
@@ -32,7 +32,7 @@ TURN_SECONDS = 0.004
 
 @dataclass(frozen=True)
 class Option:
-    """What a layer and a call are asked for, the target, and where it has an effect."""
+    """An option: keywords of layer and call, the target, and where it has an effect."""
 
     of_layer: dict[str, Any] = field(default_factory=dict)
     of_call: dict[str, Any] = field(default_factory=dict)

@@ -41,7 +41,7 @@ struct Sizes {
   }
 };
 
-// What decides how a layer's weights and saved values lie in memory.
+// Properties of a layer that decide how its weights and saved values lie in memory.
 struct Model {
   index I, H, R;
   int variant;    // of the cell

@@ -23,7 +23,7 @@
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// What a step forward reads and writes of a row.
+// Arrays of a row that a step forward reads and writes.
 template <class S>
 struct ForwardRow {
   S* record;
@@ -39,7 +39,7 @@ struct ForwardRow {
   S* kept;                   // the record, where the slots are kept; or null
 };
 
-// What a step backward reads and writes of a row.
+// Arrays of a row that a step backward reads and writes.
 template <class S>
 struct BackwardRow {
   const S* record;  // or h, for a cell whose h tells its slot
@@ -54,7 +54,7 @@ struct BackwardRow {
   const S *keep_h, *keep_c;  // what zoneout keeps, where the walk does not know
 };
 
-// What a step is told of a call, and LayerNorm (Ba et al. 2016) of its rows.
+// The arguments of a call, and LayerNorm (Ba et al. 2016) of its rows.
 template <class Cell, class E>
 class NormalisedRows {
  protected:
@@ -167,10 +167,10 @@ class NormalisedRows {
       return here;
     }
   }
-  // Of n rows; a walk of one row need not loop.
+  // The number of rows to loop over: a walk of one row need not loop.
   FUSEDRNN_DEVICE static constexpr int count(int n) { return E::most_rows == 1 ? 1 : n; }
 
-  // Of a block of one of `vectors`.
+  // Values of units from u on in a block of one of `vectors`.
   FUSEDRNN_DEVICE V vector(const S* of, int block, index u) const {
     return e.load(of + block * (E::vectors_are_padded ? P : H), u);
   }
@@ -218,7 +218,7 @@ class NormalisedRows {
     for (index k = of.begin; k < of.end; ++k) slots_in += exists(static_cast<int>(k));
     return static_cast<S>(slots_in * H);
   }
-  // Of n rows of so many values each: value(r, …), which sum(f, to) adds up.
+  // Moments of n rows of so many values each: value(r, …), which sum(f, to) adds up.
   template <class Sum, class F>
   FUSEDRNN_DEVICE void moments(int n, S values, const Sum& sum, const F& value,
                                Moments* of) const {
@@ -236,7 +236,7 @@ class NormalisedRows {
       of[r] = {mean[r], 1 / e.root(variance[r] / values + epsilon)};
     }
   }
-  // Of one value for each unit.
+  // Moments of n rows of one value for each unit.
   template <class F>
   FUSEDRNN_DEVICE void moments_of(int n, const F& value, Moments* of) const {
     const auto sum = [&](const auto& f, S* to) { e.sums(count(n), H, f, to); };

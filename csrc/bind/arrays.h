@@ -67,7 +67,7 @@ const E* read(const MaybeArray& a, const char* name, Axes shape) {
 // Bytes from one element of an axis to the next, 0 where there is no array.
 inline index stride(const MaybeArray& a, int axis) { return a ? a->strides(axis) : 0; }
 
-// Of an array that kernels can read as it is.
+// Flags of an array that kernels can read as it is: contiguous and aligned.
 constexpr int whole_flags =
     int{py::array::c_style} | int{py::detail::npy_api::NPY_ARRAY_ALIGNED_};
 

@@ -57,7 +57,7 @@ bool are_ready(const Arrays& p) {
          all([](const Array& a) { return py::isinstance<py::array_t<double>>(a); });
 }
 
-// Of an op that does not keep its weights: packed, unless there are few rows.
+// Weights of an op that does not keep them: packed, unless there are few rows.
 py::object plain_forward(const std::string& cell, const Arrays& parameters,
                          const py::array& x, const py::object& h0, const py::object& c0,
                          bool reverse, bool saves, index few_rows, index layers) {

@@ -97,7 +97,7 @@ void Weights::sizes(Sizes& p, const Array& x, bool reverse) const {
   if (p.T < 1 || p.B < 1 || p.I < 1 || p.H < 1) refuse("x");
 }
 
-// What both directions read.
+// Sets the arguments that forward and backward share.
 void Weights::start(ForwardOf<char>& p, Masks& masks, const CallOptions& options,
                     const Array& x, const Array& h0, const MaybeArray& c0,
                     const MaybeArray& lengths, const MaybeArray& resets,

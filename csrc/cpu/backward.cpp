@@ -6,8 +6,8 @@
 // da lives in a ring of rows of gradients (../record.h), one step longer than a stretch
 // because a step reads the da of the step after it.
 //
-// What a row's step before is owed waits in `direct` and `dc` until that step is taken,
-// or until there is none and it is the gradient of h0 and c0.
+// The gradient of a row's step before waits in `direct` and `dc` until that step is
+// taken, or until there is none and it is the gradient of h0 and c0.
 #include <cstring>
 #include <tuple>
 
@@ -16,8 +16,6 @@
 namespace fusedrnn {
 
 namespace {
-
-constexpr unsigned bit(int role) { return 1u << role; }
 
 class BackwardPass {
   const Layout& l_;
@@ -100,7 +98,7 @@ class BackwardPass {
         p_,    p_.masks, s, memory_.zeros, p_.h0, y(s > 0 ? s - 1 : 0), l_.bytes(p_.R),
         p_.y_b};
   }
-  // What R is multiplied by in the step of row b.
+  // The vector that R was multiplied by in the step of row b.
   const char* seen_before(index s, index b) const {
     return drops(p_.options) ? shown(s) + b * l_.padded_bytes() : h_before(s)(b);
   }
@@ -252,7 +250,7 @@ class BackwardPass {
     std::memcpy(p_.dc0 + b * of_c, memory_.dc + b * l_.padded_bytes(), of_c);
   }
 
-  // What the rows of a stretch need that was not saved.
+  // Computes again those values of a stretch that were not saved.
   void prepare(index begin, index end) {
     const bool again = BackwardScratch::computes_again(l_, p_);
     if (!drops(p_.options) && !again) return;
@@ -319,7 +317,8 @@ class BackwardPass {
     if (p_.dcells) rows[dcells] = rows_of(p_.dcells + t * p_.dcells_t, p_.dcells_b);
   }
 
-  // Where no gradient crosses step s; null where it always does.
+  // cuts[i]: whether no gradient of row i crosses step s. Null if gradients of all rows
+  // do.
   const bool* find_cuts(index s, index count, bool* cuts) const {
     if (!p_.masks.resets && !p_.options.bptt) return nullptr;
     for (index i = 0; i < count; ++i) {
@@ -373,7 +372,7 @@ class BackwardPass {
     for (index i = rows.begin; i < rows.end; ++i) leave_cell(own_.rows.row(taken + i));
   }
 
-  // What of a step needs whole rows or a second product.
+  // The parts of a step that need whole rows or a second product.
   void finish(index s, index taken) {
     using namespace role;
     const bool norm = l_.model.norm, projects = l_.model.projects;

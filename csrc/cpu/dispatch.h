@@ -26,7 +26,7 @@ void set_isa(const std::string& name);
 
 // n = 0 follows OpenMP (OMP_NUM_THREADS, omp_set_num_threads).
 void set_num_threads(int n);
-// What n = 0 means instead, 0 for OpenMP again.
+// Sets the number of threads that n = 0 means above; 0: OpenMP's again.
 void follow_threads(int n);
 int get_num_threads();
 
@@ -35,7 +35,7 @@ void pack(const Layout& layout, const Parameters<char>& parameters, bool backwar
 ForwardPlan plan(const Layout& layout, const Forward& problem);
 void run(const Layout& layout, const Forward& problem);
 void run(const Layout& layout, const Backward& problem);
-// Of an array of the active ISA's elements of so many bytes.
+// Dropout of an array whose elements have so many bytes.
 void run(const Dropout<char>& problem, index element);
 // A MathEntry's function, in the floating-point mode of a call.
 template <class S>

@@ -21,8 +21,6 @@ namespace fusedrnn {
 
 namespace {
 
-constexpr unsigned bit(int role) { return 1u << role; }
-
 class ForwardPass {
   const Layout& l_;
   const Forward& p_;
@@ -94,7 +92,7 @@ class ForwardPass {
     return {own_.panels.begin * l_.panel_units, end < p_.H ? end : p_.H};
   }
 
-  // What of the blocks is the same for all steps.
+  // Sets those parts of the blocks that are the same for all steps.
   void make_blocks() {
     using namespace role;
     const bool norm = l_.model.norm, twice = l_.shape.has_second();
@@ -292,8 +290,8 @@ class ForwardPass {
     l_.k.walk(b, rows_at_once(l_));
   }
 
-  // What of a step needs whole rows or a second product. Returns whether all met after
-  // it: what others computed of a row that ends here is copied next.
+  // The parts of a step that need whole rows or a second product. Returns whether all
+  // threads met after it: other threads' results of a row that ends here are copied next.
   bool finish(index s) {
     using namespace role;
     const bool norm = l_.model.norm, twice = l_.shape.has_second();

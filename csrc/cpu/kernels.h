@@ -33,7 +33,7 @@ struct Rows {
   char* const* at;
 };
 
-// Which rows a step reads and writes, by the part that they play.
+// The rows that a step reads and writes, by the part that they play.
 namespace role {
 // clang-format off
 enum Forward { x, seen, record, c, h, h_prev, c_prev, cells, trace, next_seen, mask,
@@ -41,7 +41,7 @@ enum Forward { x, seen, record, c, h, h_prev, c_prev, cells, trace, next_seen, m
 enum Backward { da_after, saved, before_h, before_c, seen_h, dy, dcells, dh, dc, direct,
                 da, mask_h, keeps_h, keeps_c, dm, dh0 };
 // clang-format on
-// Of a product that is only stored.
+// Roles of a product that is only stored.
 enum Plain { left, to };
 }  // namespace role
 
@@ -59,7 +59,7 @@ struct Tile {
   char* const (*at)[most_tile_rows];  // at[role][row]
 };
 
-// What stays the same during a call.
+// Arguments of pointwise functions that stay the same during a call.
 struct Call {
   Model model;
   Options options;
@@ -72,15 +72,15 @@ struct Call {
   GradientRow gradient;
 };
 
-// How the sums of a tile are stored: slots [begin, end) of a unit to `offset` + slot *
-// apart of the row of a role; whole vectors, or up to unit `size`. In elements.
+// The place where sums of a tile are stored: slots [begin, end) of a unit to `offset` +
+// slot * apart of the row of a role; whole vectors, or up to unit `size`. In elements.
 struct Put {
   int role, begin, end;
   index offset, apart, size;
   bool padded;
 };
 
-// What a pointwise function is called with.
+// Arguments of a pointwise function, beside its tile.
 struct Step {
   const Call* call;
   Put put;
@@ -112,7 +112,7 @@ struct Term {
   int column;  // the column of each panel's sums that its first column adds to
 };
 
-// Where the terms of a tile are, and where the memory is that it asks for meanwhile.
+// Addresses of a term of a tile, and of the memory that is prefetched meanwhile.
 struct TermAt {
   const char* const* left;  // of each row, at the first k
   const char* right;        // of the first panel, at the first k
@@ -123,7 +123,7 @@ struct TermAt {
   const float* scale;  // of the tile's rows
 };
 
-// Where the sums of a tile start.
+// Addresses of the values at which the sums of a tile start.
 struct StartAt {
   const char* const* rows;  // of each row, `offset` bytes before its start
   index offset;
@@ -165,7 +165,7 @@ struct Product {
   // unspecified.
   index (*left_bytes)(index K);
   void (*put_left)(const char* const* rows, index count, index K, char* to, float* scale);
-  // Of a thread, before and after its products; or null.
+  // Called in a thread before and after its products; or null.
   void (*enter)();
   void (*leave)();
 };
@@ -185,7 +185,7 @@ struct Block {
   bool backwards = false;
   char* waiting;   // where pieces > 1: memory for sums that wait for the next piece
   char* operands;  // where the product has put_left: memory for a tile of each term
-  // Where sums start: a record's slots, else the bias, else zero.
+  // The start of sums: a record's slots, else the bias, else zero.
   int start_role = -1;
   const char* start = nullptr;
   index start_slot = 0;  // elements
@@ -216,8 +216,8 @@ struct Target {
   char* dweight;  // (blocks·units, N), or null
 };
 
-// The units that keep their h and c at a time, 1 or 0, of rows b[n] of the batch, so many
-// bytes apart.
+// Arguments of the draw of zoneout: the units that keep their h and c at a time, 1 or 0,
+// of rows b[n] of the batch, so many bytes apart.
 struct ZoneoutDraw {
   const Options* options;
   bool has_c;
@@ -234,13 +234,13 @@ struct ZoneoutDraw {
 struct CellKernels {
   Shape shape;
   std::string_view name;
-  // Of tiles of R h' (+ W x), and of a second product.
+  // Functions of tiles of R h' (+ W x), and of a second product.
   Pointwise plain_forward, forward, open, close;
-  // Of whole rows.
+  // Functions of whole rows.
   Pointwise normalise_inputs, normalised_forward, normalised_close, normalise_again;
-  // Of tiles of dh, and of what a projection or second product comes to.
+  // Functions of tiles of dh, and of the results of a projection or second product.
   Pointwise plain_backward, backward, projected_backward, open_backward, close_backward;
-  // Of whole rows.
+  // Functions of whole rows.
   Pointwise normalised_backward, normalised_open_backward, normalised_close_backward;
 };
 
@@ -289,7 +289,7 @@ struct MathEntry {
   void (*f64)(const double* x, double* y, index n);
 };
 
-// What a core can do at most (isa/probe.h), for the floor (src/fusedrnn/floor.py).
+// The limits of a core (isa/probe.h), for the floor (src/fusedrnn/floor.py).
 struct Probes {
   double (*multiply_add_f32)(index rounds);
   double (*multiply_add_f64)(index rounds);

@@ -164,7 +164,7 @@ void Zoneout::start() const {
 
 void Zoneout::find(Block& block, int role_h, int role_c, const Schedule& rows,
                    Range places, index time, Range units) const {
-  block.used |= 1u << role_h | 1u << role_c;
+  block.used |= bit(role_h) | bit(role_c);
   if (!draws()) {
     block.rows[role_h] = {expected_, 0, nullptr, nullptr};
     block.rows[role_c] = {expected_ + layout_.padded_bytes(), 0, nullptr, nullptr};

@@ -1,5 +1,6 @@
-// Where everything stands for a cell, an element type and an instruction set, in bytes
-// unless a name says otherwise; and the products of a step, ready but for their rows.
+// Offsets and sizes of everything for a cell, an element type and an instruction set, in
+// bytes unless a name says otherwise; and the products of a step, ready but for their
+// rows.
 //
 //   packed forward    bias (slots, P) | W panels | R panels | panels of a second product
 //   packed backward   Wᵀ panels | Rᵀ panels | panels of a projection
@@ -24,6 +25,8 @@ struct Backward : BackwardOf<char> {
   const char* weights;          // packed for backward, or null: unpacked
   const char* forward_weights;  // packed for forward, where there are options
 };
+
+constexpr unsigned bit(int role) { return 1u << role; }  // of Block::used
 
 struct Layout {
   const Kernels& k;
@@ -149,7 +152,7 @@ index padded_vectors_bytes(const Layout& layout, const Vectors<const char>& vect
 Vectors<const char> pad_vectors(const Layout& layout, const Vectors<const char>& vectors,
                                 char* to);
 
-// What a pointwise function needs to know of a call.
+// The arguments of a call that pointwise functions read.
 Call call_of(const Layout& layout, const ForwardOf<char>& p, const char* bias,
              const char* bounds);
 
@@ -183,8 +186,8 @@ struct Blocks {
   }
 };
 
-// What zoneout keeps of the units of a thread's rows: what is expected, in one row for
-// all, or drawn anew before each use.
+// The share of its old state that zoneout keeps in each unit of a thread's rows: its
+// expectation, in one row for all, or drawn anew before each use.
 class Zoneout {
   const Layout& layout_;
   const Options& options_;
@@ -199,7 +202,8 @@ class Zoneout {
         options_(options),
         expected_(memory),
         drawn_(memory + 2 * layout.padded_bytes()) {}
-  // Of a thread's `rows` rows at most in `units` units, or a whole row of its share.
+  // Memory for one thread: two rows of expectations and, where it draws, h and c of all
+  // the units that it can own.
   static index bytes(const Layout& layout, const Options& options, bool has_options,
                      index B, int threads, bool by_rows);
   void start() const;
@@ -213,7 +217,7 @@ index packed_bytes(const Layout& layout, bool backward, bool borrow);
 void pack(const Layout& layout, const Parameters<char>& parameters, bool backward,
           bool borrow, char* to, const Team& team);
 
-// How a forward is laid out, for `explain`.
+// The layout of a forward, for `explain`.
 struct ForwardPlan {
   int threads;
   bool by_rows;                 // a thread owns rows of the batch, else hidden units

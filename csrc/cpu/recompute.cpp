@@ -18,8 +18,8 @@ void compute_again(const Layout& l, const char* weights, Call call,
     b.rows[role::c_prev] = {nullptr, 0, nullptr, rows.c_prev};
     b.rows[role::operand] = {nullptr, 0, nullptr, rows.operand};
     b.rows[role::h] = b.rows[role::c] = {rows.nowhere, 0, nullptr, nullptr};
-    b.used |= 1u << role::x | 1u << role::record | 1u << role::seen | 1u << role::h_prev |
-              1u << role::c_prev | 1u << role::h | 1u << role::c;
+    b.used |= bit(role::x) | bit(role::record) | bit(role::seen) | bit(role::h_prev) |
+              bit(role::c_prev) | bit(role::h) | bit(role::c);
     b.has_options = true;
     b.operands = rows.operands;
     b.after = after;
@@ -44,16 +44,16 @@ void compute_again(const Layout& l, const char* weights, Call call,
     step.put = {role::record, 0, l.shape.gates, l.record.recurrent(0), l.P, l.H, true};
     run(l.forward_block(weights, nullptr, false, true), l.k.put, panels);
     Block whole{};
-    whole.used = 1u << role::operand;
+    whole.used = bit(role::operand);
     run(whole, l.cell.normalise_again, {});
   } else {
     Block b = l.forward_block(weights, nullptr, true, true);
-    b.used = twice ? 1u << role::operand : 0;
+    b.used = twice ? bit(role::operand) : 0;
     run(b, twice ? l.cell.open : l.cell.forward, panels);
   }
   if (!twice) return;
   Block second = l.second_block(weights);
-  second.used = 1u << role::operand;
+  second.used = bit(role::operand);
   step.put = {role::record, 0, 1, l.record.recurrent(0), l.P, l.H, true};
   run(second, norm ? l.k.put : l.cell.close, team.share(l.dense_panels(l.H)));
   if (norm) run(Block{}, l.cell.normalise_again, {});

@@ -63,7 +63,8 @@ class Schedule {
     return {order_ ? first : first + first_ * apart, apart, order_, nullptr};
   }
 
-  // How many rows take step s, and steps [begin, end) together. None takes -1 or T.
+  // The number of rows that take step s, and steps [begin, end) together. None takes -1
+  // or T.
   index count(index s) const {
     if (s < 0 || s == T_) return 0;
     return count(s, s + 1);
@@ -72,13 +73,13 @@ class Schedule {
     return order_ ? starts_[end] - starts_[begin] : (end - begin) * rows_;
   }
 
-  // How many rows take a step at all.
+  // The number of rows that take a step at all.
   index working() const {
     const index first = count(0), last = count(T_ - 1);
     return first > last ? first : last;
   }
 
-  // What is n-th when rows come step after step, from step `begin` on.
+  // The n-th pair of step and place when rows come step after step, from step `begin` on.
   struct Entry {
     index s, place;
   };
@@ -123,8 +124,8 @@ class Schedule {
   }
 };
 
-// Where the state is that rows start step s from: what the call was given, what the step
-// before left (at step 0 not looked at), or zeros where a row is reset.
+// Addresses of the state that rows start step s from: what the call was given, what the
+// step before left (at step 0 not looked at), or zeros where a row is reset.
 struct StateBefore {
   const Sizes& p;
   const Masks& masks;

@@ -8,7 +8,7 @@
 
 namespace fusedrnn {
 
-// What both directions have.
+// Scratch memory that forward and backward both have.
 struct StepScratch : Arena {
   char* of_rows;          // what LayerNorm keeps of some whole rows
   char* zeros;            // (P)

@@ -4,93 +4,101 @@
 
 namespace fusedrnn {
 
+void WeightGradients::find(const Schedule& all, index begin, index end, index done,
+                           Depth& rows) const {
+  const index left = all.count(begin, end) - done;
+  rows.count = left < gradient_depth ? left : gradient_depth;
+  rows.first = end == p_.T && done == 0;
+  Schedule::Entry next = all.entry(begin, done);
+  for (index n = 0; n < rows.count; ++n, all.advance(next)) {
+    const auto of = rows_.find(rows_.pass, next);
+    rows.da[n] = of.da;
+    rows.x[n] = of.x;
+    rows.seen[n] = of.seen;
+    rows.saved[n] = of.saved;
+  }
+}
+
 void WeightGradients::add(const Schedule& all, const Team& team, index begin,
                           index end) const {
   constexpr index few_rows = 4;
   if (!p_.dweight_ih && !p_.dweight_hh && !p_.dweight_hr && !wants_biases()) return;
   const Kernels& k = l_.k;
-  const Shape& shape = l_.shape;
-  const bool twice = shape.has_second() && !p_.model.projects, norm = p_.model.norm;
-  const index P = l_.P, tile = k.gradient_tile, rows = all.count(begin, end);
-  const Range of_da = team.share(shape.slots * P, tile);
+  const index rows = all.count(begin, end);
+  const Range of_da = team.share(l_.shape.slots * l_.P, k.gradient_tile);
   for (index done = 0; done < rows; done += gradient_depth) {
-    const index depth = rows - done < gradient_depth ? rows - done : gradient_depth;
-    const char *da[gradient_depth], *x[gradient_depth], *h[gradient_depth];
-    Schedule::Entry next = all.entry(begin, done);
-    for (index n = 0; n < depth; ++n, all.advance(next)) {
-      const auto of = rows_.find(rows_.pass, next);
-      da[n] = of.da;
-      x[n] = of.x;
-      h[n] = of.seen;
-    }
-    const bool first = end == p_.T && done == 0;
-    char* const x_panels = memory_.right;
-    char* const h_panels = x_panels + l_.bytes(depth * round_up(p_.I, l_.lanes));
-    char* const second_panels = h_panels + l_.bytes(depth * round_up(p_.R, l_.lanes));
-    const Target of_W{row_.input, shape.gates, l_.of_input.blocks, p_.H,
-                      x_panels,   p_.I,        p_.dweight_ih};
-    Target of_R{row_.recurrent, shape.gates, l_.of_recurrent.blocks, p_.H,
-                h_panels,       p_.R,        p_.dweight_hh};
-    const auto add_biases = [&] {
-      if (!wants_biases()) return;
-      k.add_columns(da, nullptr, depth, of_da, memory_.dbias, first, false);
-    };
-    if (depth <= few_rows && !p_.has_options) {
-      k.add_outer_products(da, x, depth, of_da, P, of_W, first);
-      k.add_outer_products(da, h, depth, of_da, P, of_R, first);
-      add_biases();
-      continue;
-    }
-    if (done > 0) team.meet();  // the panels are still being read
-    const Range own_rows = team.share(depth);
-    if (p_.dweight_ih) k.pack_right(x, own_rows, depth, p_.I, x_panels);
-    if (p_.dweight_hh) k.pack_right(h, own_rows, depth, p_.R, h_panels);
-    if (l_.has_second()) {
-      const char* second[gradient_depth];
-      const index at = l_.bytes(p_.model.projects ? row_.m : row_.operand);
-      for (index n = 0; n < depth; ++n) second[n] = da[n] + at;
-      k.pack_right(second, own_rows, depth, p_.H, second_panels);
-    }
-    team.meet();
-
-    const auto add = [&](Range columns, const Target* targets, int count) {
-      const index at_once = gradient_tiles_at_once * tile;
-      for (index column = columns.begin; column < columns.end; column += at_once) {
-        const index last =
-            column + at_once < columns.end ? column + at_once : columns.end;
-        k.pack_left(da, depth, {column, last}, memory_.left);
-        for (int n = 0; n < count; ++n) {
-          k.add_products(memory_.left, depth, {column, last}, targets[n], first);
-        }
-      }
-    };
-    Range own = of_da;
-    if (norm) {
-      own = team.share(2 * shape.gates * P, tile);
-      own = {row_.input + own.begin, row_.input + own.end};
-    }
-    if (twice) {
-      const Target of_second{row_.recurrent, 1,    l_.of_second.blocks, p_.H,
-                             second_panels,  p_.H, p_.dweight_hh};
-      of_R.begin += P;
-      of_R.order += 1;
-      of_R.blocks -= 1;
-      const Target targets[] = {of_W, of_R, of_second};
-      add(own, targets, 3);
+    Depth depth;
+    find(all, begin, end, done, depth);
+    if (depth.count <= few_rows && !p_.has_options) {
+      add_outer_products(depth, of_da);
     } else {
-      const Target targets[] = {of_W, of_R};
-      add(own, targets, 2);
+      if (done > 0) team.meet();  // the panels are still being read
+      add_products(depth, team, of_da);
     }
-    if (p_.model.projects && p_.dweight_hr) {
-      const Range of_dh = team.share(round_up(p_.R, l_.lanes), tile);
-      const Target of_projection{row_.dh,       1,    l_.of_second.blocks, p_.R,
-                                 second_panels, p_.H, p_.dweight_hr};
-      add({row_.dh + of_dh.begin, row_.dh + of_dh.end}, &of_projection, 1);
-    }
-    add_biases();
+    if (!wants_biases()) continue;
+    k.add_columns(depth.da, nullptr, depth.count, of_da, memory_.dbias, depth.first,
+                  false);
   }
   if (begin > 0 || !wants_biases()) return;
-  k.write_biases(shape, memory_.dbias, P, p_.H, of_da, p_.dbias_ih, p_.dbias_hh);
+  k.write_biases(l_.shape, memory_.dbias, l_.P, p_.H, of_da, p_.dbias_ih, p_.dbias_hh);
+}
+
+void WeightGradients::add_outer_products(const Depth& rows, Range of_da) const {
+  const auto& add = l_.k.add_outer_products;
+  add(rows.da, rows.x, rows.count, of_da, l_.P, of_W(nullptr), rows.first);
+  add(rows.da, rows.seen, rows.count, of_da, l_.P, of_R(nullptr), rows.first);
+}
+
+void WeightGradients::add_products(const Depth& rows, const Team& team,
+                                   Range of_da) const {
+  const Kernels& k = l_.k;
+  const index depth = rows.count, P = l_.P, tile = k.gradient_tile;
+  char* const x_panels = memory_.right;
+  char* const h_panels = x_panels + l_.bytes(depth * round_up(p_.I, l_.lanes));
+  char* const second_panels = h_panels + l_.bytes(depth * round_up(p_.R, l_.lanes));
+  const Range own_rows = team.share(depth);
+  if (p_.dweight_ih) k.pack_right(rows.x, own_rows, depth, p_.I, x_panels);
+  if (p_.dweight_hh) k.pack_right(rows.seen, own_rows, depth, p_.R, h_panels);
+  if (l_.has_second()) {
+    const char* second[gradient_depth];
+    const index at = l_.bytes(p_.model.projects ? row_.m : row_.operand);
+    for (index n = 0; n < depth; ++n) second[n] = rows.da[n] + at;
+    k.pack_right(second, own_rows, depth, p_.H, second_panels);
+  }
+  team.meet();
+
+  const auto add = [&](Range columns, const Target* targets, int count) {
+    const index at_once = gradient_tiles_at_once * tile;
+    for (index column = columns.begin; column < columns.end; column += at_once) {
+      const index last = column + at_once < columns.end ? column + at_once : columns.end;
+      k.pack_left(rows.da, depth, {column, last}, memory_.left);
+      for (int n = 0; n < count; ++n) {
+        k.add_products(memory_.left, depth, {column, last}, targets[n], rows.first);
+      }
+    }
+  };
+  Range own = of_da;
+  if (p_.model.norm) {
+    own = team.share(2 * l_.shape.gates * P, tile);
+    own = {row_.input + own.begin, row_.input + own.end};
+  }
+  Target targets[] = {of_W(x_panels), of_R(h_panels), {}};
+  if (l_.has_second() && !p_.model.projects) {
+    Target& of_first = targets[1];
+    targets[2] = {of_first.begin, 1,    l_.of_second.blocks, p_.H,
+                  second_panels,  p_.H, p_.dweight_hh};
+    of_first.begin += P;
+    of_first.order += 1;
+    of_first.blocks -= 1;
+    add(own, targets, 3);
+  } else {
+    add(own, targets, 2);
+  }
+  if (!p_.model.projects || !p_.dweight_hr) return;
+  const Range of_dh = team.share(round_up(p_.R, l_.lanes), tile);
+  const Target of_projection{row_.dh,       1,    l_.of_second.blocks, p_.R,
+                             second_panels, p_.H, p_.dweight_hr};
+  add({row_.dh + of_dh.begin, row_.dh + of_dh.end}, &of_projection, 1);
 }
 
 void WeightGradients::add_vectors(const Schedule& all, const Team& team, index begin,
@@ -106,35 +114,29 @@ void WeightGradients::add_vectors(const Schedule& all, const Team& team, index b
   const int of_x = shape.peephole_count, of_h = of_x + shape.gates;
   const int of_gamma_c = of_h + shape.gates, of_beta_c = of_gamma_c + 1;
   for (index done = 0; done < rows && (norm || peepholes > 0); done += gradient_depth) {
-    const index depth = rows - done < gradient_depth ? rows - done : gradient_depth;
-    const char *da[gradient_depth], *saved[gradient_depth];
-    Schedule::Entry next = all.entry(begin, done);
-    for (index n = 0; n < depth; ++n, all.advance(next)) {
-      const auto of = rows_.find(rows_.pass, next);
-      da[n] = of.da;
-      saved[n] = of.saved;
-    }
-    const bool first = end == p_.T && done == 0;
+    Depth depth;
+    find(all, begin, end, done, depth);
     // Σ a b, or Σ a, of values at some place of a row of gradients and of another.
     const auto add = [&](int vector, index a_at, const char* const* b, index b_at) {
       const char *a[gradient_depth], *other[gradient_depth];
-      for (index n = 0; n < depth; ++n) {
-        a[n] = da[n] + a_at * of_unit;
+      for (index n = 0; n < depth.count; ++n) {
+        a[n] = depth.da[n] + a_at * of_unit;
         if (b) other[n] = b[n] + b_at * of_unit;
       }
-      l_.k.add_columns(a, b ? other : nullptr, depth, own, sums(vector), first, true);
+      l_.k.add_columns(a, b ? other : nullptr, depth.count, own, sums(vector),
+                       depth.first, true);
     };
     for (int k = 0; k < peepholes; ++k) {
       const auto& [slot, sees_new] = shape.peepholes[k];
-      add(k, slot * l_.P, da, sees_new ? row_.c : row_.c_prev);
+      add(k, slot * l_.P, depth.da, sees_new ? row_.c : row_.c_prev);
     }
     for (int k = 0; k < shape.gates && norm; ++k) {
       const int slot = k + shape.first_input();
-      add(of_x + k, slot * l_.P, saved, l_.record.input(slot));
-      add(of_h + k, k * l_.P, saved, l_.record.recurrent(k));
+      add(of_x + k, slot * l_.P, depth.saved, l_.record.input(slot));
+      add(of_h + k, k * l_.P, depth.saved, l_.record.recurrent(k));
     }
     if (!norm_c) continue;
-    add(of_gamma_c, row_.squashed, da, row_.normal_c);
+    add(of_gamma_c, row_.squashed, depth.da, row_.normal_c);
     add(of_beta_c, row_.squashed, nullptr, 0);
   }
   if (begin > 0) return;

@@ -6,9 +6,8 @@
 
 namespace fusedrnn {
 
-// Where the rows are that go into them, by their number within the stretch, and memory.
+// Finds the rows of a pass backward that go into the gradients of weights.
 struct GradientRows {
-  // Room for so many rows of a block of depth; f(n, pointers) finds those of row n.
   struct Pointers {
     const char *da, *x, *seen, *saved;
   };
@@ -39,12 +38,30 @@ class WeightGradients {
                   const Scratch& memory, const GradientRows& rows)
       : l_(l), p_(p), row_(row), memory_(memory), rows_(rows) {}
 
-  // Of steps [begin, end).
+  // Adds the rows of steps [begin, end), the last stretch first.
   void add(const Schedule& all, const Team& team, index begin, index end) const;
-  // The gradients of peepholes and of LayerNorm's vectors.
+  // The same for peepholes and LayerNorm's vectors.
   void add_vectors(const Schedule& all, const Team& team, index begin, index end) const;
 
  private:
+  // Rows that are added at once.
+  struct Depth {
+    index count;
+    bool first;  // of all: sums start with them
+    const char *da[gradient_depth], *x[gradient_depth], *seen[gradient_depth],
+        *saved[gradient_depth];
+  };
+  void find(const Schedule& all, index begin, index end, index done, Depth& rows) const;
+  void add_outer_products(const Depth& rows, Range of_da) const;
+  void add_products(const Depth& rows, const Team& team, Range of_da) const;
+  Target of_W(const char* panels) const {
+    return {row_.input, l_.shape.gates, l_.of_input.blocks, p_.H,
+            panels,     p_.I,           p_.dweight_ih};
+  }
+  Target of_R(const char* panels) const {
+    return {row_.recurrent, l_.shape.gates, l_.of_recurrent.blocks, p_.H,
+            panels,         p_.R,           p_.dweight_hh};
+  }
   bool wants_biases() const { return p_.dbias_ih || p_.dbias_hh; }
 
   const Layout& l_;

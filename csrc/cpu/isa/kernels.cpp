@@ -145,7 +145,7 @@ constinit const Kernels FUSEDRNN_TABLE(FUSEDRNN_ELEMENT){
     write_biases<S>,
 };
 
-// What is there once for both element types stands with float.
+// Parts that are there once for both element types stand with float.
 #ifdef FUSEDRNN_WITH_ISA
 
 extern const Kernels kernels_double;

@@ -60,9 +60,9 @@ void pack_panels(const Matrix& of, int unit_vectors, Range panels, char* to) {
   }
 }
 
-// Of weight (blocks·H, K) the columns, in panels of two vectors. A few rows go to all
-// panels before the next: whole rows lie side by side in memory, those of one panel on as
-// many pages (LSTM, H = 1024: 2.6 instead of 4.2 ms).
+// Packs the columns of weight (blocks·H, K) in panels of two vectors. A few rows go to
+// all panels before the next: whole rows lie side by side in memory, those of one panel
+// on as many pages (LSTM, H = 1024: 2.6 instead of 4.2 ms).
 template <class S>
 void pack_transposed(const Matrix& of, Range panels, char* to) {
   using V = Vec<S>;

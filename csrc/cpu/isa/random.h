@@ -66,7 +66,7 @@ void drop_out(const Dropout<char>& d, Range rows) {
   }
 }
 
-// What R sees of row b's h' is that times this.
+// Factors of recurrent dropout for row b's h'.
 template <class S>
 void draw_recurrent(const Options& options, index b, index R, char* to) {
   const Generator generator(options.seed, static_cast<std::uint32_t>(Draw::recurrent),

@@ -13,7 +13,7 @@ class BlockRun {
   static constexpr int lanes = V::lanes;
   static constexpr int most_vectors = 128;
 
-  // What a tile does of the depth of its panels, and what it asks memory for meanwhile:
+  // The part of its panels' depth that a tile does, and what it prefetches meanwhile:
   //
   //   own    its panel a page ahead, as the machine itself looks no further than a page:
   //          where panels come from beyond the second-level cache for one tile (Zen 5, R
@@ -90,7 +90,7 @@ class BlockRun {
     return rest > 0 && rest <= lanes && b_.panels.end == last;
   }
 
-  // What is the same for all tiles of a product.
+  // Values that are the same for all tiles of a product.
   void prepare(const PanelProduct& product) {
     product_ = &product;
     tile_.panel_units = product.width < b_.width ? index{lanes} : column_units_;
@@ -240,7 +240,7 @@ class BlockRun {
     }
   }
 
-  // Where each role's rows are.
+  // Addresses of each role's rows.
   void resolve(index place, int rows) {
     if (place == place_ && rows == rows_) return;
     tile_.place = place_ = place;

@@ -1,4 +1,4 @@
-// What follows a product, by cell: pointwise functions of tiles of sums, which are still
+// Pointwise functions that follow a product, by cell: of tiles of sums, which are still
 // in the first-level cache, and of whole rows. The plain ones are written for speed
 // without options; all others are csrc/pointwise.h.
 #pragma once
@@ -255,8 +255,8 @@ struct Steps {
       of.close(all, n, units);
     });
   }
-  // Of a record that is computed again: what is normalised, and a second product's
-  // operand, or what that came to.
+  // Normalises a record that is computed again: both products and a second product's
+  // operand or, if there is no operand, the result of the second product.
   static void normalise_again(const Step& s, const Tile& t) {
     whole(s, t, [&](const Rows& of, const Row* all, int n, Range units) {
       if (!(t.used >> role::operand & 1)) return of.normalise_second(all, n);
