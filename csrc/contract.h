@@ -67,6 +67,13 @@ FUSEDRNN_SHARED constexpr bool zones_out(const Options& o) {
   return o.zoneout_h > 0 || o.zoneout_c > 0;
 }
 
+// What options change in a cell, as bits, for functions that are compiled for some of
+// them: its gates (clips, peepholes) or its states (zoneout, recurrent dropout, a
+// projection, cells and gates that are returned).
+namespace changes {
+enum : int { nothing = 0, gates = 1, states = 2, all = 3 };
+}
+
 // Parameters that belong to options, contiguous as the user has them, or null.
 template <class S>
 struct Vectors {

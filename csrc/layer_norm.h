@@ -4,18 +4,17 @@
 // has a unit of it. E, the walk, is:
 //
 //   V, S                   the cell's vector, its scalar
-//   most_rows              how many rows at most are taken together
-//   each(units, f)         f(u) for units, several at a time if V has lanes
-//   sums(n, H, f, to)      to[r] = Σ f(r, u) over whole rows, for all who share one
-//   load(p, u), store      of rows that are padded
-//   upto(p, u, n), put     of rows that end at n
-//   keep_h(row, u), keep_c how much of a unit's state zoneout keeps
-//   scratch(r)             (2 + slots, P) for a row, each unit's values its owner's
-//   once(f), all(n)        f by one of those who share a row; the units of a whole row
-//   root(x)                √x
-//   kept(x)                x as a record rounds it
-//   bounds(clip, to)       to[4]: ±clip and the activations there (clip_bounds)
-//   bias_is_in             whether sums start at the bias
+//   parts                  what options may change, bits of `changes`: others cost
+//   nothing norm(model)            whether there is LayerNorm: a constant where the walk
+//   knows most_rows              how many rows at most are taken together each(units, f)
+//   f(u) for units, several at a time if V has lanes sums(n, H, f, to)      to[r] = Σ
+//   f(r, u) over whole rows, for all who share one load(p, u), store      of rows that
+//   are padded upto(p, u, n), put     of rows that end at n keep_h(row, u), keep_c how
+//   much of a unit's state zoneout keeps scratch(r)             (2 + slots, P) for a row,
+//   each unit's values its owner's once(f), all(n)        f by one of those who share a
+//   row; the units of a whole row root(x)                √x kept(x)                x as a
+//   record rounds it bounds(clip, to)       to[4]: ±clip and the activations there
+//   (clip_bounds) bias_is_in             whether sums start at the bias
 //   vectors_are_padded     whether the blocks of `vectors` have P elements, or H
 #pragma once
 
@@ -98,6 +97,7 @@ class NormalisedRows {
     return variant_of(m.variant).second >= 0;
   }
   FUSEDRNN_DEVICE bool has_second() const { return variant.second >= 0; }
+  FUSEDRNN_DEVICE bool norm() const { return E::norm(model); }
 
   // The groups of W x, and those of R h' that wait for no second product.
   FUSEDRNN_DEVICE void normalise_inputs(const Row* rows, int n) const {
@@ -281,6 +281,7 @@ class NormalisedRows {
   }
 
   FUSEDRNN_DEVICE void read_normalised(const S* row, index u, V (&v)[slots]) const {
+    FUSEDRNN_UNROLL
     for (int k = 0; k < slots; ++k) {
       v[k] = e.load(bias + k * P, u);
       if (k >= first_input) {

@@ -36,25 +36,26 @@ class RowWise : public NormalisedRows<Cell, E> {
   using typename Base::V;
 
  public:
-  using Base::bias, Base::e, Base::H, Base::has_second, Base::model, Base::P, Base::R;
+  using Base::bias, Base::e, Base::H, Base::has_second, Base::model, Base::norm, Base::P,
+      Base::R;
   using Base::normalise_backward, Base::record, Base::variant, Base::vectors;
   using typename Base::BackRow;
   using typename Base::Row;
-  const bool zones_out;
+  const bool any_zoneout;
   const Extras<V> extras;
 
   template <class Problem>
   FUSEDRNN_DEVICE RowWise(const Problem& p, index padded, const S* packed_bias,
                           const E& walk)
       : Base(p, padded, packed_bias, walk),
-        zones_out(p.options.zoneout_h > 0 || p.options.zoneout_c > 0),
+        any_zoneout(p.options.zoneout_h > 0 || p.options.zoneout_c > 0),
         extras(extras_of(p, walk)) {}
 
   // Forward
 
   template <class Units>
   FUSEDRNN_DEVICE void forward(const Row* rows, int n, Units units) const {
-    const bool norm_c = Cell::has_c && model.norm;
+    const bool norm_c = Cell::has_c && norm();
     for (int r = 0; r < count(n); ++r) {
       e.each(units, [&](index u) {
         const Row& row = rows[r];
@@ -65,9 +66,9 @@ class RowWise : public NormalisedRows<Cell, E> {
         if constexpr (Cell::has_c) {
           prev.c = e.load(row.c_prev, u);
           const V c = Cell::forward_c(v, prev.c, extras_at(u));
-          const V kept = zones_out ? mix(e.keep_c(row.keep_c, u), prev.c, c) : c;
+          const V kept = zones_out() ? mix(e.keep_c(row.keep_c, u), prev.c, c) : c;
           e.store(kept, row.c, u);
-          if (row.cells) e.put(kept, row.cells, u, H);
+          if (shows(row.cells)) e.put(kept, row.cells, u, H);
           if (norm_c) {
             e.store(c, e.scratch(r), u);
             e.store(v[Cell::hidden_gate], e.scratch(r) + P, u);
@@ -106,7 +107,9 @@ class RowWise : public NormalisedRows<Cell, E> {
           Cell::open(v, extras_at(u));
           const V seen = e.upto(row.seen, u, H);
           e.put(Cell::operand(v[variant.factor], seen), to[r], u, H);
-          for (int k = 0; k < slots && !model.norm; ++k) {
+          if (norm()) return;
+          FUSEDRNN_UNROLL
+          for (int k = 0; k < slots; ++k) {
             const bool is_kept = k < gates || E::bias_is_in;  // else it stays as it is
             if (k != variant.second && is_kept) e.store(v[k], row.record + k * P, u);
           }
@@ -122,10 +125,11 @@ class RowWise : public NormalisedRows<Cell, E> {
         e.each(units, [&](index u) {
           const Row& row = rows[r];
           V v[slots];
-          if (model.norm) {
+          if (norm()) {
             read(row, u, v);
             Cell::open(v, extras_at(u));
           } else {  // open has added the bias to the slots that it activated
+            FUSEDRNN_UNROLL
             for (int k = 0; k < slots; ++k) {
               const bool is_second = k == variant.second;
               v[k] = is_second ? e.load(row.sums, u) : e.load(row.record + k * P, u);
@@ -144,9 +148,9 @@ class RowWise : public NormalisedRows<Cell, E> {
 
   // h, as a projection leaves it, through zoneout, and what R sees of it next.
   FUSEDRNN_DEVICE void finish(const Row& row, index u, V h) const {
-    if (zones_out) h = mix(e.keep_h(row.keep_h, u), e.upto(row.h_prev, u, R), h);
+    if (zones_out()) h = mix(e.keep_h(row.keep_h, u), e.upto(row.h_prev, u, R), h);
     e.put(h, row.h, u, R);
-    if (!row.next_seen) return;
+    if (!shows(row.next_seen)) return;
     e.put(row.mask ? h * e.load(row.mask, u) : h, row.next_seen, u, R);
   }
 
@@ -156,7 +160,7 @@ class RowWise : public NormalisedRows<Cell, E> {
   FUSEDRNN_DEVICE V before(const BackRow& row, index u, V dh, bool stores = true) const {
     const V zero = V::broadcast(0), one = V::broadcast(1);
     V direct = zero;
-    if (zones_out) {
+    if (zones_out()) {
       const V keeps = e.keep_h(row.keep_h, u);
       direct = dh * keeps;
       dh = dh * (one - keeps);
@@ -172,7 +176,7 @@ class RowWise : public NormalisedRows<Cell, E> {
     activated(row, u, v);
     if constexpr (Cell::has_c) {
       const V c_prev = e.load(row.c_prev, u);
-      const UnitExtras x = extras_at(u);
+      const auto x = extras_at(u);
       const V c = row.c ? e.load(row.c, u) : Cell::cell(v, c_prev, x);
       const V squashed = Cell::squash(c), gate = v[Cell::hidden_gate];
       V direct;
@@ -228,6 +232,13 @@ class RowWise : public NormalisedRows<Cell, E> {
   }
 
  private:
+  static constexpr bool has_gates = (E::parts & changes::gates) != 0;
+  static constexpr bool has_states = (E::parts & changes::states) != 0;
+
+  FUSEDRNN_DEVICE bool zones_out() const { return has_states && any_zoneout; }
+  FUSEDRNN_DEVICE bool projects() const { return has_states && model.projects; }
+  FUSEDRNN_DEVICE static bool shows(const S* row) { return has_states && row; }
+
   template <class Problem>
   FUSEDRNN_DEVICE static Extras<V> extras_of(const Problem& p, const E& e) {
     constexpr double none = __builtin_inf();
@@ -244,6 +255,7 @@ class RowWise : public NormalisedRows<Cell, E> {
       x.sigmoid_high = e.kept(bounds[2]);
       x.tanh_high = e.kept(bounds[3]);
     }
+    if (!x.clips) x.clip = V::broadcast(static_cast<S>(none));
     x.cell_clip = V::broadcast(static_cast<S>(p.options.cell_clip));
     return x;
   }
@@ -276,15 +288,19 @@ class RowWise : public NormalisedRows<Cell, E> {
     }
     FUSEDRNN_DEVICE V through_cell(V c, V dc) const { return of().through_cell(c, dc); }
   };
-  FUSEDRNN_DEVICE UnitExtras extras_at(index u) const {
-    return {*this, u, extras.variant};
+  FUSEDRNN_DEVICE auto extras_at(index u) const {
+    if constexpr (has_gates) {
+      return UnitExtras{*this, u, extras.variant};
+    } else {
+      return Plain<V, true>{extras.variant};
+    }
   }
 
   FUSEDRNN_DEVICE static V mix(V keeps, V old, V fresh) {
     return fma(keeps, old, (V::broadcast(1) - keeps) * fresh);
   }
   FUSEDRNN_DEVICE void put_h(const Row& row, index u, V h) const {
-    if (model.projects) {
+    if (projects()) {
       e.put(h, row.h, u, H);
     } else {
       finish(row, u, h);
@@ -296,12 +312,14 @@ class RowWise : public NormalisedRows<Cell, E> {
   // Padding of da stays zero.
   FUSEDRNN_DEVICE void put_gradients(const BackRow& row, index u,
                                      const V (&v)[slots]) const {
+    FUSEDRNN_UNROLL
     for (int k = 0; k < slots; ++k) e.put(v[k], row.da + k * P, u, H);
   }
 
   // Pre-activations: sums or, with LayerNorm, from a record.
   FUSEDRNN_DEVICE void read(const Row& row, index u, V (&v)[slots]) const {
-    if (model.norm) return read_normalised(row.record, u, v);
+    if (norm()) return read_normalised(row.record, u, v);
+    FUSEDRNN_UNROLL
     for (int k = 0; k < slots; ++k) {
       v[k] = e.load(row.sums + k * row.sums_apart, u);
       if (!E::bias_is_in) v[k] = v[k] + e.load(bias + k * P, u);
@@ -309,16 +327,20 @@ class RowWise : public NormalisedRows<Cell, E> {
   }
   // What a record and a trace keep of them after the cell.
   FUSEDRNN_DEVICE void keep_gates(const Row& row, index u, const V (&v)[slots]) const {
-    for (int k = 0; k < slots && row.kept && !model.norm; ++k) {
-      e.store(v[k], row.kept + k * P, u);
+    if (row.kept && !norm()) {
+      FUSEDRNN_UNROLL
+      for (int k = 0; k < slots; ++k) e.store(v[k], row.kept + k * P, u);
     }
-    for (int k = first_input; k < slots && row.trace; ++k) {
+    if (!shows(row.trace)) return;
+    FUSEDRNN_UNROLL
+    for (int k = first_input; k < slots; ++k) {
       e.put(v[k], row.trace + (k - first_input) * H, u, H);
     }
   }
   // The gates again.
   FUSEDRNN_DEVICE void activated(const BackRow& row, index u, V (&v)[slots]) const {
-    if (!model.norm) {
+    if (!norm()) {
+      FUSEDRNN_UNROLL
       for (int k = 0; k < slots; ++k) {
         const S* const at = row.record + k * P;
         v[k] = Cell::saves ? e.load(at, u) : e.upto(at, u, H);
@@ -346,21 +368,22 @@ class RowWise : public NormalisedRows<Cell, E> {
   FUSEDRNN_DEVICE V dc_of(const BackRow& row, index u, V& direct) const {
     V dc = e.load(row.dc, u);
     direct = V::broadcast(0);
-    if (row.dcells) dc = dc + e.upto(row.dcells, u, H);
-    if (zones_out) {
+    if (shows(row.dcells)) dc = dc + e.upto(row.dcells, u, H);
+    if (zones_out()) {
       const V keeps = e.keep_c(row.keep_c, u);
       direct = dc * keeps;
       dc = dc * (V::broadcast(1) - keeps);
     }
     return dc;
   }
+  template <class X>
   FUSEDRNN_DEVICE void backward_c(const BackRow& row, const GradientRow& at, index u,
                                   V (&v)[slots], V c_prev, V c, V squashed, V dm, V dc,
-                                  V direct, const UnitExtras& x) const {
-    if (model.projects) {
+                                  V direct, const X& x) const {
+    if (projects()) {
       e.put(Cell::hidden(v[Cell::hidden_gate], squashed), row.da + at.m, u, H);
     }
-    if (extras.has_peephole) {
+    if (has_gates && extras.has_peephole) {
       e.put(c_prev, row.da + at.c_prev, u, H);
       e.put(c, row.da + at.c, u, H);
     }
@@ -379,6 +402,7 @@ class RowWise : public NormalisedRows<Cell, E> {
       e.each(e.all(H), [&](index u) {
         V v[slots];
         activated(rows[r], u, v);
+        FUSEDRNN_UNROLL
         for (int k = 0; k < slots; ++k) e.store(v[k], gates_at(r) + k * P, u);
         const V c_prev = e.load(rows[r].c_prev, u);
         e.store(Cell::cell(v, c_prev, extras_at(u)), c_at(r), u);
@@ -413,9 +437,10 @@ class RowWise : public NormalisedRows<Cell, E> {
       e.each(e.all(H), [&](index u) {
         const BackRow& row = rows[r];
         V v[slots];
+        FUSEDRNN_UNROLL
         for (int k = 0; k < slots; ++k) v[k] = e.load(gates_at(r) + k * P, u);
         const V c_prev = e.load(row.c_prev, u), n_c = normal(r, u);
-        const UnitExtras x = extras_at(u);
+        const auto x = extras_at(u);
         const V c = row.c ? e.load(row.c, u) : Cell::cell(v, c_prev, x);
         V direct;
         V dc = dc_of(row, u, direct);

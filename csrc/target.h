@@ -28,6 +28,16 @@
 #define FUSEDRNN_CONSTANT FUSEDRNN_SHARED
 #endif
 
+// Stands before a loop over the slots of a cell, which it must unroll for them to stay in
+// registers.
+#ifdef __CUDACC__
+#define FUSEDRNN_UNROLL _Pragma("unroll")
+#elif defined(__OPTIMIZE_SIZE__)
+#define FUSEDRNN_UNROLL
+#else
+#define FUSEDRNN_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 namespace fusedrnn {
 
 using index = std::ptrdiff_t;

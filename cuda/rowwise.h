@@ -29,9 +29,10 @@ template <class A>
 struct BlockWalk {
   using S = A;
   using V = device::Vec<A>;
-  static constexpr int most_rows = 1;
+  static constexpr int parts = changes::all, most_rows = 1;
   static constexpr bool vectors_are_padded = false;
   static constexpr bool bias_is_in = false;
+  FUSEDRNN_DEVICE static constexpr bool norm(const Model& model) { return model.norm; }
 
   const std::uint8_t* kept_bits;  // of the row where zoneout draws (rows.h), or null:
   A keeps_h, keeps_c;             // what is expected

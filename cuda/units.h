@@ -72,9 +72,10 @@ template <class A>
 struct UnitWalk {
   using S = A;
   using V = device::Vec<A>;
-  static constexpr int most_rows = 1;
+  static constexpr int parts = changes::all, most_rows = 1;
   static constexpr bool vectors_are_padded = false;
   static constexpr bool bias_is_in = true;
+  FUSEDRNN_DEVICE static constexpr bool norm(const Model&) { return false; }
 
   A keeps_h, keeps_c;
   bool rounds, bfloat;

@@ -156,10 +156,8 @@ struct Extras {
   V clip, sigmoid_low, sigmoid_high, tanh_high, cell_clip;
 
   FUSEDRNN_DEVICE bool is_variant() const { return variant == 1; }
-  FUSEDRNN_DEVICE V bounded(V a) const { return clips ? within(clip, a) : a; }
-  FUSEDRNN_DEVICE V bounded_cell(V c) const {
-    return clips_cell ? within(cell_clip, c) : c;
-  }
+  FUSEDRNN_DEVICE V bounded(V a) const { return within(clip, a); }
+  FUSEDRNN_DEVICE V bounded_cell(V c) const { return within(cell_clip, c); }
   FUSEDRNN_DEVICE V through_sigmoid(V s, V da) const {
     return clips ? inside(sigmoid_low, s, sigmoid_high, da) : da;
   }

@@ -35,13 +35,10 @@ struct Lstm {
   // The gates and c, before h.
   template <class X>
   FUSEDRNN_DEVICE static V forward_c(V (&a)[slots], V c_prev, const X& x) {
+    const V f = x.bounded(x.add_peephole(1, c_prev, a[F]));
     a[I] = sigmoid(x.bounded(x.add_peephole(0, c_prev, a[I])));
-    if (x.is_variant()) {
-      a[F] = V::broadcast(1) - a[I];
-    } else {
-      a[F] = sigmoid(x.bounded(x.add_peephole(1, c_prev, a[F])));
-    }
     a[G] = tanh(x.bounded(a[G]));
+    a[F] = x.is_variant() ? V::broadcast(1) - a[I] : sigmoid(f);
     const V c = cell(a, c_prev, x);
     a[O] = sigmoid(x.bounded(x.add_peephole(2, c, a[O])));
     return c;

@@ -146,8 +146,7 @@ class BackwardPass {
     fill(product_, step_,
          norm || l_.model.projects ? l_.k.before
          : twice                   ? l_.cell.open_backward
-         : p_.has_options          ? l_.cell.backward
-                                   : l_.cell.plain_backward,
+                                   : l_.cell.backward[changed_by(p_, p_.dcells)],
          own_.panels);
     product_.used = bit(da_after) | bit(role::saved) | bit(direct) | bit(role::da);
     const auto touch = [&](int role, int parts) {

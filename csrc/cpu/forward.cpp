@@ -118,10 +118,9 @@ class ForwardPass {
     if (!fused_ && !norm) product_.start_role = record;
     step_.put = {record, 0, l_.shape.gates, l_.record.recurrent(0), l_.P, p_.H, true};
     fill(product_, step_,
-         norm             ? l_.k.put
-         : twice          ? l_.cell.open
-         : p_.has_options ? l_.cell.forward
-                          : l_.cell.plain_forward);
+         norm    ? l_.k.put
+         : twice ? l_.cell.open
+                 : l_.cell.forward[changed_by(p_, p_.cells || p_.trace)]);
     product_.used = bit(seen) | bit(h) | bit(record);
     if (fused_) product_.used |= bit(x);
     if (l_.shape.has_c) product_.used |= bit(c) | bit(c_prev);

@@ -229,17 +229,17 @@ struct ZoneoutDraw {
   index apart;
 };
 
-// A cell's pointwise functions. Plain ones do without options. Those of whole rows are
-// for LayerNorm, and take up to `rows_at_once` rows.
+// A cell's pointwise functions, forward and backward by what options change. Those of
+// whole rows are for LayerNorm, and take up to `rows_at_once` rows.
 struct CellKernels {
   Shape shape;
   std::string_view name;
   // Functions of tiles of R h' (+ W x), and of a second product.
-  Pointwise plain_forward, forward, open, close;
+  Pointwise forward[changes::all + 1], open, close;
   // Functions of whole rows.
   Pointwise normalise_inputs, normalised_forward, normalised_close, normalise_again;
   // Functions of tiles of dh, and of the results of a projection or second product.
-  Pointwise plain_backward, backward, projected_backward, open_backward, close_backward;
+  Pointwise backward[changes::all + 1], projected_backward, open_backward, close_backward;
   // Functions of whole rows.
   Pointwise normalised_backward, normalised_open_backward, normalised_close_backward;
 };

@@ -8,6 +8,8 @@
 // A second product is that of a projection, or of a cell that declares one.
 #pragma once
 
+#include <limits>
+
 #include "schedule.h"
 
 namespace fusedrnn {
@@ -25,6 +27,18 @@ struct Backward : BackwardOf<char> {
   const char* weights;          // packed for backward, or null: unpacked
   const char* forward_weights;  // packed for forward, where there are options
 };
+
+// What the options of a call change in a cell, beside states that it shows.
+template <class Problem>
+int changed_by(const Problem& p, bool shows) {
+  if (!p.has_options) return changes::nothing;
+  constexpr double none = std::numeric_limits<double>::infinity();
+  const Options& o = p.options;
+  const bool gates = o.clip < none || o.cell_clip < none || p.vectors.weight_ch;
+  const bool states = zones_out(o) || drops(o) || p.model.projects || shows;
+  const int found = gates * changes::gates + states * changes::states;
+  return found ? found : changes::states;
+}
 
 constexpr unsigned bit(int role) { return 1u << role; }  // of Block::used
 

@@ -49,7 +49,7 @@ void compute_again(const Layout& l, const char* weights, Call call,
   } else {
     Block b = l.forward_block(weights, nullptr, true, true);
     b.used = twice ? bit(role::operand) : 0;
-    run(b, twice ? l.cell.open : l.cell.forward, panels);
+    run(b, twice ? l.cell.open : l.cell.forward[changes::all], panels);
   }
   if (!twice) return;
   Block second = l.second_block(weights);

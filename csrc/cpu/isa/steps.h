@@ -9,13 +9,24 @@
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// A thread's walk along rows in vectors.
-template <class S_>
+// Whether code is compiled to be small: then one function serves all options.
+#ifdef __OPTIMIZE_SIZE__
+constexpr bool is_small = true;
+#else
+constexpr bool is_small = false;
+#endif
+
+// A thread's walk along rows in vectors: of tiles, or of whole rows, which is what
+// LayerNorm needs.
+template <class S_, bool whole_rows, int parts_ = changes::all>
 struct Walk {
   using S = S_;
   using V = Vec<S>;
-  static constexpr int lanes = V::lanes, most_rows = most_tile_rows;
+  static constexpr int parts = parts_, lanes = V::lanes, most_rows = most_tile_rows;
   static constexpr bool bias_is_in = true, vectors_are_padded = true;
+  static constexpr bool norm(const Model& model) {
+    return is_small ? model.norm : whole_rows;
+  }
 
   const S* clip;
   S* from;
@@ -116,9 +127,11 @@ inline Vec<S> complete_dh(const Step& s, const Tile& t, int r, Vec<S> dh, index 
 template <class Cell, class S>
 struct Steps {
   using V = Vec<S>;
-  using Rows = RowWise<Cell, Walk<S>>;
-  using Row = typename Rows::Row;
-  using BackRow = typename Rows::BackRow;
+  template <int parts>
+  using TileRows = RowWise<Cell, Walk<S, is_small, parts>>;
+  using WholeRows = RowWise<Cell, Walk<S, true>>;
+  using Row = ForwardRow<S>;
+  using BackRow = BackwardRow<S>;
   static constexpr int lanes = V::lanes, slots = Cell::slots;
 
   // Options as pointwise.h reads them.
@@ -127,6 +140,7 @@ struct Steps {
     const Options& options;
     Vectors<const S> vectors;
   };
+  template <class Rows>
   static Rows rows(const Step& s) {
     const Call& call = *s.call;
     const auto of = [](const char* p) { return reinterpret_cast<const S*>(p); };
@@ -135,9 +149,9 @@ struct Steps {
         call.model,
         call.options,
         {of(v.weight_ch), of(v.gamma_ih), of(v.gamma_hh), of(v.gamma_c), of(v.beta_c)}};
-    const Walk<S> walk{of(call.bounds), reinterpret_cast<S*>(s.scratch),
-                       (2 + slots) * call.P};
-    return Rows(asked, call.P, of(call.bias), walk);
+    S* const scratch = reinterpret_cast<S*>(s.scratch);
+    return Rows(asked, call.P, of(call.bias),
+                {of(call.bounds), scratch, (2 + slots) * call.P});
   }
   static Row row(const Tile& t, int r, bool saves = false, const S* sums = nullptr,
                  index apart = 0) {
@@ -178,6 +192,7 @@ struct Steps {
         const index left = H - u;
         for (int r = 0; r < t.rows; ++r, a += t.row) {
           V v[slots];
+          FUSEDRNN_UNROLL
           for (int slot = 0; slot < slots; ++slot)
             v[slot] = V::load(a + slot * t.panel_units);
           State<V> prev{};
@@ -190,6 +205,7 @@ struct Steps {
           if constexpr (Cell::has_c) now.c.store(row_at<S>(t, role::c, r) + u);
           if (saves) {
             S* const record = row_at<S>(t, role::record, r) + u;
+            FUSEDRNN_UNROLL
             for (int slot = 0; slot < slots; ++slot) v[slot].store(record + slot * P);
           }
         }
@@ -197,34 +213,32 @@ struct Steps {
     });
   }
 
-  static void forward(const Step& s, const Tile& t) {
-    const Rows of = rows(s);
+  // f(rows, a row, its place in the tile, its units) for each row and panel of a tile.
+  template <int parts, class F>
+  static void each_row(const Step& s, const Tile& t, const F& f) {
+    const TileRows<parts> of = rows<TileRows<parts>>(s);
     each_panel<S>(t, [&](const S* sums, Range units) {
       for (int r = 0; r < t.rows; ++r) {
-        const Row at =
-            row(t, r, s.call->saves, sums + r * t.row - units.begin, t.panel_units);
-        of.forward(&at, 1, units);
+        const S* const a = sums + r * t.row - units.begin;
+        f(of, row(t, r, s.call->saves, a, t.panel_units), r, units);
       }
+    });
+  }
+  template <int parts>
+  static void forward(const Step& s, const Tile& t) {
+    each_row<parts>(s, t, [](const auto& of, const Row& at, int, Range units) {
+      of.forward(&at, 1, units);
     });
   }
   static void open(const Step& s, const Tile& t) {
-    const Rows of = rows(s);
-    each_panel<S>(t, [&](const S* sums, Range units) {
-      for (int r = 0; r < t.rows; ++r) {
-        const Row at =
-            row(t, r, s.call->saves, sums + r * t.row - units.begin, t.panel_units);
-        S* const operand = row_at<S>(t, role::operand, r);
-        of.open(&at, 1, &operand, units);
-      }
+    each_row<changes::all>(s, t, [&](const auto& of, const Row& at, int r, Range units) {
+      S* const operand = row_at<S>(t, role::operand, r);
+      of.open(&at, 1, &operand, units);
     });
   }
   static void close(const Step& s, const Tile& t) {
-    const Rows of = rows(s);
-    each_panel<S>(t, [&](const S* sums, Range units) {
-      for (int r = 0; r < t.rows; ++r) {
-        const Row at = row(t, r, s.call->saves, sums + r * t.row - units.begin);
-        of.close(&at, 1, units);
-      }
+    each_row<changes::all>(s, t, [](const auto& of, const Row& at, int, Range units) {
+      of.close(&at, 1, units);
     });
   }
 
@@ -233,15 +247,15 @@ struct Steps {
   static void whole(const Step& s, const Tile& t, const F& f) {
     Row all[most_tile_rows];
     for (int r = 0; r < t.rows; ++r) all[r] = row(t, r);
-    f(rows(s), all, t.rows, Range{0, s.call->model.H});
+    f(rows<WholeRows>(s), all, t.rows, Range{0, s.call->model.H});
   }
   static void normalise_inputs(const Step& s, const Tile& t) {
-    whole(s, t, [](const Rows& of, const Row* all, int n, Range) {
+    whole(s, t, [](const WholeRows& of, const Row* all, int n, Range) {
       of.normalise_inputs(all, n);
     });
   }
   static void normalised_forward(const Step& s, const Tile& t) {
-    whole(s, t, [&](const Rows& of, const Row* all, int n, Range units) {
+    whole(s, t, [&](const WholeRows& of, const Row* all, int n, Range units) {
       of.normalise_recurrent(all, n);
       if (!of.has_second()) return of.forward(all, n, units);
       S* operand[most_tile_rows];
@@ -250,7 +264,7 @@ struct Steps {
     });
   }
   static void normalised_close(const Step& s, const Tile& t) {
-    whole(s, t, [](const Rows& of, const Row* all, int n, Range units) {
+    whole(s, t, [](const WholeRows& of, const Row* all, int n, Range units) {
       of.normalise_second(all, n);
       of.close(all, n, units);
     });
@@ -258,7 +272,7 @@ struct Steps {
   // Normalises a record that is computed again: both products and a second product's
   // operand or, if there is no operand, the result of the second product.
   static void normalise_again(const Step& s, const Tile& t) {
-    whole(s, t, [&](const Rows& of, const Row* all, int n, Range units) {
+    whole(s, t, [&](const WholeRows& of, const Row* all, int n, Range units) {
       if (!(t.used >> role::operand & 1)) return of.normalise_second(all, n);
       of.normalise_inputs(all, n);
       of.normalise_recurrent(all, n);
@@ -284,6 +298,7 @@ struct Steps {
           State<V> prev{};
           V c{}, dc = V::broadcast(0);
           if constexpr (Cell::saves) {
+            FUSEDRNN_UNROLL
             for (int slot = 0; slot < slots; ++slot) v[slot] = V::load(saved + slot * P);
           } else {
             v[0] = load_upto<V>(saved, left);
@@ -298,6 +313,7 @@ struct Steps {
           }
           State<V> d = Cell::backward(v, prev, c, dh, dc, plain);
           S* const da = row_at<S>(t, role::da, r) + u;
+          FUSEDRNN_UNROLL
           for (int slot = 0; slot < slots; ++slot)
             store_upto(v[slot], da + slot * P, left);
           if (s.cut && s.cut[t.place + r]) d = {V::broadcast(0), V::broadcast(0)};
@@ -309,9 +325,9 @@ struct Steps {
   }
 
   // f(rows, a row of gradients, unit, dh of it) for each row and vector of a tile.
-  template <class F>
+  template <int parts, class F>
   static void each_unit(const Step& s, const Tile& t, const F& f) {
-    const Rows of = rows(s);
+    const TileRows<parts> of = rows<TileRows<parts>>(s);
     each_panel<S>(t, [&](const S* sums, Range units) {
       for (int r = 0; r < t.rows; ++r) {
         const BackRow at = back_row(s, t, r);
@@ -322,27 +338,31 @@ struct Steps {
       }
     });
   }
+  template <int parts>
   static void backward(const Step& s, const Tile& t) {
-    each_unit(s, t, [&](const Rows& of, const BackRow& at, int r, index u, V dh) {
+    each_unit<parts>(s, t, [&](const auto& of, const BackRow& at, int r, index u, V dh) {
       dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
       of.backward(at, s.call->gradient, u, dh);
     });
   }
   static void projected_backward(const Step& s, const Tile& t) {
-    each_unit(s, t, [&](const Rows& of, const BackRow& at, int, index u, V dm) {
-      of.backward(at, s.call->gradient, u, dm);
-    });
+    each_unit<changes::all>(s, t,
+                            [&](const auto& of, const BackRow& at, int, index u, V dm) {
+                              of.backward(at, s.call->gradient, u, dm);
+                            });
   }
   static void open_backward(const Step& s, const Tile& t) {
-    each_unit(s, t, [&](const Rows& of, const BackRow& at, int r, index u, V dh) {
-      dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
-      of.open_backward(at, s.call->gradient, u, dh);
-    });
+    each_unit<changes::all>(
+        s, t, [&](const auto& of, const BackRow& at, int r, index u, V dh) {
+          dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
+          of.open_backward(at, s.call->gradient, u, dh);
+        });
   }
   static void close_backward(const Step& s, const Tile& t) {
-    each_unit(s, t, [&](const Rows& of, const BackRow& at, int, index u, V d) {
-      of.close_backward(at, u, d);
-    });
+    each_unit<changes::all>(s, t,
+                            [&](const auto& of, const BackRow& at, int, index u, V d) {
+                              of.close_backward(at, u, d);
+                            });
   }
 
   template <class F>
@@ -353,32 +373,35 @@ struct Steps {
       all[r] = back_row(s, t, r);
       dm[r] = row_at<S>(t, role::dm, r);
     }
-    f(rows(s), all, t.rows, dm);
+    f(rows<WholeRows>(s), all, t.rows, dm);
   }
   static void normalised_backward(const Step& s, const Tile& t) {
-    whole_back(s, t, [&](const Rows& of, const BackRow* all, int n, const S* const* dm) {
-      of.backward_normalised(all, n, s.call->gradient, dm);
-    });
+    whole_back(s, t,
+               [&](const WholeRows& of, const BackRow* all, int n, const S* const* dm) {
+                 of.backward_normalised(all, n, s.call->gradient, dm);
+               });
   }
   static void normalised_open_backward(const Step& s, const Tile& t) {
-    whole_back(s, t, [&](const Rows& of, const BackRow* all, int n, const S* const* dm) {
-      for (int r = 0; r < n; ++r) {
-        for (index u = 0; u < of.H; u += lanes) {
-          of.open_backward(all[r], s.call->gradient, u, V::load(dm[r] + u));
-        }
-      }
-      of.normalise_second_backward(all, n, s.call->gradient);
-    });
+    whole_back(s, t,
+               [&](const WholeRows& of, const BackRow* all, int n, const S* const* dm) {
+                 for (int r = 0; r < n; ++r) {
+                   for (index u = 0; u < of.H; u += lanes) {
+                     of.open_backward(all[r], s.call->gradient, u, V::load(dm[r] + u));
+                   }
+                 }
+                 of.normalise_second_backward(all, n, s.call->gradient);
+               });
   }
   static void normalised_close_backward(const Step& s, const Tile& t) {
-    whole_back(s, t, [&](const Rows& of, const BackRow* all, int n, const S* const* dm) {
-      for (int r = 0; r < n; ++r) {
-        for (index u = 0; u < of.H; u += lanes) {
-          of.close_backward(all[r], u, V::load(dm[r] + u));
-        }
-      }
-      of.normalise_backward(all, n, s.call->gradient);
-    });
+    whole_back(s, t,
+               [&](const WholeRows& of, const BackRow* all, int n, const S* const* dm) {
+                 for (int r = 0; r < n; ++r) {
+                   for (index u = 0; u < of.H; u += lanes) {
+                     of.close_backward(all[r], u, V::load(dm[r] + u));
+                   }
+                 }
+                 of.normalise_backward(all, n, s.call->gradient);
+               });
   }
 
   // For any cell.
@@ -399,14 +422,9 @@ struct Steps {
     });
   }
   static void finish(const Step& s, const Tile& t) {
-    const Rows of = rows(s);
-    each_panel<S>(t, [&](const S* sums, Range units) {
-      for (int r = 0; r < t.rows; ++r) {
-        const Row at = row(t, r);
-        const S* const a = sums + r * t.row - units.begin;
-        for (index u = units.begin; u < units.end; u += lanes) {
-          of.finish(at, u, V::load(a + u));
-        }
+    each_row<changes::all>(s, t, [](const auto& of, const Row& at, int, Range units) {
+      for (index u = units.begin; u < units.end; u += lanes) {
+        of.finish(at, u, V::load(at.sums + u));
       }
     });
   }
@@ -424,12 +442,13 @@ struct Steps {
   }
   // dh where the cell waits for a projection or for whole rows.
   static void before(const Step& s, const Tile& t) {
-    each_unit(s, t, [&](const Rows& of, const BackRow& at, int r, index u, V dh) {
-      dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
-      dh.store(at.dh + u);
-      if (!s.call->model.projects) return;
-      store_upto(dh, at.da + s.call->gradient.dh + u, s.call->model.R - u);
-    });
+    each_unit<changes::all>(
+        s, t, [&](const auto& of, const BackRow& at, int r, index u, V dh) {
+          dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
+          dh.store(at.dh + u);
+          if (!s.call->model.projects) return;
+          store_upto(dh, at.da + s.call->gradient.dh + u, s.call->model.R - u);
+        });
   }
 };
 
@@ -439,10 +458,16 @@ constexpr CellKernels cell_kernels() {
   CellKernels k{};
   k.shape = shape_of<Cell>(variant);
   k.name = Cell::variants[variant].name;
-  k.plain_forward = Of::plain_forward;
-  k.forward = Of::forward;
-  k.plain_backward = Of::plain_backward;
-  k.backward = Of::backward;
+  constexpr int gates = is_small ? changes::all : changes::gates;
+  constexpr int states = is_small ? changes::all : changes::states;
+  k.forward[changes::nothing] = Of::plain_forward;
+  k.forward[changes::gates] = Of::template forward<gates>;
+  k.forward[changes::states] = Of::template forward<states>;
+  k.forward[changes::all] = Of::template forward<changes::all>;
+  k.backward[changes::nothing] = Of::plain_backward;
+  k.backward[changes::gates] = Of::template backward<gates>;
+  k.backward[changes::states] = Of::template backward<states>;
+  k.backward[changes::all] = Of::template backward<changes::all>;
   if constexpr (Cell::has_c) k.projected_backward = Of::projected_backward;
   if constexpr (Cell::gates > 1) {
     k.normalise_inputs = Of::normalise_inputs;
