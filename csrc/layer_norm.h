@@ -3,18 +3,20 @@
 // rows in vectors, and for GPUs, where the threads of a block share a row or one thread
 // has a unit of it. E, the walk, is:
 //
-//   V, S                   the cell's vector, its scalar
-//   parts                  what options may change, bits of `changes`: others cost
-//   nothing norm(model)            whether there is LayerNorm: a constant where the walk
-//   knows most_rows              how many rows at most are taken together each(units, f)
-//   f(u) for units, several at a time if V has lanes sums(n, H, f, to)      to[r] = Σ
-//   f(r, u) over whole rows, for all who share one load(p, u), store      of rows that
-//   are padded upto(p, u, n), put     of rows that end at n keep_h(row, u), keep_c how
-//   much of a unit's state zoneout keeps scratch(r)             (2 + slots, P) for a row,
-//   each unit's values its owner's once(f), all(n)        f by one of those who share a
-//   row; the units of a whole row root(x)                √x kept(x)                x as a
-//   record rounds it bounds(clip, to)       to[4]: ±clip and the activations there
-//   (clip_bounds) bias_is_in             whether sums start at the bias
+//   V, S, lanes            the cell's vector, its scalar, elements of a vector
+//   parts                  what options may change, in bits of `changes`
+//   norm(model)            whether there is LayerNorm, constant where the walk knows
+//   most_rows              how many rows at most are taken together
+//   each(units, f)         f(u) for units, several at a time if V has lanes
+//   sums(n, H, f, to)      to[r] = Σ f(r, u) over whole rows, for all who share one
+//   load(p, u), store      of rows that are padded
+//   upto(p, u, n), put     of rows that end at n
+//   keep_h(row, u), keep_c how much of a unit's state zoneout keeps
+//   scratch(r)             (2 + slots, P) for a row, each unit's values its owner's
+//   once(f), all(n)        f by one of those who share a row; the units of a whole row
+//   kept(x)                x as a record rounds it
+//   bounds(clip, to)       to[4]: ±clip and the activations there (clip_bounds)
+//   bias_is_in             whether sums start at the bias
 //   vectors_are_padded     whether the blocks of `vectors` have P elements, or H
 #pragma once
 
@@ -108,39 +110,29 @@ class NormalisedRows {
         }
       }
     });
-    for (int group = 0; group < input_groups; ++group) {
-      const Range of = input_slots(group);
-      normalise(rows, n, record.input(0), of, group);
-    }
+    each_input_group([&]<index size>(Range of, int group) {
+      normalise<size>(rows, n, record.input(0), of, group);
+    });
   }
   FUSEDRNN_DEVICE void normalise_recurrent(const Row* rows, int n) const {
-    for (int group = 0; group < recurrent_groups; ++group) {
-      if (!is_second(group)) normalise_group(rows, n, group);
-    }
+    normalise_groups(rows, n, false);
   }
   FUSEDRNN_DEVICE void normalise_second(const Row* rows, int n) const {
-    for (int group = 0; group < recurrent_groups; ++group) {
-      if (is_second(group)) normalise_group(rows, n, group);
-    }
+    normalise_groups(rows, n, true);
   }
 
   // LayerNorm: da of the sums to da of W x and R h', over whole rows; of a second
   // product's slot before that product, of all others at last.
   FUSEDRNN_DEVICE void normalise_second_backward(const BackRow* rows, int n,
                                                  const GradientRow& at) const {
-    for (int group = 0; group < recurrent_groups; ++group) {
-      if (is_second(group)) back_to_recurrent(rows, n, at, group);
-    }
+    back_to_recurrent(rows, n, at, true);
   }
   FUSEDRNN_DEVICE void normalise_backward(const BackRow* rows, int n,
                                           const GradientRow& at) const {
-    for (int group = 0; group < input_groups; ++group) {
-      back(rows, n, record.input(0), at.input - first_input * P, input_slots(group),
-           group, true);
-    }
-    for (int group = 0; group < recurrent_groups; ++group) {
-      if (!is_second(group)) back_to_recurrent(rows, n, at, group);
-    }
+    each_input_group([&]<index size>(Range of, int group) {
+      back<size>(rows, n, record.input(0), at.input - first_input * P, of, group, true);
+    });
+    back_to_recurrent(rows, n, at, false);
   }
 
  protected:
@@ -174,46 +166,64 @@ class NormalisedRows {
   FUSEDRNN_DEVICE V vector(const S* of, int block, index u) const {
     return e.load(of + block * (E::vectors_are_padded ? P : H), u);
   }
+  // Of some rows the mean and 1/sigma.
   struct Moments {
-    S mean, scale;
+    S mean[E::most_rows], scale[E::most_rows];
 
-    FUSEDRNN_DEVICE V normal(V x) const {
-      return (x - V::broadcast(mean)) * V::broadcast(scale);
+    FUSEDRNN_DEVICE V normal(int r, V x) const {
+      return (x - V::broadcast(mean[r])) * V::broadcast(scale[r]);
     }
   };
-  FUSEDRNN_DEVICE static Range input_slots(int group) {
+  // f<number of its slots>(its slots, its place) for each group; <0> in small code, which
+  // has one function for all.
+  template <int group = 0, class F>
+  FUSEDRNN_DEVICE static void each_input_group(const F& f) {
     constexpr Groups all(Cell::input_group, first_input);
-    return all.slots[group];
+    if constexpr (group < all.count) {
+      constexpr Range of = all.slots[group];
+      f.template operator()<is_small ? 0 : of.end - of.begin>(of, group);
+      each_input_group<group + 1>(f);
+    }
   }
-  FUSEDRNN_DEVICE static Range recurrent_slots(int group) {
+  template <int group = 0, class F>
+  FUSEDRNN_DEVICE static void each_recurrent_group(const F& f) {
     constexpr Groups all(Cell::recurrent_group, 0);
-    return all.slots[group];
+    if constexpr (group < all.count) {
+      constexpr Range of = all.slots[group];
+      f.template operator()<is_small ? 0 : of.end - of.begin>(of, group);
+      each_recurrent_group<group + 1>(f);
+    }
   }
   // Whether a group is the slot of a second product.
-  FUSEDRNN_DEVICE bool is_second(int group) const {
-    return has_parts && has_second() && recurrent_slots(group).begin == variant.second;
+  FUSEDRNN_DEVICE bool is_second(Range of) const {
+    return has_parts && has_second() && of.begin == variant.second;
   }
   // Whether a slot has a pre-activation.
   FUSEDRNN_DEVICE bool exists(int k) const {
     return !may_lack_slots || k != variant.absent;
   }
+  template <index size, class F>
+  FUSEDRNN_DEVICE static void each_slot(Range of, const F& f) {
+    const int first = static_cast<int>(of.begin);
+    const int slots_in = size > 0 ? size : static_cast<int>(of.end) - first;
+    FUSEDRNN_UNROLL
+    for (int i = 0; i < slots_in; ++i) f(first + i);
+  }
   // to[r] = Σ f(r, slot, u) over some slots of n rows.
-  template <class F>
+  template <index size, class F>
   FUSEDRNN_DEVICE void sums(int n, Range of, const F& f, S* to) const {
     e.sums(
         count(n), H,
         [&](int r, index u) {
           V total = V::broadcast(0);
-          for (index k = of.begin; k < of.end; ++k) {
-            if (exists(static_cast<int>(k))) {
-              total = total + f(r, static_cast<int>(k), u);
-            }
-          }
+          each_slot<size>(of, [&](int k) {
+            if (exists(k)) total = total + f(r, k, u);
+          });
           return total;
         },
         to);
   }
-  FUSEDRNN_DEVICE S size(Range of) const {
+  FUSEDRNN_DEVICE S values_in(Range of) const {
     index slots_in = 0;
     for (index k = of.begin; k < of.end; ++k) slots_in += exists(static_cast<int>(k));
     return static_cast<S>(slots_in * H);
@@ -221,50 +231,58 @@ class NormalisedRows {
   // Moments of n rows of so many values each: value(r, …), which sum(f, to) adds up.
   template <class Sum, class F>
   FUSEDRNN_DEVICE void moments(int n, S values, const Sum& sum, const F& value,
-                               Moments* of) const {
-    S mean[E::most_rows], variance[E::most_rows];
-    sum(value, mean);
-    for (int r = 0; r < count(n); ++r) mean[r] = mean[r] / values;
+                               Moments& of) const {
+    const V one = V::broadcast(1), epsilon = V::broadcast(static_cast<S>(1e-5));
+    sum(value, of.mean);
+    for_rows(n, of.mean, [&](V total) { return total / V::broadcast(values); });
     sum(
         [&](int r, auto... at) {
-          const V centred = value(r, at...) - V::broadcast(mean[r]);
+          const V centred = value(r, at...) - V::broadcast(of.mean[r]);
           return centred * centred;
         },
-        variance);
-    constexpr S epsilon = static_cast<S>(1e-5);
-    for (int r = 0; r < count(n); ++r) {
-      of[r] = {mean[r], 1 / e.root(variance[r] / values + epsilon)};
-    }
+        of.scale);
+    for_rows(n, of.scale,
+             [&](V total) { return one / root(total / V::broadcast(values) + epsilon); });
+  }
+  // What n rows have one value of, as vectors.
+  template <class F>
+  FUSEDRNN_DEVICE static void for_rows(int n, S* of, const F& f) {
+    for (int r = 0; r < count(n); r += E::lanes) E::store(f(E::load(of, r)), of, r);
   }
   // Moments of n rows of one value for each unit.
   template <class F>
-  FUSEDRNN_DEVICE void moments_of(int n, const F& value, Moments* of) const {
+  FUSEDRNN_DEVICE void moments_of(int n, const F& value, Moments& of) const {
     const auto sum = [&](const auto& f, S* to) { e.sums(count(n), H, f, to); };
     moments(n, static_cast<S>(H), sum, value, of);
   }
-  FUSEDRNN_DEVICE void normalise_group(const Row* rows, int n, int group) const {
-    normalise(rows, n, record.recurrent(0), recurrent_slots(group),
-              Shape::most_groups + group);
+  // The recurrent groups of the first product, or of the second.
+  FUSEDRNN_DEVICE void normalise_groups(const Row* rows, int n, bool of_second) const {
+    each_recurrent_group([&]<index size>(Range of, int group) {
+      if (is_second(of) != of_second) return;
+      normalise<size>(rows, n, record.recurrent(0), of, Shape::most_groups + group);
+    });
   }
   // Slots of those that stand from `part` of a record on as if it began with slot 0.
+  template <index size>
   FUSEDRNN_LONG void normalise(const Row* rows, int n, index part, Range of_slots,
                                int group) const {
-    Moments of[E::most_rows];
+    Moments of{};
     moments(
-        n, size(of_slots), [&](const auto& f, S* to) { sums(n, of_slots, f, to); },
+        n, values_in(of_slots),
+        [&](const auto& f, S* to) { sums<size>(n, of_slots, f, to); },
         [&](int r, int k, index u) { return e.load(rows[r].record + part + k * P, u); },
         of);
     e.once([&] {
       for (int r = 0; r < count(n); ++r) {
-        rows[r].record[record.scale() + group] = of[r].scale;
+        rows[r].record[record.scale() + group] = of.scale[r];
       }
     });
     for (int r = 0; r < count(n); ++r) {
       e.each(e.all(H), [&](index u) {
-        for (index k = of_slots.begin; k < of_slots.end; ++k) {
+        each_slot<size>(of_slots, [&](int k) {
           S* const at = rows[r].record + part + k * P;
-          e.store(of[r].normal(e.load(at, u)), at, u);
-        }
+          e.store(of.normal(r, e.load(at, u)), at, u);
+        });
       });
     }
   }
@@ -293,36 +311,41 @@ class NormalisedRows {
     }
   }
   FUSEDRNN_DEVICE void back_to_recurrent(const BackRow* rows, int n,
-                                         const GradientRow& at, int group) const {
-    back(rows, n, record.recurrent(0), at.recurrent, recurrent_slots(group),
-         Shape::most_groups + group, false);
+                                         const GradientRow& at, bool of_second) const {
+    each_recurrent_group([&]<index size>(Range of, int group) {
+      if (is_second(of) != of_second) return;
+      back<size>(rows, n, record.recurrent(0), at.recurrent, of,
+                 Shape::most_groups + group, false);
+    });
   }
   // Slots of a group, in a record and in a row of gradients from where slot 0 would be.
+  template <index size>
   FUSEDRNN_LONG void back(const BackRow* rows, int n, index normal_at, index to_at,
                           Range of, int group, bool of_input) const {
     const auto normal = [&](int r, int k, index u) {
       return e.load(rows[r].record + normal_at + k * P, u);
     };
+    constexpr Shape blocks = shape_of<Cell>(0);
+    const S* const gamma = of_input ? vectors.gamma_ih : vectors.gamma_hh;
     const auto d = [&](int r, int k, index u) {
-      const V gamma = of_input ? gamma_x(k, u) : gamma_h(k, u);
-      return gamma * e.load(rows[r].da + k * P, u);
+      const int block = of_input ? blocks.input[k] : blocks.recurrent[k];
+      return vector(gamma, block, u) * e.load(rows[r].da + k * P, u);
     };
     S mean[E::most_rows], along[E::most_rows];
-    sums(n, of, d, mean);
-    sums(
+    sums<size>(n, of, d, mean);
+    sums<size>(
         n, of, [&](int r, int k, index u) { return d(r, k, u) * normal(r, k, u); },
         along);
-    const S values = size(of);
+    const S values = values_in(of);
     for (int r = 0; r < count(n); ++r) {
       const V middle = V::broadcast(mean[r] / values);
       const V slope = V::broadcast(along[r] / values);
       const V scale = V::broadcast(rows[r].record[record.scale() + group]);
       e.each(e.all(H), [&](index u) {
-        for (index at = of.begin; at < of.end; ++at) {
-          const int k = static_cast<int>(at);
+        each_slot<size>(of, [&](int k) {
           const V back = scale * (d(r, k, u) - middle - normal(r, k, u) * slope);
           e.put(exists(k) ? back : V::broadcast(0), rows[r].da + to_at + k * P, u, H);
-        }
+        });
       });
     }
   }

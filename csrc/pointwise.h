@@ -83,11 +83,11 @@ class RowWise : public NormalisedRows<Cell, E> {
     }
     if constexpr (Cell::has_c) {
       if (!norm_c) return;
-      Moments of[E::most_rows];
+      Moments of{};
       moments_of(n, [&](int r, index u) { return e.load(e.scratch(r), u); }, of);
       for (int r = 0; r < count(n); ++r) {
         e.each(units, [&](index u) {
-          const V n_c = of[r].normal(e.load(e.scratch(r), u));
+          const V n_c = of.normal(r, e.load(e.scratch(r), u));
           const V gate = e.load(e.scratch(r) + P, u);
           put_h(rows[r], u, Cell::hidden(gate, Cell::squash(scaled_cell(n_c, u))));
         });
@@ -394,7 +394,8 @@ class RowWise : public NormalisedRows<Cell, E> {
   FUSEDRNN_DEVICE void backward_normalised_c(const BackRow* rows, int n,
                                              const GradientRow& at,
                                              const S* const* dm) const {
-    // Of a row: c, the gradient of c normalised, the gates.
+    // Of a row: c and then what it is squashed to, the gradient of c normalised, the
+    // gates.
     const auto c_at = [&](int r) { return e.scratch(r); };
     const auto d_normal_at = [&](int r) { return e.scratch(r) + P; };
     const auto gates_at = [&](int r) { return e.scratch(r) + 2 * P; };
@@ -408,11 +409,11 @@ class RowWise : public NormalisedRows<Cell, E> {
         e.store(Cell::cell(v, c_prev, extras_at(u)), c_at(r), u);
       });
     }
-    Moments of[E::most_rows];
+    Moments of{};
     moments_of(n, [&](int r, index u) { return e.load(e.scratch(r), u); }, of);
     for (int r = 0; r < count(n); ++r) {
       e.each(e.all(H), [&](index u) {
-        const V n_c = of[r].normal(e.load(c_at(r), u));
+        const V n_c = of.normal(r, e.load(c_at(r), u));
         const V squashed = Cell::squash(scaled_cell(n_c, u));
         const V gate = e.load(gates_at(r) + Cell::hidden_gate * P, u);
         // -0 is what changes nothing that is added to it.
@@ -421,6 +422,7 @@ class RowWise : public NormalisedRows<Cell, E> {
         e.put(n_c, rows[r].da + at.normal_c, u, H);
         e.put(d, rows[r].da + at.squashed, u, H);
         e.store(d * vector(vectors.gamma_c, 0, u), d_normal_at(r), u);
+        e.store(squashed, c_at(r), u);
       });
     }
     S mean[E::most_rows], along[E::most_rows];
@@ -444,8 +446,8 @@ class RowWise : public NormalisedRows<Cell, E> {
         const V c = row.c ? e.load(row.c, u) : Cell::cell(v, c_prev, x);
         V direct;
         V dc = dc_of(row, u, direct);
-        dc = fma(V::broadcast(of[r].scale), d(r, u) - middle - n_c * slope, dc);
-        const V squashed = Cell::squash(scaled_cell(n_c, u));
+        dc = fma(V::broadcast(of.scale[r]), d(r, u) - middle - n_c * slope, dc);
+        const V squashed = e.load(c_at(r), u);
         backward_c(row, at, u, v, c_prev, c, squashed, e.load(dm[r], u), dc, direct, x);
       });
     }

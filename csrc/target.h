@@ -40,6 +40,13 @@
 
 namespace fusedrnn {
 
+// Whether code is compiled to be small: then one function serves many cases.
+#ifdef __OPTIMIZE_SIZE__
+constexpr bool is_small = true;
+#else
+constexpr bool is_small = false;
+#endif
+
 using index = std::ptrdiff_t;
 
 struct Range {

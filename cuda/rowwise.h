@@ -29,7 +29,7 @@ template <class A>
 struct BlockWalk {
   using S = A;
   using V = device::Vec<A>;
-  static constexpr int parts = changes::all, most_rows = 1;
+  static constexpr int parts = changes::all, most_rows = 1, lanes = 1;
   static constexpr bool vectors_are_padded = false;
   static constexpr bool bias_is_in = false;
   FUSEDRNN_DEVICE static constexpr bool norm(const Model& model) { return model.norm; }
@@ -70,8 +70,6 @@ struct BlockWalk {
   FUSEDRNN_DEVICE static void bounds(double clip, V (&to)[4]) {
     device::clip_bounds(clip, to);
   }
-  FUSEDRNN_DEVICE static float root(float x) { return root_of(x); }
-  FUSEDRNN_DEVICE static double root(double x) { return root_of(x); }
 
  private:
   FUSEDRNN_CALLED static A total(A own) {

@@ -72,7 +72,7 @@ template <class A>
 struct UnitWalk {
   using S = A;
   using V = device::Vec<A>;
-  static constexpr int parts = changes::all, most_rows = 1;
+  static constexpr int parts = changes::all, most_rows = 1, lanes = 1;
   static constexpr bool vectors_are_padded = false;
   static constexpr bool bias_is_in = true;
   FUSEDRNN_DEVICE static constexpr bool norm(const Model&) { return false; }
@@ -109,7 +109,6 @@ struct UnitWalk {
   FUSEDRNN_DEVICE static void bounds(double clip, V (&to)[4]) {
     device::clip_bounds(clip, to);
   }
-  FUSEDRNN_DEVICE static A root(A x) { return root_of(x); }
   FUSEDRNN_DEVICE V kept(V x) const {
     if constexpr (sizeof(A) == 4) {
       if (rounds) return {from_half(to_half(x.value, bfloat), bfloat)};

@@ -19,6 +19,8 @@ struct Vec {
   FUSEDRNN_DEVICE friend Vec operator+(Vec a, Vec b) { return {a.value + b.value}; }
   FUSEDRNN_DEVICE friend Vec operator-(Vec a, Vec b) { return {a.value - b.value}; }
   FUSEDRNN_DEVICE friend Vec operator*(Vec a, Vec b) { return {a.value * b.value}; }
+  FUSEDRNN_DEVICE friend Vec operator/(Vec a, Vec b) { return {a.value / b.value}; }
+  FUSEDRNN_DEVICE friend Vec root(Vec a) { return {cuda::root_of(a.value)}; }
   FUSEDRNN_DEVICE friend Vec fma(Vec a, Vec b, Vec c) {
     return {cuda::multiply_add(a.value, b.value, c.value)};
   }

@@ -150,7 +150,7 @@ class BackwardPass {
          own_.panels);
     product_.used = bit(da_after) | bit(role::saved) | bit(direct) | bit(role::da);
     const auto touch = [&](int role, int parts) {
-      product_.touches[product_.touch_count++] = {role, parts, l_.P, false};
+      product_.touches[product_.touch_count++] = {role, parts, 0, l_.P, false};
     };
     if (p_.has_options || shape.has_direct) product_.used |= bit(before_h);
     if (shape.has_direct) touch(before_h, 1);

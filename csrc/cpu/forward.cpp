@@ -124,10 +124,13 @@ class ForwardPass {
     product_.used = bit(seen) | bit(h) | bit(record);
     if (fused_) product_.used |= bit(x);
     if (l_.shape.has_c) product_.used |= bit(c) | bit(c_prev);
-    product_.touches[product_.touch_count++] = {h, 1, 0, true};
-    if (saves_ && !norm) {
+    product_.touches[product_.touch_count++] = {h, 1, 0, 0, true};
+    if (norm) {
+      product_.touches[product_.touch_count++] = {record, l_.shape.gates,
+                                                  l_.record.recurrent(0), l_.P, true};
+    } else if (saves_) {
       const int parts = l_.shape.slots + l_.shape.has_c;
-      product_.touches[product_.touch_count++] = {record, parts, l_.P, true};
+      product_.touches[product_.touch_count++] = {record, parts, 0, l_.P, true};
     }
     if (p_.has_options) product_.used |= bit(h_prev);
     if (p_.cells) product_.used |= bit(cells);

@@ -193,10 +193,11 @@ struct Block {
   Rows rows[most_roles];
   std::uint32_t used;  // a bit for each role
   bool has_options;    // whether pointwise functions look at other roles, which are null
-  // Prefetched while the product runs: parts of a row, so many elements apart.
+  // Prefetched while the product runs: parts of a row from `first` on, so many elements
+  // apart.
   struct Touch {
     int role, parts;
-    index apart;
+    index first, apart;
     bool writes;
   } touches[5];
   int touch_count = 0;

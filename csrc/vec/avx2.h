@@ -31,7 +31,9 @@ struct Vec<float> {
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
-  friend Vec quotient(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+  friend Vec quotient(Vec a, Vec b) { return a / b; }
+  friend Vec root(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
@@ -79,7 +81,9 @@ struct Vec<double> {
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_pd(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_pd(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_pd(a.v, b.v)}; }
-  friend Vec quotient(Vec a, Vec b) { return {_mm256_div_pd(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm256_div_pd(a.v, b.v)}; }
+  friend Vec quotient(Vec a, Vec b) { return a / b; }
+  friend Vec root(Vec a) { return {_mm256_sqrt_pd(a.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   friend Vec min(Vec a, Vec b) { return {_mm256_min_pd(a.v, b.v)}; }
   friend Vec max(Vec a, Vec b) { return {_mm256_max_pd(a.v, b.v)}; }

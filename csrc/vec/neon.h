@@ -35,7 +35,9 @@ struct Vec<float> {
   friend Vec operator+(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
-  friend Vec quotient(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
+  friend Vec quotient(Vec a, Vec b) { return a / b; }
+  friend Vec root(Vec a) { return {vsqrtq_f32(a.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
   friend Vec min(Vec a, Vec b) { return {vminq_f32(a.v, b.v)}; }
   friend Vec max(Vec a, Vec b) { return {vmaxq_f32(a.v, b.v)}; }
@@ -78,7 +80,9 @@ struct Vec<double> {
   friend Vec operator+(Vec a, Vec b) { return {vaddq_f64(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {vsubq_f64(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {vmulq_f64(a.v, b.v)}; }
-  friend Vec quotient(Vec a, Vec b) { return {vdivq_f64(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {vdivq_f64(a.v, b.v)}; }
+  friend Vec quotient(Vec a, Vec b) { return a / b; }
+  friend Vec root(Vec a) { return {vsqrtq_f64(a.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
   friend Vec min(Vec a, Vec b) { return {vminq_f64(a.v, b.v)}; }
   friend Vec max(Vec a, Vec b) { return {vmaxq_f64(a.v, b.v)}; }

@@ -49,8 +49,12 @@ struct Vec {
   friend Vec operator*(Vec a, Vec b) {
     return each([&](int l) { return a.lane[l] * b.lane[l]; });
   }
-  friend Vec quotient(Vec a, Vec b) {
+  friend Vec operator/(Vec a, Vec b) {
     return each([&](int l) { return a.lane[l] / b.lane[l]; });
+  }
+  friend Vec quotient(Vec a, Vec b) { return a / b; }
+  friend Vec root(Vec a) {
+    return each([&](int l) { return static_cast<S>(__builtin_sqrt(a.lane[l])); });
   }
   // Rounded twice: std::fma is a slow library call on machines without the instruction.
   friend Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }

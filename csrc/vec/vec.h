@@ -7,8 +7,8 @@
 //   load(p), store(p)             `lanes` consecutive elements, any alignment
 //   load_n(p, n), store_n(p, n)   the first n < lanes of them; loads fill with zero
 //   broadcast(s)                  s in every lane
-//   + - *, fma(a, b, c)           elementwise; fma is a·b + c, rounded once where the
-//                                 machine can
+//   + - * /, root(x)              elementwise, and √x
+//   fma(a, b, c)                  a·b + c, rounded once where the machine can
 //   quotient(a, b)                a / b within 0.7 ULP for 1 <= b, 0 <= a <= b, as in
 //                                 math.h; 0 where 1/b is denormal
 //   in_register(x)                x, which the compiler may not read from memory again

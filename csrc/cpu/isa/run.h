@@ -274,9 +274,9 @@ class BlockRun {
   // lines come from afar.
   void touch(index unit, index end) const {
     for (int n = 0; n < b_.touch_count; ++n) {
-      const auto& [role, parts, apart, writes] = b_.touches[n];
+      const auto& [role, parts, first, apart, writes] = b_.touches[n];
       for (int r = 0; r < rows_; ++r) {
-        const S* const row = reinterpret_cast<const S*>(at_[role][r]);
+        const S* const row = reinterpret_cast<const S*>(at_[role][r]) + first;
         for (int part = 0; part < parts; ++part) {
           for (index u = unit; u < end; u += lanes) {
             if (writes) {

@@ -9,13 +9,6 @@
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// Whether code is compiled to be small: then one function serves all options.
-#ifdef __OPTIMIZE_SIZE__
-constexpr bool is_small = true;
-#else
-constexpr bool is_small = false;
-#endif
-
 // A thread's walk along rows in vectors: of tiles, or of whole rows, which is what
 // LayerNorm needs.
 template <class S_, bool whole_rows, int parts_ = changes::all>
@@ -58,21 +51,24 @@ struct Walk {
         }
         part[r] = sum;
       }
-      if (rows == 1) {
-        S values[lanes];
-        part[0].store(values);
-        S total = 0;
-        for (const S value : values) total += value;
-        to[first] = total;
-        continue;
-      }
-      for (int r = rows; r < lanes; ++r) part[r] = V::broadcast(0);
-      transpose(part);
-      V total = V::broadcast(0);
-#pragma GCC unroll 16
-      for (int l = 0; l < lanes; ++l) total = total + part[l];
-      store_upto(total, to + first, rows);
+      add_lanes(part, rows, to + first);
     }
+  }
+  // to[r] = the sum of the lanes of part[r], in order.
+  FUSEDRNN_LONG static void add_lanes(V (&part)[lanes], int rows, S* to) {
+    if (rows == 1) {
+      S values[lanes];
+      part[0].store(values);
+      *to = 0;
+      for (const S value : values) *to += value;
+      return;
+    }
+    for (int r = rows; r < lanes; ++r) part[r] = V::broadcast(0);
+    transpose(part);
+    V total = V::broadcast(0);
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) total = total + part[l];
+    store_upto(total, to, rows);
   }
   static V load(const S* p, index u) { return V::load(p + u); }
   static void store(V x, S* p, index u) { x.store(p + u); }
@@ -81,8 +77,6 @@ struct Walk {
   static V keep_h(const S* p, index u) { return V::load(p + u); }
   static V keep_c(const S* p, index u) { return V::load(p + u); }
   S* scratch(int r) const { return from + r * scratch_row; }
-  static float root(float x) { return __builtin_sqrtf(x); }
-  static double root(double x) { return __builtin_sqrt(x); }
   static V kept(V x) { return x; }
   void bounds(double, V (&to)[4]) const {
     for (int n = 0; n < 4; ++n) to[n] = V::broadcast(clip[n]);
