@@ -10,7 +10,7 @@ instruction set: same_bits_worker.py draws the inputs from the case's seed and a
 digest of every array, over its shape, type and bytes, so that -0 and the bits of NaN count.
 First comes each cell with each option alone, for each type and instruction set, on small
 shapes; then random combinations. NOW's processes are told caches of several sizes
-(FUSEDRNN_L2_BYTES), on which no result may depend, so that small shapes reach every branch.
+(FUSEDRNN_L1_BYTES, FUSEDRNN_L2_BYTES), on which no result may depend, so that small shapes reach every branch.
 """
 
 from __future__ import annotations
@@ -287,7 +287,8 @@ class Worker:
 
     def __init__(self, command: str, isa: str | None, l2: int | None, flips: bool) -> None:
         environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-        for name, value in (("FUSEDRNN_ISA", isa), ("FUSEDRNN_L2_BYTES", l2)):
+        asked = {"ISA": isa, "L2_BYTES": l2, "L1_BYTES": l2 and l2 // 4}
+        for name, value in ((f"FUSEDRNN_{name}", value) for name, value in asked.items()):
             environment.pop(name, None)
             if value is not None:
                 environment[name] = str(value)

@@ -41,17 +41,28 @@ namespace portable {
 extern const Isa isa;
 }
 
-const index second_level_cache = [] {
-  // For tests, so that small shapes reach each order of tiles.
-  if (const char* bytes = std::getenv("FUSEDRNN_L2_BYTES")) {
+namespace {
+
+// The size of a cache: what an environment variable says, for tests, so that small shapes
+// reach each order of tiles; else what the system does, or `otherwise`.
+index cache_size(const char* variable, int name, index otherwise) {
+  if (const char* bytes = std::getenv(variable)) {
     if (const index size = std::atoll(bytes); size > 0) return size;
   }
+  const index found = name < 0 ? 0 : sysconf(name);
+  return found > 0 ? found : otherwise;
+}
+
 #ifdef _SC_LEVEL2_CACHE_SIZE
-  const index found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (found > 0) return found;
+constexpr int level_one = _SC_LEVEL1_DCACHE_SIZE, level_two = _SC_LEVEL2_CACHE_SIZE;
+#else
+constexpr int level_one = -1, level_two = -1;
 #endif
-  return index{1} << 20;
-}();
+
+}  // namespace
+
+const index first_level_cache = cache_size("FUSEDRNN_L1_BYTES", level_one, 32 << 10);
+const index second_level_cache = cache_size("FUSEDRNN_L2_BYTES", level_two, 1 << 20);
 
 const std::vector<CompiledIsa>& compiled_isas() {
   static const std::vector<CompiledIsa> isas = {

@@ -37,6 +37,7 @@ class ForwardPass {
   Matrix unpacked_[2];
   Block product_;
   std::optional<Block> inputs_, second_;
+  index begin_ = 0;  // of the steps in the ring
 
  public:
   ForwardPass(const Layout& l, const Forward& p, char* workspace, const Team& team)
@@ -66,6 +67,7 @@ class ForwardPass {
   void run() {
     start();
     for (index begin = 0; begin < p_.T; begin += stretch_) {
+      if (!saves_) begin_ = begin;
       const index end = begin + stretch_ < p_.T ? begin + stretch_ : p_.T;
       if (!fused_) multiply_inputs(begin, end);
       for (index s = begin; s < end; ++s) {
@@ -79,7 +81,10 @@ class ForwardPass {
 
  private:
   const Matrix* unpacked() const { return p_.unpacked ? unpacked_ : nullptr; }
-  char* records(index s) const { return records_ + s % ring_ * p_.B * record_; }
+  char* records(index s) const {
+    const index n = s - begin_;  // -1 for the step before the ring's first
+    return records_ + (n < 0 ? n + ring_ : n) * p_.B * record_;
+  }
   char* y(index s) const { return p_.y + p_.time(s) * p_.y_t; }
   char* shown(index s) const {
     return memory_.shown + (1 + (s & 1)) * p_.B * l_.padded_bytes();

@@ -5,8 +5,8 @@
 
 namespace fusedrnn {
 
-// Bytes of a core's own, second-level cache. Only the order in which panels are taken and
-// what is prefetched may depend on it, never the order of a sum.
-extern const index second_level_cache;
+// Bytes of a core's own caches. Only the order in which panels are taken and what is
+// prefetched may depend on them, never the order of a sum.
+extern const index first_level_cache, second_level_cache;
 
 }  // namespace fusedrnn

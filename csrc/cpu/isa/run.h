@@ -35,7 +35,8 @@ class BlockRun {
   index place_ = -1;
   Tile tile_{};
   StartAt start_{};
-  TermAt terms_[most_terms]{};
+  TermAt terms_[most_terms];
+  const char* right_[most_terms];  // of panel 0
   char* at_[most_roles][most_tile_rows];
   const char* same_start_[most_tile_rows];  // for all rows
   const char* left_[most_tile_rows];
@@ -50,12 +51,7 @@ class BlockRun {
       : b_(block), column_units_(block.unit_vectors * index{lanes}) {
     tile_.at = at_;
     tile_.used = b_.used;
-    for (auto& rows : at_) {
-      for (char*& row : rows) {
-        if (!b_.has_options) break;
-        row = nullptr;
-      }
-    }
+    if (b_.has_options) __builtin_memset(at_, 0, sizeof(at_));
   }
 
   void run() {
@@ -66,7 +62,7 @@ class BlockRun {
     if (narrow && b_.panels.begin < b_.panels.end) {
       prepare(*b_.narrow_product);
       for_tiles(b_.places, [&](index place, int rows) {
-        take(place, rows, {b_.panels.end - 1, b_.panels.end}, 1);
+        take(place, rows, {b_.panels.end - 1, b_.panels.end}, 1, false);
       });
     }
     if (b_.product->leave) b_.product->leave();
@@ -93,12 +89,14 @@ class BlockRun {
   // Values that are the same for all tiles of a product.
   void prepare(const PanelProduct& product) {
     product_ = &product;
-    tile_.panel_units = product.width < b_.width ? index{lanes} : column_units_;
+    const bool narrow = product.width < b_.width;  // of one vector
+    tile_.panel_units = narrow ? index{lanes} : column_units_;
     if (b_.start_role >= 0) {
       start_.rows = at_[b_.start_role];
     } else {
       const char* const start = b_.start ? b_.start : reinterpret_cast<char*>(zeros_);
-      for (const char*& row : same_start_) row = start;
+      const index height = b_.places.end - b_.places.begin;
+      for (int r = 0; r < product.tile && r < height; ++r) same_start_[r] = start;
       start_.rows = same_start_;
     }
     if (b_.start_role >= 0 || b_.start) {
@@ -107,10 +105,10 @@ class BlockRun {
     }
     for (int n = 0; n < b_.count; ++n) {
       const Term& of = b_.terms[n];
-      terms_[n].left = at_[of.role];
-      terms_[n].K = of.K - of.from;
-      terms_[n].panel = of.panel_bytes;
-      terms_[n].column = of.column;
+      terms_[n] = {at_[of.role], nullptr,   of.K - of.from, of.panel_bytes,
+                   nullptr,      of.column, nullptr};
+      const index k_bytes = narrow ? of.k_bytes / b_.width : of.k_bytes;
+      if (of.panels) right_[n] = of.panels + of.from * k_bytes;
       if (!b_.product->put_left) continue;
       const index apart = b_.product->left_bytes(of.K);
       for (int r = 0; r < product.tile; ++r) operand_[n][r] = operand_at(n) + r * apart;
@@ -188,7 +186,7 @@ class BlockRun {
         turn.next_piece = on ? piece + 1 : 0;
         if (far && (on || done + 1 < count)) turn.asks = Turn::next;
         for_tiles(places, [&](index place, int rows) {
-          take(place, rows, {panel, panel + 1}, 1, turn);
+          take(place, rows, {panel, panel + 1}, 1, backwards, turn);
           if (++turn.part == product_->width) turn.asks = Turn::nothing;
         });
       }
@@ -198,11 +196,10 @@ class BlockRun {
   // A single tile takes several panels at once, shared out evenly, so that none is left
   // alone. Of its panels a little more than the cache holds is still met there.
   void take_tile(Range places, Range panels, index bytes, bool backwards) {
-    constexpr index near_cache = 64 * 1024;
     const int rows = static_cast<int>(places.end - places.begin);
     const index count = panels.end - panels.begin;
     const bool beyond = bytes > second_level_cache / 4 * 5;
-    const bool reading = rows == 1 ? bytes > near_cache : beyond;
+    const bool reading = rows == 1 ? bytes > first_level_cache / 3 * 4 : beyond;
     const int most = (reading ? product_->far : product_->near)[rows];
     const int groups = (static_cast<int>(count) + most - 1) / most;
     const int together = (static_cast<int>(count) + groups - 1) / groups;
@@ -211,7 +208,7 @@ class BlockRun {
     turn.asks = Turn::own;
     for (index done = 0; done < count; done += together) {
       const Range some = next(panels, done, together, backwards);
-      take(places.begin, rows, some, together, turn);
+      take(places.begin, rows, some, together, backwards, turn);
     }
   }
 
@@ -230,13 +227,13 @@ class BlockRun {
     const int vectors = rows * product_->sums;
     const bool mixes = rows > 1 && together > 1;  // rows within a group of panels
     if (!mixes && count * vectors <= most_vectors) {
-      return take(place, rows, panels, together);
+      return take(place, rows, panels, together, backwards);
     }
     const int fit = mixes ? together : most_vectors / vectors / together * together;
     const int groups = (count + fit - 1) / fit, each = (count + groups - 1) / groups;
     const int size = (each + together - 1) / together * together;
     for (index done = 0; done < count; done += size) {
-      take(place, rows, next(panels, done, size, backwards), together);
+      take(place, rows, next(panels, done, size, backwards), together, backwards);
     }
   }
 
@@ -291,7 +288,8 @@ class BlockRun {
   }
 
   // Some panels of a tile, `together` at once, and then what follows of their units.
-  void take(index place, int rows, Range panels, int together, const Turn& turn = {}) {
+  void take(index place, int rows, Range panels, int together, bool backwards,
+            const Turn& turn = {}) {
     resolve(place, rows);
     const index sums = product_->sums * lanes, count = panels.end - panels.begin;
     const bool is_last = turn.piece + 1 == turn.pieces;
@@ -303,10 +301,11 @@ class BlockRun {
     tile_.panel = rows > 1 && together == 1 ? rows * sums : sums;
     S* const to = turn.pieces > 1 ? waiting(place, tile_.row) : sums_;
     if (is_last) touch(tile_.unit, padded_end);
-    for (index panel = panels.begin; panel < panels.end; panel += together) {
-      const index left = panels.end - panel;
-      multiply(to + (panel - panels.begin) * tile_.panel, panel,
-               static_cast<int>(left < together ? left : together), turn);
+    for (index left = count; left > 0;) {
+      const index some = left < together ? left : together;
+      const index at = backwards ? left - some : count - left;
+      multiply(to + at * tile_.panel, panels.begin + at, static_cast<int>(some), turn);
+      left -= some;
     }
     if (!is_last) return;
     tile_.sums = to;
@@ -338,16 +337,15 @@ class BlockRun {
     }
     for (int n = 0; n < b_.count; ++n) {
       const Term& of = b_.terms[n];
-      const index k_bytes = of.k_bytes * product_->width / b_.width;
-      terms_[n].right = of.panels + panel * of.panel_bytes + of.from * k_bytes;
+      terms_[n].right = right_[n] + panel * of.panel_bytes;
       if (of.from > 0) terms_[n].left = left_from(of, of.from);
     }
     by_panels[together - 1](to, start, terms_, b_.count);
   }
 
   // The same of a piece of the panel's depth, or with prefetches.
-  void multiply_piece(S* to, const StartAt& start, index panel, int together,
-                      const Turn& turn) {
+  FUSEDRNN_LONG void multiply_piece(S* to, const StartAt& start, index panel,
+                                    int together, const Turn& turn) {
     int lines = 0;
     for (int n = 0; n < b_.count; ++n) {
       const Term& of = b_.terms[n];
@@ -394,7 +392,8 @@ class BlockRun {
   }
 
   // The last panel of a cell of one gate may end past the padded units.
-  void start_at_edge(StartAt& start, const char** rows, int together, index units) {
+  FUSEDRNN_LONG void start_at_edge(StartAt& start, const char** rows, int together,
+                                   index units) {
     const index row = together * column_units_;
     for (int r = 0; r < rows_; ++r) {
       S* const at = edge_ + r * row;
@@ -407,7 +406,7 @@ class BlockRun {
   }
 
   // Weights as the user has them, for a few rows.
-  void multiply_unpacked(S* to, index panel, int together) {
+  FUSEDRNN_LONG void multiply_unpacked(S* to, index panel, int together) {
     for (int n = 0; n < b_.count; ++n) {
       const Term& of = b_.terms[n];
       const S* left[most_tile_rows];
