@@ -323,11 +323,10 @@ struct Steps {
   static void each_unit(const Step& s, const Tile& t, const F& f) {
     const TileRows<parts> of = rows<TileRows<parts>>(s);
     each_panel<S>(t, [&](const S* sums, Range units) {
-      for (int r = 0; r < t.rows; ++r) {
-        const BackRow at = back_row(s, t, r);
-        const S* const a = sums + r * t.row - units.begin;
-        for (index u = units.begin; u < units.end; u += lanes) {
-          f(of, at, r, u, V::load(a + u));
+      for (index u = units.begin; u < units.end; u += lanes) {
+        const S* a = sums + (u - units.begin);
+        for (int r = 0; r < t.rows; ++r, a += t.row) {
+          f(of, back_row(s, t, r), r, u, V::load(a));
         }
       }
     });
