@@ -212,9 +212,11 @@ struct Steps {
   static void each_row(const Step& s, const Tile& t, const F& f) {
     const TileRows<parts> of = rows<TileRows<parts>>(s);
     each_panel<S>(t, [&](const S* sums, Range units) {
-      for (int r = 0; r < t.rows; ++r) {
-        const S* const a = sums + r * t.row - units.begin;
-        f(of, row(t, r, s.call->saves, a, t.panel_units), r, units);
+      for (index u = units.begin; u < units.end; u += lanes) {
+        const S* a = sums - units.begin;
+        for (int r = 0; r < t.rows; ++r, a += t.row) {
+          f(of, row(t, r, s.call->saves, a, t.panel_units), r, Range{u, u + lanes});
+        }
       }
     });
   }
