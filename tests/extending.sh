@@ -40,7 +40,7 @@ assert cuda.status().startswith("emulator"), cuda.status()
 print("instruction sets:", *(name for name, has in _cpu.isas().items() if has))
 CHECK
 run_tests() {
-  python -m pytest -q -p no:cacheprovider --capture=sys -k "gated or ligru" "$@" | tee "$work/log"
+  python -m pytest -q -n auto -p no:cacheprovider --capture=sys -k "gated or ligru" "$@" | tee "$work/log"
   grep -Eq '^[0-9]+ passed' "$work/log"  # not all skipped
 }
 run_tests tests/test_reference.py tests/test_kernels.py tests/test_options.py

@@ -10,7 +10,8 @@ instruction set: same_bits_worker.py draws the inputs from the case's seed and a
 digest of every array, over its shape, type and bytes, so that -0 and the bits of NaN count.
 First comes each cell with each option alone, for each type and instruction set, on small
 shapes; then random combinations. NOW's processes are told caches of several sizes
-(FUSEDRNN_L1_BYTES, FUSEDRNN_L2_BYTES), on which no result may depend, so that small shapes reach every branch.
+(FUSEDRNN_L1_BYTES, FUSEDRNN_L2_BYTES), on which no result may depend, so that small shapes
+reach every branch.
 """
 
 from __future__ import annotations

@@ -33,4 +33,4 @@ export PYTHONPATH="$build:tests" OPENBLAS_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 python -c "import fusedrnn; assert fusedrnn.__file__.startswith('$build')"
 left_out="any_shape or forked or (portable and 530)"
 left_out+=" or ((lstm_coupled or gru_before) and not test_options)"
-python -m pytest -q --capture=sys -p no:cacheprovider -k "not ($left_out)" $tests
+python -m pytest -q -n auto --capture=sys -p no:cacheprovider -k "not ($left_out)" $tests

@@ -186,6 +186,7 @@ class BackwardPass {
     }
     second_step_.put = {dm, 0, 1, 0, 0, p_.H, true};
 
+    if (!p_.dx) return;
     dx_ = l_.backward_block(packed, unpacked_, p_.I, 0);
     dx_.terms[0].role = left;
     fill(dx_, dx_step_, l_.k.put, {0, l_.dense_panels(p_.I)});

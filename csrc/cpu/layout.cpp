@@ -53,15 +53,7 @@ Block Layout::forward_block(const char* weights, const Matrix* unpacked, bool wi
 }
 
 Block Layout::second_block(const char* weights) const {
-  Block b{};
-  b.product = &k.product;
-  b.terms[b.count++] = term_of(*this, role::operand, weights + second_panels(), 2, H);
-  b.panel_product = &find(2, 2);
-  b.narrow_product = &find(1, 1);
-  b.width = b.unit_vectors = 2;
-  b.size = of_second.H;
-  b.padded = of_second.P;
-  b.row_bytes = bytes(H);
+  Block b = dense_block(role::operand, weights + second_panels(), H, of_second.H);
   b.panel_bytes = second_panel_bytes();
   return b;
 }
@@ -69,38 +61,34 @@ Block Layout::second_block(const char* weights) const {
 Block Layout::backward_block(const char* panels, const Matrix* unpacked, index N,
                              int first_slot) const {
   constexpr index large_panel = 160 * 1024;
-  Block b{};
-  b.product = &k.product;
-  Term& term = b.terms[b.count++];
-  term = term_of(*this, role::da_after, panels, 2, back_depth());
-  term.from = first_slot * P;
-  term.matrix = unpacked;
-  b.panel_product = &find(2, 2);
-  b.narrow_product = &find(1, 1);
-  b.width = b.unit_vectors = 2;
+  Block b = dense_block(role::da_after, panels, back_depth(), N);
+  b.terms[0].from = first_slot * P;
+  b.terms[0].matrix = unpacked;
   b.transposed = true;
-  b.size = N;
-  b.padded = round_up(N, lanes);
-  b.row_bytes = bytes(back_depth());
   b.panel_bytes = panels ? back_panel_bytes() : 0;
   if (b.panel_bytes > large_panel) b.pieces = shape.gates;
   return b;
 }
 
 Block Layout::dense_backward_block(const char* panels, index depth, index K) const {
+  Block b = dense_block(role::da_after, panels, depth, H);
+  b.terms[0].K = K;
+  b.transposed = true;
+  b.row_bytes = bytes(K);
+  b.panel_bytes = bytes(K) * 2 * lanes;
+  return b;
+}
+
+Block Layout::dense_block(int role, const char* panels, index depth, index N) const {
   Block b{};
   b.product = &k.product;
-  Term& term = b.terms[b.count++];
-  term = term_of(*this, role::da_after, panels, 2, depth);
-  term.K = K;
+  b.terms[b.count++] = term_of(*this, role, panels, 2, depth);
   b.panel_product = &find(2, 2);
   b.narrow_product = &find(1, 1);
   b.width = b.unit_vectors = 2;
-  b.transposed = true;
-  b.size = H;
-  b.padded = P;
-  b.row_bytes = bytes(K);
-  b.panel_bytes = bytes(K) * 2 * lanes;
+  b.size = N;
+  b.padded = round_up(N, lanes);
+  b.row_bytes = bytes(depth);
   return b;
 }
 

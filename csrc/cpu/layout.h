@@ -145,6 +145,9 @@ struct Layout {
 
  private:
   static constexpr int first_block = 0;
+
+  // A product of one term with a matrix of N columns, in panels of two vectors.
+  Block dense_block(int role, const char* panels, index depth, index N) const;
 };
 
 inline Matrix with_weight(Matrix of, const char* weight) {
