@@ -67,8 +67,8 @@ FUSEDRNN_SHARED constexpr bool zones_out(const Options& o) {
   return o.zoneout_h > 0 || o.zoneout_c > 0;
 }
 
-// What options change in a cell, as bits, for functions that are compiled for some of
-// them: its gates (clips, peepholes) or its states (zoneout, recurrent dropout, a
+// The parts of a cell that options change, as bits, for functions that are compiled for
+// some of them: its gates (clips, peepholes) or its states (zoneout, recurrent dropout, a
 // projection, cells and gates that are returned).
 namespace changes {
 enum : int { nothing = 0, gates = 1, states = 2, all = 3 };

@@ -166,7 +166,7 @@ class NormalisedRows {
   FUSEDRNN_DEVICE V vector(const S* of, int block, index u) const {
     return e.load(of + block * (E::vectors_are_padded ? P : H), u);
   }
-  // Of some rows the mean and 1/sigma.
+  // The mean and 1/sigma of some rows.
   struct Moments {
     S mean[E::most_rows], scale[E::most_rows];
 
@@ -244,7 +244,7 @@ class NormalisedRows {
     for_rows(n, of.scale,
              [&](V total) { return one / root(total / V::broadcast(values) + epsilon); });
   }
-  // What n rows have one value of, as vectors.
+  // Values of n rows, one of each, as vectors.
   template <class F>
   FUSEDRNN_DEVICE static void for_rows(int n, S* of, const F& f) {
     for (int r = 0; r < count(n); r += E::lanes) E::store(f(E::load(of, r)), of, r);

@@ -394,8 +394,8 @@ class RowWise : public NormalisedRows<Cell, E> {
   FUSEDRNN_DEVICE void backward_normalised_c(const BackRow* rows, int n,
                                              const GradientRow& at,
                                              const S* const* dm) const {
-    // Of a row: c and then what it is squashed to, the gradient of c normalised, the
-    // gates.
+    // The parts of a row: c and then what it is squashed to, the gradient of c
+    // normalised, the gates.
     const auto c_at = [&](int r) { return e.scratch(r); };
     const auto d_normal_at = [&](int r) { return e.scratch(r) + P; };
     const auto gates_at = [&](int r) { return e.scratch(r) + 2 * P; };

@@ -1,6 +1,6 @@
-// What is used of cuBLASLt, loaded when it is first needed: from the wheel nvidia-cublas
-// beside this package, or from the system. Its C interface is stable within version 13;
-// what stands here replaces a header that comes with a 440 MB wheel.
+// The part of cuBLASLt that is used, loaded when it is first needed: from the wheel
+// nvidia-cublas beside this package, or from the system. Its C interface is stable within
+// version 13; what stands here replaces a header that comes with a 440 MB wheel.
 // https://docs.nvidia.com/cuda/cublas/#using-the-cublaslt-api
 #pragma once
 

@@ -1,4 +1,4 @@
-// What the kernels ask of a GPU: who a thread is, memory that others see, barriers,
+// The kernels' questions to a GPU: who a thread is, memory that others see, barriers,
 // matrix units. Kernels use nothing else of CUDA, so that they also compile for the host,
 // where emulator/device.h defines the same names over fibers.
 //

@@ -37,7 +37,8 @@ struct BackwardOf : ForwardOf<S>, GradientsOf<S> {
 using ForwardCall = ForwardOf<void>;
 using BackwardCall = BackwardOf<void>;
 
-// From one row of x to the next, by time and then by batch; 0 where that is no constant.
+// Elements from one row of x to the next, by time and then by batch; 0 where that is no
+// constant.
 template <class S>
 index row_stride(const ForwardOf<S>& call) {
   const index stride = call.B > 1 ? call.x_b : call.T > 1 ? call.x_t : call.I;
@@ -55,7 +56,7 @@ struct PackCall {
   void* packed;
 };
 
-// How a layer runs: layer.h, or rowwise.h in float32 or float64.
+// The way a layer runs: layer.h, or rowwise.h in float32 or float64.
 template <class S>
 struct Runs {
   index (*saved_bytes)(const ForwardOf<S>&);
@@ -82,7 +83,7 @@ struct CellEntry {
   Runs<double> rows64;
 };
 
-// Of states and sums.
+// The type of states and sums.
 template <class A>
 constexpr Element state_element = sizeof(A) == 8 ? Element::float64 : Element::float32;
 

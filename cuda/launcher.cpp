@@ -71,7 +71,7 @@ struct Chain {
   }
 };
 
-// What is known of a function.
+// The facts of a function.
 struct Function {
   std::mutex allowing, chaining;
   std::map<int, cudaError_t> allowed;  // by device

@@ -1,4 +1,4 @@
-// How a kernel is launched with the CUDA runtime, whatever its type: compiled once. A
+// The launch of a kernel with the CUDA runtime, whatever its type: compiled once. A
 // function is one of the device's, and its one argument is what it runs.
 #pragma once
 

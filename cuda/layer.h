@@ -81,8 +81,8 @@ class Layer {
     launch_each(weights, quads, call.device, call.stream);
   }
 
-  // What backward needs beside x, y and cells: slots as stored and, if there are no
-  // cells, c as a state.
+  // The values that backward needs beside x, y and cells: slots as stored and, if there
+  // are no cells, c as a state.
   static index saved_bytes(const Call& call) {
     Carver carver(nullptr);
     Saved(call, carver);

@@ -1,4 +1,5 @@
-// Which steps a row takes and where its state starts anew, as kernels ask for it.
+// The steps that a row takes and those where its state starts anew, as kernels ask for
+// it.
 #pragma once
 
 #include "../csrc/contract.h"

@@ -71,7 +71,7 @@ struct View {
   }
   bool is_contiguous() const { return size() == 0 || same_steps(contiguous_strides()); }
 
-  // As NumPy's indexing, with integers, slices of step 1, None and one Ellipsis.
+  // Indexes as NumPy does, with integers, slices of step 1, None and one Ellipsis.
   View at(const py::object& key) const {
     const py::tuple keys =
         py::isinstance<py::tuple>(key) ? key.cast<py::tuple>() : py::make_tuple(key);
@@ -232,14 +232,14 @@ ElementNames elements_of(Precision precision) {
   }
 }
 
-// What a call is asked for beside its arrays.
+// The wishes of a call beside its arrays.
 struct CallOptions {
   Options values;
   bool adds_dx;
 };
 using Arrays = std::map<std::string, const View*>;
 
-// What a layer is called with: a cell in a precision, on a device and stream.
+// The setting of a layer's call: a cell in a precision, on a device and stream.
 class Kernel {
  public:
   Kernel(const std::string& cell, const std::string& precision, int ordinal,
@@ -291,7 +291,7 @@ class Kernel {
     });
     return saved;
   }
-  // What a forward of these arrays, whose values do not matter, would save.
+  // The values that a forward of these arrays, whose values do not matter, would save.
   index saved_bytes(const Arrays& arrays, const CallOptions& options) const {
     index needed = 0;
     with_runs(arrays, [&]<class S>(const Runs<S>& runs) {
@@ -346,7 +346,7 @@ class Kernel {
     if (v.dtype->name != dtype || v.shape != shape || v.device != device_) refuse(name);
     return reinterpret_cast<void*>(v.pointer);
   }
-  // Of what is stored, and contiguous.
+  // An array of what is stored, and contiguous.
   void* whole(const View& v, const char* name, const std::vector<index>& shape) const {
     if (!v.is_contiguous()) refuse(name);
     return checked(v, name, shape, elements_.storage);
@@ -423,7 +423,7 @@ class Kernel {
     run(call);
   }
 
-  // What both directions are told.
+  // The arguments of both directions.
   template <class S, class C>
   void fill(C& call, const Arrays& arrays, const CallOptions& options,
             bool reverse) const {

@@ -1,5 +1,5 @@
-// What both ways of a layer (layer.h, rowwise.h) do before and after its steps: x as a
-// matrix, W x and R h' of some times, and from da the gradients of x, W and R.
+// The work that both ways of a layer (layer.h, rowwise.h) do before and after its steps:
+// x as a matrix, W x and R h' of some times, and from da the gradients of x, W and R.
 #pragma once
 
 #include "recurrence.h"

@@ -438,7 +438,7 @@ class Engine {
   Quad held_[resident ? held : 1][octets] = {};
 };
 
-// What both directions know of a layer.
+// The facts of a layer that both directions know.
 template <class P>
 struct Recurrence : Sizes {
   using S = typename P::Storage;
@@ -536,7 +536,7 @@ struct ForwardRecurrence : Recurrence<P> {
     const index unit = engine.unit(0), first_row = engine.row();
     const bool mine = engine.has_item() && unit < H;
     const bool real[2] = {mine && first_row < B, mine && first_row + 1 < B};
-    // What masks say is read before it is needed: nobody waits for it.
+    // A step's masks are read before they are needed: nobody waits for them.
     int length[2] = {0, 0};
     bool resets[2] = {false, false};
     A of_bias[slots], h_now[2] = {0, 0}, c_now[2] = {0, 0};
@@ -671,7 +671,7 @@ struct BackwardRecurrence : Recurrence<P> {
   }
 
  private:
-  // What a step reads of a row and unit.
+  // The values of a row and unit that a step reads.
   struct Inputs {
     A slots_[slots], prev_h, prev_c, c, dy;
   };
@@ -704,8 +704,8 @@ struct BackwardRecurrence : Recurrence<P> {
     if (units.mask && mine) {
       drawn = hidden_items<2 * octets>(units, first_row, engine.unit(0)) << hides;
     }
-    // What a turn reads, asked for before its product. Turn T is that of the initial
-    // state, which is left the product of step 0.
+    // The values that a turn reads, asked for before its product. Turn T is that of the
+    // initial state, which is left the product of step 0.
     Inputs ahead[octets][2] = {};
     const auto ask = [&](index n) {
       if (n == T) return;
@@ -823,7 +823,7 @@ struct BackwardRecurrence : Recurrence<P> {
     in.dy = dy ? precision.state(dy[t * dy_t + b * dy_b + unit]) : 0;
   }
 
-  // What a step starts from: the item's values, and the gradient of the state after.
+  // The start of a step: the item's values, and the gradient of the state after.
   FUSEDRNN_DEVICE static void enter(const Inputs& in, bool is_reset, A dh_past, A dc_past,
                                     Items<Cell, V, 2 * octets>& own, int item) {
 #pragma unroll

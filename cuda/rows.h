@@ -23,7 +23,8 @@ FUSEDRNN_DEVICE double dropout_factor(std::uint64_t seed, std::uint32_t draw,
   return words[n / block % 4] < Generator::threshold(p) ? 0 : 1 / (1 - p);
 }
 
-// Of a kernel of so many independent elements: a few to a thread of a full device.
+// The launch of a kernel of so many independent elements: a few to a thread of a full
+// device.
 inline Launch shape_of_each(index count, int ordinal) {
   const index most = index{device(ordinal).multiprocessors} * 8;
   const index blocks = ceil_div(count, most_threads);
@@ -121,9 +122,9 @@ struct PackBias {
   }
 };
 
-// What turn 0 finds: its operand (the state that enters it, or nothing backward), those
-// of the turns after it, unwritten but for padding that nobody writes, and the state
-// where the recurrence keeps it.
+// The inputs of turn 0: its operand (the state that enters it, or nothing backward),
+// those of the turns after it, unwritten but for padding that nobody writes, and the
+// state where the recurrence keeps it.
 template <class P>
 struct Prepare : Sizes {
   using E = typename P::Operand;
@@ -241,7 +242,7 @@ struct DropOut : Dropout<S> {
   }
 };
 
-// What R sees of h: (B, n) of factors, one draw for a whole call.
+// The part of h that R sees: (B, n) of factors, one draw for a whole call.
 template <class A>
 struct DrawRecurrent {
   Options options;
@@ -257,7 +258,7 @@ struct DrawRecurrent {
   }
 };
 
-// What zoneout keeps of each unit, (T, B, H): of h in bit 0, of c in bit 1.
+// The states that zoneout keeps of each unit, (T, B, H): of h in bit 0, of c in bit 1.
 struct DrawZoneout {
   Options options;
   bool has_c;
@@ -283,7 +284,7 @@ struct DrawZoneout {
   }
 };
 
-// What a call's kernels look at to mask rows and units, in its scratch memory.
+// The arrays that a call's kernels look at to mask rows and units, in its scratch memory.
 template <class A>
 struct Drawn {
   int* lengths;        // or null

@@ -88,7 +88,7 @@ struct BlockWalk {
   }
 };
 
-// What the kernels of a layer know, by value.
+// The facts that the kernels of a layer know, by value.
 template <template <class> class CellOf, class A>
 struct RowKernel : Sizes {
   using V = device::Vec<A>;
@@ -129,7 +129,7 @@ struct RowKernel : Sizes {
     if (time >= 0) return left + time * time_apart + b * row_apart;
     return given ? given + b * width : zeros;
   }
-  // Of a row that takes no step, for sums over all rows.
+  // The values of a row that takes no step, for sums over all rows.
   FUSEDRNN_DEVICE void clear_record(A* at) const {
     Walk::each(record_values, [&](index i) { at[i] = 0; });
   }
@@ -402,7 +402,7 @@ struct RowBackward : RowKernel<CellOf, A> {
   }
 
  private:
-  // What a row's state after this step is owed, and with dy dh.
+  // The gradient that a row's state after this step is owed, and with dy dh.
   FUSEDRNN_DEVICE void find_dh(index b) const {
     bool came = false;
     if (step + 1 < T) {

@@ -144,8 +144,8 @@ bool Event::is_done() const {
 }
 
 void order(Stream before, Stream after) {
-  // What a graph is captured from was waited for before; it cannot wait for a stream
-  // beside it.
+  // The work that a graph is captured from was waited for before; it cannot wait for a
+  // stream beside it.
   if (is_capturing(after)) return;
   const Event queued(before);
   check(cudaStreamWaitEvent(static_cast<cudaStream_t>(after),

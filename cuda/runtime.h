@@ -54,11 +54,11 @@ void release(void* memory, Stream stream) noexcept;
 void copy(void* to, const void* from, index bytes, Stream stream);
 void clear(void* memory, index bytes, Stream stream);  // to zeros
 void synchronize(Stream stream);
-// What is queued on `after` from now on waits for what is queued on `before`.
+// Makes all that is queued on `after` from now on wait for what is queued on `before`.
 void order(Stream before, Stream after);
 bool is_capturing(Stream stream);  // a graph
 
-// What is queued on a stream at some moment.
+// The work that is queued on a stream at some moment.
 class Event {
  public:
   explicit Event(Stream stream);
@@ -83,7 +83,7 @@ void launch(const Kernel& kernel, const Launch& shape, Stream stream);
 // of(0) to of(count - 1), kernels of one type, each after the end of the one before.
 template <class F>
 void launch_in_turn(index count, const F& of, const Launch& shape, Stream stream);
-// How many clusters of this shape run at once; 0 where none does.
+// The number of clusters of this shape that run at once; 0 where none does.
 template <class Kernel>
 int clusters_at_once(const Launch& shape);
 
@@ -98,7 +98,7 @@ struct Matrix {
 
 extern const index matmul_workspace;  // bytes of scratch memory of a product
 
-// Where cuBLASLt lies; without this it is looked for as the system does.
+// The place of cuBLASLt; without this it is looked for as the system does.
 void use_blas(const std::string& path);
 
 // to (rows of left, columns of right) = left · right, plus what is there if `adds`. Sums

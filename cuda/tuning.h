@@ -1,4 +1,4 @@
-// How a recurrence is laid out on a GPU: what there is to choose, and the choice as data.
+// The layout of a recurrence on a GPU: what there is to choose, and the choice as data.
 //
 // The rows of the batch are taken in row groups of tiles × 8, which have nothing to do
 // with each other. All blocks of one y work on one row group, each on some groups of 8
@@ -19,7 +19,7 @@
 
 namespace fusedrnn::cuda {
 
-// Of a block, so that a thread may have 255 registers.
+// The threads of a block, so that a thread may have 255 registers.
 constexpr int most_threads = 256;
 
 enum class Exchange { cluster, grid, step };
@@ -37,7 +37,7 @@ struct Plan {
   int blocks_x, blocks_y;
   int P;            // hidden units, rounded up to whole blocks of depth
   int group_quads;  // 16 bytes each: the packed weights of a group of units
-  // Where a block's shared memory has its parts, after the weights, in bytes. Kernels
+  // The parts of a block's shared memory, after the weights, in bytes. Kernels
   // read this instead of working it out, which would cost registers and much code
   // (recurrence.h).
   int row_bytes;  // from one row of an operand to the next
@@ -63,15 +63,15 @@ constexpr index ceil_div(index n, index by) { return (n + by - 1) / by; }
 // Units that any precision's block of depth and any group divide.
 constexpr index padded_units(index H) { return round_up(H, 32); }
 
-// What a user of the private interface (tests, benchmarks) may ask for; 0 or less is
-// free.
+// The wishes that a user of the private interface (tests, benchmarks) may have; 0 or less
+// is free.
 struct Wish {
   int exchange = -1, tiles = 0, resident = -1, staged = -1;
   int groups = 0, splits = 0, blocks_x = 0;
   auto operator<=>(const Wish&) const = default;
 };
 
-// What a recurrence's product is, per row group and step.
+// The product of a recurrence, per row group and step.
 struct Work {
   bool on_matrix_units;
   index operand_bytes;  // of an element
@@ -82,7 +82,7 @@ struct Work {
   int held;         // blocks of depth that a warp's registers hold
 };
 
-// What the next choices of this thread must meet.
+// The wishes that the next choices of this thread must meet.
 inline thread_local Wish wish;
 
 // A recurrence that is compiled, for both directions its own.

@@ -12,7 +12,7 @@
 
 namespace fusedrnn::cuda {
 
-// What is asked of each unit, as the threads of a recurrence look at it.
+// The options of each unit, as the threads of a recurrence look at it.
 template <class A>
 struct UnitOptions {
   struct Values {
@@ -58,7 +58,8 @@ struct Unit {
   V v[Cell::slots];
   State<V> state;
 };
-// What a thread has of a step: units 8 apart, of two rows each, item 2 unit + row.
+// The items that a thread has of a step: units 8 apart, of two rows each, item 2 unit +
+// row.
 template <class Cell, class V, int count_>
 struct Items {
   static constexpr int count = count_;
@@ -131,7 +132,7 @@ FUSEDRNN_DEVICE device::RowWise<Cell, UnitWalk<A>> row_of_unit(const UnitOptions
   return {asked, 1, nullptr, walk};
 }
 
-// From sums and the state before to the slots and the state after.
+// Computes the slots and the state after from sums and the state before.
 template <class Cell, class A>
 FUSEDRNN_DEVICE void step_unit(const UnitOptions<A>& o, index unit, unsigned kept,
                                Unit<Cell, device::Vec<A>>& at) {
@@ -148,8 +149,8 @@ FUSEDRNN_DEVICE void step_unit(const UnitOptions<A>& o, index unit, unsigned kep
   at.state = {{h}, {record[slots]}};
 }
 
-// From slots and the gradient of the state after to da and what of the gradient of the
-// state before passes the product by, as if there were no cut.
+// Computes da, and what of the gradient of the state before passes the product by as if
+// there were no cut, from slots and the gradient of the state after.
 template <class Cell, class A>
 FUSEDRNN_DEVICE void step_unit_back(const UnitOptions<A>& o, index b, index unit,
                                     unsigned kept, const State<device::Vec<A>>& prev,
@@ -181,7 +182,7 @@ FUSEDRNN_DEVICE void step_unit_back(const UnitOptions<A>& o, index b, index unit
   }
 }
 
-// What follows is of a thread's items, the first of them of a row and unit.
+// The functions that follow are of a thread's items, the first of them of a row and unit.
 template <class A>
 FUSEDRNN_DEVICE bool exists(const UnitOptions<A>& o, index row, index unit, int item) {
   return row + item % 2 < o.B && unit + item / 2 * 8 < o.H;

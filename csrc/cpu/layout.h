@@ -28,7 +28,7 @@ struct Backward : BackwardOf<char> {
   const char* forward_weights;  // packed for forward, where there are options
 };
 
-// What the options of a call change in a cell, beside states that it shows.
+// The parts of a cell that a call's options change; `shows`: it returns cells or gates.
 template <class Problem>
 int changed_by(const Problem& p, bool shows) {
   if (!p.has_options) return changes::nothing;
