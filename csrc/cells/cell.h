@@ -147,6 +147,7 @@ struct Plain {
   FUSEDRNN_DEVICE V through_cell(V, V dc) const { return dc; }
 };
 
+// The arithmetic of options on a unit. Bounds are infinite where nothing is clipped.
 // Where a pre-activation is clipped no gradient passes. It shows in the activation, which
 // then has its value at a bound; one that rounds to that value counts as clipped.
 template <class V>

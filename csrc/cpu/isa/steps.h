@@ -207,34 +207,34 @@ struct Steps {
     });
   }
 
-  // f(rows, a row, its place in the tile, its units) for each row and panel of a tile.
-  template <int parts, class F>
+  // f(rows, a row, its place in the tile, unit) for each vector and row of a tile.
+  template <int parts = changes::all, class F>
   static void each_row(const Step& s, const Tile& t, const F& f) {
     const TileRows<parts> of = rows<TileRows<parts>>(s);
     each_panel<S>(t, [&](const S* sums, Range units) {
       for (index u = units.begin; u < units.end; u += lanes) {
         const S* a = sums - units.begin;
         for (int r = 0; r < t.rows; ++r, a += t.row) {
-          f(of, row(t, r, s.call->saves, a, t.panel_units), r, Range{u, u + lanes});
+          f(of, row(t, r, s.call->saves, a, t.panel_units), r, u);
         }
       }
     });
   }
   template <int parts>
   static void forward(const Step& s, const Tile& t) {
-    each_row<parts>(s, t, [](const auto& of, const Row& at, int, Range units) {
-      of.forward(&at, 1, units);
+    each_row<parts>(s, t, [](const auto& of, const Row& at, int, index u) {
+      of.forward(&at, 1, Range{u, u + lanes});
     });
   }
   static void open(const Step& s, const Tile& t) {
-    each_row<changes::all>(s, t, [&](const auto& of, const Row& at, int r, Range units) {
+    each_row(s, t, [&](const auto& of, const Row& at, int r, index u) {
       S* const operand = row_at<S>(t, role::operand, r);
-      of.open(&at, 1, &operand, units);
+      of.open(&at, 1, &operand, Range{u, u + lanes});
     });
   }
   static void close(const Step& s, const Tile& t) {
-    each_row<changes::all>(s, t, [](const auto& of, const Row& at, int, Range units) {
-      of.close(&at, 1, units);
+    each_row(s, t, [](const auto& of, const Row& at, int, index u) {
+      of.close(&at, 1, Range{u, u + lanes});
     });
   }
 
@@ -246,12 +246,12 @@ struct Steps {
     f(rows<WholeRows>(s), all, t.rows, Range{0, s.call->model.H});
   }
   static void normalise_inputs(const Step& s, const Tile& t) {
-    whole(s, t, [](const WholeRows& of, const Row* all, int n, Range) {
+    whole(s, t, [](const auto& of, const Row* all, int n, Range) {
       of.normalise_inputs(all, n);
     });
   }
   static void normalised_forward(const Step& s, const Tile& t) {
-    whole(s, t, [&](const WholeRows& of, const Row* all, int n, Range units) {
+    whole(s, t, [&](const auto& of, const Row* all, int n, Range units) {
       of.normalise_recurrent(all, n);
       if (!of.has_second()) return of.forward(all, n, units);
       S* operand[most_tile_rows];
@@ -260,7 +260,7 @@ struct Steps {
     });
   }
   static void normalised_close(const Step& s, const Tile& t) {
-    whole(s, t, [](const WholeRows& of, const Row* all, int n, Range units) {
+    whole(s, t, [](const auto& of, const Row* all, int n, Range units) {
       of.normalise_second(all, n);
       of.close(all, n, units);
     });
@@ -268,7 +268,7 @@ struct Steps {
   // Normalises a record that is computed again: both products and a second product's
   // operand or, if there is no operand, the result of the second product.
   static void normalise_again(const Step& s, const Tile& t) {
-    whole(s, t, [&](const WholeRows& of, const Row* all, int n, Range units) {
+    whole(s, t, [&](const auto& of, const Row* all, int n, Range units) {
       if (!(t.used >> role::operand & 1)) return of.normalise_second(all, n);
       of.normalise_inputs(all, n);
       of.normalise_recurrent(all, n);
@@ -321,7 +321,7 @@ struct Steps {
   }
 
   // f(rows, a row of gradients, unit, dh of it) for each row and vector of a tile.
-  template <int parts, class F>
+  template <int parts = changes::all, class F>
   static void each_unit(const Step& s, const Tile& t, const F& f) {
     const TileRows<parts> of = rows<TileRows<parts>>(s);
     each_panel<S>(t, [&](const S* sums, Range units) {
@@ -341,23 +341,20 @@ struct Steps {
     });
   }
   static void projected_backward(const Step& s, const Tile& t) {
-    each_unit<changes::all>(s, t,
-                            [&](const auto& of, const BackRow& at, int, index u, V dm) {
-                              of.backward(at, s.call->gradient, u, dm);
-                            });
+    each_unit(s, t, [&](const auto& of, const BackRow& at, int, index u, V dm) {
+      of.backward(at, s.call->gradient, u, dm);
+    });
   }
   static void open_backward(const Step& s, const Tile& t) {
-    each_unit<changes::all>(
-        s, t, [&](const auto& of, const BackRow& at, int r, index u, V dh) {
-          dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
-          of.open_backward(at, s.call->gradient, u, dh);
-        });
+    each_unit(s, t, [&](const auto& of, const BackRow& at, int r, index u, V dh) {
+      dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
+      of.open_backward(at, s.call->gradient, u, dh);
+    });
   }
   static void close_backward(const Step& s, const Tile& t) {
-    each_unit<changes::all>(s, t,
-                            [&](const auto& of, const BackRow& at, int, index u, V d) {
-                              of.close_backward(at, u, d);
-                            });
+    each_unit(s, t, [&](const auto& of, const BackRow& at, int, index u, V d) {
+      of.close_backward(at, u, d);
+    });
   }
 
   template <class F>
@@ -371,32 +368,29 @@ struct Steps {
     f(rows<WholeRows>(s), all, t.rows, dm);
   }
   static void normalised_backward(const Step& s, const Tile& t) {
-    whole_back(s, t,
-               [&](const WholeRows& of, const BackRow* all, int n, const S* const* dm) {
-                 of.backward_normalised(all, n, s.call->gradient, dm);
-               });
+    whole_back(s, t, [&](const auto& of, const BackRow* all, int n, const S* const* dm) {
+      of.backward_normalised(all, n, s.call->gradient, dm);
+    });
   }
   static void normalised_open_backward(const Step& s, const Tile& t) {
-    whole_back(s, t,
-               [&](const WholeRows& of, const BackRow* all, int n, const S* const* dm) {
-                 for (int r = 0; r < n; ++r) {
-                   for (index u = 0; u < of.H; u += lanes) {
-                     of.open_backward(all[r], s.call->gradient, u, V::load(dm[r] + u));
-                   }
-                 }
-                 of.normalise_second_backward(all, n, s.call->gradient);
-               });
+    whole_back(s, t, [&](const auto& of, const BackRow* all, int n, const S* const* dm) {
+      for (int r = 0; r < n; ++r) {
+        for (index u = 0; u < of.H; u += lanes) {
+          of.open_backward(all[r], s.call->gradient, u, V::load(dm[r] + u));
+        }
+      }
+      of.normalise_second_backward(all, n, s.call->gradient);
+    });
   }
   static void normalised_close_backward(const Step& s, const Tile& t) {
-    whole_back(s, t,
-               [&](const WholeRows& of, const BackRow* all, int n, const S* const* dm) {
-                 for (int r = 0; r < n; ++r) {
-                   for (index u = 0; u < of.H; u += lanes) {
-                     of.close_backward(all[r], u, V::load(dm[r] + u));
-                   }
-                 }
-                 of.normalise_backward(all, n, s.call->gradient);
-               });
+    whole_back(s, t, [&](const auto& of, const BackRow* all, int n, const S* const* dm) {
+      for (int r = 0; r < n; ++r) {
+        for (index u = 0; u < of.H; u += lanes) {
+          of.close_backward(all[r], u, V::load(dm[r] + u));
+        }
+      }
+      of.normalise_backward(all, n, s.call->gradient);
+    });
   }
 
   // For any cell.
@@ -417,10 +411,8 @@ struct Steps {
     });
   }
   static void finish(const Step& s, const Tile& t) {
-    each_row<changes::all>(s, t, [](const auto& of, const Row& at, int, Range units) {
-      for (index u = units.begin; u < units.end; u += lanes) {
-        of.finish(at, u, V::load(at.sums + u));
-      }
+    each_row(s, t, [](const auto& of, const Row& at, int, index u) {
+      of.finish(at, u, V::load(at.sums + u));
     });
   }
   // dh of rows that take no step before it.
@@ -437,13 +429,12 @@ struct Steps {
   }
   // dh where the cell waits for a projection or for whole rows.
   static void before(const Step& s, const Tile& t) {
-    each_unit<changes::all>(
-        s, t, [&](const auto& of, const BackRow& at, int r, index u, V dh) {
-          dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
-          dh.store(at.dh + u);
-          if (!s.call->model.projects) return;
-          store_upto(dh, at.da + s.call->gradient.dh + u, s.call->model.R - u);
-        });
+    each_unit(s, t, [&](const auto& of, const BackRow& at, int r, index u, V dh) {
+      dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
+      dh.store(at.dh + u);
+      if (!s.call->model.projects) return;
+      store_upto(dh, at.da + s.call->gradient.dh + u, s.call->model.R - u);
+    });
   }
 };
 
