@@ -28,11 +28,18 @@
 #define FUSEDRNN_CONSTANT FUSEDRNN_SHARED
 #endif
 
+// Whether a CPU's code is compiled to be small: then one function serves many cases.
+#if defined(__OPTIMIZE_SIZE__) && !defined(__CUDACC__)
+#define FUSEDRNN_SMALL 1
+#else
+#define FUSEDRNN_SMALL 0
+#endif
+
 // Stands before a loop over the slots of a cell, which it must unroll for them to stay in
 // registers.
 #ifdef __CUDACC__
 #define FUSEDRNN_UNROLL _Pragma("unroll")
-#elif defined(__OPTIMIZE_SIZE__)
+#elif FUSEDRNN_SMALL
 #define FUSEDRNN_UNROLL
 #else
 #define FUSEDRNN_UNROLL _Pragma("GCC unroll 8")
@@ -40,12 +47,7 @@
 
 namespace fusedrnn {
 
-// Whether code is compiled to be small: then one function serves many cases.
-#ifdef __OPTIMIZE_SIZE__
-constexpr bool is_small = true;
-#else
-constexpr bool is_small = false;
-#endif
+constexpr bool is_small = FUSEDRNN_SMALL != 0;
 
 using index = std::ptrdiff_t;
 

@@ -94,11 +94,16 @@ struct Exp {
 
  private:
   // p = |a| r + r² Σ |a| a^(d+1) q_d r^d
-  static V coefficient(int d) {
-    S c = (a < 0 ? -a : a) * C::q[d];
-    for (int i = 0; i <= d; ++i) c *= a;
-    return V::broadcast(c);
-  }
+  struct Coefficients {
+    S of[terms];
+  };
+  static constexpr Coefficients coefficients = [] {
+    Coefficients c{};
+    S power = a < 0 ? -a : a;
+    for (int d = 0; d < terms; ++d) c.of[d] = C::q[d] * (power *= a);
+    return c;
+  }();
+  static V coefficient(int d) { return V::broadcast(coefficients.of[d]); }
 };
 
 template <class V>
