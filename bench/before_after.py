@@ -1,7 +1,8 @@
 """Times two builds of fusedrnn in turn: a table of time before / time now.
 
     python bench/before_after.py BEFORE NOW            everything, some 30 minutes
-    python bench/before_after.py BEFORE NOW --quick    some shapes and one thread, 2 minutes
+    python bench/before_after.py BEFORE NOW --quick    some shapes, 3 minutes: LSTM and GRU,
+                                                       float32, one thread unless told
     python bench/before_after.py BEFORE NOW --options  what options cost in both, 10 minutes
 
 BEFORE and NOW are the Python interpreters of two environments in which fusedrnn is installed
@@ -328,9 +329,9 @@ def main() -> None:
     )
     parser.add_argument("before", help="the interpreter of the build to compare with")
     parser.add_argument("now", help="the interpreter of the build to judge")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "float64"])
-    parser.add_argument("--cells", nargs="+", default=["LSTM", "GRU", "RNN"])
+    parser.add_argument("--threads", type=int, nargs="+")
+    parser.add_argument("--dtypes", nargs="+")
+    parser.add_argument("--cells", nargs="+")
     parser.add_argument("--modes", nargs="+", default=["inference", "training", "streaming"])
     parser.add_argument("--rounds", type=int, default=15, help="at most, for each case")
     parser.add_argument("--quick", action="store_true")
@@ -341,8 +342,10 @@ def main() -> None:
     arguments.seconds = CASE_SECONDS
     if arguments.quick:
         arguments.seconds, arguments.rounds = QUICK["seconds"], QUICK["rounds"]
-        arguments.threads, arguments.dtypes = arguments.threads[:1], arguments.dtypes[:1]
-        arguments.cells = arguments.cells[:2]
+    quick = arguments.quick
+    arguments.threads = arguments.threads or ([1] if quick else [1, 2])
+    arguments.dtypes = arguments.dtypes or ["float32", "float64"][: 1 if quick else 2]
+    arguments.cells = arguments.cells or ["LSTM", "GRU", "RNN"][: 2 if quick else 3]
     before, now = arguments.commits or ("unknown", commit())
     builds = [Build(command) for command in (arguments.before, arguments.now)]
     lines = [
