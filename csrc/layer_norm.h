@@ -67,8 +67,6 @@ class NormalisedRows {
     constexpr Shape of_cell = shape_of<Cell>(0);
     return of_cell;
   }
-  static constexpr int input_groups = Groups(Cell::input_group, first_input).count;
-  static constexpr int recurrent_groups = Groups(Cell::recurrent_group, 0).count;
 
  public:
   using Row = ForwardRow<S>;
@@ -110,7 +108,7 @@ class NormalisedRows {
         }
       }
     });
-    each_input_group([&]<index size>(Range of, int group) {
+    each_group<true>([&]<index size>(Range of, int group) {
       normalise<size>(rows, n, record.input(0), of, group);
     });
   }
@@ -129,7 +127,7 @@ class NormalisedRows {
   }
   FUSEDRNN_DEVICE void normalise_backward(const BackRow* rows, int n,
                                           const GradientRow& at) const {
-    each_input_group([&]<index size>(Range of, int group) {
+    each_group<true>([&]<index size>(Range of, int group) {
       back<size>(rows, n, record.input(0), at.input - first_input * P, of, group, true);
     });
     back_to_recurrent(rows, n, at, false);
@@ -174,24 +172,16 @@ class NormalisedRows {
       return (x - V::broadcast(mean[r])) * V::broadcast(scale[r]);
     }
   };
-  // f<number of its slots>(its slots, its place) for each group; <0> in small code, which
-  // has one function for all.
-  template <int group = 0, class F>
-  FUSEDRNN_DEVICE static void each_input_group(const F& f) {
-    constexpr Groups all(Cell::input_group, first_input);
+  // f<number of its slots>(its slots, its place) for each group of W x, or of R h'; <0>
+  // in small code, which has one function for all.
+  template <bool of_input, int group = 0, class F>
+  FUSEDRNN_DEVICE static void each_group(const F& f) {
+    constexpr Groups all = of_input ? Groups(Cell::input_group, first_input)
+                                    : Groups(Cell::recurrent_group, 0);
     if constexpr (group < all.count) {
       constexpr Range of = all.slots[group];
       f.template operator()<is_small ? 0 : of.end - of.begin>(of, group);
-      each_input_group<group + 1>(f);
-    }
-  }
-  template <int group = 0, class F>
-  FUSEDRNN_DEVICE static void each_recurrent_group(const F& f) {
-    constexpr Groups all(Cell::recurrent_group, 0);
-    if constexpr (group < all.count) {
-      constexpr Range of = all.slots[group];
-      f.template operator()<is_small ? 0 : of.end - of.begin>(of, group);
-      each_recurrent_group<group + 1>(f);
+      each_group<of_input, group + 1>(f);
     }
   }
   // Whether a group is the slot of a second product.
@@ -202,6 +192,7 @@ class NormalisedRows {
   FUSEDRNN_DEVICE bool exists(int k) const {
     return !may_lack_slots || k != variant.absent;
   }
+  // f(slot) for those of a group of `size` slots; of any number where that is 0.
   template <index size, class F>
   FUSEDRNN_DEVICE static void each_slot(Range of, const F& f) {
     const int first = static_cast<int>(of.begin);
@@ -257,7 +248,7 @@ class NormalisedRows {
   }
   // The recurrent groups of the first product, or of the second.
   FUSEDRNN_DEVICE void normalise_groups(const Row* rows, int n, bool of_second) const {
-    each_recurrent_group([&]<index size>(Range of, int group) {
+    each_group<false>([&]<index size>(Range of, int group) {
       if (is_second(of) != of_second) return;
       normalise<size>(rows, n, record.recurrent(0), of, Shape::most_groups + group);
     });
@@ -312,7 +303,7 @@ class NormalisedRows {
   }
   FUSEDRNN_DEVICE void back_to_recurrent(const BackRow* rows, int n,
                                          const GradientRow& at, bool of_second) const {
-    each_recurrent_group([&]<index size>(Range of, int group) {
+    each_group<false>([&]<index size>(Range of, int group) {
       if (is_second(of) != of_second) return;
       back<size>(rows, n, record.recurrent(0), at.recurrent, of,
                  Shape::most_groups + group, false);

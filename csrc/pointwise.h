@@ -254,8 +254,9 @@ class RowWise : public NormalisedRows<Cell, E> {
       x.sigmoid_low = e.kept(bounds[1]);
       x.sigmoid_high = e.kept(bounds[2]);
       x.tanh_high = e.kept(bounds[3]);
+    } else {
+      x.clip = V::broadcast(static_cast<S>(none));
     }
-    if (!x.clips) x.clip = V::broadcast(static_cast<S>(none));
     x.cell_clip = V::broadcast(static_cast<S>(p.options.cell_clip));
     return x;
   }
