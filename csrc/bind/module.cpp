@@ -199,6 +199,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("plain_forward", &plain_forward);
   m.def("plain_backward", &plain_backward);
   m.def("allocate", &allocate);
+  m.def("release_memory", &release_memory);
   m.attr("LARGE_ARRAY") = large_array;
   m.def("drop", &drop);
   m.def("elementwise", &elementwise);

@@ -150,18 +150,6 @@ class FlushDenormals {
 #endif
 };
 
-// Scratch memory that a calling thread keeps between its calls, so that a short call
-// neither asks for memory nor touches new pages.
-char* workspace(index size) {
-  thread_local Memory kept;
-  const auto bytes = static_cast<std::size_t>(size);
-  if (bytes > kept.bytes()) {
-    kept = {};
-    kept = Memory(bytes);
-  }
-  return kept.as<char>();
-}
-
 // A thread is worth waking for this much work in all, and worth meeting once per step for
 // this much in each step (floating-point operations per thread).
 constexpr double work_per_thread = 2.5e5;
@@ -223,14 +211,18 @@ ForwardPlan plan(const Layout& layout, const Forward& p) {
 
 void run(const Layout& layout, const Forward& p) {
   const Workforce force = workforce(p, p.masks, layout.shape.gates, 1);
-  char* const scratch = workspace(forward_workspace(layout, p, force.threads));
-  with_team(force, p.T, [&](const Team& team) { forward(layout, p, scratch, team); });
+  const index bytes = forward_workspace(layout, p, force.threads);
+  const Workspace scratch(static_cast<std::size_t>(bytes));
+  with_team(force, p.T,
+            [&](const Team& team) { forward(layout, p, scratch.start(), team); });
 }
 
 void run(const Layout& layout, const Backward& p) {
   const Workforce force = workforce(p, p.masks, layout.shape.gates, 2);
-  char* const scratch = workspace(backward_workspace(layout, p, force.threads));
-  with_team(force, p.T, [&](const Team& team) { backward(layout, p, scratch, team); });
+  const index bytes = backward_workspace(layout, p, force.threads);
+  const Workspace scratch(static_cast<std::size_t>(bytes));
+  with_team(force, p.T,
+            [&](const Team& team) { backward(layout, p, scratch.start(), team); });
 }
 
 void run(const Dropout<char>& p, index element) {

@@ -1,11 +1,13 @@
 #include "memory.h"
 
 #include <algorithm>
+#include <bit>
+#include <cstdint>
 #include <mutex>
 #include <new>
 #include <vector>
 
-#if defined(__linux__)
+#if defined(__linux__) || defined(__APPLE__)
 #include <sys/mman.h>
 #endif
 
@@ -13,69 +15,123 @@ namespace fusedrnn {
 
 namespace {
 
-constexpr std::size_t line = 64, huge_page = std::size_t{1} << 21;
-constexpr std::size_t on_huge_pages = huge_page / 2;      // from this size on
+constexpr std::size_t line = 64, page = 4096, huge_page = std::size_t{1} << 21;
 constexpr std::size_t least_kept = std::size_t{1} << 16;  // smaller blocks malloc keeps
 constexpr std::size_t most_kept = std::size_t{256} << 20;
+constexpr std::uint64_t most_idle = 32;  // requests
+constexpr std::size_t most_scratch = std::size_t{1} << 20;
 
-struct Block {
-  void* start;
-  std::size_t bytes;
-};
-
-void* allocate(std::size_t bytes) {
-  if (bytes < on_huge_pages) return ::operator new(bytes, std::align_val_t{line});
-  // The last page is a huge one if at least three quarters of it are used.
-  const std::size_t pages = (bytes + huge_page / 4) / huge_page;
-  const std::size_t whole = std::max(bytes, pages * huge_page);
-  void* const start = ::operator new(whole, std::align_val_t{huge_page});
-#if defined(__linux__)
-  madvise(start, pages * huge_page, MADV_HUGEPAGE);
+// Sanitizers watch malloc's blocks alone.
+#if (defined(__linux__) || defined(__APPLE__)) && !defined(__SANITIZE_ADDRESS__)
+constexpr bool maps = true;
+#else
+constexpr bool maps = false;
 #endif
-  return start;
+
+// The size of the block for a request: in steps of an eighth, so that requests of about
+// one size share blocks.
+std::size_t block_size(std::size_t bytes) {
+  if (bytes < least_kept) return bytes;
+  const std::size_t step = std::max(std::bit_floor(bytes) / 8, page);
+  return (bytes + step - 1) / step * step;
 }
 
-void release(const Block& block) {
-  const auto alignment = block.bytes < on_huge_pages ? line : huge_page;
-  ::operator delete(block.start, std::align_val_t{alignment});
+void* map([[maybe_unused]] std::size_t bytes) {
+#if defined(__linux__) || defined(__APPLE__)
+  const auto reserve = [](std::size_t size) {
+    void* const start =
+        mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start == MAP_FAILED) throw std::bad_alloc();
+    return static_cast<char*>(start);
+  };
+  // The last page is a huge one if at least three quarters of it are used.
+  const std::size_t huge = (bytes + huge_page / 4) / huge_page * huge_page;
+  if (huge == 0) return reserve(bytes);
+  const std::size_t whole = bytes + huge_page;
+  char* const start = reserve(whole);
+  const auto at = reinterpret_cast<std::uintptr_t>(start);
+  const std::size_t before = (huge_page - at % huge_page) % huge_page;
+  const std::size_t after = huge_page - before;
+  if (before > 0) munmap(start, before);
+  munmap(start + before + bytes, after);
+#if defined(__linux__)
+  madvise(start + before, std::min(huge, bytes), MADV_HUGEPAGE);
+#endif
+  return start + before;
+#else
+  return nullptr;
+#endif
+}
+
+void* allocate(std::size_t bytes) {
+  if (maps && bytes >= least_kept) return map(bytes);
+  return ::operator new(bytes, std::align_val_t{line});
+}
+
+void release(void* start, std::size_t bytes) {
+#if defined(__linux__) || defined(__APPLE__)
+  if (maps && bytes >= least_kept) {
+    munmap(start, bytes);
+    return;
+  }
+#endif
+  ::operator delete(start, std::align_val_t{line});
 }
 
 // Where the lock is not free at once it does without: a child forked from a thread that
 // waited for it would wait for ever.
 class Kept {
  public:
-  Kept() { blocks_.reserve(most_kept / least_kept + 1); }
+  struct Block {
+    void* start;
+    std::size_t bytes;
+    std::uint64_t freed;  // the number of requests when it was
+  };
 
-  // A block of exactly this size, or null.
-  void* take(std::size_t bytes) {
+  // The block that fits best, of up to half as much again; or of size 0.
+  Block take(std::size_t bytes) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock) return nullptr;
-    for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) {
-      if (block->bytes != bytes) continue;
-      void* const start = block->start;
-      total_ -= bytes;
-      blocks_.erase(std::next(block).base());
-      return start;
+    if (!lock) return {};
+    ++requests_;
+    std::size_t best = blocks_.size();
+    for (std::size_t n = blocks_.size(); n-- > 0;) {
+      const std::size_t size = blocks_[n].bytes;
+      if (size < bytes || size > bytes + bytes / 2) continue;
+      if (best == blocks_.size() || size < blocks_[best].bytes) best = n;
     }
-    return nullptr;
+    if (best == blocks_.size()) return {};
+    const Block found = blocks_[best];
+    erase(best);
+    return found;
   }
 
-  void put(const Block& block) {
+  void put(void* start, std::size_t bytes) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock || block.bytes > most_kept) return release(block);
-    blocks_.push_back(block);
-    total_ += block.bytes;
-    while (total_ > most_kept) {  // the oldest goes first
-      total_ -= blocks_.front().bytes;
-      release(blocks_.front());
-      blocks_.erase(blocks_.begin());
-    }
+    if (!lock || bytes > most_kept) return release(start, bytes);
+    blocks_.push_back({start, bytes, requests_});
+    total_ += bytes;
+    while (total_ > most_kept || blocks_.front().freed + most_idle < requests_) drop();
+  }
+
+  void clear() {
+    const std::lock_guard lock(mutex_);
+    while (!blocks_.empty()) drop();
   }
 
  private:
+  void erase(std::size_t n) {
+    total_ -= blocks_[n].bytes;
+    blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(n));
+  }
+  void drop() {  // the block that was freed first
+    release(blocks_.front().start, blocks_.front().bytes);
+    erase(0);
+  }
+
   std::mutex mutex_;
   std::vector<Block> blocks_;
   std::size_t total_ = 0;
+  std::uint64_t requests_ = 0;
 };
 
 // Never destroyed: arrays may be freed after static destructors ran.
@@ -84,20 +140,46 @@ Kept& kept() {
   return blocks;
 }
 
+thread_local Memory scratch;
+
 }  // namespace
 
-Memory::Memory(std::size_t bytes) : bytes_(bytes) {
-  if (bytes >= least_kept) start_ = kept().take(bytes);
-  if (!start_) start_ = allocate(bytes);
+Memory::Memory(std::size_t bytes) : bytes_(bytes), block_(block_size(bytes)) {
+  if (bytes >= least_kept) {
+    if (const auto found = kept().take(block_); found.start) {
+      start_ = found.start;
+      block_ = found.bytes;
+      return;
+    }
+  }
+  start_ = allocate(block_);
 }
 
 Memory::~Memory() {
   if (!start_) return;
-  if (bytes_ >= least_kept) {
-    kept().put({start_, bytes_});
+  if (block_ >= least_kept) {
+    kept().put(start_, block_);
   } else {
-    release({start_, bytes_});
+    release(start_, block_);
   }
+}
+
+Workspace::Workspace(std::size_t bytes) {
+  if (bytes > most_scratch) {
+    own_ = Memory(bytes);
+    start_ = own_.as<char>();
+    return;
+  }
+  if (bytes > scratch.bytes()) {
+    scratch = {};
+    scratch = Memory(bytes);
+  }
+  start_ = scratch.as<char>();
+}
+
+void release_memory() {
+  scratch = {};
+  kept().clear();
 }
 
 }  // namespace fusedrnn

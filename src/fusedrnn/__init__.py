@@ -5,6 +5,7 @@ from ._version import __version__
 from .backends import (
     get_isa,
     get_num_threads,
+    release_memory,
     select_isa_from_environment,
     set_isa,
     set_num_threads,
@@ -28,6 +29,7 @@ __all__ = [
     "lstm",
     "lstm_vjp",
     "reference",
+    "release_memory",
     "rnn",
     "rnn_vjp",
     "set_isa",

@@ -160,6 +160,9 @@ def follow_threads(n: int, /) -> None:
 def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], /) -> Array:
     """Return an uninitialised array; large ones reuse memory that was freed."""
 
+def release_memory() -> None:
+    """Give back what is kept of freed arrays, and the calling thread's scratch memory."""
+
 def elementwise(name: str, x: Array, /) -> Array: ...
 def probe_multiply_add(rounds: int, single: bool, /) -> float:
     """Multiply and add as fast as a core can; return the floating-point operations done."""
