@@ -30,7 +30,7 @@ import numpy as np
 import fusedrnn as fr
 from fusedrnn.bench.cases import CELLS, SHAPES
 from fusedrnn.bench.race import seconds_of
-from fusedrnn.kernel import _PLAIN, HOST
+from fusedrnn.reference import Options
 
 Rows = Iterator[tuple[Any, ...]]
 
@@ -313,15 +313,11 @@ def overhead() -> Rows:
             layer = getattr(fr, cell)(H, H, rng=0)
             x = np.ones((1, 1, H), np.float32)
             _, state = layer(x)
-            h, c = state if cell == "LSTM" else (state, None)
-            y, h_n = np.empty_like(x), np.empty((1, H), np.float32)
-            c_n, c0 = (h_n.copy(), c[0]) if c is not None else (None, None)
-            weights = layer._pack_once(HOST, "l0")
+            compiled = layer._packed["layers"]
+            given = (x, state, None, None, Options(), None, False)
             calls = {
                 "call": lambda layer=layer, x=x, state=state: layer(x, state),
-                "kernel": lambda w=weights, a=(x, h[0], c0), b=(y, h_n, c_n): w.forward(
-                    _PLAIN, *a, None, None, False, *b, None, None, None
-                ),
+                "kernel": lambda compiled=compiled, given=given: compiled.forward(*given),
             }
             call, kernel = (best(lambda f=f: [f() for _ in range(100)]) for f in calls.values())
             yield (

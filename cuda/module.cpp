@@ -14,8 +14,8 @@
 #include <utility>
 #include <vector>
 
-#include "../csrc/bind/dlpack.h"
 #include "../csrc/random.h"
+#include "dlpack.h"
 #include "kernels.h"
 
 namespace py = pybind11;

@@ -22,7 +22,7 @@ cmake --preset emulated -B "$build" -G Ninja "${options[@]}" \
 cmake --build "$build" --target _cuda
 mkdir "$build/site"
 cp -r "$(cd / && python -c 'import fusedrnn; print(*fusedrnn.__path__)')" "$build/site/"
-cp src/fusedrnn/*.py "$build/site/fusedrnn/"
+cp -r src/fusedrnn/. "$build/site/fusedrnn/"
 rm -f "$build"/site/fusedrnn/_cuda*.so
 cp "$build"/_cuda*.so "$build/site/fusedrnn/"
 export PYTHONPATH="$build/site" OPENBLAS_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1

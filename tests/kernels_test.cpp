@@ -14,7 +14,8 @@
 #include <utility>
 #include <vector>
 
-#include "../csrc/cpu/dispatch.h"
+#include "../csrc/cpu/memory.h"
+#include "../csrc/cpu/workforce.h"
 #include "products_test.h"
 
 using namespace fusedrnn;
@@ -109,6 +110,21 @@ Tested tested(const Isa& isa, std::string_view name, index size) {
   std::abort();
 }
 
+void run(const Layout& layout, const Forward& p) {
+  const int threads = get_num_threads();
+  const Workspace scratch(
+      static_cast<std::size_t>(forward_workspace(layout, p, threads)));
+  with_team(threads, false, p.T,
+            [&](const Team& team) { forward(layout, p, scratch.start(), team); });
+}
+void run(const Layout& layout, const Backward& p) {
+  const int threads = get_num_threads();
+  const Workspace scratch(
+      static_cast<std::size_t>(backward_workspace(layout, p, threads)));
+  with_team(threads, false, p.T,
+            [&](const Team& team) { backward(layout, p, scratch.start(), team); });
+}
+
 // Forward in `chunks` pieces, and if there is one, backward.
 template <class S>
 Results train(const Tested& of, const Arrays& a, bool borrow, index chunks) {
@@ -130,7 +146,7 @@ Results train(const Tested& of, const Arrays& a, bool borrow, index chunks) {
                                     read(b_ih), read(b_hh), nullptr};
   const auto packed = [&](bool backward) {
     std::vector<S> to(packed_bytes(layout, backward, borrow) / size);
-    pack(layout, parameters, backward, borrow, write(to));
+    pack(layout, parameters, backward, borrow, write(to), Team::single());
     return to;
   };
   const std::vector<S> forward_weights = packed(false), backward_weights = packed(true);
@@ -227,9 +243,9 @@ void test_math(const MathEntry& function, const std::string& what) {
   for (double v = 1e-30; v < 1; v *= 1.7) x.push_back(static_cast<S>(v));
   std::vector<S> y(x.size());
   if constexpr (sizeof(S) == 4) {
-    run(function.f32, x.data(), y.data(), static_cast<index>(x.size()));
+    fusedrnn::run(function.f32, x.data(), y.data(), static_cast<index>(x.size()));
   } else {
-    run(function.f64, x.data(), y.data(), static_cast<index>(x.size()));
+    fusedrnn::run(function.f64, x.data(), y.data(), static_cast<index>(x.size()));
   }
   long double worst = 0;
   for (std::size_t k = 0; k < x.size(); ++k) {

@@ -47,6 +47,8 @@ DTYPES = {
     "cuda": ["float32", "float64", "bfloat16", "float16", "tf32"],
 }
 GRADIENTS = ("dy", "dh_n", "dc_n", "d_cells")
+FROZEN = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_ch")
+FROZEN += ("gamma_ih", "gamma_hh", "gamma_c", "beta_c")
 
 
 # The cases
@@ -58,7 +60,6 @@ class Cases:
     def __init__(self, build: Answer, device: str, seed: int) -> None:
         self.gates = {name: cell["gates"] for name, cell in build["cells"].items()}
         self.has_c = {name: cell["has_c"] for name, cell in build["cells"].items()}
-        self.plain = [name for name, cell in build["cells"].items() if cell["is_plain"]]
         self.on_cpu = device == "cpu"
         self.isas = build["isas"] if self.on_cpu else ["cuda"]
         self.dtypes = DTYPES[device]
@@ -115,8 +116,8 @@ class Cases:
         """Random combinations without end."""
         rng = self.rng
         for n in itertools.count():
-            ways = ("op", "layer", "tape", "plain", "stream", "math")
-            weights = (40, 25, 17, 10, 8, 0.5) if self.on_cpu else (70, 30, 0, 0, 0, 0)
+            ways = ("op", "layer", "torch", "stream", "math")
+            weights = (40, 30, 22, 8, 0.5) if self.on_cpu else (70, 30, 0, 0, 0)
             way = rng.choices(ways, weights)[0]
             case = {
                 "way": way,
@@ -248,24 +249,12 @@ class Cases:
         case["unbatched"] = case["sizes"][1] == 1 and rng.random() < 0.5
         case["dropout"] = 0.3 if case["layers"] > 1 and rng.random() < 0.4 else None
 
-    def _draw_tape(self, case: Case) -> None:
-        self._draw_op(case)
-        case["out"] = case["unbatched"] = False
-        names = ["x", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_ch"]
-        names += ["gamma_ih", "gamma_hh", "gamma_c", "beta_c"]
-        share = self.rng.choice([0.0, 0.3, 0.6, 1.0])
-        case["wanted"] = [name for name in names if self.rng.random() < share]
-        case["adds"] = self.rng.random() < 0.2
-        case["options"].pop("trace", None)
-
-    def _draw_plain(self, case: Case) -> None:
-        case["cell"] = self.rng.choice(self.plain)
-        self._draw_values(case)
+    def _draw_torch(self, case: Case) -> None:
+        self._draw_layer(case)
         case["sizes"] = [max(size, 1) for size in case["sizes"]]
-        case["reverse"] = self.rng.random() < 0.5
-        case["bits"] = self.rng.choice([0, 1, 127, 127, self.rng.randint(0, 127)])
-        if case["layout"] in ("stepped", "unaligned"):
-            case["layout"] = None
+        case["layout"] = case["dropout"] = None  # which PyTorch draws
+        share = self.rng.choice([0.0, 0.3, 0.6, 1.0])
+        case["frozen"] = [n for n in ("x", *FROZEN) if self.rng.random() < share]
 
     def _draw_stream(self, case: Case) -> None:
         self._draw_options(case)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import importlib
 import json
 import sys
 import traceback
@@ -20,9 +21,6 @@ import numpy as np
 import fusedrnn as fr
 from fusedrnn import _cpu, cuda
 from fusedrnn.cells import CELLS
-from fusedrnn.kernel import FEW_ROWS, HOST, Problem
-from fusedrnn.options import beyond_plain, check_options
-from fusedrnn.reference import Parameters
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Any]
@@ -246,24 +244,26 @@ def run_op(case: Case) -> Arrays:
     return found
 
 
+def layer_arguments(inputs: Inputs) -> dict[str, Any]:
+    """Return what a layer of ours, or a module of PyTorch, is built with."""
+    asked = inputs.case.get("options", {})
+    of_call = (*OF_VJP, "return_cells", "trace")
+    arguments = {k: v for k, v in inputs.options.items() if k not in of_call}
+    arguments["bias"] = inputs.case.get("bias", True)
+    if "projection" in asked:
+        arguments["proj_size"] = inputs.R
+    return arguments | {n: True for n in ("peephole", "layer_norm") if n in asked}
+
+
 def make_layer(inputs: Inputs, **more: Any) -> Any:
     """Build a layer of the class that has the case's cell, every parameter drawn."""
     case, cell = inputs.case, inputs.cell
-    asked = case.get("options", {})
-    of_call = (*OF_VJP, "return_cells", "trace")
-    options = {k: v for k, v in inputs.options.items() if k not in of_call}
-    if "projection" in asked:
-        options["proj_size"] = inputs.R
-    for name in ("peephole", "layer_norm"):
-        if name in asked:
-            options[name] = True
     layer = getattr(fr, cell.op.upper())(
         inputs.I,
         inputs.H,
-        bias=case.get("bias", True),
         dtype="float64" if inputs.dtype == "float64" else "float32",
         rng=case["seed"],
-        **options,
+        **layer_arguments(inputs),
         **cell.arguments,
         **more,
     )
@@ -337,105 +337,69 @@ def run_stream(case: Case) -> Arrays:
     return found | named("parts", {"first": first, "second": second, "state": state})
 
 
-def run_tape(case: Case) -> Arrays:
-    """One direction as autograd asks for it: only the gradients that somebody wants."""
-    inputs, on = Inputs(case), HOST
-    cell, H, R, T, B = inputs.cell, inputs.H, inputs.R, inputs.T, inputs.B
-    x, dtype = inputs.arrays["x"], np.dtype(case["dtype"])
-    state = tuple(
-        on.zeros((B, R if name == "h0" else H), dtype) if a is None else a
-        for name, a in inputs.state().items()
-    )
-    given = inputs.options | inputs.drawing
-    request = check_options(cell, given)
-    parameters = Parameters(
-        **{k: np.ascontiguousarray(v) for k, v in inputs.parameters.items()}
-    )
-    row_wise = bool(beyond_plain(cell, parameters, True) or request.beyond_plain(True))
-    masks = on.masks(inputs.masks.get("lengths"), inputs.masks.get("resets"))
-    y, final = on.empty((T, B, R), dtype), tuple(np.empty_like(s) for s in state)
-    keeps_cells = request.return_cells or (request.recompute and "c" in cell.states)
-    cells = on.empty((T, B, H), dtype) if keeps_cells else None
-    problem = Problem(
-        cell,
-        x,
-        state,
-        masks,
-        case.get("reverse", False),
-        y,
-        final,
-        request,
-        row_wise,
-        cells,
-    )
-    seen = on.with_weights_dropped(parameters, request)
-    borrow = T * B <= FEW_ROWS and not row_wise
-    saved = on.forward(on.pack(cell, seen, None, borrow, row_wise), problem, save=True)
-    forward = on.pack(cell, seen, None, borrow or not request.recompute, row_wise)
-    back = on.pack(cell, seen, forward, borrow, row_wise)
-    tape = on.tape(problem, parameters, back, forward, saved)
-    found = named("forward", {"y": y, "final": final, "cells": cells})
-    names = ["dy", *(f"d{letter}_n" for letter in cell.states)]
-    names += ["d_cells"] * (cells is not None)
-    wanted = case["wanted"]
-    for n, d in enumerate(inputs.gradients([y, *final, cells], names)):
-        dx = inputs._values((T, B, inputs.I)) if "x" in wanted else None
-        d_state = tuple(np.empty_like(s) for s in state)
-        d_final = tuple(d[f"d{letter}_n"] for letter in cell.states)
-        d_parameters = tape.backward(
-            d["dy"],
-            d_final,
-            d.get("d_cells"),
-            dx,
-            d_state,
-            adds=case.get("adds", False),
-            wanted=wanted,
-        )
-        found |= named(f"backward {n}", {"x": dx, "state": d_state} | d_parameters._asdict())
-    return found
-
-
-def run_plain(case: Case) -> Arrays:
-    """A call as a framework's plain layer makes it, and back."""
+def run_torch(case: Case) -> Arrays:
+    """A module of PyTorch, of whose inputs and parameters autograd wants some."""
+    torch: Any = importlib.import_module("torch")
+    modules: Any = importlib.import_module("fusedrnn.torch")
     inputs = Inputs(case)
-    cell, x, reverse = case["cell"], inputs.arrays["x"], case.get("reverse", False)
-    parameters = [inputs.parameters.get(name) for name in Parameters._fields]
-    h0, c0 = [*inputs.state().values(), None][:2]
-    found = named(
-        "inference",
-        _cpu.plain_forward(cell, parameters, x, h0, c0, reverse, False, FEW_ROWS, 0),
-    )
-    if case.get("state", True) and not reverse:
-        h, c = (None if a is None else a[None] for a in (h0, c0))
-        made = _cpu.plain_forward(cell, parameters, x, h, c, False, False, FEW_ROWS, 1)
-        found |= named("layer", made)
-    made = _cpu.plain_forward(cell, parameters, x, h0, c0, reverse, True, FEW_ROWS, 0)
-    if made is None:
-        return found | {"prepared": np.zeros(1)}
-    *results, saved = made
-    found |= named("training", results)
-    outputs = [r for r in results if r is not None]
-    y, names = outputs[0], ["dy", "dh_n", "dc_n"][: len(outputs)]
-    for n, d in enumerate(inputs.gradients(outputs, names)):
-        gradients = _cpu.plain_backward(
-            cell,
-            parameters,
-            x,
-            h0,
-            c0,
-            reverse,
-            y,
-            saved,
-            d.get("dy"),
-            d.get("dh_n"),
-            d.get("dc_n"),
-            case["bits"],
-            FEW_ROWS,
-        )
-        found |= named(f"gradients {n}", gradients) | {
-            f"is ready {n}": np.array(gradients is not None)
-        }
-    return found
+    layers, two = case.get("layers", 1), case.get("bidirectional", False)
+    batch_first = case.get("batch_first", False)
+    layer = make_layer(inputs, num_layers=layers, bidirectional=two, batch_first=batch_first)
+    arguments = {"num_layers": layers, "bidirectional": two, "batch_first": batch_first}
+    arguments |= layer_arguments(inputs) | inputs.cell.arguments
+    kind = getattr(modules, inputs.cell.op.upper())
+    module = kind(inputs.I, inputs.H, dtype=getattr(torch, case["dtype"]), **arguments)
+    values = {k: torch.from_numpy(v.copy()) for k, v in layer.state_dict().items()}
+    module.load_state_dict(values)
+    frozen = case.get("frozen", [])
+    for name, p in module.named_parameters():
+        p.requires_grad_(name.rpartition("_l")[0] not in frozen)
+
+    def turned(a: Any) -> Any:
+        return a.swapaxes(0, 1) if batch_first and not inputs.unbatched else a
+
+    x = torch.from_numpy(turned(inputs.arrays["x"]).copy()).requires_grad_("x" not in frozen)
+    pair = tuple(inputs.state((layers * (1 + two),)).values())
+    leaves = [None if a is None else torch.from_numpy(a).requires_grad_() for a in pair]
+    state = None if pair[0] is None else tuple(leaves) if len(pair) > 1 else leaves[0]
+    masks = {k: turned(v) if k == "resets" else v for k, v in inputs.masks.items()}
+    asked = {k: torch.from_numpy(np.array(v)) for k, v in masks.items()}
+    asked |= {"seed": inputs.drawing["seed"]}
+    options = inputs.options
+    of_vjp = {k: v for k, v in options.items() if k in (*OF_VJP, "return_cells", "trace")}
+    module.train(inputs.drawing["training"])
+    with torch.no_grad():
+        found = named("simple", as_arrays(module(x, state, seed=asked["seed"])))
+        found |= named("inference", as_arrays(module(x, state, **asked, **of_vjp)))
+    results = module(x, state, **asked, **of_vjp)
+    found |= named("training", as_arrays(results))
+    y, final, *others = results
+    finals = final if isinstance(final, tuple) else (final,)
+    outputs = [y, *finals, *others[: bool(options.get("return_cells"))]]
+    names = ["dy", "dh_n", "dc_n"][: 1 + len(finals)] + ["d_cells"] * (len(outputs) > 3)
+    rows = [a.detach().numpy() for a in outputs]
+    drawn = inputs.gradients([turned(rows[0]), *rows[1:3], *map(turned, rows[3:])], names)
+    seeds = [drawn[0][name] for name in names]
+    given = [
+        (out, torch.from_numpy((turned(d) if d.ndim == y.ndim and n in (0, 3) else d).copy()))
+        for n, (out, d) in enumerate(zip(outputs, seeds, strict=False))
+        if d is not None and out.requires_grad
+    ]
+    if given:
+        torch.autograd.backward([out for out, _ in given], [d for _, d in given])
+    wanted = {"x": x, "h0": leaves[0], "c0": leaves[-1]} | dict(module.named_parameters())
+    # Whether autograd adds zeros of other layers to a state's, which makes -0 0, is not ours.
+    grads = {k: a.grad + 0 for k, a in wanted.items() if a is not None and a.grad is not None}
+    return found | named("gradients", as_arrays(grads))
+
+
+def as_arrays(results: Any) -> Any:
+    """Return tensors in tuples and dicts as arrays."""
+    if isinstance(results, tuple):
+        return tuple(map(as_arrays, results))
+    if isinstance(results, dict):
+        return {k: as_arrays(v) for k, v in results.items()}
+    return results.detach().numpy()
 
 
 def run_math(case: Case) -> Arrays:
@@ -456,8 +420,7 @@ RUNS: dict[str, Callable[[Case], Arrays]] = {
     "op": run_op,
     "layer": run_layer,
     "stream": run_stream,
-    "tape": run_tape,
-    "plain": run_plain,
+    "torch": run_torch,
     "math": run_math,
 }
 
@@ -511,7 +474,6 @@ def main() -> None:
             name: {
                 "gates": len(cell.gates),
                 "has_c": "c" in cell.states,
-                "is_plain": not (cell.is_coupled or cell.resets_before),
             }
             for name, cell in CELLS.items()
         },

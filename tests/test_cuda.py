@@ -802,37 +802,39 @@ def test_torch_operators_on_the_emulator(
         cuda, "framework_of", lambda a: framework if isinstance(a, torch.Tensor) else plain(a)
     )
     monkeypatch.setattr(Inputs, "is_on_gpu", property(lambda _: True))
-    monkeypatch.setattr(kernels, "_is_plain", lambda *_: False)
     kernels._saved_bytes.cache_clear()
-    text, exact = call_of(CELLS[name], options)
+    call, exact = call_of(CELLS[name], options)
     kind = getattr(torch, dtype)
     wide = torch.float64 if dtype == "float64" else torch.float32
-    given = []
-    for field, a in zip(Inputs._fields, exact, strict=True):
-        if a is not None and a.is_floating_point():
-            a = a.detach().to(wide if field in ("h0", "c0") else kind)
-        given.append(a)
-    made, fake = kernels.compute_forward(text, *given), ops._fake_forward(text, *given)
+
+    def as_kind(a: Any, to: Any) -> Any:
+        return a if a is None or not a.is_floating_point() else a.detach().to(to)
+
+    given = Inputs(
+        as_kind(exact.x, kind),
+        as_kind(exact.h0, wide),
+        as_kind(exact.c0, wide),
+        [as_kind(p, kind) for p in exact.parameters],
+        *exact[4:],
+    )
+    made = kernels.compute_forward(call, *given)
+    fake = ops._fake_forward(*call.text, *given)
     form = [(tuple(a.shape), a.dtype) for a in fake]
     assert [(tuple(a.shape), a.dtype) for a in made] == form
-    leaves = [
-        a if a is None or not a.is_floating_point() else a.double().requires_grad_()
-        for a in given
-    ]
-    expected = ops.define(text, *leaves)
-    is_there = ops.parse(text).is_there
-    outputs = list(zip(made[:4], expected[:4], is_there, strict=True))
+    leaves = [a if a is None else a.double().requires_grad_() for a in given.smooth]
+    expected = ops.define(call, *leaves[:3], leaves[3:], *given[4:])
+    outputs = list(zip(made[:4], expected[:4], call.is_there, strict=True))
     pairs = [(a, e) for a, e, here in outputs if here]
     for a, e in pairs:
         assert norm_error(a.double().numpy(), e.detach().numpy()) <= TOLERANCE[dtype]
     torch.manual_seed(0)
     d = [torch.randn_like(a) if here else None for a, _, here in outputs]
-    smooth = [n for n, a in enumerate(leaves) if a is not None and a.is_floating_point()]
+    smooth = [n for n, a in enumerate(leaves) if a is not None]
     for wanted_of in (smooth, smooth[-1:], smooth[:1], smooth[1:-1]):
-        wanted = sum(1 << n for n in wanted_of)
+        wanted = [n in wanted_of for n in range(len(leaves))]
         read = (*d, made[0], made[3], made[5], *given)
-        gradients = kernels.compute_backward(text, wanted, *read)
-        fakes = ops._fake_backward(text, wanted, *read)
+        gradients = kernels.compute_backward(call, wanted, *read)
+        fakes = ops._fake_backward(*call.text, wanted, *read)
         forms = [(tuple(a.shape), a.dtype) for a in fakes]
         assert [(tuple(a.shape), a.dtype) for a in gradients] == forms
         right = torch.autograd.grad(
@@ -843,7 +845,7 @@ def test_torch_operators_on_the_emulator(
         )
         for n, a, e in zip(wanted_of, gradients, right, strict=True):
             error = norm_error(a.double().numpy(), e.numpy())
-            assert error <= 3 * TOLERANCE[dtype], Inputs._fields[n]
+            assert error <= 3 * TOLERANCE[dtype], n
 
 
 # Streams and captures

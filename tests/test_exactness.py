@@ -7,7 +7,7 @@ import pytest
 from helpers import MASKS, Sizes, arguments, cotangents, masks, op, present
 
 import fusedrnn as fr
-from fusedrnn import kernel
+from fusedrnn import _cpu
 from fusedrnn.cells import Cell
 
 SHAPES = [Sizes(12, 1, 96, 160), Sizes(9, 13, 33, 100), Sizes(6, 70, 20, 48)]
@@ -144,10 +144,11 @@ def test_layers_equal_ops(dtype: np.dtype) -> None:
     np.testing.assert_array_equal(below, y)
 
 
-def test_borrowed_weights_equal_packed_ones(
-    cell: Cell, dtype: np.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+def test_weights_as_they_are_equal_packed_ones(
+    cell: Cell, dtype: np.dtype, isa: str, request: pytest.FixtureRequest
 ) -> None:
     """A call over few rows reads the weights as they are: the same sums, in order."""
+    request.addfinalizer(lambda: _cpu.set_few_rows(4))
     for sizes, kind in (
         (Sizes(2, 2, 19, 37), None),
         (Sizes(3, 9, 5, 64), None),
@@ -157,7 +158,7 @@ def test_borrowed_weights_equal_packed_ones(
         values = arguments(cell, sizes, dtype) | (masks(kind, sizes) if kind else {})
         everything = []
         for few_rows in (0, 100):
-            monkeypatch.setattr(kernel, "FEW_ROWS", few_rows)
+            _cpu.set_few_rows(few_rows)
             results, pullback = op(cell, "_vjp")(**values)
             everything.append([*results, *present(pullback(*cotangents(results)))])
         assert_identical(*everything)

@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 import fusedrnn as fr
 from fusedrnn import _cpu, reference
 from fusedrnn.cells import CELLS, Cell
-from fusedrnn.kernel import PLAIN_OPTIONS
 
 # Around lanes (2 to 16), panels (to 32) and tiles (to 8 rows); primes; single things.
 SHAPES = [
@@ -321,68 +320,67 @@ def test_memory_saved_for_backward(name: str, per_unit: int, H: int, dtype: np.d
     """5·H values a step and row for LSTM, 4·H for GRU; a line more for a multiple of 1 KB."""
     rows = len(CELLS[name].gates) * H
     arrays = [np.zeros((rows, 3), dtype), np.zeros((rows, H), dtype), *[None] * 8]
-    weights = _cpu.Weights(name, arrays)
-    saved = per_unit * H
+    saved, layers = per_unit * H, _cpu.Layers(name, [arrays])
     padded = per_unit and saved * dtype.itemsize % 1024 == 0
-    assert weights.saved_size(PLAIN_OPTIONS) == saved + (64 // dtype.itemsize if padded else 0)
+    expected = saved + (64 // dtype.itemsize if padded else 0)
+    assert layers.saved_values(reference.Options()) == expected
 
 
-@pytest.mark.parametrize("sizes", [Sizes(9, 3, 5, 20), Sizes(1, 2, 3, 7), Sizes(40, 8, 6, 33)])
-@pytest.mark.parametrize("has_state", [False, True])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_plain_calls_made_whole(
-    cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, has_state: bool, reverse: bool
-) -> None:
-    """Bit for bit an op and its pullback, whichever gradients are wanted."""
-    if cell.is_coupled or cell.resets_before:
-        pytest.skip("not a plain cell")
-    values = arguments(cell, sizes, dtype)
-    state = [values[f"{s}0"] if has_state else None for s in cell.states]
-    weights = [values[n] for n in PARAMETERS[:4]]
-    given = dict(zip([f"{s}0" for s in cell.states], state, strict=True))
-    results, pullback = op(cell, "_vjp")(values["x"], *weights, **given, reverse=reverse)
-    padded = [*state, None][:2]
-    where = (cell.name, [*weights, *[None] * 6], values["x"], *padded, reverse)
-    y, h_n, c_n, saved = _cpu.plain_forward(*where, True, 4, 0)
-    found = [y, h_n, c_n][: len(results)]
-    for a, e in zip(found, results, strict=True):
-        np.testing.assert_array_equal(a, e)
-    d = [*cotangents(results), None][:3]
-    grads = pullback(*d[: len(results)])
-    names = ("x", "h0", "c0", *PARAMETERS[:4])
-    for wanted in (0b1111111, 0b1, 0b1000, 0b10010, 0b1100000, 0b0, 0b100):
-        made = _cpu.plain_backward(*where, y, saved, *d, wanted, 4)
-        asked = [n for k, n in enumerate(names) if wanted >> k & 1]
-        asked = [n for n in asked if getattr(grads, n) is not None]
-        for name, gradient in zip(asked, made, strict=True):
-            np.testing.assert_array_equal(gradient, getattr(grads, name), err_msg=name)
-
-
-def test_plain_calls_want_nothing_prepared() -> None:
-    """What is not as the kernels read it, or wrong, is left to the long way."""
+def test_a_call_takes_what_needs_no_preparing() -> None:
+    """Anything else it leaves to Python, which converts it or says what is wrong."""
     values = arguments(CELLS["lstm"], Sizes(6, 4, 5, 8))
-    weights = [values[n] for n in PARAMETERS[:4]]
-
-    def made(x: Any, h0: Any, c0: Any, weights: list[Any] = weights) -> Any:
-        where = ("lstm", [*weights, *[None] * 6], x, h0, c0, False)
-        return _cpu.plain_forward(*where, False, 4, 0)
-
+    parameters = [*[values[n] for n in PARAMETERS[:4]], *[None] * 6]
+    layers = _cpu.Layers("lstm", [parameters], layered=False)
+    options = reference.Options()
     x, h0, c0 = values["x"], values["h0"], values["c0"]
+
+    def made(x: Any, h0: Any, c0: Any, lengths: Any = None, resets: Any = None) -> Any:
+        return layers.forward(x, (h0, c0), lengths, resets, options, None, False)
+
+    lengths, resets = np.array([6, 0, 2, 3]), np.zeros((6, 4), bool)
     assert made(x, h0, c0) is not None
     assert made(x[::2], h0, c0) is not None
+    assert made(x, None, c0, lengths, resets) is not None
     wrong = [
         (x[..., ::2], h0, c0),
         (x[..., :4], h0, c0),
         (x[0], h0, c0),
-        (x[:0], h0, c0),
         (x.astype(np.float32), h0, c0),
+        (x.astype(x.dtype.newbyteorder()), h0, c0),
+        (np.ma.masked_array(x), h0, c0),
+        (x.tolist(), h0, c0),
         (x, h0[:2], c0),
         (x, h0[:, ::-1], c0),
         (x, h0, c0.astype(np.float32)),
+        (x, h0, c0, lengths + 1),
+        (x, h0, c0, lengths - 1),
+        (x, h0, c0, lengths.astype(np.int32)),
+        (x, h0, c0, lengths[:2]),
+        (x, h0, c0, lengths, resets.T),
+        (x, h0, c0, lengths, resets.astype(int)),
     ]
     assert all(made(*arrays) is None for arrays in wrong)
-    assert made(x, h0, c0, [weights[0].T.copy().T, *weights[1:]]) is None
-    assert made(x, h0, c0, [weights[0].astype(np.float32), *weights[1:]]) is None
-    assert made(x, h0, c0, [w.astype(np.float16) for w in weights]) is None
-    with pytest.raises(ValueError, match="weight_hh"):
-        made(x, h0, c0, [weights[0], weights[1][:-1].copy(), *weights[2:]])
+    assert layers.forward(x, [h0, c0], None, None, options, None, False) is None
+    (y, state), tape = layers.forward(x, (h0, c0), None, None, options, None, True)
+    assert not y.flags.writeable
+    assert tape.backward(y, state, None) is not None
+    assert tape.backward(y, (None, state[1]), None) is not None
+    for d in ((y[1:], None, None), (y, h0, None), (y, state, y), (y.tolist(), state, None)):
+        assert tape.backward(*d) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("weight_ih", lambda a: a[:-1].copy()),
+        ("weight_hh", lambda a: a[:-1].copy()),
+        ("weight_hh", lambda a: a.T.copy().T),
+        ("weight_hh", lambda a: a.astype(np.float32)),
+        ("bias_hh", lambda a: a[:-1].copy()),
+    ],
+)
+def test_wrong_parameters_are_refused(name: str, changed: Any) -> None:
+    values = arguments(CELLS["lstm"], Sizes(6, 4, 5, 8))
+    values[name] = changed(values[name])
+    with pytest.raises(ValueError, match=name if name != "weight_ih" else "weight"):
+        _cpu.Layers("lstm", [[*[values[n] for n in PARAMETERS[:4]], *[None] * 6]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +22,9 @@ from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
 
 import fusedrnn.torch as ft  # noqa: E402
+from fusedrnn.reference import Parameters  # noqa: E402
 from fusedrnn.torch import kernels, ops  # noqa: E402
-from fusedrnn.torch.call import SMOOTH, Inputs  # noqa: E402
+from fusedrnn.torch.call import Inputs, describe, parse  # noqa: E402
 
 SIZES = Sizes(4, 3, 3, 5)
 
@@ -39,48 +39,69 @@ CASES = [
 ]
 
 
-def call_of(cell: Cell, names: list[str]) -> tuple[str, list[Any]]:
-    """The string and the tensors of a call with options; floating ones need gradients."""
-    names = [n for n in names if n not in ("plain", "reverse")] + names * ("reverse" in names)
-    known = [n for n in names if n != "reverse"]
+FLAGS = ("training", "return_cells", "trace", "recompute")
+
+
+def call_of(cell: Cell, names: list[str]) -> tuple[Any, Inputs]:
+    """What is asked for, and the tensors of a call; floating ones need gradients."""
+    known = [n for n in names if n not in ("plain", "reverse")]
     arrays, given = with_options(cell, SIZES, known)
-    asked: dict[str, Any] = {"cell": cell.name, "save": True}
-    tensors = dict.fromkeys(Inputs._fields)
-    for name, value in (arrays | given).items():
-        if name in ("lengths", "resets"):
-            tensors[name] = torch.from_numpy(value)
-        elif name == "seed":
-            tensors[name] = torch.tensor([value])
-        elif isinstance(value, np.ndarray):
-            tensors[name] = torch.from_numpy(value).requires_grad_()
-        elif value is not None:
-            asked[name] = value
-    if "reverse" in names:
-        asked["reverse"] = True
-    return json.dumps(asked), list(tensors.values())
+    given = {k: v for k, v in (arrays | given).items() if v is not None}
+    tensors = {
+        name: torch.from_numpy(value)
+        for name, value in given.items()
+        if isinstance(value, np.ndarray)
+    }
+    for a in tensors.values():
+        a.requires_grad_(a.is_floating_point())
+    kinds = [kind for kind in Parameters._fields if kind in tensors]
+    words = [n for n in FLAGS if given.get(n)] + ["save"]
+    words += [f"bptt={value}" for name, value in given.items() if name == "bptt"]
+    others = (*FLAGS, "bptt", "seed", *tensors)
+    options = {k: v for k, v in given.items() if k not in others}
+    layers = describe(cell.name, options, kinds, reverse="reverse" in names)
+    state = [tensors[n][None] if n in tensors else None for n in ("h0", "c0")]
+    inputs = Inputs(
+        tensors["x"],
+        *[None if s is None else s.detach().requires_grad_() for s in state],
+        [tensors[kind] for kind in kinds],
+        tensors.get("lengths"),
+        tensors.get("resets"),
+        torch.tensor([given["seed"]]),
+    )
+    return parse(layers, " ".join(words)), inputs
 
 
-def smooth(text: str, results: Any) -> tuple[Any, ...]:
+def smooth(call: Any, results: Any) -> tuple[Any, ...]:
     """Those that have gradients and are there."""
-    is_there = ops.parse(text).is_there
-    return tuple(r for r, here in zip(results, is_there, strict=False) if here)
+    return tuple(r for r, here in zip(results, call.is_there, strict=False) if here)
 
 
-def leaves_of(tensors: list[Any]) -> tuple[list[int], list[Any]]:
-    at = [n for n, a in enumerate(tensors[:SMOOTH]) if a is not None]
-    return at, [tensors[n] for n in at]
+def leaves_of(tensors: Inputs) -> tuple[list[int], list[Any]]:
+    at = [n for n, a in enumerate(tensors.smooth) if a is not None]
+    return at, [tensors.smooth[n] for n in at]
 
 
-def function_of(text: str, tensors: list[Any], way: Any = ops.run_forward) -> Any:
+def function_of(call: Any, tensors: Inputs, way: Any = ops.run_forward) -> Any:
     at, _ = leaves_of(tensors)
 
     def function(*values: Any) -> Any:
-        changed = list(tensors)
+        changed = tensors.smooth
         for n, value in zip(at, values, strict=True):
             changed[n] = value
-        return smooth(text, way(text, *changed))
+        return smooth(call, way(call, *changed[:3], changed[3:], *tensors[4:]))
 
     return function
+
+
+def by_operator(call: Any, *tensors: Any) -> Any:
+    return ops.forward(*call.text, *tensors)
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros in what a forward leaves as it was, for tests that compare all of what it saves."""
+    monkeypatch.setattr(kernels, "_saved", lambda shape, dtype: torch.zeros(shape, dtype=dtype))
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
@@ -118,22 +139,32 @@ def test_second_and_forward_derivatives(name: str, options: list[str]) -> None:
         torch.testing.assert_close(a, e)
 
 
+def detached(tensors: Inputs, dtype: Any = None) -> Inputs:
+    """Tensors without gradients, and floating ones of another dtype."""
+
+    def change(a: Any) -> Any:
+        if a is None or not a.is_floating_point():
+            return a
+        return a.detach().to(dtype or a.dtype)
+
+    of_first, parameters = map(change, tensors[:3]), list(map(change, tensors.parameters))
+    return Inputs(*of_first, parameters, *tensors[4:])
+
+
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
-def test_opcheck(name: str, options: list[str]) -> None:
+def test_opcheck(name: str, options: list[str], clean: None) -> None:
     """Schema, shapes of fakes, autograd's registration, tracing with sizes that vary."""
     text, tensors = call_of(CELLS[name], options)
-    library.opcheck(ops.forward, (text, *tensors))
+    library.opcheck(ops.forward, (*text.text, *tensors))
     with torch.no_grad():
         y, h_n, c_n, cells, _, saved = ops.compute_forward(text, *tensors)
-    is_there = ops.parse(text).is_there
-    made = zip((y, h_n, c_n, cells), is_there, strict=True)
+    made = zip((y, h_n, c_n, cells), text.is_there, strict=True)
     d = [torch.randn_like(a).requires_grad_() if here else None for a, here in made]
-    at, _ = leaves_of(tensors)
-    wanted = sum(1 << n for n in at)
+    wanted = [a is not None for a in tensors.smooth]
     # Traced backward twice it takes long, and a tracer cannot know a seed's masks.
     if len(options) > 1 or options[0] not in ("plain", "lengths"):
-        tensors, d = ([a if a is None else a.detach() for a in of] for of in (tensors, d))
-    library.opcheck(ops.backward, (text, wanted, *d, y, cells, saved, *tensors))
+        tensors, d = detached(tensors), [a if a is None else a.detach() for a in d]
+    library.opcheck(ops.backward, (*text.text, wanted, *d, y, cells, saved, *tensors))
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -142,7 +173,7 @@ def test_operators_and_what_stands_for_them_agree(name: str) -> None:
     text, tensors = call_of(CELLS[name], ["lengths"])
     _, leaves = leaves_of(tensors)
     ways = []
-    for way in (ops.run_forward, ops.forward):
+    for way in (ops.run_forward, by_operator):
         results = function_of(text, tensors, way)(*leaves)
         ways.append([*results, *torch.autograd.grad(sum(r.sum() for r in results), leaves)])
     function = function_of(text, tensors)
@@ -228,7 +259,7 @@ def test_each_gradient_alone(name: str, options: list[str]) -> None:
         (alone,) = torch.autograd.grad(total, [leaf], retain_graph=True)
         assert torch.equal(alone, expected)
     for n, leaf in zip(at, leaves, strict=True):
-        leaf.requires_grad_(Inputs._fields[n] in ("weight_hh", "x"))
+        leaf.requires_grad_(n in (0, 4))  # x and weight_hh
     total = sum(r.sum() for r in function_of(text, tensors)(*leaves))
     total.backward()
     assert [a.grad is not None for a in leaves] == [a.requires_grad for a in leaves]
@@ -238,16 +269,15 @@ def test_frozen_parameters_and_inputs_are_not_computed(monkeypatch: Any) -> None
     asked = []
     real = ops.compute_backward
 
-    def watched(text: str, wanted: int, *tensors: Any) -> Any:
+    def watched(call: Any, wanted: Any, *tensors: Any) -> Any:
         asked.append(wanted)
-        return real(text, wanted, *tensors)
+        return real(call, wanted, *tensors)
 
     monkeypatch.setattr(ops, "compute_backward", watched)
     module = ft.LSTM(3, 4)
     module.weight_ih_l0.requires_grad_(False)
     module(torch.randn(5, 2, 3))[0].sum().backward()
-    names = [n for k, n in enumerate(Inputs._fields) if asked[0] >> k & 1]
-    assert names == ["weight_hh", "bias_ih", "bias_hh"]
+    assert asked == [[False, False, False, False, True, True, True]]
     module.requires_grad_(False)
     y, _ = module(torch.randn(5, 2, 3))
     assert not y.requires_grad
@@ -261,13 +291,45 @@ def test_backward_twice() -> None:
         y.sum().backward()
 
 
-def test_changed_results_are_noticed() -> None:
-    y, _ = ft.LSTM(3, 4)(torch.randn(5, 2, 3))
-    total = y.sum()
+IN_PLACE = {
+    "relu_": lambda y: y.relu_(),
+    "mul_": lambda y: y.mul_(2.5),
+    "dropout": lambda y: torch.nn.functional.dropout(y, 0.5, True, inplace=True),
+    "zero_ of a step": lambda y: y[-1].zero_(),
+}
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_results_may_be_changed_in_place(name: str, change: str, batch_first: bool) -> None:
+    """As those of torch.nn, whose gradients these are."""
+    arguments = {"num_layers": 2, "batch_first": batch_first, "dtype": torch.float64}
+    ours = getattr(ft, name)(3, 4, **arguments)
+    theirs = getattr(torch.nn, name)(3, 4, **arguments)
+    theirs.load_state_dict(ours.state_dict())
+    x, found = torch.randn(5, 4, 3, dtype=torch.float64), []
+    for module in (ours, theirs):
+        torch.manual_seed(0)
+        y, _ = module(x)
+        y = y.clone() if name == "LSTM" and module is theirs else y  # which refuses
+        IN_PLACE[change](y)
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad for p in module.parameters())])
+    for a, e in zip(*found, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_results_are_ordinary_tensors() -> None:
     with torch.no_grad():
-        y.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        total.backward()
+        y, (h_n, c_n) = ft.LSTM(3, 4)(torch.randn(5, 2, 3))
+    for a in (y, h_n, c_n):
+        a.untyped_storage().resize_(0)
+        a.untyped_storage().resize_(10_000)
+    y.resize_(7, 9, 4)
+    torch.ones(6, 5, out=h_n)
+    assert y.shape == (7, 9, 4)
+    assert h_n.shape == (6, 5)
 
 
 @pytest.mark.parametrize("options", [{}, {"clip": 1.0}], ids=["plain", "options"])
@@ -354,13 +416,31 @@ def test_export(name: str, options: Any, training: bool) -> None:
     T, B = torch.export.Dim("T", min=1), torch.export.Dim("B", min=1)
     dims = {0: B, 1: T} if options.get("batch_first") else {0: T, 1: B}
     program = torch.export.export(module, (torch.randn(6, 5, 3),), dynamic_shapes=(dims,))
-    told = [n.args[0] for n in program.graph.nodes if "fusedrnn" in str(n.target)]
-    assert told
+    asked = [n.args[1] for n in program.graph.nodes if "fusedrnn" in str(n.target)]
+    assert asked
     if hasattr(torch.compiler, "is_exporting"):
-        assert all(("save" in json.loads(t)) == training for t in told)
+        assert all(("save" in words.split()) == training for words in asked)
     x = torch.randn(11, 8, 3)
     if not (training and "zoneout" in options):
         torch.testing.assert_close(program.module()(x)[0], module(x)[0])
+
+
+@pytest.mark.parametrize("kind", [ft.LSTM, ft.GRU, ft.LSTMCell, ft.RNNCell])
+def test_symbolic_trace_takes_modules_as_leaves(kind: Any) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(3, 4), kind(4, 5)
+
+        def forward(self, x: Any) -> Any:
+            return self.last(torch.relu(self.first(x)))[0] * 2
+
+    model = Model()
+    traced = torch.fx.symbolic_trace(model)
+    nodes = {n.target: n.op for n in traced.graph.nodes}
+    assert nodes["last"] == "call_module"
+    x = torch.randn(6, 2, 3) if kind in (ft.LSTM, ft.GRU) else torch.randn(2, 3)
+    assert torch.equal(traced(x), model(x))
 
 
 def test_what_is_exported_in_inference_can_go_back() -> None:
@@ -383,41 +463,47 @@ def test_what_is_exported_in_inference_can_go_back() -> None:
 @pytest.mark.skipif(not hasattr(ops.forward, "register_autocast"), reason="PyTorch 2.6")
 def test_autocast_of_the_operator() -> None:
     text, tensors = call_of(CELLS["lstm"], [])
-    halves = [a if a is None else a.detach().to(torch.bfloat16) for a in tensors]
+    halves = detached(tensors, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        y = ops.forward(text, *halves)[0]
+        y = ops.forward(*text.text, *halves)[0]
     assert y.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"x": torch.zeros(4, 3, 2)}, ValueError, "wrong dtype or shape"),
-        ({"weight_hh": torch.zeros(20, 5)}, ValueError, "wrong dtype or shape"),
+        (
+            {"x": torch.zeros(4, 3, 2).double()},
+            ValueError,
+            "weight_ih must have shape",
+        ),
+        ({"h0": torch.zeros(1, 3, 5)}, ValueError, "h0 must have .* dtype torch.float64"),
+        ({"c0": torch.zeros(3, 5).double()}, ValueError, "c0 must have shape"),
+        ({"parameters": [torch.zeros(20, 3).double()] * 2}, ValueError, "parameters must be"),
         ({"lengths": torch.tensor([1, 2, 9])}, ValueError, "lengths must be from 0 to T = 4"),
     ],
-    ids=["shape", "dtype", "lengths"],
+    ids=["x", "dtype", "shape", "count", "lengths"],
 )
 def test_wrong_tensors(changed: Any, error: Any, message: str) -> None:
     """Nothing is read out of bounds."""
-    text, tensors = call_of(CELLS["lstm"], [])
+    call, tensors = call_of(CELLS["lstm"], [])
     with pytest.raises(error, match=message):
-        ops.forward(text, *(Inputs(*tensors)._replace(**changed)))
+        by_operator(call, *(tensors._replace(**changed)))
 
 
-def test_no_row_takes_a_step() -> None:
-    text, tensors = call_of(CELLS["lstm"], [])
-    given = Inputs(*tensors)._replace(lengths=torch.zeros(SIZES.B, dtype=torch.int64))
-    library.opcheck(ops.forward, (text, *given))
+def test_no_row_takes_a_step(clean: None) -> None:
+    call, tensors = call_of(CELLS["lstm"], [])
+    given = tensors._replace(lengths=torch.zeros(SIZES.B, dtype=torch.int64))
+    library.opcheck(ops.forward, (*call.text, *given))
 
 
 def test_the_definition_of_halves() -> None:
     """States are float32 beside an x of 16 bits, as on a GPU."""
-    text, tensors = call_of(CELLS["lstm"], ["return_cells"])
-    exact = ops.define(text, *tensors)
-    given = Inputs(*(a if a is None else a.detach().to(torch.bfloat16) for a in tensors))
+    call, tensors = call_of(CELLS["lstm"], ["return_cells"])
+    exact = ops.define(call, *tensors)
+    given = detached(tensors, torch.bfloat16)
     given = given._replace(h0=given.h0.float(), c0=given.c0.float())
-    made = ops.define(text, *given)
+    made = ops.define(call, *given)
     kinds = [torch.bfloat16, *[torch.float32] * 3]
     assert [a.dtype for a in made[:4]] == kinds
     torch.testing.assert_close(made[0].double(), exact[0], atol=0.05, rtol=0.05)
@@ -425,9 +511,11 @@ def test_the_definition_of_halves() -> None:
 
 def test_wrong_strings() -> None:
     with pytest.raises(KeyError):
-        ops.parse('{"cell": "transformer"}')
+        parse('{"cell": "transformer"}')
     with pytest.raises(TypeError, match="no option 'speed'"):
-        ops.parse('{"cell": "lstm", "speed": 11}')
+        parse('{"cell": "lstm", "speed": 11}')
+    with pytest.raises(TypeError, match="no option 'fast'"):
+        parse('{"cell": "lstm"}', "save fast")
     text, tensors = call_of(CELLS["gru"], ["zoneout"])
     with pytest.raises(ValueError, match="seed must be a tensor"):
         ops.run_forward(text, *tensors[:-1], None)

@@ -1,13 +1,13 @@
-// Arrays in and out of the bindings. src/fusedrnn/functional.py checks what users pass
-// and allocates what they get; here a wrong array is a programming error and only
-// refused.
+// Arrays in and out of the bindings.
 #pragma once
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <array>
+#include <bit>
 #include <initializer_list>
-#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -21,60 +21,110 @@ namespace py = pybind11;
 using Array = py::array;
 using MaybeArray = std::optional<py::array>;
 
+constexpr bool is_little_endian = std::endian::native == std::endian::little;
+
 [[noreturn]] inline void refuse(const char* name) {
   throw py::value_error(std::string("_cpu: ") + name + " has a wrong dtype or shape");
 }
 
-// Whether an array has float32 (size 4) or float64 elements.
-inline bool has_elements(const py::handle& a, index size) {
-  return size == 4 ? py::isinstance<py::array_t<float>>(a)
-                   : py::isinstance<py::array_t<double>>(a);
+// Whether an object is an array of elements of a type of NumPy's, in this machine's order
+// of bytes. A subclass is not: a masked array means more than its values.
+inline bool has_elements(const py::handle& object, int type) {
+  const auto& api = py::detail::npy_api::get();
+  if (Py_TYPE(object.ptr()) != api.PyArray_Type_) return false;
+  const auto* const dtype =
+      py::detail::array_descriptor_proxy(py::detail::array_proxy(object.ptr())->descr);
+  return dtype->type_num == type && dtype->byteorder != (is_little_endian ? '>' : '<');
+}
+// The type of the kernels' elements of so many bytes.
+constexpr int element_type(index size) {
+  return size == 4 ? py::detail::npy_api::NPY_FLOAT_ : py::detail::npy_api::NPY_DOUBLE_;
 }
 
-using Axes = std::initializer_list<index>;
+constexpr int is_aligned = py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+constexpr int is_whole = int{py::array::c_style} | is_aligned;
 
-// The start of an array of this shape whose last axis is contiguous.
-inline const char* start_of(const Array& a, const char* name, Axes shape) {
-  if (a.ndim() != static_cast<index>(shape.size())) refuse(name);
-  index axis = 0, size = 1;
-  for (const index n : shape) {
-    if (a.shape(axis++) != n) refuse(name);
-    size *= n;
+// The shape of an array of few axes.
+struct Axes {
+  index count = 0, lengths[5] = {};
+
+  Axes(std::initializer_list<index> of) {
+    for (const index length : of) lengths[count++] = length;
   }
-  const bool contiguous = a.strides(axis - 1) == a.itemsize() || a.shape(axis - 1) == 1;
-  if (size > 0 && !contiguous) refuse(name);
-  return static_cast<const char*>(a.data());
-}
-// The same of elements of a size, or null where there is no array.
-inline const char* read(const MaybeArray& a, index element, const char* name,
-                        Axes shape) {
-  if (!a) return nullptr;
-  if (!has_elements(*a, element)) refuse(name);
-  return start_of(*a, name, shape);
-}
-inline char* write(MaybeArray& a, index element, const char* name, Axes shape) {
-  if (!a) return nullptr;
-  if (!a->writeable()) refuse(name);
-  return const_cast<char*>(read(a, element, name, shape));
-}
-template <class E>
-const E* read(const MaybeArray& a, const char* name, Axes shape) {
-  if (!a) return nullptr;
-  if (!py::isinstance<py::array_t<E>>(*a)) refuse(name);
-  return reinterpret_cast<const E*>(start_of(*a, name, shape));
-}
-
-// Bytes from one element of an axis to the next, 0 where there is no array.
-inline index stride(const MaybeArray& a, int axis) { return a ? a->strides(axis) : 0; }
-
-// Flags of an array that kernels can read as it is: contiguous and aligned.
-constexpr int whole_flags =
-    int{py::array::c_style} | int{py::detail::npy_api::NPY_ARRAY_ALIGNED_};
+  bool operator==(const Array& a) const {
+    return a.ndim() == count && std::equal(lengths, lengths + count, a.shape());
+  }
+};
 
 // From so many bytes on it pays to keep an array's memory when it is freed.
 constexpr index large_array = 1 << 17;
 
-// An uninitialised array in memory of ours.
+// An uninitialised array, a large one in memory of ours.
 Array allocate(const std::vector<index>& shape, const py::dtype& dtype);
+
+// A sequence (T, B, n), in whichever order the user's array has its axes.
+struct Sequence {
+  const char* start = nullptr;
+  index T = 0, B = 0, n = 0;
+  index t = 0, b = 0;  // strides in bytes
+  bool unbatched = false;
+};
+
+// Reads arguments of one element type. `ok` becomes false where one is not as the kernels
+// read it.
+class Reader {
+ public:
+  explicit Reader(index element) : element_(element) {}
+
+  bool ok = true;
+
+  // An array (T, B, n), (B, T, n) if batch_first, or (T, n).
+  Sequence sequence(const py::handle& object, bool batch_first) {
+    if (!has_elements(object, element_type(element_))) return failed<Sequence>();
+    const auto a = py::reinterpret_borrow<Array>(object);
+    const index rank = a.ndim(), last = rank - 1;
+    if (rank != 2 && rank != 3) return failed<Sequence>();
+    const bool unbatched = rank == 2;
+    const int time = batch_first && !unbatched, row = !time;
+    const Sequence s{static_cast<const char*>(a.data()),
+                     a.shape(time),
+                     unbatched ? 1 : a.shape(row),
+                     a.shape(last),
+                     a.strides(time),
+                     unbatched ? 0 : a.strides(row),
+                     unbatched};
+    const bool contiguous = a.strides(last) == element_ || s.n == 1 || a.size() == 0;
+    const bool even = s.t % element_ == 0 && s.b % element_ == 0;
+    if (!contiguous || !even || !(a.flags() & is_aligned)) return failed<Sequence>();
+    return s;
+  }
+  // The same of known sizes, or nothing for None.
+  Sequence sequence(const py::handle& object, bool batch_first, const Sequence& like,
+                    index n) {
+    if (object.is_none()) return {};
+    const Sequence s = sequence(object, batch_first);
+    if (s.unbatched != like.unbatched || s.T != like.T || s.B != like.B || s.n != n) {
+      ok = false;
+    }
+    return s;
+  }
+  // A contiguous array, or null for None.
+  const char* whole(const py::handle& object, const Axes& axes) {
+    if (object.is_none()) return nullptr;
+    if (!has_elements(object, element_type(element_))) return failed<const char*>();
+    const auto a = py::reinterpret_borrow<Array>(object);
+    if (!(axes == a) || (a.flags() & is_whole) != is_whole) return failed<const char*>();
+    return static_cast<const char*>(a.data());
+  }
+
+ private:
+  template <class E>
+  E failed() {
+    ok = false;
+    return {};
+  }
+
+  index element_;
+};
 
 }  // namespace fusedrnn

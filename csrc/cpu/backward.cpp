@@ -64,6 +64,7 @@ class BackwardPass {
     for (index end = p_.T; end > 0; end -= stretch_) {
       const index begin = end > stretch_ ? end - stretch_ : 0;
       const index last = begin > 0 ? begin : -1;
+      if (p_.input) p_.input->await(p_.T - begin);
       if (p_.has_options) prepare(begin, end);
       for (index s = end - 1; s >= last; --s) {
         take(s);
@@ -73,7 +74,8 @@ class BackwardPass {
       weights_.add(all_, team_, begin, end);
       if (p_.has_options) weights_.add_vectors(all_, team_, begin, end);
       write_dx(begin, end);
-      if (own_.alone || p_.has_options) team_.meet();
+      if (own_.alone || p_.has_options || p_.progress) team_.meet();
+      if (p_.progress && team_.rank == 0) p_.progress->reach(p_.T - begin);
     }
   }
 

@@ -30,13 +30,6 @@ void set_num_threads(int n);
 void follow_threads(int n);
 int get_num_threads();
 
-void pack(const Layout& layout, const Parameters<char>& parameters, bool backward,
-          bool borrow, char* to);
-ForwardPlan plan(const Layout& layout, const Forward& problem);
-void run(const Layout& layout, const Forward& problem);
-void run(const Layout& layout, const Backward& problem);
-// Dropout of an array whose elements have so many bytes.
-void run(const Dropout<char>& problem, index element);
 // A MathEntry's function, in the floating-point mode of a call.
 template <class S>
 void run(void (*function)(const S* x, S* y, index n), const S* x, S* y, index n);

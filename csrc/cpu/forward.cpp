@@ -69,12 +69,14 @@ class ForwardPass {
     for (index begin = 0; begin < p_.T; begin += stretch_) {
       if (!saves_) begin_ = begin;
       const index end = begin + stretch_ < p_.T ? begin + stretch_ : p_.T;
+      if (p_.input) p_.input->await(end);
       if (!fused_) multiply_inputs(begin, end);
       for (index s = begin; s < end; ++s) {
         take(s, (team_.step + s) % 2 != 0);
         const bool met = finish(s);
         finish_rows(s);
         if (!own_.alone && !met) team_.meet();
+        if (p_.progress && team_.rank == 0) p_.progress->reach(s + 1);
       }
     }
   }

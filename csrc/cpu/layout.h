@@ -20,12 +20,19 @@ struct Forward : ForwardOf<char> {
   bool has_options;     // whether the plain kernels do not do
   const char* weights;  // packed for forward; the bias alone where weights are unpacked
   bool unpacked;
+  // Where layers run side by side: the steps of x and of y that are done; and how many
+  // make a stretch at most, or 0.
+  const Progress* input;
+  Progress* progress;
+  index most_steps;
 };
 struct Backward : BackwardOf<char> {
   Masks masks;
   bool has_options;
   const char* weights;          // packed for backward, or null: unpacked
   const char* forward_weights;  // packed for forward, where there are options
+  const Progress* input;        // of dy, and of dx, counted from the last step
+  Progress* progress;
 };
 
 // The parts of a cell that a call's options change; `shows`: it returns cells or gates.

@@ -41,8 +41,8 @@ class Memory {
   std::size_t bytes_ = 0, block_ = 0;  // asked for, and of the block
 };
 
-// Scratch memory of a call. A thread keeps up to 1 MB between its calls, until it ends, so
-// that a short call asks for none; more is a block for the call alone.
+// Scratch memory of a call. A thread keeps up to 1 MB between its calls, until it ends,
+// so that a short call asks for none; more is a block for the call alone.
 class Workspace {
  public:
   explicit Workspace(std::size_t bytes);

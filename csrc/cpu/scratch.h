@@ -58,7 +58,8 @@ struct ForwardScratch : StepScratch {
     const index cached_rows = cache / l.row_bytes(plain.values());
     const index rows = cached_rows > enough_rows ? cached_rows : enough_rows;
     const index steps = rows / p.B > 1 ? rows / p.B : 1;
-    return steps < p.T ? steps : p.T;
+    const index most = p.most_steps > 0 && p.most_steps < p.T ? p.most_steps : p.T;
+    return steps < most ? steps : most;
   }
   static bool fuses(const Layout& l, index steps) { return steps == 1 && !l.model.norm; }
   static bool saves(const Layout& l, const Forward& p) {

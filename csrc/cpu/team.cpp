@@ -259,6 +259,10 @@ void Barrier::wait(int rank, int count) {
              [&] { keep_apart(rank, count); });
 }
 
+void Progress::await(index steps) const {
+  spin_until([&] { return steps_.load(std::memory_order_acquire) >= steps; }, [] {});
+}
+
 void Barrier::keep_apart([[maybe_unused]] int rank, [[maybe_unused]] int count) {
 #if defined(__linux__)
   const int here = sched_getcpu();

@@ -35,6 +35,16 @@ class Barrier {
   alignas(64) std::atomic<int> cpu_[most_seen] = {};  // a thread's CPU + 1
 };
 
+// How many steps of a layer are done, for another layer that reads them meanwhile.
+class Progress {
+ public:
+  void reach(index steps) { steps_.store(steps, std::memory_order_release); }
+  void await(index steps) const;
+
+ private:
+  alignas(64) std::atomic<index> steps_{0};
+};
+
 struct Team {
   int rank, count;
   Barrier* barrier;

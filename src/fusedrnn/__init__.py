@@ -2,7 +2,7 @@
 
 from . import cuda, reference
 from ._version import __version__
-from .backends import (
+from .config import (
     get_isa,
     get_num_threads,
     release_memory,

@@ -1,148 +1,109 @@
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .reference import Options
+
 Array = npt.NDArray[Any]
 
 compiler: str
 
-class Options:
-    """What a call is asked for beside its arrays; see `fusedrnn.reference.Options`."""
+class Layers:
+    """Layers of a cell in one or both directions, with their weights; never changes.
 
-    def __init__(
-        self,
-        row_wise: bool,
-        clip: float,
-        cell_clip: float,
-        zoneout_h: float,
-        zoneout_c: float,
-        recurrent_dropout: float,
-        training: bool,
-        seed: int,
-        where: int,
-        bptt: int,
-    ) -> None: ...
-
-class Weights:
-    """A layer's parameters in one direction, packed for one ISA; never changes.
-
-    `borrow` keeps the arrays instead, for a few rows.
+    Weights are packed when a call first needs it. `parameters` has those of each layer and
+    direction that exist, as `reference.Parameters`.
     """
 
     def __init__(
         self,
         cell: str,
-        parameters: list[Array | None],  # as `reference.Parameters`
-        backward: bool = False,
-        isa: str | None = None,
-        borrow: bool = False,
+        parameters: Sequence[Sequence[Array | None]],
+        directions: int = 1,
+        dropout: float = 0.0,
+        batch_first: bool = False,
+        layered: bool = True,
+        reverse: bool = False,
     ) -> None: ...
     @property
-    def cell(self) -> str: ...
-    @property
     def isa(self) -> str: ...
-    def saved_size(self, options: Options, /) -> int:
-        """Return how many values are saved for backward per step and row, beside x and y."""
+    def plan(self, at: int, T: int, B: int, options: Options, /) -> dict[str, Any]:
+        """Return how a forward of one layer and direction is laid out."""
 
     def saved_values(self, options: Options, /) -> int:
-        """Return how many of those are written, the first."""
-
-    def plan(self, T: int, B: int, options: Options, /) -> dict[str, Any]:
-        """Return how a forward of that size is laid out."""
-
-    def call(self, x: object, state: object, /) -> tuple[Array, Any] | None:
-        """Run a layer whole, or None where its arguments need checking or preparing."""
+        """Return how many values a step and row leave to backward beside x and results."""
 
     def forward(
         self,
+        x: object,
+        state: object,
+        lengths: object,
+        resets: object,
         options: Options,
-        x: Array,
-        h0: Array,
-        c0: Array | None,
-        lengths: Array | None,
-        resets: Array | None,
+        out: Array | None,
+        saves: bool,
+        /,
+    ) -> Any:
+        """Run a whole call; see `backend.Layers`.
+
+        Returns None, and does nothing, where an argument is not as the kernels read it.
+        """
+
+class Tape:
+    """What leads back from a training call."""
+
+    def backward(self, dy: object, d_state: object, d_cells: object, /) -> Any:
+        """Return the gradients; see `backend.Tape`. None likewise."""
+
+class Caller:
+    """Calls layers whose arrays are known by their addresses, 0 where there is none.
+
+    `sizes` are I, H and R; `element` is the size of one. `parameters` has a bit for each kind
+    that exists, in the order of `reference.Parameters`. Everything but x is contiguous.
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        element: int,
+        sizes: tuple[int, int, int],
+        layers: int,
+        directions: int,
+        parameters: int,
+        /,
+    ) -> None: ...
+    def saved_values(self, options: Options, /) -> int:
+        """Return how many values a step and row leave to backward beside x and results."""
+
+    def forward(
+        self,
+        parameters: list[int],
+        given: tuple[int, ...],  # x, T, B, two strides of x in elements, h0, c0, masks
         reverse: bool,
-        y: Array,
-        h_n: Array,
-        c_n: Array | None,
-        saved: Array | None,
-        cells: Array | None,
-        trace: Array | None,
+        options: Options,
+        made: tuple[int, ...],  # y, h_n, c_n, cells, trace, what is saved
         /,
     ) -> None: ...
     def backward(
         self,
-        options: Options,
-        forward: Weights,
-        x: Array,
-        h0: Array,
-        c0: Array | None,
-        lengths: Array | None,
-        resets: Array | None,
+        parameters: list[int],
+        given: tuple[int, ...],
         reverse: bool,
-        y: Array,
-        saved: Array | None,
-        cells: Array | None,
-        dy: Array | None,
-        dh_n: Array | None,
-        dc_n: Array | None,
-        dcells: Array | None,
-        dx: Array | None,
-        gradients: list[Array | None],
-        dh0: Array,
-        dc0: Array | None,
+        options: Options,
+        made: tuple[int, ...],  # y, cells, what is saved
+        d: tuple[int, ...],  # the gradients of y, h_n, c_n, cells
+        to: tuple[int, ...],  # those of x, h0, c0
+        gradients: list[int],  # those of parameters, 0 where they are not wanted
         /,
-    ) -> None:
-        """Write gradients, those of parameters in their order, as `reference.Parameters`.
+    ) -> None: ...
 
-        One that is None costs nothing.
-        """
-
-def from_dlpack(capsule: object, /) -> Array:
-    """Return the array on the CPU that a capsule is about."""
+def set_few_rows(rows: int, /) -> None:
+    """Say up to how many rows, 4 at first, weights are read as they are; for tests."""
 
 def share_team(library: str, /) -> bool:
     """Let calls run on the threads of an OpenMP library that is loaded, if it is."""
-
-def plain_forward(
-    cell: str,
-    parameters: list[Array | None],
-    x: Array,
-    h0: Array | None,
-    c0: Array | None,
-    reverse: bool,
-    saves: bool,
-    few_rows: int,
-    layers: int,
-    /,
-) -> tuple[Array, Array, Array | None, Array | None] | None:
-    """Pack and run a layer that is asked for nothing more: y, h_n, c_n, what is saved.
-
-    Up to so few rows the weights are read as they are. States are (B, H), or (1, B, H) for
-    layers = 1. None where an argument needs preparing.
-    """
-
-def plain_backward(
-    cell: str,
-    parameters: list[Array | None],
-    x: Array,
-    h0: Array | None,
-    c0: Array | None,
-    reverse: bool,
-    y: Array,
-    saved: Array | None,
-    dy: Array | None,
-    dh_n: Array | None,
-    dc_n: Array | None,
-    wanted: int,
-    few_rows: int,
-    /,
-) -> list[Array] | None:
-    """Return those gradients whose bits are in `wanted`: x, h0, c0, parameters in order."""
-
-def drop(a: Array, p: float, seed: int, what: str, where: int, to: Array, /) -> None:
-    """Write dropout of (T, B, n) into `to`, of "weights" or "between" layers."""
 
 LARGE_ARRAY: int
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from . import reference
+from . import checks, reference
 
 
 class Shape(NamedTuple):
@@ -52,10 +52,7 @@ class Cell:
 
     @property
     def is_coupled(self) -> bool:
-        """Whether it is an LSTM without a forget gate of its own.
-
-        The kernels are those of an LSTM: see `kernel.with_forget_gate`.
-        """
+        """Whether it is an LSTM without a forget gate of its own."""
         return self.reference is reference.COUPLED_LSTM
 
     @property
@@ -114,3 +111,25 @@ CELLS = {
         ),
     )
 }
+
+
+def lstm_cell(options: Any) -> Cell:
+    """Take from an op's options what selects the LSTM."""
+    coupled = checks.flag("coupled_gates", options.pop("coupled_gates", False))
+    return CELLS["lstm_coupled" if coupled else "lstm"]
+
+
+def gru_cell(options: Any) -> Cell:
+    """Take from an op's options what selects the GRU."""
+    after = checks.flag("reset_after", options.pop("reset_after", True))
+    return CELLS["gru" if after else "gru_before"]
+
+
+def rnn_cell(options: Any) -> Cell:
+    """Take from an op's options what selects the RNN."""
+    nonlinearity = options.pop("nonlinearity", "tanh")
+    cell = CELLS.get(f"rnn_{nonlinearity}")
+    if cell is None:
+        known = ", ".join(f'"{n.removeprefix("rnn_")}"' for n in CELLS if n.startswith("rnn_"))
+        raise ValueError(f"nonlinearity must be one of {known}, got {nonlinearity!r}")
+    return cell

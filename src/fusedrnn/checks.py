@@ -15,6 +15,11 @@ DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
 def as_array(name: str, value: Any) -> Array:
     """Return `value` as NumPy sees it."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must be an array without a mask, got a masked array: fill it, and give "
+            "lengths or resets for what it masks"
+        )
     try:
         found: Array = np.asarray(value)
     except ValueError as error:  # ragged lists

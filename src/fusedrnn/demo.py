@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import GRU, LSTM, backends, reference
+from . import GRU, LSTM, config, reference
 from .files import UserError, check_output, replacing
 from .reference import Array
 
@@ -356,12 +356,12 @@ def run(airport: str, epochs: int, hidden_size: int, seed: int, output: Path) ->
     temperature, observed = weather[airport].temperature, weather[airport].observed
     pairs = observed[HORIZON:] & observed[:-HORIZON]
     day_to_day = np.abs(temperature[HORIZON:] - temperature[:-HORIZON])[pairs].mean()
-    count = backends.get_num_threads()
+    count = config.get_num_threads()
     threads = f"{count} thread" + "s" * (count > 1)
     console.print(
         f"Hourly weather at {', '.join(AIRPORTS)}: {hours} hours from "
         f"{weather[airport].start:%d %B %Y}, the last {HELD_OUT_DAYS} days held out.\n"
-        f"fusedrnn on {backends.get_isa()}, {threads}. "
+        f"fusedrnn on {config.get_isa()}, {threads}. "
         f"Forecasting the next {HORIZON} hours at {airport}, where the same "
         f"hour of two days differs by {day_to_day:.2f} °F over the year.",
         highlight=False,

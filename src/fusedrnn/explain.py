@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import checks, cuda, floor
-from .kernel import FEW_ROWS, HOST, told_options
-from .options import Request
+from .backend.cpu import HOST
+from .options import asked_of_call, asked_of_layer
+from .reference import Options
 
 if TYPE_CHECKING:
+    from ._cpu import Layers
     from .layers import _Layer
 
 
@@ -37,14 +39,16 @@ class Explanation(dict[str, Any]):
 
 
 def explain(
-    layer: _Layer[Any], T: int, B: int, request: Request, training: bool
+    layer: _Layer[Any], T: int, B: int, options: Options, training: bool
 ) -> Explanation:
     """Explain a call; see `_Layer.explain`."""
     T, B = checks.positive("T", T), checks.positive("B", B)
     H, R, G = layer.hidden_size, layer._width, len(layer._cell.gates)
     on_cpu = layer.device == "cpu"
     item = {"float64": 8, "bfloat16": 2, "float16": 2}.get(str(layer.dtype), 4)
-    asked = request.beyond_plain(on_cpu) + layer._beyond_plain
+    parameters = layer._all_parameters()
+    asked = asked_of_call(options) if on_cpu else []
+    asked += asked_of_layer(layer._cell, parameters[0], on_cpu)
     why = [f"the plain kernels do not know {', '.join(asked)}"] if asked else []
     told = Explanation(
         layer=repr(layer),
@@ -60,21 +64,22 @@ def explain(
         io_bytes=0,
     )
     if on_cpu:
-        told |= {"isa": layer._pack_once(HOST, "l0").isa, "floor": 0.0, "saved_bytes": 0}
-    for l, _, suffix in layer._directions():
+        layers = HOST.layers(layer._spec, parameters, layer._packed)
+        told |= {"isa": layers.isa, "floor": 0.0, "saved_bytes": 0}
+    for at, (l, _, suffix) in enumerate(layer._directions()):
         I = layer.input_size if l == 0 else R * (1 + layer.bidirectional)
         second = H * (H if layer._cell.resets_before else R if layer.proj_size else 0)
         recurrent = G * H * R - (H * H if layer._cell.resets_before else 0) + second
         told["flops"] += 2 * B * T * (G * H * I + recurrent) * (3 if training else 1)
         told["io_bytes"] += item * B * T * (I + R) * (2 if training else 1)
         told["plans"][suffix] = plan = (
-            _on_cpu(layer, suffix, T, B, request, bool(asked))
+            _on_cpu(layers, at, T, B, options)
             if on_cpu
             else _on_gpu(layer, T, B, I, training, bool(asked))
         )
         if on_cpu:
             saved = plan.pop("saved values")
-            if request.recompute:
+            if options.recompute:
                 saved = H if "c" in layer._cell.states else 0
             told["saved_bytes"] += item * B * T * saved if training else 0
             sizes, single = (T, B, I, H), str(layer.dtype) == "float32"
@@ -88,23 +93,19 @@ def _columns(parameter: Any) -> int:
     return int(parameter.shape[1]) if len(parameter.shape) == 2 else 1
 
 
-def _on_cpu(
-    layer: _Layer[Any], suffix: str, T: int, B: int, request: Request, row_wise: bool
-) -> dict[str, Any]:
-    weights = layer._pack_once(HOST, suffix)
-    plan = weights.plan(T, B, told_options(request, row_wise))
+def _on_cpu(layers: Layers, at: int, T: int, B: int, options: Options) -> dict[str, Any]:
+    plan = layers.plan(at, T, B, options)
     rows, units = plan["tile"]
     owns = "rows of the batch" if plan["by_rows"] else "hidden units"
     threads = plan["threads"]
     stretch = "within the step" if plan["fused"] else f"of {plan['stretch']} steps at once"
-    packing = "each call, R being drawn anew" if request.drops_weights else "kept by the layer"
+    packing = "each call, R being drawn anew" if options.drops_weights else "kept by the layer"
     return {
         "threads": threads,
         "tile": f"{rows} rows × {units} units",
         "W x": stretch,
         "each thread owns": owns if threads > 1 else "all",
-        "packing": f"{packing}, {plan['packed_bytes'] / 1e3:.0f} kB"
-        + (", not for backward" if T * B <= FEW_ROWS and not row_wise else ""),
+        "packing": f"{packing}, {plan['packed_bytes'] / 1e3:.0f} kB",
         "scratch": f"{plan['workspace_bytes'] / 1e3:.0f} kB",
         "saved values": plan["saved"],
     }

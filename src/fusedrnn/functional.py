@@ -1,21 +1,16 @@
 """The fused ops: one layer in one direction, with or without a pullback.
 
-An op checks its arguments in their order, packs the weights for the kernels and calls them.
-`layers.py` keeps the packed weights instead.
+An op packs its weights in each call. `layers.py` keeps the packed weights instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import checks
-from .cells import CELLS, Cell
-from .device import backend_of
-from .kernel import FEW_ROWS, HOST, Problem
-from .options import beyond_plain, check_options
-from .reference import Array, Grads, Parameters
+from . import engine
+from .cells import Cell, gru_cell, lstm_cell, rnn_cell
+from .reference import Array, Grads
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -24,198 +19,31 @@ if TYPE_CHECKING:
 
 __all__ = ["Grads", "gru", "gru_vjp", "lstm", "lstm_vjp", "rnn", "rnn_vjp"]
 
-# Keyword arguments that are arrays, masks or of one backend: what is left are options.
-_ARRAYS = Parameters._fields[4:]
-_OTHERS = ("lengths", "resets", "reverse", "precision")
 
-
-@dataclass
-class _Call:
-    """The checked arguments of an op, unbatched input seen as a batch of one."""
-
-    on: Any  # a Host or a Device
-    problem: Problem
-    parameters: Parameters
-    unbatched: bool
-    made: list[Any]  # y, the final state, cells: the user's arrays
-    trace: Any
-
-    def pack(self, parameters: Parameters, forward: Any = None) -> Any:
-        """Make the weights ready for this call, or for its backward."""
-        problem = self.problem
-        T, B, _ = problem.x.shape
-        borrow = T * B <= FEW_ROWS and not problem.row_wise
-        return self.on.pack(problem.cell, parameters, forward, borrow, problem.row_wise)
-
-    def seen(self) -> Parameters:
-        """Return the parameters as this call sees them."""
-        request = self.problem.request
-        seen: Parameters = self.on.with_weights_dropped(self.parameters, request)
-        return seen
-
-    def results(self) -> tuple[Any, ...]:
-        """Return what the user gets."""
-        results = [self.user_view(a) for a in self.made]
-        if self.trace is not None:
-            results.append(self.user_trace())
-        return tuple(results)
-
-    def user_trace(self) -> dict[str, Any]:
-        """Return every gate by its letter."""
-        gates = self.on.give(self.trace)
-        views = (gates[:, :, k] for k in range(gates.shape[2]))
-        letters = self.problem.cell.gates
-        if self.unbatched:
-            return {k: v[:, 0] for k, v in zip(letters, views, strict=True)}
-        return dict(zip(letters, views, strict=True))
-
-    def user_view(self, a: Any) -> Any:
-        """Undo the batch of one."""
-        a = self.on.give(a)
-        return a[..., 0, :] if self.unbatched else a
-
-    def user_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Undo the batch of one."""
-        return (*shape[:-2], shape[-1]) if self.unbatched else shape
-
-
-def _check(
+def _forward(
     cell: Cell,
     x: Any,
     weights: tuple[Any, ...],
     states: tuple[Any, ...],
-    given: Mapping[str, Any],
-    training: bool = False,
-    out: Any = None,
-) -> _Call:
-    """Check everything; `training` is what is taken where it is not said."""
-    others = {n: given[n] for n in _OTHERS if n in given}
-    of_arrays = {n: given[n] for n in _ARRAYS if n in given}
-    on = backend_of(x, others.get("precision", "exact"))
-    x = on.array("x", x)
-    checks.sequence(x, "(T, B, I)")
-    unbatched = x.ndim == 2
-    parameters = _parameters(cell, on, x, weights, of_arrays)
-    H, R = parameters.weight_ih.shape[0] // len(cell.gates), parameters.weight_hh.shape[1]
-
-    batch = x.shape[1:-1]
-    state_dtype = on.state_dtype(x.dtype)
-    state = []
-    for letter, width, value in zip(cell.states, (R, H), states, strict=False):
-        name = f"{letter}0"
-        if value is None:
-            state.append(on.zeros((*batch, width), state_dtype))
-        else:
-            value = on.state(name, value, state_dtype)
-            axis = "R" if width != H else "H"
-            checks.shape(
-                name, value, (*batch, width), f"({axis},)" if unbatched else f"(B, {axis})"
-            )
-            state.append(value)
-    lengths, resets = others.get("lengths"), others.get("resets")
-    if lengths is not None:
-        lengths = on.lengths(lengths, x.shape[0], batch)
-    if resets is not None:
-        resets = on.resets(resets, x.shape[:-1], "(T,)" if unbatched else "(T, B)")
-    reverse = checks.flag("reverse", others.get("reverse", False))
-    rest = {n: v for n, v in given.items() if n not in (*_ARRAYS, *_OTHERS)}
-    request = check_options(cell, rest, training, is_vjp=training)
-    on_cpu = on is HOST
-    row_wise = bool(beyond_plain(cell, parameters, on_cpu) or request.beyond_plain(on_cpu))
-    if out is not None:
-        axis = "R" if R != H else "H"
-        meaning = f"(T, {axis})" if unbatched else f"(T, B, {axis})"
-        used = [x, *parameters, *state]
-        out = on.output(out, (*x.shape[:-1], R), meaning, used)
-    if unbatched:
-        x, batch = x[:, None], (1,)
-        state = [None if a is None else a[None] for a in state]
-        resets = None if resets is None else resets[:, None]
-        out = None if out is None else out[:, None]
-    T = x.shape[0]
-    y = on.empty((T, *batch, R), x.dtype) if out is None else out
-    final = tuple(
-        on.empty((*batch, width), state_dtype)
-        for width, _ in zip((R, H), cell.states, strict=False)
-    )
-    needs_cells = request.return_cells or (request.recompute and "c" in cell.states)
-    cells = on.empty((T, *batch, H), state_dtype) if needs_cells else None
-    trace = on.empty((T, *batch, len(cell.gates), H), x.dtype) if request.trace else None
-    problem = Problem(
-        cell,
-        x,
-        tuple(state),
-        on.masks(lengths, resets),
-        reverse,
-        on.see(y),
-        tuple(map(on.see, final)),
-        request,
-        row_wise,
-        None if cells is None else on.see(cells),
-        None if trace is None else on.see(trace),
-    )
-    results = [y, *final] + [cells] * request.return_cells
-    return _Call(on, problem, parameters, unbatched, results, trace)
+    options: Mapping[str, Any],
+    out: Any,
+) -> tuple[Any, ...]:
+    if not options and out is None:
+        results = engine.plain_op(cell, x, weights, states)
+        if results is not None:
+            return results
+    return engine.OpCall(cell, x, weights, states, options, out=out).forward()
 
 
-def _parameters(
-    cell: Cell, on: Any, x: Any, weights: tuple[Any, ...], given: Mapping[str, Any]
-) -> Parameters:
-    """Check the parameters of an op on x; the first of `weights` says what H is."""
-    values = dict(zip(Parameters._fields, weights, strict=False)) | dict(given)
-    I, G = x.shape[-1], len(cell.gates)
-    weight_ih = on.array("weight_ih", values["weight_ih"], x.dtype, whole=True)
-    if weight_ih.ndim != 2 or weight_ih.shape[1] != I or weight_ih.shape[0] % G:
-        axes = cell.parameter_shapes(I, 1)["weight_ih"].axes
-        raise ValueError(
-            f"weight_ih must have shape {axes} with I = {I}, got {weight_ih.shape}"
-        )
-    H = weight_ih.shape[0] // G
-    if H == 0:
-        raise ValueError(f"weight_ih must have at least {G} rows, got {weight_ih.shape}")
-    R = None
-    if values.get("weight_hr") is not None and "c" in cell.states:
-        weight_hr = on.array("weight_hr", values["weight_hr"], x.dtype, whole=True)
-        if weight_hr.ndim != 2 or weight_hr.shape[1] != H or not 1 <= weight_hr.shape[0] <= H:
-            raise ValueError(
-                f"weight_hr must have shape (R, H) with 1 <= R <= H = {H}, "
-                f"got {weight_hr.shape}"
-            )
-        R = weight_hr.shape[0]
-    shapes = cell.parameter_shapes(I, H, R)
-    checked = {"weight_ih": weight_ih}
-    for name, value in values.items():
-        if name not in shapes and value is not None:
-            raise TypeError(f"{cell.op} has no {name}")
-        if name == "weight_ih" or (value is None and name != "weight_hh"):
-            continue
-        checked[name] = on.array(name, value, x.dtype, whole=True)
-        checks.shape(name, checked[name], *shapes[name])
-    norms = [n for n in shapes if n.startswith(("gamma", "beta"))]
-    missing = [n for n in norms if n not in checked]
-    if missing and len(missing) < len(norms):
-        raise ValueError(f"{missing[0]} must be given with the others of {', '.join(norms)}")
-    return Parameters(**checked)
-
-
-def _forward(call: _Call) -> tuple[Any, ...]:
-    call.on.forward(call.pack(call.seen()), call.problem)
-    return call.results()
-
-
-def _vjp(call: _Call) -> tuple[tuple[Any, ...], Callable[..., Grads]]:
-    on, problem, parameters = call.on, call.problem, call.parameters
-    seen = call.seen()
-    weights = call.pack(seen)
-    saved = on.forward(weights, problem, save=True)
-    tape = on.tape(problem, parameters, call.pack(seen, weights), weights, saved)
-    on.freeze(call.made[0])
-    if problem.cells is not None and problem.request.return_cells:
-        on.freeze(call.made[-1])
-    T, B, I = problem.x.shape
-    H, R = parameters.weight_ih.shape[0] // len(problem.cell.gates), problem.y.shape[-1]
-    letters = problem.cell.states
-    widths = dict(zip(letters, (R, H), strict=False))
+def _vjp(
+    cell: Cell,
+    x: Any,
+    weights: tuple[Any, ...],
+    states: tuple[Any, ...],
+    options: Mapping[str, Any],
+) -> tuple[tuple[Any, ...], Callable[..., Grads]]:
+    call = engine.OpCall(cell, x, weights, states, options, training=True)
+    results, tape = call.vjp()
 
     def pullback(
         dy: Array | None = None,
@@ -223,48 +51,11 @@ def _vjp(call: _Call) -> tuple[tuple[Any, ...], Callable[..., Grads]]:
         dc_n: Array | None = None,
         d_cells: Array | None = None,
     ) -> Grads:
-        on = call.on.now()
-        if dc_n is not None and "c" not in letters:
-            raise TypeError(f"{problem.cell.op} has no c, got dc_n")
-        if d_cells is not None and not problem.request.return_cells:
-            raise TypeError("d_cells is the gradient of cells: ask for return_cells=True")
-        dy = _gradient(on, "dy", dy, (T, B, R), call)
-        d_final = tuple(
-            _gradient(on, f"d{letter}_n", value, (B, widths[letter]), call)
-            for letter, value in zip(letters, (dh_n, dc_n), strict=False)
-        )
-        d_cells = _gradient(on, "d_cells", d_cells, (T, B, H), call)
-        dx = on.empty((T, B, I), problem.x.dtype)
-        state_dtype = on.state_dtype(problem.x.dtype)
-        d_state = tuple(on.empty((B, widths[letter]), state_dtype) for letter in letters)
-        d = tape.backward(dy, d_final, d_cells, on.see(dx), tuple(map(on.see, d_state)))
-        by_name: dict[str, Any] = {
-            k: None if a is None else on.give(a) for k, a in d._asdict().items()
-        }
-        d0 = dict(zip(("h0", "c0"), map(call.user_view, d_state), strict=False))
-        return Grads(call.user_view(dx), **by_name, **d0)
+        if dc_n is not None and "c" not in cell.states:
+            raise TypeError(f"{cell.op} has no c, got dc_n")
+        return call.pull_back(tape, results, dy, (dh_n, dc_n), d_cells)
 
-    return call.results(), pullback
-
-
-def _gradient(on: Any, name: str, value: Any, shape: tuple[int, ...], call: _Call) -> Any:
-    """Check the gradient of a result, None for zeros."""
-    if value is None:
-        return None
-    dtype = call.problem.x.dtype
-    if name == "dy":
-        value = on.array(name, value, dtype)
-    elif len(shape) == 3:
-        value = on.array(name, value, on.state_dtype(dtype))
-    else:
-        value = on.state(name, value, on.state_dtype(dtype))
-    axes = "(T, B, H)" if len(shape) == 3 else "(B, H)"
-    if call.unbatched:
-        axes = axes.replace("B, ", "") if len(shape) == 3 else "(H,)"
-    if shape[-1] != call.parameters.weight_ih.shape[0] // len(call.problem.cell.gates):
-        axes = axes.replace("H", "R")
-    checks.shape(name, value, call.user_shape(shape), axes)
-    return value[..., None, :] if call.unbatched else value
+    return results, pullback
 
 
 def lstm(
@@ -356,9 +147,8 @@ def lstm(
     >>> list(gates), bool((gates["i"][2:, 1] == 0).all())
     (['i', 'f', 'g', 'o'], True)
     """
-    cell = lstm_cell(options)
-    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
-    return _forward(_check(cell, x, weights, (h0, c0), options, out=out))
+    cell, weights = lstm_cell(options), (weight_ih, weight_hh, bias_ih, bias_hh)
+    return _forward(cell, x, weights, (h0, c0), options, out)
 
 
 def lstm_vjp(
@@ -402,16 +192,9 @@ def lstm_vjp(
     >>> grads.weight_hh.shape
     (16, 4)
     """
-    cell = lstm_cell(options)
-    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    cell, weights = lstm_cell(options), (weight_ih, weight_hh, bias_ih, bias_hh)
     given = options | {"bptt": bptt, "recompute": recompute}
-    return _vjp(_check(cell, x, weights, (h0, c0), given, training=True))
-
-
-def lstm_cell(options: Any) -> Cell:
-    """Take from options what selects the cell."""
-    coupled = checks.flag("coupled_gates", options.pop("coupled_gates", False))
-    return CELLS["lstm_coupled" if coupled else "lstm"]
+    return _vjp(cell, x, weights, (h0, c0), given)
 
 
 def gru(
@@ -472,7 +255,7 @@ def gru(
     (5, 2, 4)
     """
     cell, weights = gru_cell(options), (weight_ih, weight_hh, bias_ih, bias_hh)
-    return _forward(_check(cell, x, weights, (h0,), options, out=out))
+    return _forward(cell, x, weights, (h0,), options, out)
 
 
 def gru_vjp(
@@ -505,13 +288,7 @@ def gru_vjp(
     """
     cell, weights = gru_cell(options), (weight_ih, weight_hh, bias_ih, bias_hh)
     given = options | {"bptt": bptt, "recompute": recompute}
-    return _vjp(_check(cell, x, weights, (h0,), given, training=True))
-
-
-def gru_cell(options: Any) -> Cell:
-    """Take from options what selects the cell."""
-    after = checks.flag("reset_after", options.pop("reset_after", True))
-    return CELLS["gru" if after else "gru_before"]
+    return _vjp(cell, x, weights, (h0,), given)
 
 
 def rnn(
@@ -562,8 +339,8 @@ def rnn(
     >>> y.ravel()
     array([1., 2., 3.])
     """
-    cell, weights = _rnn_cell(options), (weight_ih, weight_hh, bias_ih, bias_hh)
-    return _forward(_check(cell, x, weights, (h0,), options, out=out))
+    cell, weights = rnn_cell(options), (weight_ih, weight_hh, bias_ih, bias_hh)
+    return _forward(cell, x, weights, (h0,), options, out)
 
 
 def rnn_vjp(
@@ -592,18 +369,6 @@ def rnn_vjp(
     >>> pullback(dh_n=np.ones(1)).h0.shape
     (1,)
     """
-    cell, weights = _rnn_cell(options), (weight_ih, weight_hh, bias_ih, bias_hh)
+    cell, weights = rnn_cell(options), (weight_ih, weight_hh, bias_ih, bias_hh)
     given = options | {"bptt": bptt, "recompute": recompute}
-    return _vjp(_check(cell, x, weights, (h0,), given, training=True))
-
-
-def _rnn_cell(options: Any) -> Cell:
-    return rnn_cell(options.pop("nonlinearity", "tanh"))
-
-
-def rnn_cell(nonlinearity: Any) -> Cell:
-    cell = CELLS.get(f"rnn_{nonlinearity}")
-    if cell is None:
-        known = ", ".join(f'"{n.removeprefix("rnn_")}"' for n in CELLS if n.startswith("rnn_"))
-        raise ValueError(f"nonlinearity must be one of {known}, got {nonlinearity!r}")
-    return cell
+    return _vjp(cell, x, weights, (h0,), given)

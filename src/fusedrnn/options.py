@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, TypedDict
 
 import numpy.typing as npt
@@ -74,78 +72,15 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Request:
-    """Checked options of a cell, and which results are wanted."""
-
-    options: Options = Options()  # noqa: RUF009 — frozen
-    return_cells: bool = False
-    trace: bool = False
-    recompute: bool = False
-
-    @cached_property
-    def is_random(self) -> bool:
-        """Whether random numbers decide."""
-        o = self.options
-        return o.training and (any(o.zoneout) or o.recurrent_dropout + o.weight_dropout > 0)
-
-    @property
-    def drops_weights(self) -> bool:
-        """Whether R is another in this call."""
-        return self.options.training and self.options.weight_dropout > 0
-
-    def at(self, where: int) -> Request:
-        """Return the same with random numbers of its own."""
-        if not self.is_random or where == self.options.where:
-            return self
-        return replace(self, options=replace(self.options, where=where))
-
-    def with_seed(self, seed: int | None) -> Request:
-        """Return the same with a seed, drawn for None."""
-        seed = secrets.randbits(64) if seed is None else seed
-        return replace(self, options=replace(self.options, seed=seed))
-
-    def beyond_plain(self, on_cpu: bool) -> list[str]:
-        """Return what the plain kernels do not do, so that those with options run."""
-        return self._beyond_cpu if on_cpu else []
-
-    @cached_property
-    def _beyond_cpu(self) -> list[str]:
-        o = self.options
-        asked = {
-            "clip": o.clip < math.inf,
-            "cell_clip": o.cell_clip < math.inf,
-            "zoneout": any(o.zoneout),
-            "recurrent_dropout": o.training and o.recurrent_dropout > 0,
-            "return_cells": self.return_cells,
-            "trace": self.trace,
-            "recompute": self.recompute,
-        }
-        return [name for name, is_asked in asked.items() if is_asked]
-
-
-def beyond_plain(cell: Cell, parameters: Parameters, on_cpu: bool) -> list[str]:
-    """Return what the plain kernels do not do of a cell, whatever a call asks for."""
-    has = {
-        "proj_size": parameters.weight_hr is not None,
-        "layer_norm": parameters.gamma_ih is not None,
-        "reset_after=False": cell.resets_before,
-        "peephole": parameters.weight_ch is not None and on_cpu,
-        "coupled_gates": cell.is_coupled and on_cpu,
-    }
-    return [name for name, is_so in has.items() if is_so]
-
-
-PLAIN = Request()
-_TRAINING = Request(Options(training=True))
-
 _NUMBERS = ("recurrent_dropout", "weight_dropout")
 _LSTM_ONLY = ("cell_clip", "return_cells")
+PLAIN = Options()
+_TRAINING = Options(training=True)
 
 
 def check_options(
     cell: Cell, given: Mapping[str, Any], training: bool = False, is_vjp: bool = True
-) -> Request:
+) -> Options:
     """Check the options of a cell that are not arrays; `training` is what is not given."""
     if not given:
         return _TRAINING if training else PLAIN
@@ -159,23 +94,45 @@ def check_options(
             why = ": that of an LSTM" if name in _LSTM_ONLY else ""
             raise TypeError(f"{cell.op} has no option {name!r}{why}")
     get = given.get
-    bounds = {n: checks.bound(n, get(n)) for n in ("clip", "cell_clip")}
+    clip, cell_clip = (checks.bound(n, get(n)) for n in ("clip", "cell_clip"))
     zoneout = checks.zoneout(get("zoneout", 0.0), len(cell.states))
-    numbers = {n: checks.probability(n, get(n, 0.0)) for n in _NUMBERS}
+    of_state, of_weights = (checks.probability(n, get(n, 0.0)) for n in _NUMBERS)
     training = checks.flag("training", get("training", training))
     seed = checks.seed(get("seed"))
     bptt = 0 if get("bptt") is None else checks.positive("bptt", get("bptt"))
-    wanted = {n: checks.flag(n, get(n, False)) for n in ("return_cells", "trace", "recompute")}
-    request = Request(
-        Options(
-            bounds["clip"],
-            bounds["cell_clip"],
-            zoneout,
-            numbers["recurrent_dropout"],
-            numbers["weight_dropout"],
-            training=training,
-            bptt=bptt,
-        ),
-        **wanted,
-    )
-    return request.with_seed(seed) if request.is_random else request
+    wanted = [checks.flag(n, get(n, False)) for n in ("return_cells", "trace", "recompute")]
+    dropped = (zoneout, of_state, of_weights, training, 0, 0, bptt)
+    options = Options(clip, cell_clip, *dropped, *wanted)
+    return with_seed(options, seed) if options.is_random else options
+
+
+def with_seed(options: Options, seed: int | None) -> Options:
+    """Return the same options with a seed, drawn for None."""
+    return options._replace(seed=secrets.randbits(64) if seed is None else seed)
+
+
+def asked_of_call(options: Options) -> list[str]:
+    """Return the options for which a call on the CPU takes the kernels with options."""
+    o = options
+    asked = {
+        "clip": o.clip < math.inf,
+        "cell_clip": o.cell_clip < math.inf,
+        "zoneout": any(o.zoneout),
+        "recurrent_dropout": o.training and o.recurrent_dropout > 0,
+        "return_cells": o.return_cells,
+        "trace": o.trace,
+        "recompute": o.recompute,
+    }
+    return [name for name, is_asked in asked.items() if is_asked]
+
+
+def asked_of_layer(cell: Cell, parameters: Parameters, on_cpu: bool) -> list[str]:
+    """Return what of a cell takes the kernels with options, whatever a call asks for."""
+    has = {
+        "proj_size": parameters.weight_hr is not None,
+        "layer_norm": parameters.gamma_ih is not None,
+        "reset_after=False": cell.resets_before,
+        "peephole": parameters.weight_ch is not None and on_cpu,
+        "coupled_gates": cell.is_coupled and on_cpu,
+    }
+    return [name for name, is_so in has.items() if is_so]

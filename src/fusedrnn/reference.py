@@ -74,8 +74,7 @@ class Parameters(NamedTuple):
     beta_c: Any = None
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What a call is asked for beside its arrays.
 
     Attributes
@@ -88,6 +87,8 @@ class Options:
     training: draw those at random; else take the expected value.
     seed, where: what the random numbers depend on, `where` telling layers and directions apart.
     bptt: no gradient of the state passes from one chunk of so many times to another; 0: one.
+    return_cells, trace: return every c, every gate. recompute: keep them not for backward.
+        The reference, which does all of that, does not look at these three.
     """
 
     clip: float = np.inf
@@ -99,6 +100,20 @@ class Options:
     seed: int = 0
     where: int = 0
     bptt: int = 0
+    return_cells: bool = False
+    trace: bool = False
+    recompute: bool = False
+
+    @property
+    def is_random(self) -> bool:
+        """Whether random numbers decide."""
+        drops = self.recurrent_dropout + self.weight_dropout > 0
+        return self.training and (drops or any(self.zoneout))
+
+    @property
+    def drops_weights(self) -> bool:
+        """Whether R is another in this call."""
+        return self.training and self.weight_dropout > 0
 
 
 # Arrays of either kind

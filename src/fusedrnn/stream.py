@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from . import checks, cuda
-from .layers import _Layer, _placed
+from .engine import split_state
+from .layers import _Layer
+from .parameters import placed
 from .reference import Array
 
 
@@ -64,8 +66,10 @@ class Stream:
         """That of the state."""
         return np.dtype("float64" if self.layer.dtype == "float64" else "float32")
 
-    def _shapes(self) -> list[tuple[int, int, int]]:
-        return self.layer._state_shapes(self.batch_size or 1)
+    def _shapes(self) -> list[tuple[int, ...]]:
+        spec, batch = self.layer._spec, (self.batch_size or 1,)
+        widths = (spec.R, spec.H)[: len(spec.cell.states)]
+        return [spec.state_shape(batch, width) for width in widths]
 
     def _on_host(self) -> list[Array]:
         """Return copies of the state on the host."""
@@ -85,7 +89,7 @@ class Stream:
         """The state as the layer gives and takes it; a copy."""
         given = [s[:, 0] if self.batch_size is None else s for s in self._on_host()]
         if self.layer.device != "cpu":
-            given = [_placed(s, str(self._dtype), self.layer.device) for s in given]
+            given = [placed(s, str(self._dtype), self.layer.device) for s in given]
         return tuple(given) if len(given) > 1 else given[0]
 
     @state.setter
@@ -95,7 +99,7 @@ class Stream:
             return
         split = zip(
             self.layer._cell.states,
-            self.layer._split_state("state", value),
+            split_state("state", self.layer._cell, value),
             self._shapes(),
             strict=True,
         )
@@ -111,7 +115,7 @@ class Stream:
             expected, axes = shape[::2], "(layers, H)"
         checks.shape(name, array, expected, axes)
         copy = (
-            _placed(array, str(self._dtype), device)
+            placed(array, str(self._dtype), device)
             if framework is None
             else cuda.copy_of(name, array, framework, str(self._dtype), device)
         )
@@ -219,5 +223,5 @@ class Stream:
                 raise ValueError(
                     f"{letter} in file must be {self._dtype}, got {found[letter].dtype}"
                 )
-        placed = (_placed(found[n], str(self._dtype), self.layer.device) for n in letters)
-        self._go_on_from(tuple(placed))
+        where = (str(self._dtype), self.layer.device)
+        self._go_on_from(tuple([placed(found[letter], *where) for letter in letters]))

@@ -6,7 +6,8 @@
 0: LSTM(3, 4)
 """
 
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .modules import GRU, LSTM, RNN
+from .steps import GRUCell, LSTMCell, RNNCell
 from .swapping import Swapped, swap
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "Swapped", "swap"]

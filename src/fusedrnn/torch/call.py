@@ -1,52 +1,44 @@
-"""What the operators are told: tensors by name, and a string of all else."""
+"""What the operators are given: tensors by name, and two strings of all else."""
 
 from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .. import _cpu
 from ..cells import CELLS, Cell
-from ..options import Request, beyond_plain, check_options
-from ..reference import Parameters
+from ..options import check_options
+from ..reference import Options, Parameters
 
 Maybe = Tensor | None
 
+_USUAL = Parameters._fields[:4]
+
 
 class Inputs(NamedTuple):
-    """The tensors that `forward` takes, after the string.
+    """The tensors that `forward` takes, after the strings.
 
     Attributes
     ----------
-    x: (T, B, I). h0, c0: (B, R) and (B, H), or None for zeros. weight_ih and so on: as
-        `reference.Parameters`. lengths: (B,) integers. resets: (T, B) bool.
+    x: (T, B, I). h0, c0: (layers*directions, B, R) and (…, B, H), or None for zeros.
+    parameters: of each layer and direction those that exist, in the order of
+        `reference.Parameters`.
+    lengths: (B,) integers. resets: (T, B) bool.
     seed: an int64 on the CPU, where random numbers decide.
     """
 
     x: Tensor
     h0: Maybe
     c0: Maybe
-    weight_ih: Tensor
-    weight_hh: Tensor
-    bias_ih: Maybe = None
-    bias_hh: Maybe = None
-    weight_hr: Maybe = None
-    weight_ch: Maybe = None
-    gamma_ih: Maybe = None
-    gamma_hh: Maybe = None
-    gamma_c: Maybe = None
-    beta_c: Maybe = None
+    parameters: tuple[Tensor, ...] | list[Tensor]
     lengths: Maybe = None
     resets: Maybe = None
     seed: Maybe = None
-
-    @property
-    def parameters(self) -> Parameters:
-        """Those among them."""
-        return Parameters(*self[3:SMOOTH])
 
     @property
     def is_on_gpu(self) -> bool:
@@ -54,18 +46,15 @@ class Inputs(NamedTuple):
         return self.x.is_cuda
 
     @property
-    def present(self) -> tuple[str, ...]:
-        """The names of the parameters that there are."""
-        return tuple(n for n, p in self.parameters._asdict().items() if p is not None)
-
-
-SMOOTH = Inputs._fields.index("lengths")  # so many of them have gradients
+    def smooth(self) -> list[Maybe]:
+        """Those that have gradients: x, h0, c0 and the parameters."""
+        return [*self[:3], *self.parameters]
 
 
 # What `forward` returns, empty tensors for what is not asked for or the cell has not:
-#   y (T, B, R), h_n (B, R), c_n (B, H),
-#   cells: every c, (T, B, H); those four have gradients,
-#   trace: every gate, (T, B, gates, H),
+#   y (T, B, directions*R), h_n (layers*directions, B, R), c_n (…, B, H),
+#   cells: every c of the last layer, (T, B, directions*H); those four have gradients,
+#   trace: every gate, (layers*directions, T, B, gates, H),
 #   saved: what backward reads beside those and the inputs.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 SMOOTH_OUTPUTS = 4
@@ -75,76 +64,168 @@ SMOOTH_OUTPUTS = 4
 READ = 7
 
 
-@dataclass(frozen=True, eq=False)  # one for each string
-class Call:
-    """What is asked for beside the tensors; `saves`: backward will be."""
+class Sizes(NamedTuple):
+    """Sizes of a call; T and B may be symbols."""
 
+    T: Any
+    B: Any
+    I: int
+    H: int
+    R: int
+
+
+@dataclass(frozen=True, eq=False)  # one for each pair of strings
+class Call:
+    """What is asked for beside the tensors.
+
+    Attributes
+    ----------
+    text: the strings that `parse` made it of.
+    kinds: the parameters that each layer and direction has.
+    reverse: whether a single direction goes from the end.
+    saves: whether backward will be asked for.
+    """
+
+    text: tuple[str, str]
     cell: Cell
-    request: Request
-    reverse: bool = False
-    saves: bool = False
-    precision: str = "exact"
+    options: Options
+    kinds: tuple[str, ...]
+    layers: int
+    directions: int
+    reverse: bool
+    saves: bool
+    precision: str
 
     @property
     def has_c(self) -> bool:
         """Whether the cell carries c."""
         return "c" in self.cell.states
 
-    @functools.cached_property
-    def is_plain(self) -> bool:
-        """Whether only the tensors can ask for more than the plain kernels do."""
-        request = self.request
-        asks = request.beyond_plain(True) or request.options.bptt or request.drops_weights
-        return not (asks or self.cell.is_coupled or self.cell.resets_before)
+    @property
+    def count(self) -> int:
+        """How many layers and directions there are together."""
+        return self.layers * self.directions
 
     @property
     def is_there(self) -> tuple[bool, bool, bool, bool]:
         """Whether y, h_n, c_n and cells are made."""
-        return True, True, self.has_c, self.keeps_cells
+        return True, True, self.has_c, self.options.return_cells
 
-    @property
-    def keeps_cells(self) -> bool:
-        """Whether every c is an output, for the user or for backward."""
-        return self.request.return_cells or (self.request.recompute and self.has_c)
+    @functools.cached_property
+    def saving(self) -> Call:
+        """The same call with backward asked for."""
+        layers, asked = self.text
+        return parse(layers, f"{asked} save")
 
-    def sizes(self, given: Inputs) -> tuple[Any, Any, int, int, int]:
+    def keeps_cells(self, on_gpu: bool) -> bool:
+        """Whether every c is an output, for the user or for a GPU's backward."""
+        return self.options.return_cells or (on_gpu and self.options.recompute and self.has_c)
+
+    def sizes(self, given: Inputs) -> Sizes:
         """Return T, B, I, H, R."""
         T, B, I = given.x.shape
-        H = given.weight_ih.shape[0] // len(self.cell.gates)
-        return T, B, I, H, given.weight_hh.shape[1]
+        H = given.parameters[0].shape[0] // len(self.cell.gates)
+        return Sizes(T, B, I, H, given.parameters[1].shape[1])
 
-    def output_shapes(self, given: Inputs) -> list[tuple[Any, ...] | None]:
+    def output_shapes(self, s: Sizes, on_gpu: bool) -> list[tuple[Any, ...] | None]:
         """Return the shapes of y, h_n, c_n, cells and trace, None for what is not made."""
-        T, B, _, H, R = self.sizes(given)
+        n, D, gates = self.count, self.directions, len(self.cell.gates)
         return [
-            (T, B, R),
-            (B, R),
-            (B, H) if self.has_c else None,
-            (T, B, H) if self.keeps_cells else None,
-            (T, B, len(self.cell.gates), H) if self.request.trace else None,
+            (s.T, s.B, D * s.R),
+            (n, s.B, s.R),
+            (n, s.B, s.H) if self.has_c else None,
+            (s.T, s.B, D * s.H) if self.keeps_cells(on_gpu) else None,
+            (n, s.T, s.B, gates, s.H) if self.options.trace else None,
         ]
 
-    def is_row_wise(self, given: Inputs) -> bool:
-        """Whether the plain kernels do not do."""
-        on_cpu = not given.is_on_gpu
-        of_layer = beyond_plain(self.cell, given.parameters, on_cpu)
-        return bool(of_layer or self.request.beyond_plain(on_cpu))
+    def parameter_shapes(self, I: int, H: int, R: int) -> list[tuple[int, ...]]:
+        """Return the shapes of all parameters."""
+        of_R = R if "weight_hr" in self.kinds else None
+        shapes = []
+        for at in range(self.count):
+            below = I if at < self.directions else self.directions * R
+            every = self.cell.parameter_shapes(below, H, of_R)
+            shapes += [every[kind].lengths for kind in self.kinds]
+        return shapes
+
+    @functools.cached_property
+    def _callers(self) -> dict[Any, tuple[_cpu.Caller, int]]:
+        return {}
+
+    def caller(self, is_double: bool, I: int, H: int, R: int) -> tuple[_cpu.Caller, int]:
+        """Return what calls the kernels of the CPU, and how many values are saved.
+
+        That many for each row of a step, which depends on the instruction set in use.
+        """
+        key = (is_double, I, H, R, _cpu.get_isa())
+        found = self._callers.get(key)
+        if found is None:
+            kinds = sum(1 << k for k, n in enumerate(Parameters._fields) if n in self.kinds)
+            shape = ((I, H, R), self.layers, self.directions, kinds)
+            made = _cpu.Caller(self.cell.name, 8 if is_double else 4, *shape)
+            found = self._callers[key] = (made, made.saved_values(self.options))
+        return found
+
+
+def describe(
+    cell: str,
+    options: Mapping[str, Any],
+    kinds: Sequence[str] = _USUAL,
+    layers: int = 1,
+    directions: int = 1,
+    reverse: bool = False,
+    where: int = 0,
+    precision: str = "exact",
+) -> str:
+    """Return the string that describes layers, a JSON object without what is as usual.
+
+    `where` is the number of the first layer and direction, which tells their random numbers
+    apart. `options` are those of the cell's op in `fusedrnn.functional`.
+    """
+    own = {
+        "layers": (layers, 1),
+        "directions": (directions, 1),
+        "reverse": (reverse, False),
+        "where": (where, 0),
+        "precision": (precision, "exact"),
+        "parameters": (list(kinds), list(_USUAL)),
+    }
+    unusual = {name: value for name, (value, usual) in own.items() if value != usual}
+    return json.dumps({"cell": cell} | unusual | dict(options))
 
 
 @functools.cache
-def parse(call: str) -> Call:
-    """Read the string that says what is asked for, a JSON object.
+def parse(layers: str, asked: str = "") -> Call:
+    """Read the strings that say what is asked for.
 
-    "cell": a name in `CELLS`. "reverse", "save", "precision": as in `Call`. "where": a number
-    that tells the random numbers of layers and directions apart. Others: options of the
-    cell's op in `fusedrnn.functional`.
+    Parameters
+    ----------
+    layers: what `describe` returns.
+    asked: words of what a call is asked for: save (backward follows), training, return_cells,
+        trace, recompute, bptt=<number>.
 
-    >>> parse('{"cell": "gru", "clip": 3.0, "reverse": true}').reverse
-    True
+    >>> parse('{"cell": "gru", "clip": 3.0}', "save bptt=5").options.bptt
+    5
     """
-    given = {"training": False} | json.loads(call)
+    given = json.loads(layers)
     cell, where = CELLS[given.pop("cell")], given.pop("where", 0)
-    reverse, saves = given.pop("reverse", False), given.pop("save", False)
-    precision = given.pop("precision", "exact")
-    request = check_options(cell, given | {"seed": 0})
-    return Call(cell, request.at(where), reverse, saves, precision)
+    kinds = tuple(given.pop("parameters", _USUAL))
+    numbers = given.pop("layers", 1), given.pop("directions", 1)
+    reverse, precision = given.pop("reverse", False), given.pop("precision", "exact")
+    words = asked.split()
+    flags: dict[str, Any] = {"training": False} | {
+        word: True for word in words if "=" not in word and word != "save"
+    }
+    flags |= {name: int(value) for name, _, value in (w.partition("=") for w in words) if value}
+    options = check_options(cell, given | flags | {"seed": 0})._replace(where=where)
+    text, saves = (layers, asked), "save" in words
+    return Call(text, cell, options, kinds, *numbers, reverse, saves, precision)
+
+
+def with_seed(call: Call, seed: Maybe) -> Options:
+    """Return the options with the seed that a tensor holds, where it matters."""
+    if not call.options.is_random:
+        return call.options
+    if seed is None:
+        raise ValueError("seed must be a tensor of one int64 where random numbers decide")
+    return call.options._replace(seed=int(seed) % 2**64)

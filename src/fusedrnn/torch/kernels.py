@@ -5,19 +5,18 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.dlpack
 from torch import Tensor
 
-from .. import _cpu, cuda
-from ..device import backend_of
-from ..kernel import FEW_ROWS, HOST, Problem, told_options, values_of
-from ..options import Request
+from .. import _cpu, checks, cuda
+from ..backend.cuda import PassTape, Problem, Weights, values_of
+from ..engine import backend_of
+from ..options import asked_of_layer
 from ..reference import Parameters
-from .call import READ, SMOOTH, Call, Inputs, Maybe, Outputs, parse
+from .call import READ, Call, Inputs, Maybe, Outputs, Sizes, with_seed
 
 
 def share_team() -> bool:
@@ -31,8 +30,6 @@ def share_team() -> bool:
 
 share_team()
 _followed = 0
-_to_dlpack: Any = torch.utils.dlpack.to_dlpack  # type: ignore[attr-defined]
-_from_dlpack = _cpu.from_dlpack
 
 
 def _follow_threads() -> None:
@@ -44,300 +41,287 @@ def _follow_threads() -> None:
         _followed = threads
 
 
-def _array(a: Maybe) -> Any:
-    """See a tensor on the CPU, whatever autograd thinks of it."""
-    return None if a is None else _from_dlpack(_to_dlpack(a.resolve_neg()))
+# On the CPU
 
 
-class _Layer:
-    """One call, its tensors as the kernels of their backend see them."""
+def _address(a: Maybe) -> int:
+    return 0 if a is None else a.data_ptr()
 
-    def __init__(self, call: Call, tensors: Sequence[Any]) -> None:
-        self.call = call
-        self.given = given = Inputs(*tensors)
-        if given.is_on_gpu:
-            is_single = given.x.dtype == torch.float32
-            self.on: Any = backend_of(given.x, call.precision if is_single else "exact")
-        else:
-            self.on = HOST
-            _follow_threads()
+
+def _whole(a: Maybe) -> Maybe:
+    """Return a tensor as the kernels read it."""
+    return None if a is None else a.resolve_neg().contiguous()
+
+
+def _on_cpu(given: Inputs, s: Sizes) -> tuple[list[Any], list[int], tuple[int, ...]]:
+    """Return tensors that must stay, and the addresses of parameters and of other inputs."""
+    x = given.x.resolve_neg()
+    if s.I > 1 and x.stride(2) != 1:
+        x = x.contiguous()
+    parameters = [p if p.is_contiguous() else p.contiguous() for p in given.parameters]
+    h0, c0 = given.h0, given.c0
+    if h0 is not None:
+        h0 = _whole(h0)
+    if c0 is not None:
+        c0 = _whole(c0)
+    lengths, resets = given.lengths, given.resets
+    if lengths is not None:
+        values = checks.lengths(lengths.numpy(force=True), s.T, (s.B,))
+        lengths = torch.from_numpy(values)
+    if resets is not None:
+        values = checks.resets(resets.numpy(force=True), (s.T, s.B), "(T, B)")
+        resets = torch.from_numpy(values).contiguous()
+    _follow_threads()
+    kept = [x, h0, c0, parameters, lengths, resets]
+    where = (s.T, s.B, x.stride(0), x.stride(1), *map(_address, (h0, c0, lengths, resets)))
+    return kept, [p.data_ptr() for p in parameters], (x.data_ptr(), *where)
+
+
+_LARGE = _cpu.LARGE_ARRAY
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_CPU = torch.device("cpu")
+
+
+def _saved(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Make what only backward sees, of used memory where fresh pages would be costly."""
+    of_numpy = _FLOAT64 if dtype == torch.float64 else _FLOAT32
+    if shape[0] * shape[1] * shape[2] * of_numpy.itemsize < _LARGE:
+        return torch.empty(shape, dtype=dtype, device=_CPU)
+    return torch.from_numpy(_cpu.allocate(shape, of_numpy))
+
+
+def _forward_on_cpu(call: Call, given: Inputs) -> Outputs:
+    s, dtype = call.sizes(given), given.x.dtype
+    caller, values = call.caller(dtype == torch.float64, s.I, s.H, s.R)
+    kept, parameters, addresses = _on_cpu(given, s)
+    made: list[Any] = [
+        None if shape is None else torch.empty(shape, dtype=dtype, device=_CPU)
+        for shape in call.output_shapes(s, False)
+    ]
+    made.append(_saved((s.T, s.B, values), dtype) if call.saves and values else None)
+    options = with_seed(call, given.seed)
+    caller.forward(parameters, addresses, call.reverse, options, tuple(map(_address, made)))
+    del kept
+    return tuple(given.x.new_empty(0) if a is None else a for a in made)  # type: ignore[return-value]
+
+
+def _backward_on_cpu(
+    call: Call,
+    wanted: Sequence[bool],
+    d: Sequence[Maybe],
+    y: Tensor,
+    cells: Tensor,
+    saved: Tensor,
+    given: Inputs,
+) -> list[Tensor]:
+    s, dtype = call.sizes(given), given.x.dtype
+    caller, _ = call.caller(dtype == torch.float64, s.I, s.H, s.R)
+    kept, parameters, addresses = _on_cpu(given, s)
+    shapes: list[Any] = [(s.T, s.B, s.I), *call.output_shapes(s, False)[1:3]]
+    needed = [wanted[0], True, call.has_c]  # the state's gradients are made in any case
+    dx, dh0, dc0 = (
+        torch.empty(shape, dtype=dtype, device=_CPU) if is_needed else None
+        for shape, is_needed in zip(shapes, needed, strict=True)
+    )
+    gradients = [
+        torch.empty(p.shape, dtype=dtype, device=_CPU) if is_wanted else None
+        for p, is_wanted in zip(given.parameters, wanted[3:], strict=True)
+    ]
+    seeds = [_whole(g) for g in d]
+    made = (_whole(y), cells if call.options.return_cells else None, _whole(saved))
+    caller.backward(
+        parameters,
+        addresses,
+        call.reverse,
+        with_seed(call, given.seed),
+        tuple(map(_address, made)),
+        tuple(map(_address, seeds)),
+        tuple(map(_address, (dx, dh0, dc0))),
+        list(map(_address, gradients)),
+    )
+    del kept
+    found = [dx, dh0, dc0, *gradients]
+    return [a for a, is_wanted in zip(found, wanted, strict=True) if is_wanted]  # type: ignore[misc]
+
+
+# On a GPU, one layer in one direction at a time
+
+
+class _OnGpu:
+    """A call, its tensors as the kernels see them."""
+
+    def __init__(self, call: Call, given: Inputs) -> None:
+        self.call, self.given = call, given
+        is_single = given.x.dtype == torch.float32
+        self.on: Any = backend_of(given.x, call.precision if is_single else "exact")
         self.x = self.see(given.x)
-        self.parameters = Parameters(*map(self.see, given.parameters))
-        self.row_wise = call.is_row_wise(given)
+        seen = dict(zip(call.kinds, map(self.see, given.parameters), strict=True))
+        self.parameters = Parameters(**seen)
+        self.options = with_seed(call, given.seed)
+        self.by_rows = bool(asked_of_layer(call.cell, self.parameters, False))
 
     def see(self, a: Maybe) -> Any:
         """See a tensor, whatever autograd thinks of it."""
-        if a is None:
-            return None
-        return _array(a) if self.on is HOST else self.on.see(a.contiguous())
-
-    def give(self, made: Any) -> Tensor:
-        """Return the tensor of what `on.empty` made."""
-        tensor: Tensor = torch.from_numpy(made) if self.on is HOST else self.on.give(made)
-        return tensor
+        return None if a is None else self.on.see(a.contiguous())
 
     def empty(self, shape: tuple[int, ...] | None, of_state: bool = False) -> Any:
-        """Make an array of x's dtype or that of states, none for no shape."""
-        dtype = self.x.dtype
-        dtype = self.on.state_dtype(dtype) if of_state else dtype
+        """Make a tensor of x's dtype or that of states, none for no shape."""
+        dtype = self.on.state_dtype(self.x.dtype) if of_state else self.x.dtype
         return None if shape is None else self.on.empty(shape, dtype)
-
-    def start(self) -> tuple[Any, ...]:
-        """Return the state before the first step."""
-        on, (_, B, _, H, R) = self.on, self.call.sizes(self.given)
-        state = []
-        for a, width in zip(
-            self.given[1 : 1 + len(self.call.cell.states)], (R, H), strict=False
-        ):
-            if a is None:
-                state.append(on.zeros((B, width), on.state_dtype(self.x.dtype)))
-            else:
-                state.append(self.see(a.contiguous()))
-        return tuple(state)
-
-    def masks(self) -> Any:
-        """Return the masks of rows."""
-        (T, B, _), lengths, resets = self.x.shape, self.given.lengths, self.given.resets
-        if lengths is not None:
-            values = _array(lengths) if lengths.is_cpu else lengths
-            lengths = self.on.lengths(values, T, (B,))
-        if resets is not None:
-            values = _array(resets) if resets.is_cpu else resets
-            resets = self.on.resets(values, (T, B), "(T, B)")
-        return self.on.masks(lengths, resets)
 
     def problem(self, y: Any, final: Any, cells: Any, trace: Any) -> Problem:
         """Return what is to be computed from and into arrays."""
-        call, request = self.call, with_seed(self.call, self.given)
-        where = (self.x, self.start(), self.masks(), call.reverse, y, final)
-        return Problem(call.cell, *where, request, self.row_wise, cells, trace)
+        call, given, on = self.call, self.given, self.on
+        (T, B, _), lengths, resets = self.x.shape, given.lengths, given.resets
+        if lengths is not None:
+            lengths = on.lengths(lengths.numpy() if lengths.is_cpu else lengths, T, (B,))
+        if resets is not None:
+            values = resets.numpy() if resets.is_cpu else resets
+            resets = on.resets(values, (T, B), "(T, B)")
+        start = tuple(None if a is None else self.see(a)[0] for a in given[1:3])
+        where = (self.x, start[: len(call.cell.states)], lengths, resets, call.reverse)
+        return Problem(call.cell, *where, y, final, self.options, self.by_rows, cells, trace)
 
-    def pack(self, problem: Problem, forward: Any = None, borrow: bool = False) -> Any:
-        """Pack the parameters, for backward if those of the forward are given."""
-        seen = self.on.with_weights_dropped(self.parameters, problem.request)
-        T, B, _ = self.x.shape
-        borrow = borrow or (T * B <= FEW_ROWS and not self.row_wise)
-        return self.on.pack(self.call.cell, seen, forward, borrow, self.row_wise)
+    def pack(self, backward: bool) -> Weights:
+        """Pack the parameters for a forward or a backward."""
+        seen = self.on.with_weights_dropped(self.parameters, self.options)
+        packed: Weights = self.on.pack(self.call.cell, seen, backward, self.by_rows)
+        return packed
 
     def forward(self) -> Outputs:
         """Return what `fusedrnn::forward` does."""
         on, call, x = self.on, self.call, self.given.x
-        shapes = call.output_shapes(self.given)
+        shapes = call.output_shapes(call.sizes(self.given), True)
         made = [self.empty(shape, 0 < i < 4) for i, shape in enumerate(shapes)]
         y, h_n, c_n, cells, trace = (None if a is None else on.see(a) for a in made)
-        problem = self.problem(y, (h_n, c_n)[: len(call.cell.states)], cells, trace)
-        saved = on.forward(self.pack(problem), problem, call.saves)
-        results = [x.new_empty(0) if a is None else self.give(a) for a in made]
-        if saved is None:  # nothing is, or no row takes a step
-            kept = x.new_empty(saved_shape(call, self.given))
-        else:
-            kept = self.give(saved) if on is HOST else saved.owner
+        final = tuple(a[0] for a in (h_n, c_n) if a is not None)
+        problem = self.problem(y, final, cells, None if trace is None else trace[0])
+        saved = on.forward(self.pack(False), problem, call.saves)
+        results = [x.new_empty(0) if a is None else on.give(a) for a in made]
+        # Nothing is saved where no row takes a step.
+        kept = x.new_empty(saved_shape(call, self.given)) if saved is None else saved.owner
         return (*results, kept)  # type: ignore[return-value]
 
     def backward(
-        self, wanted: int, d: Sequence[Maybe], y: Tensor, cells: Tensor, saved: Tensor
+        self,
+        wanted: Sequence[bool],
+        d: Sequence[Maybe],
+        y: Tensor,
+        cells: Tensor,
+        saved: Tensor,
     ) -> list[Tensor]:
         """Return what `fusedrnn::backward` does."""
         on, call, see = self.on, self.call, self.see
-        problem = self.problem(see(y), (), see(cells) if call.keeps_cells else None, None)
-        forward = self.pack(problem, borrow=not call.request.recompute)
-        back = self.pack(problem, forward)
-        kept = see(saved.contiguous()) if saved.numel() else None
-        tape = on.tape(problem, self.parameters, back, forward, kept)
-        names = [name for n, name in enumerate(Inputs._fields[:SMOOTH]) if wanted >> n & 1]
-        _, B, _, H, R = call.sizes(self.given)
-        made = {f"{s}0": self.empty((B, H if s == "c" else R), True) for s in call.cell.states}
-        d_state = tuple(map(on.see, made.values()))
-        made["x"] = self.empty(self.given.x.shape) if "x" in names else None
+        problem = self.problem(see(y), (), see(cells) if call.keeps_cells(True) else None, None)
+        tape = PassTape(on, problem, self.pack(True), see(saved) if saved.numel() else None)
+        s = call.sizes(self.given)
+        widths = (s.R, s.H)[: len(call.cell.states)]
+        d_state = [self.empty((1, s.B, width), True) for width in widths]
+        dx = self.empty((s.T, s.B, s.I)) if wanted[0] else None
         dy, dh_n, dc_n, d_cells = map(see, d)
+        names = [n for n, is_wanted in zip(call.kinds, wanted[3:], strict=True) if is_wanted]
         d_parameters = tape.backward(
             dy,
-            (dh_n, dc_n)[: len(d_state)],
+            tuple(None if a is None else a[0] for a in (dh_n, dc_n))[: len(d_state)],
             d_cells,
-            None if made["x"] is None else on.see(made["x"]),
-            d_state,
+            None if dx is None else on.see(dx),
+            tuple(on.see(a)[0] for a in d_state),
             wanted=names,
         )
-        made |= d_parameters._asdict()
-        return [self.give(made[name]) for name in names]
+        of_state = [*d_state, None][:2]
+        found = [dx, *of_state, *(getattr(d_parameters, n) for n in call.kinds)]
+        return [on.give(a) for a, is_there in zip(found, wanted, strict=True) if is_there]
 
 
-def with_seed(call: Call, given: Inputs) -> Request:
-    """Return the request with the seed that a tensor holds, where it matters."""
-    if not call.request.is_random:
-        return call.request
-    if given.seed is None:
-        raise ValueError("seed must be a tensor of one int64 where random numbers decide")
-    return call.request.with_seed(int(given.seed) % 2**64)
+# Both
 
 
-_PLAIN = Inputs._fields.index("weight_hr")  # what a plain call has ends before
-_NOTHING = {type(None)}
-
-
-def _is_plain(call: Call, tensors: Sequence[Any]) -> bool:
-    """Whether it is a call on the CPU that has only x, a state, weights and biases."""
-    if not (call.is_plain and tensors[0].is_cpu):
-        return False
-    return set(map(type, tensors[_PLAIN:])) == _NOTHING
-
-
-_REST = [None] * (SMOOTH - _PLAIN)
-
-
-def _arrays(tensors: Sequence[Any]) -> tuple[list[Any], Any, Any, Any]:
-    """Return the parameters, x, h0 and c0 of a plain call."""
-    _follow_threads()
-    x, h0, c0, *parameters = [  # as _array, seven calls less
-        None if a is None else _from_dlpack(_to_dlpack(a.resolve_neg())) for a in tensors
-    ]
-    return parameters + _REST, x, h0, c0
-
-
-def _plain(call: Call, tensors: Sequence[Any]) -> tuple[str, list[Any], Any, Any, Any, bool]:
-    """Return what the kernels take of a plain call."""
-    return call.cell.name, *_arrays(tensors[:_PLAIN]), call.reverse
-
-
-def compute_layer(cell: str, tensors: Sequence[Any]) -> list[Tensor] | None:
-    """Run a plain layer whose states are (1, B, H), as it comes: y, h_n and c_n.
-
-    None where an argument needs preparing, or is wrong.
-    """
-    try:
-        arrays = _arrays(tensors)
-    except (TypeError, BufferError, RuntimeError):  # elsewhere, or of an unknown type
-        return None
-    made = _cpu.plain_forward(cell, *arrays, False, False, FEW_ROWS, 1)
-    return made and [torch.from_numpy(a) for a in made if a is not None]
-
-
-def compute_forward(text: str, *tensors: Any) -> Outputs:
+def compute_forward(call: Call, *tensors: Any) -> Outputs:
     """Run the kernels: what `fusedrnn::forward` does."""
-    call = parse(text)
-    if _is_plain(call, tensors):
-        made = _cpu.plain_forward(*_plain(call, tensors), call.saves, FEW_ROWS, 0)
-        if made is not None:
-            none = tensors[0].new_empty
-            y, h_n, c_n, saved = [none(0) if a is None else torch.from_numpy(a) for a in made]
-            return y, h_n, c_n, none(0), none(0), saved
-    return _Layer(call, tensors).forward()
+    given = Inputs(*tensors)
+    if given.is_on_gpu:
+        return _OnGpu(call, given).forward()
+    return _forward_on_cpu(call, given)
 
 
-def compute_backward(text: str, wanted: int, *tensors: Any) -> list[Tensor]:
+def compute_backward(call: Call, wanted: Sequence[bool], *tensors: Any) -> list[Tensor]:
     """Run the kernels backward: what `fusedrnn::backward` does.
 
     Tensors: the gradients of y, h_n, c_n and cells, or None; y, cells and saved; `Inputs`.
-    `wanted` has bit n for the n-th of those, whose gradients are returned in that order.
+    `wanted` says of `Inputs.smooth` whose gradients are returned, in that order.
     """
-    call = parse(text)
     *d, y, cells, saved = tensors[:READ]
-    inputs = tensors[READ:]
-    if not (call.saves or call.request.recompute):
-        text = f'{text[:-1]}, "save": true}}'
-        call, saved = parse(text), compute_forward(text, *inputs)[-1]
-    if _is_plain(call, inputs):
-        of_y, of_saved, dy, dh_n, dc_n = map(_array, (y, saved, *d[:3]))
-        read = (of_y, of_saved, dy, dh_n, dc_n)
-        made = _cpu.plain_backward(*_plain(call, inputs), *read, wanted, FEW_ROWS)
-        if made is not None:
-            return [torch.from_numpy(a) for a in made]
-    return _Layer(call, inputs).backward(wanted, d, y, cells, saved)
+    given = Inputs(*tensors[READ:])
+    if not call.saves:
+        call = call.saving
+        saved = compute_forward(call, *given)[-1]
+    if given.is_on_gpu:
+        return _OnGpu(call, given).backward(wanted, d, y, cells, saved)
+    return _backward_on_cpu(call, wanted, d, y, cells, saved, given)
 
 
-class _Form(NamedTuple):
-    """What the size of what is saved depends on, beside T, B and the type."""
-
-    call: Call
-    present: tuple[str, ...]  # of the parameters
-    I: int
-    H: int
-    R: int
-    row_wise: bool
-
-    @classmethod
-    def of(cls, call: Call, given: Inputs) -> _Form:
-        """Read it off the tensors."""
-        _, _, I, H, R = call.sizes(given)
-        return cls(call, given.present, int(I), int(H), int(R), call.is_row_wise(given))
-
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return those that there are."""
-        projected = self.R if "weight_hr" in self.present else None
-        shapes = self.call.cell.parameter_shapes(self.I, self.H, projected)
-        return {name: shapes[name].lengths for name in self.present}
+def check_tensors(call: Call, given: Inputs) -> None:
+    """Refuse tensors of which the kernels would read out of bounds."""
+    s = call.sizes(given)
+    n, of_R = call.count, "weight_hr" in call.kinds
+    shapes = [(n, s.B, s.R), (n, s.B, s.H), *call.parameter_shapes(s.I, s.H, s.R)]
+    names = ["h0", "c0", *call.kinds * n]
+    found = given.smooth[1:]
+    if len(found) != len(shapes) or (s.R != s.H and not of_R):
+        raise ValueError("parameters must be those that the call names, of one size")
+    for name, a, expected in zip(names, found, shapes, strict=True):
+        dtype = given.x.dtype
+        if a is None:
+            continue
+        if name in ("h0", "c0") and dtype in (torch.bfloat16, torch.float16):
+            dtype = torch.float32
+        if a.shape != expected or a.dtype != dtype or a.device != given.x.device:
+            raise ValueError(
+                f"{name} must have shape {expected} and dtype {dtype} on {given.x.device}, "
+                f"got {tuple(a.shape)}, {a.dtype} on {a.device}"
+            )
+    if given.x.is_cpu and given.x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"x must be float32 or float64 on the CPU, got {given.x.dtype}")
 
 
 def saved_shape(call: Call, given: Inputs) -> tuple[Any, ...]:
     """Return the shape of what a forward saves."""
-    T, B, _ = given.x.shape
-    if not call.saves or call.request.recompute:
+    s = call.sizes(given)
+    if not call.saves:
         return (0,)
-    form = _Form.of(call, given)
     if given.is_on_gpu:
-        count = _saved_bytes(form, str(given.x.dtype)[6:], given.x.device.index or 0)
-        return ((T * B * count + 255) // 256 * 256,) if count else (0,)
-    size, _ = _saved_size(form, given.x.dtype == torch.float64, _cpu.get_isa())
-    return (T, B, size) if size else (0,)
-
-
-def clean_saved(text: str, saved: Tensor, *tensors: Any) -> None:
-    """Fill what a forward on the CPU leaves as it was: who compares results may see it."""
-    call, given = parse(text), Inputs(*tensors)
-    if saved.dim() != 3 or given.is_on_gpu:
-        return
-    form = _Form.of(call, given)
-    _, values = _saved_size(form, given.x.dtype == torch.float64, _cpu.get_isa())
-    saved[..., values:] = 0
-    if given.lengths is not None:
-        lengths = given.lengths.tolist()
-        longest = max(lengths, default=0)
-        saved[longest:] = 0
-        for b, length in enumerate(lengths):  # steps that the row does not take
-            if call.reverse:
-                saved[: longest - length, b] = 0
-            else:
-                saved[length:longest, b] = 0
+        if call.options.recompute:
+            return (0,)
+        where = (str(given.x.dtype)[6:], given.x.device.index or 0)
+        count = _saved_bytes(call, int(s.I), int(s.H), int(s.R), *where)
+        return ((s.T * s.B * count + 255) // 256 * 256,) if count else (0,)
+    _, values = call.caller(given.x.dtype == torch.float64, int(s.I), int(s.H), int(s.R))
+    return (s.T, s.B, values) if values else (0,)
 
 
 @functools.cache
-def _saved_size(form: _Form, double: bool, _: str) -> tuple[int, int]:
-    """Return how many values a step and row have on the CPU, and how many are written.
-
-    That depends on the ISA in use.
-    """
-    dtype = np.float64 if double else np.float32
-    shapes = form.parameter_shapes()
-    parameters = Parameters(**{name: np.zeros(shape, dtype) for name, shape in shapes.items()})
-    weights = HOST.pack(form.call.cell, parameters, borrow=not form.row_wise)
-    options = told_options(form.call.request, form.row_wise)
-    return weights.saved_size(options), weights.saved_values(options)
-
-
-@functools.cache
-def _saved_bytes(form: _Form, dtype: str, device: int) -> int:
+def _saved_bytes(call: Call, I: int, H: int, R: int, dtype: str, device: int) -> int:
     """Return how many bytes a step and row have on a GPU."""
-    call, _, I, H, R, row_wise = form
     module = cuda._module()
     is_wide = dtype in ("float32", "float64")
     wide = dtype if is_wide else "float32"
     asked = call.precision if dtype == "float32" else "exact"
     precision = cuda.precision_of(dtype, asked)
-    if row_wise and not is_wide:
+    by_rows = call.cell.resets_before or {"weight_hr", "gamma_ih"} & set(call.kinds)
+    if by_rows and not is_wide:
         dtype, precision = wide, "tf32"
     T = 256  # so that no rounding shows
 
     def view(shape: tuple[int, ...], dtype: str) -> Any:
         return module.View(256, shape, None, dtype, device, None)  # null would be none
 
-    shapes = form.parameter_shapes()
+    shapes = zip(call.kinds, call.parameter_shapes(I, H, R), strict=True)
     arrays = {
-        name: view(shape, wide if name == "weight_ch" else dtype)
-        for name, shape in shapes.items()
+        name: view(shape, wide if name == "weight_ch" else dtype) for name, shape in shapes
     }
     arrays |= {"x": view((T, 1, I), dtype), "y": view((T, 1, R), dtype)}
     kernel = module.Kernel(call.cell.name, precision, device, 0)
-    arrays["packed"] = None if row_wise else view((kernel.packed_bytes(H, False),), "uint8")
-    arrays["cells"] = view((T, 1, H), wide) if call.keeps_cells else None
-    options = module.Options(*values_of(call.request.options), False)
+    arrays["packed"] = None if by_rows else view((kernel.packed_bytes(H, False),), "uint8")
+    arrays["cells"] = view((T, 1, H), wide) if call.keeps_cells(True) else None
+    options = module.Options(*values_of(call.options), False)
     return int(kernel.saved_bytes(arrays, options)) // T

@@ -1,6 +1,6 @@
-"""A layer in one direction as operators of PyTorch: `fusedrnn::forward` and `::backward`.
+"""Layers as operators of PyTorch: `fusedrnn::forward` and `::backward`.
 
-Both take flat tensors and one string that says what is asked for, so that a graph shows it.
+Both take tensors and two strings that say what is asked for, so that a graph shows it.
 Derivatives of derivatives, and forward-mode ones, come from the cell's definition
 (`fusedrnn.reference`), which runs on tensors, too.
 """
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, library
 
 from .. import reference
-from .call import READ, SMOOTH, SMOOTH_OUTPUTS, Inputs, Maybe, Outputs, parse
-from .kernels import clean_saved, compute_backward, compute_forward, saved_shape, with_seed
+from ..reference import Parameters
+from .call import READ, SMOOTH_OUTPUTS, Call, Inputs, Maybe, Outputs, parse, with_seed
+from .kernels import check_tensors, compute_backward, compute_forward, saved_shape
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:
@@ -23,15 +24,16 @@ def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _fake_forward(text: str, *tensors: Any) -> Outputs:
-    call, given = parse(text), Inputs(*tensors)
+def _fake_forward(layers: str, asked: str, *tensors: Any) -> Outputs:
+    call, given = parse(layers, asked), Inputs(*tensors)
     of_x, of_state = given.x.dtype, _state_dtype(given.x)
     dtypes = (of_x, of_state, of_state, of_state, of_x)
+    shapes = call.output_shapes(call.sizes(given), given.is_on_gpu)
     made = [
         given.x.new_empty(
             (0,) if shape is None else shape, dtype=of_x if shape is None else dtype
         )
-        for shape, dtype in zip(call.output_shapes(given), dtypes, strict=True)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
     ]
     shape = saved_shape(call, given)
     is_bytes = given.is_on_gpu and shape != (0,)
@@ -39,146 +41,234 @@ def _fake_forward(text: str, *tensors: Any) -> Outputs:
     return (*made, saved)  # type: ignore[return-value]
 
 
-def _fake_backward(text: str, wanted: int, *tensors: Any) -> list[Tensor]:
-    call, given = parse(text), Inputs(*tensors[READ:])
-    _, B, _, H, R = call.sizes(given)
-    of_state = _state_dtype(given.x)
-    shapes = {"h0": (B, R), "c0": (B, H)}
+def _fake_backward(
+    layers: str, asked: str, wanted: Sequence[bool], *tensors: Any
+) -> list[Tensor]:
+    call, given = parse(layers, asked), Inputs(*tensors[READ:])
+    s, of_state = call.sizes(given), _state_dtype(given.x)
+    shapes = [(s.T, s.B, s.I), *call.output_shapes(s, False)[1:3]]
+    shapes += [tuple(p.shape) for p in given.parameters]
     return [
-        given.x.new_empty(shapes[name], dtype=of_state)
-        if name in shapes
-        else given.x.new_empty(a.shape)
-        for n, (name, a) in enumerate(zip(Inputs._fields[:SMOOTH], given, strict=False))
-        if wanted >> n & 1 and a is not None
+        given.x.new_empty(shape, dtype=of_state if n in (1, 2) else given.x.dtype)
+        for n, (shape, is_wanted) in enumerate(zip(shapes, wanted, strict=True))
+        if is_wanted and shape is not None
     ]
 
 
-_KINDS = ["Tensor"] + ["Tensor?"] * 2 + ["Tensor"] * 2 + ["Tensor?"] * 11
+_KINDS = ["Tensor", *["Tensor?"] * 2, "Tensor[]", *["Tensor?"] * 3]
 _ARGUMENTS = ", ".join(
     f"{kind} {name}" for kind, name in zip(_KINDS, Inputs._fields, strict=True)
 )
 
 
-def _forward(text: str, *tensors: Any) -> Outputs:
-    made = compute_forward(text, *tensors)
-    clean_saved(text, made[-1], *tensors)
-    return made
+def _forward(layers: str, asked: str, *tensors: Any) -> Outputs:
+    call = parse(layers, asked)
+    check_tensors(call, Inputs(*tensors))
+    return compute_forward(call, *tensors)
+
+
+def _backward(layers: str, asked: str, wanted: Sequence[bool], *tensors: Any) -> list[Tensor]:
+    call = parse(layers, asked)
+    check_tensors(call, Inputs(*tensors[READ:]))
+    return compute_backward(call, wanted, *tensors)
 
 
 forward = library.custom_op(
     "fusedrnn::forward",
     _forward,
     mutates_args=(),
-    schema=f"(str call, {_ARGUMENTS}) -> (" + ", ".join(["Tensor"] * 6) + ")",
+    schema=f"(str layers, str asked, {_ARGUMENTS}) -> (" + ", ".join(["Tensor"] * 6) + ")",
 )
 backward = library.custom_op(
     "fusedrnn::backward",
-    compute_backward,
+    _backward,
     mutates_args=(),
     schema=(
-        "(str call, int wanted, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? d_cells, "
-        f"Tensor y, Tensor cells, Tensor saved, {_ARGUMENTS}) -> Tensor[]"
+        "(str layers, str asked, bool[] wanted, Tensor? dy, Tensor? dh_n, Tensor? dc_n, "
+        f"Tensor? d_cells, Tensor y, Tensor cells, Tensor saved, {_ARGUMENTS}) -> Tensor[]"
     ),
 )
 forward.register_fake(_fake_forward)
 backward.register_fake(_fake_backward)
 
 
+_C: Any = torch._C
+
+
 # Derivatives
 
 
+def _flat(given: Sequence[Any]) -> list[Maybe]:
+    """Return the tensors of `Inputs` in one list, the parameters last."""
+    return [*given[:3], *given[4:7], *given[3]]
+
+
+def _inputs(flat: Sequence[Any]) -> Inputs:
+    """Undo `_flat`."""
+    x, h0, c0, lengths, resets, seed, *parameters = flat
+    return Inputs(x, h0, c0, parameters, lengths, resets, seed)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.text, *tensors = inputs
+    layers, asked, *given = inputs
+    ctx.call = parse(layers, asked)
     y, _, _, cells, trace, saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(trace, saved)
-    ctx.save_for_backward(y, cells, saved, *tensors)
+    ctx.save_for_backward(y, cells, saved, *_flat(given))
 
 
-def _pull(ctx: Any, *d: Maybe) -> tuple[Maybe, ...]:
-    needs = ctx.needs_input_grad[1 : 1 + SMOOTH]
-    names = [n for n, is_needed in enumerate(needs) if is_needed]
-    none: list[Maybe] = [None] * (1 + len(Inputs._fields))
-    is_there = parse(ctx.text).is_there
-    of_outputs = [g if here else None for g, here in zip(d, is_there, strict=False)]
-    if all(g is None for g in of_outputs):
-        return tuple(none)
-    wanted = sum(1 << n for n in names)
-    tensors = (*of_outputs, *ctx.saved_tensors)
-    for n, gradient in zip(names, run_backward(ctx.text, wanted, *tensors), strict=True):
-        none[1 + n] = gradient
-    return tuple(none)
+def _gradients(
+    call: Call, needs: Sequence[bool], d: Sequence[Maybe], read: Sequence[Any], given: Inputs
+) -> list[Maybe]:
+    """Return the gradients of `Inputs.smooth` that are needed, None for the others."""
+    seeds = [g if here else None for g, here in zip(d, call.is_there, strict=False)]
+    if all(g is None for g in seeds):
+        return [None] * len(needs)
+    found = iter(run_backward(call, needs, *seeds, *read, *given))
+    return [next(found) if is_needed else None for is_needed in needs]
+
+
+def _pull(ctx: Any, *d: Maybe) -> tuple[Any, ...]:
+    y, cells, saved, *flat = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = [*needs[2:5], *needs[5]]
+    found = _gradients(ctx.call, wanted, d, (y, cells, saved), _inputs(flat))
+    return None, None, *found[:3], found[3:], None, None, None
 
 
 class _Eager(torch.autograd.Function):
-    """The same as `forward` with its derivative: an operator takes three times as long."""
+    """The same as `forward` with its derivative: an operator takes three times as long.
+
+    The tensors come flat. y is kept beside what autograd keeps, so that it may be changed in
+    place: then backward computes it again.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Outputs:
-        made = compute_forward(*args)
-        _keep(ctx, args, made)
+    def forward(ctx: Any, call: Call, *flat: Any) -> Outputs:
+        made = compute_forward(call, *_inputs(flat))
+        y, _, _, cells, trace, saved = made
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(trace, saved)
+        if _C._autograd._top_saved_tensors_default_hooks(False) is None:
+            ctx.y, kept = y.detach(), saved
+        else:  # who moves or drops what is saved gets y, too
+            ctx.y, kept = None, y
+        ctx.save_for_backward(kept, cells, saved, *flat)
         return made
 
-    backward = staticmethod(_pull)
+    @staticmethod
+    def backward(ctx: Any, *d: Maybe) -> tuple[Any, ...]:
+        kept, cells, saved, *flat = ctx.saved_tensors
+        given, y = _inputs(flat), kept if ctx.y is None else ctx.y
+        if y._version and ctx.y is not None:
+            y, _, _, _, _, saved = compute_forward(ctx.call, *given)
+        needs = ctx.needs_input_grad
+        found = _gradients(ctx.call, [*needs[1:4], *needs[7:]], d, (y, cells, saved), given)
+        return None, *found[:3], None, None, None, *found[3:]
 
 
-def define(text: str, *tensors: Any) -> Outputs:
+class _Transformed(torch.autograd.Function):
+    """`forward` for torch.func's transforms, which do not take an operator's derivative."""
+
+    @staticmethod
+    def forward(call: Call, *flat: Any) -> Outputs:
+        return compute_forward(call, *_inputs(flat))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+        ctx.call, *flat = inputs
+        y, _, _, cells, trace, saved = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(trace, saved)
+        ctx.save_for_backward(y, cells, saved, *flat)
+
+    @staticmethod
+    def backward(ctx: Any, *d: Maybe) -> tuple[Any, ...]:
+        y, cells, saved, *flat = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        found = _gradients(
+            ctx.call, [*needs[1:4], *needs[7:]], d, (y, cells, saved), _inputs(flat)
+        )
+        return None, *found[:3], None, None, None, *found[3:]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, *flat: Any) -> Any:
+        return _vmap_forward(info.batch_size, call, _inputs(in_dims[1:]), _inputs(flat))
+
+
+def define(call: Call, *tensors: Any) -> Outputs:
     """Compute what `forward` does by operations of PyTorch, which know every derivative.
 
     16 bits are float32 in between, as states are.
     """
     of_state, of_x = _state_dtype(tensors[0]), tensors[0].dtype
-    wide = [a.to(of_state) if a is not None and a.is_floating_point() else a for a in tensors]
-    call, given = parse(text), Inputs(*wide)
-    options = with_seed(call, given).options
-    run: Any = reference.run
-    done = run(
-        call.cell.reference,
-        given.x,
-        given.parameters,
-        given[1 : 1 + len(call.cell.states)],
-        given.lengths,
-        given.resets,
-        call.reverse,
-        options,
-    )
+
+    def wide(a: Any) -> Any:
+        return a.to(of_state) if a is not None and a.is_floating_point() else a
+
+    given = Inputs(*tensors)
+    options, D = with_seed(call, given.seed), call.directions
+    parameters = iter(map(wide, given.parameters))
+    x, states = wide(given.x), [wide(a) for a in given[1 : 1 + len(call.cell.states)]]
+    ends, traces = [], []
+    for layer in range(call.layers):
+        done = []
+        for at in range(layer * D, (layer + 1) * D):
+            of_pass = Parameters(**{kind: next(parameters) for kind in call.kinds})
+            start = [None if a is None else a[at] for a in states]
+            options = options._replace(where=call.options.where + at)
+            reverse = call.reverse or at % D == 1
+            masks = (given.lengths, given.resets, reverse)
+            run: Any = reference.run
+            done.append(run(call.cell.reference, x, of_pass, start, *masks, options))
+        x = torch.cat([of.y for of in done], -1)
+        ends += [of.state for of in done]
+        traces += [torch.stack(list(of.gates.values()), 2) for of in done]
     none = given.x.new_empty(0)
-    gates = list(done.gates.values())
+    h_n, *c_n = (torch.stack(of_letter) for of_letter in zip(*ends, strict=True))
+    keeps_cells = call.options.return_cells
     return (
-        done.y.to(of_x),
-        done.state[0],
-        done.state[1] if call.has_c else none,
-        done.cells if call.keeps_cells else none,
-        torch.stack(gates, 2).to(of_x) if call.request.trace else none,
+        x.to(of_x),
+        h_n,
+        c_n[0] if c_n else none,
+        torch.cat([of.cells for of in done], -1) if keeps_cells else none,
+        torch.stack(traces).to(of_x) if call.options.trace else none,
         none,
     )
 
 
 def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.text, ctx.wanted, *tensors = inputs
+    layers, asked, ctx.wanted, *tensors = inputs
+    ctx.call = parse(layers, asked)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors[:READ], *_flat(tensors[READ:]))
 
 
-def _pull_second(ctx: Any, *d: Maybe) -> tuple[Any, ...]:
-    """Differentiate the gradients of the definition."""
-    call = parse(ctx.text)
-    dy, dh_n, dc_n, d_cells, *_ = tensors = ctx.saved_tensors
-    given = Inputs(*tensors[READ:])
+def _pull_second(ctx: Any, d: Sequence[Maybe]) -> tuple[list[Maybe], list[Maybe]]:
+    """Differentiate the gradients of the definition.
+
+    Return the gradients of the four that `backward` takes, and those of `Inputs.smooth`.
+    """
+    call = ctx.call
+    dy, dh_n, dc_n, d_cells, _, _, _, *flat = ctx.saved_tensors
+    given = _inputs(flat)
     is_there = call.is_there
     seeds = [g for g, here in zip((dy, dh_n, dc_n, d_cells), is_there, strict=True) if here]
-    names = [n for n, a in enumerate(given[:SMOOTH]) if a is not None]
-    wanted = [names.index(n) for n in range(SMOOTH) if ctx.wanted >> n & 1]
+    smooth = given.smooth
+    names = [n for n, a in enumerate(smooth) if a is not None]
+    wanted = [names.index(n) for n, is_wanted in enumerate(ctx.wanted) if is_wanted]
 
     def results(*values: Any) -> tuple[Tensor, ...]:
-        changed = list(given)
+        changed = list(smooth)
         for n, value in zip(names, values, strict=True):
             changed[n] = value
-        made = define(ctx.text, *changed)[:SMOOTH_OUTPUTS]
+        made = define(call, *changed[:3], changed[3:], *given[4:])[:SMOOTH_OUTPUTS]
         return tuple(a for a, here in zip(made, is_there, strict=True) if here)
 
     vjp: Any = torch.func.vjp
-    values: list[Any] = [given[n] for n in names]
+    values: list[Any] = [smooth[n] for n in names]
     shapes = results(*values) if any(g is None for g in seeds) else seeds
     seeds = [
         torch.zeros_like(s) if g is None else g for g, s in zip(seeds, shapes, strict=True)
@@ -193,18 +283,52 @@ def _pull_second(ctx: Any, *d: Maybe) -> tuple[Any, ...]:
     d_values, d_seeds = pull(
         tuple(torch.zeros_like(f) if g is None else g for g, f in zip(d, first, strict=True))
     )
-    by_input: list[Maybe] = [None] * len(Inputs._fields)
+    by_input: list[Maybe] = [None] * len(smooth)
     for n, gradient in zip(names, d_values, strict=True):
         by_input[n] = gradient
     by_seed = iter(d_seeds)
     of_seeds = [next(by_seed) if here else None for here in is_there]
     given_seeds = zip(of_seeds, (dy, dh_n, dc_n, d_cells), strict=True)
     known = [None if given is None else d_seed for d_seed, given in given_seeds]
-    return (None, None, *known, None, None, None, *by_input)
+    return known, by_input
+
+
+def _pull_second_of_operator(ctx: Any, d: Sequence[Maybe]) -> tuple[Any, ...]:
+    known, found = _pull_second(ctx, d)
+    return None, None, None, *known, None, None, None, *found[:3], found[3:], None, None, None
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """`backward` likewise."""
+
+    @staticmethod
+    def forward(call: Call, wanted: Sequence[bool], *tensors: Any) -> tuple[Tensor, ...]:
+        read, flat = tensors[:READ], tensors[READ:]
+        return tuple(compute_backward(call, wanted, *read, *_inputs(flat)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.call, ctx.wanted, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *d: Maybe) -> tuple[Any, ...]:
+        known, found = _pull_second(ctx, d)
+        return None, None, *known, None, None, None, *found[:3], None, None, None, *found[3:]
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], call: Call, wanted: Sequence[bool], *tensors: Any
+    ) -> Any:
+        dims = [*in_dims[2 : 2 + READ], *_inputs(in_dims[2 + READ :])]
+        given = [*tensors[:READ], *_inputs(tensors[READ:])]
+        made, of_made = _vmap_backward(info.batch_size, call, wanted, dims, given)
+        return tuple(made), tuple(of_made)
 
 
 forward.register_autograd(_pull, setup_context=_keep)
-backward.register_autograd(lambda ctx, d: _pull_second(ctx, *d), setup_context=_keep_for_second)
+backward.register_autograd(_pull_second_of_operator, setup_context=_keep_for_second)
 # As states are float32 at least. The modules cast to what autocast says; PyTorch 2.6 cannot.
 if hasattr(forward, "register_autocast"):
     forward.register_autocast("cpu", torch.float32)
@@ -213,19 +337,20 @@ if hasattr(forward, "register_autocast"):
 
 # Batches of calls
 
-_ROWS = {"x": 1, "h0": 0, "c0": 0, "lengths": 0, "resets": 1}  # where inputs have B
-_OUTPUT_ROWS = (1, 0, 0, 1, 1, 1)
+_ROWS = {"x": 1, "h0": 1, "c0": 1, "lengths": 0, "resets": 1}  # where inputs have B
+_OUTPUT_ROWS = (1, 1, 1, 1, 2, 1)
 
 
-def _vmap_forward(info: Any, in_dims: tuple[Any, ...], text: str, *tensors: Any) -> Any:
+def _vmap_forward(V: int, call: Call, dims: Inputs, tensors: Inputs) -> Any:
     """Let rows of all calls be rows of one, where only those differ; else call after call."""
-    call, V, dims = parse(text), info.batch_size, in_dims[1:]
-    differ = [n for n, d in zip(Inputs._fields, dims, strict=True) if d is not None]
-    is_split = call.saves and tensors[0].device.type != "cpu"
-    if is_split or call.request.is_random or not set(differ) <= set(_ROWS):
-        made = [run_forward(text, *of_call) for of_call in _each_call(V, dims, tensors)]
+    differ = {n for n, d in zip(Inputs._fields, dims, strict=True) if d is not None}
+    is_shared = all(d is None for d in dims.parameters)
+    differ -= {"parameters"} if is_shared else set()
+    if call.saves or call.options.is_random or not differ <= set(_ROWS):
+        made = [run_forward(call, *of_call) for of_call in _each_call(V, dims, tensors)]
         return tuple(map(torch.stack, zip(*made, strict=True))), (0,) * len(_OUTPUT_ROWS)
-    joined = []
+    joined: list[Any] = []
+    a: Any
     for name, a, d in zip(Inputs._fields, tensors, dims, strict=True):
         if a is None or name not in _ROWS:
             joined.append(a)
@@ -236,7 +361,7 @@ def _vmap_forward(info: Any, in_dims: tuple[Any, ...], text: str, *tensors: Any)
         else:
             a = a.movedim(d, at)
         joined.append(a.flatten(at, at + 1))
-    joint = run_forward(text, *joined)
+    joint = run_forward(call, *joined)
     is_there = [a.dim() > 1 for a in joint]
     views = [
         a.unflatten(at, (V, a.shape[at] // V)) if here else a
@@ -247,56 +372,51 @@ def _vmap_forward(info: Any, in_dims: tuple[Any, ...], text: str, *tensors: Any)
 
 
 def _vmap_backward(
-    info: Any, in_dims: tuple[Any, ...], text: str, wanted: int, *tensors: Any
+    V: int, call: Call, wanted: Sequence[bool], dims: Sequence[Any], tensors: Sequence[Any]
 ) -> Any:
-    calls = _each_call(info.batch_size, in_dims[2:], tensors)
-    made = [run_backward(text, wanted, *of_call) for of_call in calls]
+    calls = _each_call(V, dims, tensors)
+    made = [run_backward(call, wanted, *of_call) for of_call in calls]
     stacked = [torch.stack(of_input) for of_input in zip(*made, strict=True)]
     return stacked, [0] * len(stacked)
 
 
-def _each_call(V: int, dims: Sequence[int | None], tensors: Sequence[Any]) -> Any:
+def _select(a: Any, d: Any, v: int) -> Any:
+    if isinstance(a, (list, tuple)):
+        return [_select(b, e, v) for b, e in zip(a, d, strict=True)]
+    return a if d is None else a.select(d, v)
+
+
+def _each_call(V: int, dims: Sequence[Any], tensors: Sequence[Any]) -> Any:
     """Yield the tensors of each of V calls."""
     for v in range(V):
-        yield [a if d is None else a.select(d, v) for a, d in zip(tensors, dims, strict=True)]
+        yield [_select(a, d, v) for a, d in zip(tensors, dims, strict=True)]
 
 
-forward.register_vmap(_vmap_forward)
-backward.register_vmap(_vmap_backward)
+@forward.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], layers: str, asked: str, *tensors: Any) -> Any:
+    call, dims = parse(layers, asked), Inputs(*in_dims[2:])
+    return _vmap_forward(info.batch_size, call, dims, Inputs(*tensors))
 
 
-class _Forward(torch.autograd.Function):
-    """`forward` for torch.func's transforms, which do not take an operator's derivative."""
-
-    forward = staticmethod(compute_forward)
-    setup_context = staticmethod(_keep)
-    backward = staticmethod(_pull)
-    vmap = staticmethod(_vmap_forward)
-
-
-class _Backward(torch.autograd.Function):
-    """`backward` likewise."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(compute_backward(*args))
-
-    setup_context = staticmethod(_keep_for_second)
-    backward = staticmethod(_pull_second)
-
-    @staticmethod
-    def vmap(*args: Any) -> Any:
-        gradients, dims = _vmap_backward(*args)
-        return tuple(gradients), tuple(dims)
+@backward.register_vmap
+def _(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    layers: str,
+    asked: str,
+    wanted: Sequence[bool],
+    *tensors: Any,
+) -> Any:
+    call = parse(layers, asked)
+    return _vmap_backward(info.batch_size, call, wanted, in_dims[3:], tensors)
 
 
 # Calls
 
 
 _in_autograd: Any = _Eager.apply
-_in_transform: Any = _Forward.apply
-_back_in_transform: Any = _Backward.apply
-_C = torch._C
+_in_transform: Any = _Transformed.apply
+_back_in_transform: Any = _TransformedBackward.apply
 _OWN = {Tensor, torch.nn.Parameter, type(None)}
 
 
@@ -305,25 +425,14 @@ def is_transformed() -> bool:
     return _C._functorch.peek_interpreter_stack() is not None
 
 
-def _is_unobserved(x: Tensor, tensors: Sequence[Any]) -> bool:
-    """Whether only autograd looks, no mode, tracer or subclass, and kernels are there."""
+def _is_observed(tensors: Sequence[Any]) -> bool:
+    """Whether a mode, a tracer or a subclass looks at a call, or kernels are missing."""
+    x = tensors[0]
     if _C._len_torch_dispatch_stack() > 0 or not (x.is_cpu or x.is_cuda):
-        return False
+        return True
     if _C._get_tracing_state() is not None:  # torch.jit.trace
-        return False
-    return set(map(type, tensors)) <= _OWN
-
-
-def is_for_autograd_alone(tensors: Sequence[Any]) -> bool:
-    """Whether x is on the CPU, and at most autograd looks at a call."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.autograd.forward_ad._current_level >= 0
-        or is_transformed()
-        or torch.is_autocast_enabled("cpu")
-        or not tensors[0].is_cpu
-        or not _is_unobserved(tensors[0], tensors)
-    )
+        return True
+    return not set(map(type, _flat(tensors))) <= _OWN
 
 
 def has_gradient(tensors: Iterable[Any]) -> bool:
@@ -331,45 +440,34 @@ def has_gradient(tensors: Iterable[Any]) -> bool:
     return torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in tensors)
 
 
-def _padded(tensors: Sequence[Any]) -> tuple[Any, ...]:
-    """Return all that operators take: what is left out at the end is None."""
-    return (*tensors, *(None,) * (len(Inputs._fields) - len(tensors)))
-
-
-def run_with_gradient(text: str, tensors: Sequence[Any]) -> Outputs:
-    """Call what `run_forward` does when only autograd looks."""
-    results: Outputs = _in_autograd(text, *_padded(tensors))
-    return results
-
-
-def run_forward(text: str, *given: Any) -> Outputs:
+def run_forward(call: Call, *tensors: Any) -> Outputs:
     """Call the operator, or what it does, or for forward-mode derivatives its definition."""
-    tensors = _padded(given)
     results: Outputs
     if torch.compiler.is_compiling():
-        results = forward(text, *tensors)
+        results = forward(*call.text, *tensors)
     elif torch.autograd.forward_ad._current_level >= 0:
-        results = define(text, *tensors)
+        results = define(call, *tensors)
     elif is_transformed():
-        results = _in_transform(text, *tensors)
-    elif not _is_unobserved(tensors[0], tensors):
-        results = forward(text, *tensors)
-    elif parse(text).saves:
-        results = _in_autograd(text, *tensors)
+        results = _in_transform(call, *_flat(tensors))
+    elif _is_observed(tensors):
+        results = forward(*call.text, *tensors)
+    elif call.saves:
+        results = _in_autograd(call, *_flat(tensors))
     else:
-        results = compute_forward(text, *tensors)
+        results = compute_forward(call, *tensors)
     return results
 
 
-def run_backward(text: str, wanted: int, *tensors: Any) -> Sequence[Tensor]:
+def run_backward(call: Call, wanted: Sequence[bool], *tensors: Any) -> Sequence[Tensor]:
     """Call the operator, or what it does."""
     gradients: Sequence[Tensor]
     if torch.compiler.is_compiling():
-        gradients = backward(text, wanted, *tensors)
+        gradients = backward(*call.text, wanted, *tensors)
     elif is_transformed():
-        gradients = _back_in_transform(text, wanted, *tensors)
-    elif torch.is_grad_enabled() or not _is_unobserved(tensors[READ], tensors):
-        gradients = backward(text, wanted, *tensors)
+        flat = (*tensors[:READ], *_flat(tensors[READ:]))
+        gradients = _back_in_transform(call, wanted, *flat)
+    elif torch.is_grad_enabled() or _is_observed(tensors[READ:]):
+        gradients = backward(*call.text, wanted, *tensors)
     else:
-        gradients = compute_backward(text, wanted, *tensors)
+        gradients = compute_backward(call, wanted, *tensors)
     return gradients

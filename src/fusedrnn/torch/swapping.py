@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .modules import GRU, LSTM, RNN
+from .steps import GRUCell, LSTMCell, RNNCell
 
 _OURS: dict[type[nn.Module], Any] = {
     nn.LSTM: LSTM,

@@ -1,0 +1,383 @@
+#include "layers.h"
+
+#include <pybind11/stl.h>
+
+#include <cstring>
+
+namespace fusedrnn {
+
+namespace {
+
+// Python has worded a user's errors before: here a wrong parameter is a mistake of ours.
+std::unique_ptr<const Weights> make_weights(const Kernels& kernels,
+                                            const CellKernels& cell, const Arrays& p) {
+  const bool has_absent = cell.shape.differs.absent >= 0;
+  if (!p[0] || !p[1] || p[0]->ndim() != 2 || p[1]->ndim() != 2) refuse("weight_ih");
+  const index blocks = cell.shape.gates - has_absent;
+  const index GH = p[0]->shape(0), H = GH / blocks;
+  const index I = p[0]->shape(1), R = p[1]->shape(1);
+  const Model model{I, H, R, cell.shape.variant, p[4].has_value(), p[6].has_value()};
+  if (H < 1 || I < 1 || GH % blocks || R > H || (!model.projects && R != H))
+    refuse("weight_hh");
+  Reader reader(kernels.size);
+  const auto read = [&](int n, const char* name, const Axes& axes) {
+    const char* const start = p[n] ? reader.whole(*p[n], axes) : nullptr;
+    if (!reader.ok) refuse(name);
+    return start;
+  };
+  const Parameters<char> parameters{model,
+                                    read(0, "weight_ih", {GH, I}),
+                                    read(1, "weight_hh", {GH, R}),
+                                    read(2, "bias_ih", {GH}),
+                                    read(3, "bias_hh", {GH}),
+                                    read(4, "weight_hr", {R, H})};
+  const index peepholes = (cell.shape.peephole_count - has_absent) * H;
+  const Vectors<const char> vectors{read(5, "weight_ch", {peepholes}),
+                                    read(6, "gamma_ih", {GH}), read(7, "gamma_hh", {GH}),
+                                    read(8, "gamma_c", {H}), read(9, "beta_c", {H})};
+  const bool norms_c = model.norm && cell.shape.has_c;
+  if (model.norm && !vectors.gamma_hh) refuse("gamma_hh");
+  if (norms_c && !(vectors.gamma_c && vectors.beta_c)) refuse("gamma_c");
+  return std::make_unique<const Weights>(kernels, cell, parameters, vectors);
+}
+
+double as_double(PyObject* number) { return PyFloat_AsDouble(number); }
+
+void freeze(const Array& a) {
+  py::detail::array_proxy(a.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
+}
+
+Sequence sequence_of(const Array& a, const Sequence& like, bool batch_first) {
+  const int time = batch_first && !like.unbatched, row = !time;
+  return {static_cast<const char*>(a.data()),
+          like.T,
+          like.B,
+          a.shape(a.ndim() - 1),
+          a.strides(time),
+          like.unbatched ? 0 : a.strides(row),
+          like.unbatched};
+}
+
+char* write_to(const MaybeArray& a) {
+  return a ? static_cast<char*>(py::detail::array_proxy(a->ptr())->data) : nullptr;
+}
+
+// A copy of lengths (B,), or () without a batch; false where they are wrong.
+bool copy_lengths(const py::handle& object, const Sequence& x, std::vector<index>& to) {
+  if (object.is_none()) return true;
+  if (!has_elements(object, py::dtype::num_of<index>())) return false;
+  const auto a = py::reinterpret_borrow<Array>(object);
+  const bool fits = x.unbatched ? a.ndim() == 0 : a.ndim() == 1 && a.shape(0) == x.B;
+  if (!fits || !(a.flags() & is_aligned)) return false;
+  to.resize(x.B);
+  const char* from = static_cast<const char*>(a.data());
+  for (index& length : to) {
+    length = *reinterpret_cast<const index*>(from);
+    from += x.unbatched ? 0 : a.strides(0);
+  }
+  return std::all_of(to.begin(), to.end(), [&](index n) { return n >= 0 && n <= x.T; });
+}
+
+// A copy of resets (T, B), (B, T) or (T,), time-major. Bytes other than 0 count as true.
+bool copy_resets(const py::handle& object, const Sequence& x, bool batch_first,
+                 Memory& to) {
+  if (object.is_none()) return true;
+  if (!has_elements(object, py::detail::npy_api::NPY_BOOL_)) return false;
+  const auto a = py::reinterpret_borrow<Array>(object);
+  const int time = batch_first && !x.unbatched, row = !time;
+  const bool fits = x.unbatched
+                        ? a.ndim() == 1 && a.shape(0) == x.T
+                        : a.ndim() == 2 && a.shape(time) == x.T && a.shape(row) == x.B;
+  if (!fits) return false;
+  to = Memory(static_cast<std::size_t>(x.T * x.B + 1));
+  const char* const start = static_cast<const char*>(a.data());
+  const index t = a.strides(time), b = x.unbatched ? 0 : a.strides(row);
+  for (index n = 0; n < x.T * x.B; ++n) {
+    to.as<bool>()[n] = start[n / x.B * t + n % x.B * b] != 0;
+  }
+  return true;
+}
+
+}  // namespace
+
+const CellKernels& find_cell(const Kernels& kernels, std::string_view name) {
+  for (const CellKernels& cell : kernels.cells) {
+    if (cell.name == name) return cell;
+  }
+  throw py::value_error("_cpu: no cell " + std::string(name));
+}
+
+CallOptions::CallOptions(const py::handle& tuple) {
+  if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != 12) {
+    refuse("options");
+  }
+  PyObject* const o = tuple.ptr();
+  const auto at = [&](int n) { return PyTuple_GET_ITEM(o, n); };
+  const auto is_true = [&](int n) { return at(n) == Py_True; };
+  PyObject* const zoneout = at(2);
+  values = {as_double(at(0)),
+            as_double(at(1)),
+            as_double(PyTuple_GET_ITEM(zoneout, 0)),
+            as_double(PyTuple_GET_ITEM(zoneout, 1)),
+            as_double(at(3)),
+            is_true(5),
+            PyLong_AsUnsignedLongLong(at(6)),
+            static_cast<std::uint32_t>(PyLong_AsUnsignedLong(at(7))),
+            PyLong_AsSsize_t(at(8))};
+  weight_dropout = as_double(at(4));
+  return_cells = is_true(9);
+  trace = is_true(10);
+  recompute = is_true(11);
+  if (PyErr_Occurred()) throw py::error_already_set();
+}
+
+void CallOptions::put(StackCall& call) const {
+  call.options = values;
+  call.weight_dropout = weight_dropout;
+  call.recompute = recompute;
+  call.shows = return_cells || trace;
+}
+
+Layers::Layers(const std::string& cell, std::vector<Arrays> parameters, int directions,
+               double dropout, bool batch_first, bool layered, bool reverse)
+    : isa_(active_isa()),
+      parameters_(std::move(parameters)),
+      batch_first_(batch_first),
+      layered_(layered),
+      reverse_(reverse),
+      stack_{{}, directions, dropout} {
+  if (parameters_.empty() || !parameters_[0][0]) refuse("parameters");
+  const bool single = has_elements(*parameters_[0][0], element_type(4));
+  const Kernels& kernels = single ? *isa_.f32 : *isa_.f64;
+  const CellKernels& found = find_cell(kernels, cell);
+  for (const Arrays& p : parameters_) {
+    stack_.weights.push_back(make_weights(kernels, found, p));
+  }
+}
+
+index Layers::saved_values(const py::object& options) const {
+  StackCall c{};
+  CallOptions(options).put(c);
+  return saved_bytes(stack_, c) / layout().size;
+}
+
+py::dict Layers::plan(index at, index T, index B, const py::object& options) const {
+  StackCall c{};
+  c.T = T;
+  c.B = B;
+  c.reverse = reverse_;
+  CallOptions(options).put(c);
+  const ForwardPlan found = fusedrnn::plan(stack_, at, c);
+  py::dict summary;
+  summary["threads"] = found.threads;
+  summary["by_rows"] = found.by_rows;
+  summary["fused"] = found.fused;
+  summary["stretch"] = found.stretch;
+  summary["tile"] = py::make_tuple(found.tile_rows, found.tile_units);
+  summary["saved"] = found.saved;
+  summary["workspace_bytes"] = found.workspace;
+  summary["packed_bytes"] = stack_.weights[at]->packed_bytes();
+  return summary;
+}
+
+Axes Layers::state_axes(const Sequence& x, index width) const {
+  const index n = stack_.count();
+  if (layered_) return x.unbatched ? Axes{n, width} : Axes{n, x.B, width};
+  return x.unbatched ? Axes{width} : Axes{x.B, width};
+}
+
+Axes Layers::sequence_axes(const Sequence& x, index width) const {
+  if (x.unbatched) return {x.T, width};
+  return batch_first_ ? Axes{x.B, x.T, width} : Axes{x.T, x.B, width};
+}
+
+Array Layers::make(const Axes& axes) const {
+  index bytes = layout().size;
+  for (index n = 0; n < axes.count; ++n) bytes *= axes.lengths[n];
+  const py::dtype dtype =
+      layout().size == 4 ? py::dtype::of<float>() : py::dtype::of<double>();
+  const std::vector<index> shape(axes.lengths, axes.lengths + axes.count);
+  return bytes >= large_array ? allocate(shape, dtype) : Array(dtype, shape);
+}
+
+// A state, or None for zeros, or for a pair with None in it.
+bool Layers::read_state(Reader& reader, const py::handle& state, const Sequence& x,
+                        const char*& h, const char*& c) const {
+  if (state.is_none()) return true;
+  if (!has_c()) {
+    h = reader.whole(state, state_axes(x, layout().R));
+    return reader.ok;
+  }
+  if (!PyTuple_CheckExact(state.ptr()) || PyTuple_GET_SIZE(state.ptr()) != 2)
+    return false;
+  h = reader.whole(PyTuple_GET_ITEM(state.ptr(), 0), state_axes(x, layout().R));
+  c = reader.whole(PyTuple_GET_ITEM(state.ptr(), 1), state_axes(x, layout().H));
+  return reader.ok;
+}
+
+py::object Layers::state_of(const Array& h, const MaybeArray& c) const {
+  if (!c) return h;
+  return py::make_tuple(h, *c);
+}
+
+py::object Layers::forward(const py::object& x, const py::object& state,
+                           const py::object& lengths, const py::object& resets,
+                           const py::object& options, const py::object& out,
+                           bool saves) const {
+  const Layout& l = layout();
+  const CallOptions o(options);
+  Reader reader(l.size);
+  const Sequence input = reader.sequence(x, batch_first_);
+  if (!reader.ok || input.n != l.I) return py::none();
+  StackForward c{};
+  c.T = input.T;
+  c.B = input.B;
+  c.reverse = reverse_;
+  o.put(c);
+  c.x = input.start;
+  c.x_t = input.t;
+  c.x_b = input.b;
+  std::vector<index> lengths_copy;
+  Memory resets_copy;
+  if (!read_state(reader, state, input, c.h0, c.c0)) return py::none();
+  if (!copy_lengths(lengths, input, lengths_copy)) return py::none();
+  if (!copy_resets(resets, input, batch_first_, resets_copy)) return py::none();
+  if (!lengths.is_none()) c.lengths = lengths_copy.data();
+  c.resets = resets_copy.as<const bool>();
+
+  const index D = stack_.directions;
+  const Array y = out.is_none() ? make(sequence_axes(input, D * l.R))
+                                : py::reinterpret_borrow<Array>(out);
+  const Array h_n = make(state_axes(input, l.R));
+  MaybeArray c_n, cells, trace;
+  if (has_c()) c_n = make(state_axes(input, l.H));
+  if (o.return_cells) cells = make(sequence_axes(input, D * l.H));
+  if (o.trace) {
+    const int blocks = stack_.weights[0]->blocks();
+    trace = make({stack_.count(), input.T, input.B, blocks, l.H});
+  }
+  const Sequence of_y = sequence_of(y, input, batch_first_);
+  c.y = write_to(y);
+  c.y_t = of_y.t;
+  c.y_b = of_y.b;
+  c.h_n = write_to(h_n);
+  c.c_n = write_to(c_n);
+  Sequence of_cells{};
+  if (cells) of_cells = sequence_of(*cells, input, batch_first_);
+  c.cells = write_to(cells);
+  c.cells_t = of_cells.t;
+  c.cells_b = of_cells.b;
+  c.trace = write_to(trace);
+  Memory saved;
+  {
+    const py::gil_scoped_release release;
+    if (saves) {
+      const index bytes = input.T * input.B * saved_bytes(stack_, c);
+      saved = Memory(static_cast<std::size_t>(bytes));
+      c.saved = saved.as<char>();
+    }
+    fusedrnn::forward(stack_, c);
+  }
+  py::tuple results(2 + o.return_cells + o.trace);
+  results[0] = y;
+  results[1] = state_of(h_n, c_n);
+  if (cells) results[2] = *cells;
+  if (trace) results[2 + o.return_cells] = *trace;
+  if (!saves) return results;
+
+  Tape tape;
+  tape.owner_ = py::cast(this);
+  tape.layers_ = this;
+  tape.x_ = input;
+  tape.y_ = of_y;
+  tape.cells_ = of_cells;
+  tape.kept_ = {x, y};
+  freeze(y);
+  if (cells) {
+    tape.kept_.push_back(*cells);
+    freeze(*cells);
+  }
+  tape.saved_ = std::move(saved);
+  tape.lengths_ = std::move(lengths_copy);
+  tape.resets_ = std::move(resets_copy);
+  tape.call_ = c;
+  tape.keep_state();
+  return py::make_tuple(results, std::move(tape));
+}
+
+void Tape::keep_state() {
+  const Layout& l = layers_->layout();
+  const index rows = layers_->stack_.count() * x_.B;
+  const index of_h = call_.h0 ? rows * l.bytes(l.R) : 0;
+  const index of_c = call_.c0 ? rows * l.bytes(l.H) : 0;
+  if (of_h + of_c == 0) return;
+  state_ = Memory(static_cast<std::size_t>(of_h + of_c));
+  char* const to = state_.as<char>();
+  if (of_h) std::memcpy(to, call_.h0, of_h);
+  if (of_c) std::memcpy(to + of_h, call_.c0, of_c);
+  if (call_.h0) call_.h0 = to;
+  if (call_.c0) call_.c0 = to + of_h;
+}
+
+py::object Tape::backward(const py::object& dy, const py::object& d_state,
+                          const py::object& dcells) const {
+  const Layers& of = *layers_;
+  const Stack& stack = of.stack_;
+  const Layout& l = of.layout();
+  const index D = stack.directions;
+  StackBackward c{};
+  static_cast<StackCall&>(c) = call_;
+  Reader reader(l.size);
+  const Sequence of_dy = reader.sequence(dy, of.batch_first_, x_, D * l.R);
+  const Sequence of_dcells = reader.sequence(dcells, of.batch_first_, x_, D * l.H);
+  const bool reads = of.read_state(reader, d_state, x_, c.dh_n, c.dc_n) && reader.ok;
+  if (!reads || (!dcells.is_none() && !cells_.start)) return py::none();
+  c.y = y_.start, c.y_t = y_.t, c.y_b = y_.b;
+  c.cells = cells_.start, c.cells_t = cells_.t, c.cells_b = cells_.b;
+  c.saved = saved_.as<const char>();
+  c.dy = of_dy.start, c.dy_t = of_dy.t, c.dy_b = of_dy.b;
+  c.dcells = of_dcells.start, c.dcells_t = of_dcells.t, c.dcells_b = of_dcells.b;
+
+  const Array dx = of.make(of.sequence_axes(x_, l.I));
+  const Array dh0 = of.make(of.state_axes(x_, l.R));
+  MaybeArray dc0;
+  if (of.has_c()) dc0 = of.make(of.state_axes(x_, l.H));
+  const Sequence of_dx = sequence_of(dx, x_, of.batch_first_);
+  c.dx = write_to(dx), c.dx_t = of_dx.t, c.dx_b = of_dx.b;
+  c.dh0 = write_to(dh0);
+  c.dc0 = write_to(dc0);
+  py::list gradients;
+  std::vector<char*> addresses;
+  for (const Arrays& parameters : of.parameters_) {
+    for (const MaybeArray& p : parameters) {
+      addresses.push_back(nullptr);
+      if (!p) continue;
+      const Array gradient =
+          p->ndim() == 2 ? of.make({p->shape(0), p->shape(1)}) : of.make({p->shape(0)});
+      addresses.back() = write_to(gradient);
+      gradients.append(gradient);
+    }
+  }
+  c.gradients = addresses.data();
+  {
+    const py::gil_scoped_release release;
+    fusedrnn::backward(stack, c);
+  }
+  return py::make_tuple(dx, of.state_of(dh0, dc0), gradients);
+}
+
+void bind_layers(py::module_& m) {
+  py::class_<Layers>(m, "Layers")
+      .def(py::init<const std::string&, std::vector<Arrays>, int, double, bool, bool,
+                    bool>(),
+           py::arg("cell"), py::arg("parameters"), py::arg("directions") = 1,
+           py::arg("dropout") = 0.0, py::arg("batch_first") = false,
+           py::arg("layered") = true, py::arg("reverse") = false)
+      .def_property_readonly("isa", &Layers::isa)
+      .def("plan", &Layers::plan)
+      .def("saved_values", &Layers::saved_values)
+      .def("forward", &Layers::forward);
+  py::class_<Tape>(m, "Tape").def("backward", &Tape::backward);
+}
+
+}  // namespace fusedrnn

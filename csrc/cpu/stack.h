@@ -1,0 +1,83 @@
+// A stack of layers in one or both directions: a call of it, whole.
+//
+// Sizes and arrays are those of ../contract.h, of all layers and directions together.
+// With L layers and D directions, what belongs to one of them comes in the order of its
+// number l·D + d:
+//
+//   y, cells      (T, B, D·R), (T, B, D·H)  of the last layer, directions side by side
+//   h0, h_n, …    (L·D, B, R), c0, c_n, … (L·D, B, H)
+//   trace         (L·D, T, B, blocks, H)
+//   gradients     ten arrays for each, in the order of reference.Parameters
+//
+// Strides are in bytes. Layer l + 1 reads the y of layer l.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "weights.h"
+
+namespace fusedrnn {
+
+struct Stack {
+  std::vector<std::unique_ptr<const Weights>> weights;  // of each layer and direction
+  int directions;
+  double dropout;  // of the y between two layers, in training
+
+  index count() const { return static_cast<index>(weights.size()); }
+  const Layout& layout() const { return weights[0]->layout(); }
+};
+
+// What forward and backward are both given.
+struct StackCall {
+  index T, B;
+  bool reverse;  // of a single direction
+  Options options;
+  double weight_dropout;
+  bool recompute, shows;  // shows: every c or gate is returned
+  const index* lengths;   // (B,) 0 to T, or null
+  const bool* resets;     // (T, B), contiguous; or null
+  const char* x;
+  index x_t, x_b;
+  const char *h0, *c0;  // null for zeros
+};
+
+struct StackForward : StackCall {
+  char* y;
+  index y_t, y_b;
+  char *h_n, *c_n;
+  char* cells;  // or null
+  index cells_t, cells_b;
+  char* trace;  // or null
+  char* saved;  // (T, B, saved_bytes()), or null in inference
+};
+
+constexpr int parameter_count = 10;
+
+struct StackBackward : StackCall {
+  const char* y;
+  index y_t, y_b;
+  const char* cells;  // where they were returned
+  index cells_t, cells_b;
+  const char* saved;
+  const char* dy;  // this and those that follow: or null for zeros
+  index dy_t, dy_b;
+  const char *dh_n, *dc_n;
+  const char* dcells;
+  index dcells_t, dcells_b;
+  char* dx;  // or null
+  index dx_t, dx_b;
+  char *dh0, *dc0;
+  char* const* gradients;  // null for what is not wanted
+};
+
+// Bytes that a training forward leaves to backward for each row of a step, beside its
+// arguments and results.
+index saved_bytes(const Stack& stack, const StackCall& call);
+void forward(const Stack& stack, const StackForward& call);
+void backward(const Stack& stack, const StackBackward& call);
+// How a forward of one layer and direction is laid out.
+ForwardPlan plan(const Stack& stack, index at, const StackCall& call);
+
+}  // namespace fusedrnn

@@ -1,0 +1,121 @@
+#include "weights.h"
+
+#include <cstring>
+
+#include "../random.h"
+#include "workforce.h"
+
+namespace fusedrnn {
+
+std::atomic<index> few_rows{4};
+
+void insert_block(const char* from, index bytes, int blocks, int absent, char* to) {
+  const index before = absent * bytes;
+  std::memcpy(to, from, before);
+  std::memset(to + before, 0, bytes);
+  std::memcpy(to + before + bytes, from + before, (blocks - 1) * bytes - before);
+}
+
+void remove_block(const char* from, index bytes, int blocks, int absent, char* to) {
+  const index before = absent * bytes;
+  std::memcpy(to, from, before);
+  std::memcpy(to + before, from + before + bytes, (blocks - 1) * bytes - before);
+}
+
+void drop_weights(const Weights& weights, const DroppedWeights& dropped, const char* from,
+                  char* to) {
+  constexpr index values_per_thread = 1 << 15;
+  const Layout& l = weights.layout();
+  const index rows = weights.blocks() * l.H, row = l.bytes(l.R);
+  const auto draw = static_cast<std::uint32_t>(Draw::weights);
+  const Dropout<char> problem{1, rows, l.R,       from,         0,    row,          to,
+                              0, row,  dropped.p, dropped.seed, draw, dropped.where};
+  with_team(threads_for(rows * l.R, values_per_thread), true, 0,
+            [&](const Team& team) { l.k.drop_out(problem, team.share(rows)); });
+}
+
+Weights::Weights(const Kernels& kernels, const CellKernels& cell,
+                 const Parameters<char>& parameters, const Vectors<const char>& vectors)
+    : layout_(kernels, cell, parameters.model),
+      given_(parameters),
+      given_vectors_(vectors),
+      parameters_(parameters),
+      vectors_(vectors) {
+  if (has_absent() && given_.weight_ih) expand();
+}
+
+Weights::Weights(const Weights& whole, const DroppedWeights& dropped)
+    : layout_(whole.layout_),
+      given_(whole.given_),
+      given_vectors_(whole.given_vectors_),
+      parameters_(given_),
+      vectors_(given_vectors_) {
+  const index values = blocks() * layout_.H * layout_.R;
+  dropped_ = Memory(static_cast<std::size_t>(layout_.bytes(values)));
+  drop_weights(*this, dropped, given_.weight_hh, dropped_.as<char>());
+  parameters_.weight_hh = dropped_.as<char>();
+  if (has_absent()) expand();
+}
+
+Weights::~Weights() {
+  for (Slot* slot : {&bias_, &forward_, &backward_}) delete slot->load();
+}
+
+// Copies parameters into arrays with zeros for the gate that has none.
+void Weights::expand() {
+  const int gates = layout_.shape.gates, absent = layout_.shape.differs.absent;
+  const int peepholes = layout_.shape.peephole_count;
+  const int of_peephole = peephole_of(layout_.shape, absent);
+  const index row = layout_.bytes(layout_.H);
+  const index bytes = gates * row * (layout_.I + layout_.R + 4) + peepholes * row;
+  expanded_ = Memory(static_cast<std::size_t>(bytes));
+  char* to = expanded_.as<char>();
+  const auto put = [&](const char*& from, index values, int blocks, int block) {
+    if (!from) return;
+    insert_block(from, values * row, blocks, block, to);
+    from = to;
+    to += blocks * values * row;
+  };
+  put(parameters_.weight_ih, layout_.I, gates, absent);
+  put(parameters_.weight_hh, layout_.R, gates, absent);
+  put(parameters_.bias_ih, 1, gates, absent);
+  put(parameters_.bias_hh, 1, gates, absent);
+  put(vectors_.gamma_ih, 1, gates, absent);
+  put(vectors_.gamma_hh, 1, gates, absent);
+  put(vectors_.weight_ch, 1, peepholes, of_peephole);
+}
+
+const char* Weights::find(Slot& slot, bool backward, bool borrow) const {
+  if (const Memory* found = slot.load(std::memory_order_acquire)) {
+    return found->as<const char>();
+  }
+  constexpr index values_per_thread = 1 << 18;
+  const index bytes = fusedrnn::packed_bytes(layout_, backward, borrow);
+  auto* const made = new Memory(static_cast<std::size_t>(bytes));
+  with_team(threads_for(bytes / layout_.size, values_per_thread), false, 0,
+            [&](const Team& team) {
+              pack(layout_, parameters_, backward, borrow, made->as<char>(), team);
+            });
+  const Memory* found = nullptr;
+  if (slot.compare_exchange_strong(found, made)) return made->as<const char>();
+  delete made;  // another thread was first
+  return found->as<const char>();
+}
+
+Weights::Packed Weights::forward(index rows, bool asks) const {
+  if (!forward_.load(std::memory_order_acquire) && !asks) {
+    if (rows_forward_.fetch_add(rows) + rows <= few_rows) {
+      return {bias(), true};
+    }
+  }
+  return {find(forward_, false, false), false};
+}
+
+const char* Weights::backward(index rows, bool asks) const {
+  if (!backward_.load(std::memory_order_acquire) && !asks) {
+    if (rows_backward_.fetch_add(rows) + rows <= few_rows) return nullptr;
+  }
+  return find(backward_, true, false);
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,91 @@
+"""The CPU: NumPy's arrays and the compiled kernels.
+
+`_cpu.Layers` does a whole call. `Host` only brings checked arguments into the form that it
+reads, contiguous where it must be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import checks
+from .._cpu import Layers
+from ..reference import Array, Parameters
+from . import Spec
+
+
+def contiguous(a: Array) -> Array:
+    """Return `a`, copied unless it is C-contiguous and aligned."""
+    return np.ascontiguousarray(a) if a.flags.aligned else a.copy()
+
+
+def _rows(a: Array) -> Array:
+    """Return `a`, copied unless its rows are contiguous and aligned."""
+    if a.flags.c_contiguous and a.flags.aligned:
+        return a
+    whole = all(s % a.itemsize == 0 for s in a.strides)
+    if a.flags.aligned and whole and (a.strides[-1] == a.itemsize or a.shape[-1] == 1):
+        return a
+    return contiguous(a)
+
+
+class Host:
+    """The CPU."""
+
+    on_cpu = True
+
+    def __str__(self) -> str:
+        return "cpu"
+
+    def array(
+        self, name: str, value: Any, dtype: np.dtype[Any] | None = None, whole: bool = False
+    ) -> Array:
+        """Return an array, of `dtype` where that is given, contiguous if `whole`."""
+        found = checks.array(name, value, dtype)
+        return contiguous(found) if whole else _rows(found) if found.ndim else found
+
+    def state_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        """Return the dtype of states for x of `dtype`."""
+        return dtype
+
+    def state(self, name: str, value: Any, dtype: np.dtype[Any]) -> Array:
+        """Return a state or its gradient."""
+        return contiguous(checks.array(name, value, dtype))
+
+    def lengths(self, value: Any, T: int, batch: tuple[int, ...]) -> Array:
+        """Return the rows' lengths; `batch` is (B,), or () for x (T, I)."""
+        return checks.lengths(value, T, batch)
+
+    def resets(self, value: Any, expected: tuple[int, ...], axes: str) -> Array:
+        """Return resets, shaped as x without its last axis."""
+        return checks.resets(value, expected, axes)
+
+    def output(self, out: Any, shape: tuple[int, ...], axes: str, used: list[Any]) -> Array:
+        """Return the array that y is written into; `used` is what the op reads, x first."""
+        y = checks.output(out, shape, axes, used[0])
+        if any(a is not None and np.may_share_memory(y, a) for a in used):
+            raise ValueError("out must not lie within the memory of another argument")
+        return y
+
+    def layers(
+        self, spec: Spec, parameters: list[Parameters], kept: dict[Any, Any] | None = None
+    ) -> Layers:
+        """Return layers with these parameters, of each layer and direction."""
+        if kept is not None and "layers" in kept:
+            found: Layers = kept["layers"]
+            return found
+        s = spec
+        where = (s.batch_first, s.layered, s.reverse)
+        made = Layers(s.cell.name, parameters, s.directions, s.dropout, *where)
+        if kept is not None:
+            kept["layers"] = made
+        return made
+
+    def now(self) -> Host:
+        """Return the backend for a later call."""
+        return self
+
+
+HOST = Host()

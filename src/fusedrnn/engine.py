@@ -1,0 +1,313 @@
+"""A call: check its arguments in their order, run it, and pull back gradients.
+
+Ops, layers and streams are called through here. On the CPU a call is first tried as it
+comes (`_cpu.Layers.forward` returns None where an argument is not as the kernels read it);
+else the functions here check and convert its arguments, or raise what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from . import checks, cuda
+from ._cpu import Layers as CompiledLayers
+from .backend import Backend, Layers, Spec, Tape
+from .backend.cpu import HOST
+from .backend.cuda import Device
+from .cells import Cell
+from .options import PLAIN, check_options
+from .reference import Grads, Parameters
+
+# Keyword arguments of ops that are arrays, masks or of one backend: what is left are options.
+_ARRAYS = Parameters._fields[4:]
+_OTHERS = ("lengths", "resets", "reverse", "precision")
+
+
+def backend_of(x: Any, precision: Any = "exact") -> Backend:
+    """Return where a call with x runs: the GPU that x is on, or the CPU."""
+    cuda.check_precision(precision)
+    framework = cuda.framework_of(x)
+    if framework is not None:
+        return Device(x, framework, precision)
+    if precision != "exact":
+        raise ValueError(f'precision must be "exact" on the CPU, got "{precision}"')
+    return HOST
+
+
+# Arguments
+
+
+def check_input(on: Backend, x: Any, batch_first: bool = False, I: int | None = None) -> Any:
+    """Check x, of I features where that is known."""
+    x = on.array("x", x)
+    checks.sequence(x, "(B, T, I)" if batch_first else "(T, B, I)", I)
+    return x
+
+
+def sizes(spec: Spec, x: Any) -> tuple[int, tuple[int, ...]]:
+    """Return T, and (B,) or () where x has no batch."""
+    if len(x.shape) == 2:
+        return int(x.shape[0]), ()
+    T, B = x.shape[:2]
+    return (int(B), (int(T),)) if spec.batch_first else (int(T), (int(B),))
+
+
+def split_state(name: str, cell: Cell, value: Any) -> tuple[Any, ...]:
+    """Split a state into one value for each letter, None for zeros."""
+    count = len(cell.states)
+    if count == 1:
+        return (value,)
+    if value is None:
+        return (None,) * count
+    if not isinstance(value, (tuple, list)) or len(value) != count:
+        what = f"{len(value)} items" if hasattr(value, "__len__") else "no pair"
+        raise TypeError(
+            f"{name} must be a pair of arrays or None, got {type(value).__name__} with {what}"
+        )
+    return tuple(value)
+
+
+def _joined(state: tuple[Any, ...]) -> Any:
+    """Return a state as layers take it: h, or a pair, or None for zeros."""
+    if all(s is None for s in state):
+        return None
+    return state if len(state) > 1 else state[0]
+
+
+def check_state(
+    on: Backend,
+    spec: Spec,
+    names: list[str],
+    values: tuple[Any, ...],
+    dtype: Any,
+    batch: tuple[int, ...],
+) -> Any:
+    """Check a state or its gradient."""
+    checked: list[Any] = []
+    for name, value, width in zip(names, values, (spec.R, spec.H), strict=False):
+        if value is None:
+            checked.append(None)
+            continue
+        axes = ["layers*directions"] * spec.layered + ["B"] * len(batch)
+        axes.append("R" if width != spec.H else "H")
+        meaning = f"({', '.join(axes)})" if len(axes) > 1 else f"({axes[0]},)"
+        state = on.state(name, value, on.state_dtype(dtype))
+        checks.shape(name, state, spec.state_shape(batch, width), meaning)
+        checked.append(state)
+    return _joined(tuple(checked))
+
+
+def check_masks(on: Backend, spec: Spec, x: Any, lengths: Any, resets: Any) -> tuple[Any, Any]:
+    """Check the masks of x."""
+    T, batch = sizes(spec, x)
+    if lengths is not None:
+        lengths = on.lengths(lengths, T, batch)
+    if resets is not None:
+        axes = "(T,)" if not batch else "(B, T)" if spec.batch_first else "(T, B)"
+        resets = on.resets(resets, x.shape[:-1], axes)
+    return lengths, resets
+
+
+def check_parameters(
+    cell: Cell, on: Backend, x: Any, weights: tuple[Any, ...], given: Mapping[str, Any]
+) -> Parameters:
+    """Check the parameters of an op on x; the first of `weights` says what H is."""
+    values = dict(zip(Parameters._fields, weights, strict=False)) | dict(given)
+    I, G = x.shape[-1], len(cell.gates)
+    weight_ih = on.array("weight_ih", values["weight_ih"], x.dtype, whole=True)
+    if weight_ih.ndim != 2 or weight_ih.shape[1] != I or weight_ih.shape[0] % G:
+        axes = cell.parameter_shapes(I, 1)["weight_ih"].axes
+        raise ValueError(
+            f"weight_ih must have shape {axes} with I = {I}, got {weight_ih.shape}"
+        )
+    H = weight_ih.shape[0] // G
+    if H == 0:
+        raise ValueError(f"weight_ih must have at least {G} rows, got {weight_ih.shape}")
+    R = None
+    if values.get("weight_hr") is not None and "c" in cell.states:
+        weight_hr = on.array("weight_hr", values["weight_hr"], x.dtype, whole=True)
+        if weight_hr.ndim != 2 or weight_hr.shape[1] != H or not 1 <= weight_hr.shape[0] <= H:
+            raise ValueError(
+                f"weight_hr must have shape (R, H) with 1 <= R <= H = {H}, "
+                f"got {weight_hr.shape}"
+            )
+        R = weight_hr.shape[0]
+    shapes = cell.parameter_shapes(I, H, R)
+    checked = {"weight_ih": weight_ih}
+    for name, value in values.items():
+        if name not in shapes and value is not None:
+            raise TypeError(f"{cell.op} has no {name}")
+        if name == "weight_ih" or (value is None and name != "weight_hh"):
+            continue
+        checked[name] = on.array(name, value, x.dtype, whole=True)
+        checks.shape(name, checked[name], *shapes[name])
+    norms = [n for n in shapes if n.startswith(("gamma", "beta"))]
+    missing = [n for n in norms if n not in checked]
+    if missing and len(missing) < len(norms):
+        raise ValueError(f"{missing[0]} must be given with the others of {', '.join(norms)}")
+    return Parameters(**checked)
+
+
+# Results
+
+
+def with_gates(spec: Spec, results: tuple[Any, ...], names: list[str]) -> tuple[Any, ...]:
+    """Return results with a dict in the place of all gates: those of a layer by its name."""
+    *others, traces = results
+    unbatched = len(others[0].shape) == 2
+
+    def view(a: Any) -> Any:
+        if unbatched:
+            return a[:, 0]
+        return a.swapaxes(0, 1) if spec.batch_first else a
+
+    gates = {
+        letter + name: view(traces[at][:, :, k])
+        for at, name in enumerate(names)
+        for k, letter in enumerate(spec.cell.gates)
+    }
+    return (*others, gates)
+
+
+def pull_back(
+    on: Backend,
+    spec: Spec,
+    tape: Tape,
+    dtype: Any,
+    y: Any,
+    cells: Any,
+    dy: Any,
+    d_state: tuple[Any, ...],
+    d_cells: Any,
+    name_of_state: str,
+) -> Any:
+    """Check the gradients of results y and cells, and return those of the arguments.
+
+    `dtype` is that of x. `name_of_state` has a place for a state's letter.
+    """
+    now = on.now()
+    if d_cells is not None and cells is None:
+        raise TypeError("d_cells is the gradient of cells: ask for return_cells=True")
+    _, batch = sizes(spec, y)
+    dy = _check_sequence(now, spec, "dy", dy, dtype, y)
+    d_cells = _check_sequence(now, spec, "d_cells", d_cells, now.state_dtype(dtype), cells)
+    names = [name_of_state.format(letter) for letter in spec.cell.states]
+    return tape.backward(dy, check_state(now, spec, names, d_state, dtype, batch), d_cells)
+
+
+def _check_sequence(
+    on: Backend, spec: Spec, name: str, value: Any, dtype: Any, like: Any
+) -> Any:
+    """Check the gradient of y or of cells, None for zeros."""
+    if value is None:
+        return None
+    value = on.array(name, value, dtype)
+    width = "R" if spec.is_projected and name == "dy" else "H"
+    last = f"directions*{width}" if spec.layered else width
+    batch = "B, T, " if spec.batch_first else "T, B, "
+    axes = f"(T, {last})" if len(like.shape) == 2 else f"({batch}{last})"
+    checks.shape(name, value, tuple(like.shape), axes)
+    return value
+
+
+# Ops
+
+_NO_OPTIONS = (None,) * len(_ARRAYS)
+
+
+def plain_op(
+    cell: Cell, x: Any, weights: tuple[Any, ...], states: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    """Run an op on the CPU as it comes, or return None where arguments need a look."""
+    try:
+        layers = CompiledLayers(cell.name, [weights + _NO_OPTIONS], 1, 0.0, False, False, False)
+    except (TypeError, ValueError):
+        return None
+    made = layers.forward(x, _joined(states), None, None, PLAIN, None, False)
+    return None if made is None else _flat(made)
+
+
+def _flat(results: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return an op's results: h and c one after the other."""
+    y, state, *others = results
+    return (y, *(state if isinstance(state, tuple) else (state,)), *others)
+
+
+class OpCall:
+    """An op with checked arguments."""
+
+    def __init__(
+        self,
+        cell: Cell,
+        x: Any,
+        weights: tuple[Any, ...],
+        states: tuple[Any, ...],
+        given: Mapping[str, Any],
+        training: bool = False,
+        out: Any = None,
+    ) -> None:
+        others = {n: given[n] for n in _OTHERS if n in given}
+        of_arrays = {n: given[n] for n in _ARRAYS if n in given}
+        precision = others.get("precision", "exact")
+        self.on = on = backend_of(x, precision)
+        self.x = x = check_input(on, x)
+        parameters = check_parameters(cell, on, x, weights, of_arrays)
+        self.present = [n for n, p in parameters._asdict().items() if p is not None]
+        H, R = parameters.weight_ih.shape[0] // len(cell.gates), parameters.weight_hh.shape[1]
+        where: dict[str, Any] = {"layered": False, "precision": precision}
+        spec = Spec(cell, x.shape[-1], H, R, **where)
+        _, batch = sizes(spec, x)
+        names = [f"{letter}0" for letter in cell.states]
+        self.state = check_state(on, spec, names, states, x.dtype, batch)
+        self.masks = check_masks(on, spec, x, others.get("lengths"), others.get("resets"))
+        reverse = checks.flag("reverse", others.get("reverse", False))
+        self.spec = Spec(cell, x.shape[-1], H, R, reverse=reverse, **where)
+        rest = {n: v for n, v in given.items() if n not in (*_ARRAYS, *_OTHERS)}
+        self.options = check_options(cell, rest, training, is_vjp=training)
+        if out is not None:
+            axis = "R" if R != H else "H"
+            meaning = f"(T, B, {axis})" if batch else f"(T, {axis})"
+            state = self.state if isinstance(self.state, tuple) else (self.state,)
+            used = [x, *parameters, *state]
+            out = on.output(out, (*x.shape[:-1], R), meaning, used)
+        self.out = out
+        self.layers: Layers = on.layers(self.spec, [parameters])
+
+    def forward(self) -> tuple[Any, ...]:
+        """Run it in inference."""
+        return self._results(self._run(False))
+
+    def vjp(self) -> tuple[tuple[Any, ...], Tape]:
+        """Run it and return what leads back, too."""
+        results, tape = self._run(True)
+        return self._results(results), tape
+
+    def _run(self, saves: bool) -> Any:
+        arguments = (self.x, self.state, *self.masks, self.options, self.out)
+        return self.layers.forward(*arguments, saves)
+
+    def _results(self, made: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _flat(with_gates(self.spec, made, [""]) if self.options.trace else made)
+
+    def pull_back(
+        self,
+        tape: Tape,
+        results: tuple[Any, ...],
+        dy: Any,
+        d_state: tuple[Any, ...],
+        d_cells: Any,
+    ) -> Grads:
+        """Return the gradients of the arguments from those of the results."""
+        letters = self.spec.cell.states
+        cells = results[1 + len(letters)] if self.options.return_cells else None
+        where = (self.on, self.spec, tape, self.x.dtype, results[0], cells)
+        found = pull_back(*where, dy, d_state, d_cells, "d{}_n")
+        dx, d_start, gradients = found
+        d_starts = d_start if isinstance(d_start, tuple) else (d_start,)
+        named: dict[str, Any]
+        of_state = {f"{letter}0": d for letter, d in zip(letters, d_starts, strict=True)}
+        named = dict.fromkeys(Parameters._fields) | dict(
+            zip(self.present, gradients, strict=True)
+        )
+        return Grads(dx, **named, **of_state)

@@ -1,0 +1,337 @@
+"""The parameters of layers: names, shapes, first values, where they are, pickling.
+
+Names, shapes, order and initialisation are PyTorch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from . import checks, cuda
+from .backend import Spec
+from .cells import CELLS, Cell
+from .cuda import Precision
+from .options import DEFAULTS, check_options
+from .reference import Array, Options, Parameters
+
+LayerT = TypeVar("LayerT", bound="ParameterStore")
+
+# Attributes that the parameters' shapes or the calls depend on, and prefixes of parameters.
+_DEFAULTS: dict[str, Any] = {
+    "num_layers": 1,
+    "nonlinearity": "tanh",
+    "bias": True,
+    "batch_first": False,
+    "dropout": 0.0,
+    "bidirectional": False,
+    "proj_size": 0,
+} | DEFAULTS
+_FIXED = ("input_size", "hidden_size", *_DEFAULTS, "dtype", "device", "precision")
+_KINDS = Parameters._fields
+_PARAMETERS = tuple(f"{kind}_l" for kind in _KINDS)
+
+
+def on_host(value: Any) -> Array:
+    """Return a parameter's values; a GPU is waited for."""
+    return value.numpy() if isinstance(value, cuda.Array) else value
+
+
+def placed(array: Array, dtype: str, place: str) -> Any:
+    """Return a copy of a host's array on the CPU or a GPU, not to be written to."""
+    if place != "cpu":
+        return cuda.array(array, dtype, int(place.partition(":")[2]))
+    copy: Array = array.astype(dtype, order="C")
+    copy.flags.writeable = False
+    return copy
+
+
+def _orthonormal(generator: np.random.Generator, rows: int, columns: int) -> Array:
+    """Return a matrix with orthonormal columns, or rows if these are fewer, evenly drawn."""
+    tall = generator.normal(size=(max(rows, columns), min(rows, columns)))
+    q, r = np.linalg.qr(tall)
+    q = q * np.where(np.diag(r) < 0, -1, 1)
+    matrix: Array = q if rows >= columns else q.T
+    return matrix
+
+
+class Init(NamedTuple):
+    """How the parameters of a new layer are drawn.
+
+    Attributes
+    ----------
+    forget_bias: what b_ih + b_hh of the forget gate are in sum; None for like the others.
+    orthogonal: whether each block of weight_hh has orthonormal rows or columns.
+    """
+
+    forget_bias: float | None = None
+    orthogonal: bool = False
+
+
+class ParameterStore:
+    """A layer's sizes and parameters; calls are added by `fusedrnn.layers`."""
+
+    _cell: Cell
+    _spec: Spec  # of calls
+    _options: Options  # of a call in inference
+    _parameters: dict[str, Any]  # arrays of NumPy or, on a GPU, of `cuda`
+    _packed: dict[Any, Any]  # what calls pack of the parameters
+    dtype: Any  # np.dtype or, on a GPU, its name
+    proj_size = 0
+    peephole = False
+    layer_norm = False
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        dtype: npt.DTypeLike,
+        rng: np.random.Generator | int | None,
+        init: Init,
+        **options: Any,
+    ) -> None:
+        self._cell = cell
+        self._parameters = {}
+        self._forget_packed()
+        self.input_size = checks.positive("input_size", input_size)
+        self.hidden_size = checks.positive("hidden_size", hidden_size)
+        self.num_layers = checks.positive("num_layers", num_layers)
+        self.bias = checks.flag("bias", bias)
+        self.batch_first = checks.flag("batch_first", batch_first)
+        self.dropout = checks.probability("dropout", dropout)
+        if self.dropout and self.num_layers == 1:
+            raise ValueError(
+                f"dropout is between layers: it must be 0 with num_layers=1, got {dropout}"
+            )
+        self.bidirectional = checks.flag("bidirectional", bidirectional)
+        if self.proj_size >= self.hidden_size:
+            raise ValueError(
+                f"proj_size must be smaller than hidden_size = {self.hidden_size}, "
+                f"got {self.proj_size}"
+            )
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in checks.DTYPES:
+            raise TypeError(f"dtype must be float32 or float64, got {self.dtype}")
+        self.device = "cpu"
+        self.precision: Precision = "exact"
+        self._options = check_options(cell, options)
+        for name, value in options.items():
+            object.__setattr__(self, name, value)
+        self._set_spec()
+        self._draw_parameters(np.random.default_rng(rng), init)
+
+    # Parameters
+
+    def _directions(self) -> Iterator[tuple[int, int, str]]:
+        """Yield (layer, direction, the suffix of its parameters' names)."""
+        for layer in range(self.num_layers):
+            for direction in range(1 + self.bidirectional):
+                yield layer, direction, f"l{layer}" + "_reverse" * direction
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all parameters, by name and in torch's order."""
+        has = (self.proj_size, self.bias, self.peephole, self.layer_norm)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer, _, suffix in self._directions():
+            I = self.input_size if layer == 0 else self._width * (1 + self.bidirectional)
+            for kind, shape in self._cell.layer_shapes(I, self.hidden_size, *has).items():
+                shapes[f"{kind}_{suffix}"] = shape.lengths
+        return shapes
+
+    @property
+    def _width(self) -> int:
+        """How many units h has."""
+        return self.proj_size or self.hidden_size
+
+    def _draw_parameters(self, generator: np.random.Generator, init: Init) -> None:
+        H, letters = self.hidden_size, self._cell.gates
+        bound = H**-0.5
+        for name, shape in self._shapes().items():
+            if name.startswith(("gamma", "beta")):
+                value = np.full(shape, float(name.startswith("gamma")))
+            else:
+                value = generator.uniform(-bound, bound, shape)
+            if init.orthogonal and name.startswith("weight_hh"):
+                for k in range(len(letters)):
+                    value[k * H : (k + 1) * H] = _orthonormal(generator, H, shape[1])
+            if init.forget_bias is not None and name.startswith("bias"):
+                f = letters.index("f") * H
+                value[f : f + H] = init.forget_bias * name.startswith("bias_ih")
+            self._parameters[name] = placed(value, str(self.dtype), self.device)
+
+    def to(
+        self: LayerT,
+        device: str,
+        dtype: npt.DTypeLike | str | None = None,
+        precision: Precision = "exact",
+    ) -> LayerT:
+        """Move the layer to a GPU or back, and return it.
+
+        Parameters
+        ----------
+        device: "cpu", "cuda" (the first GPU) or "cuda:1" and so on. On a GPU, each
+            parameter is a `fusedrnn.cuda.Array`, and x and states must be arrays there.
+        dtype: what parameters become: float32 or float64; on a GPU bfloat16 or float16, too.
+            None leaves it, but makes it float32 on the CPU.
+        precision: "tf32" lets a GPU's matrix units multiply float32, rounded to 10 bits.
+
+        Raises
+        ------
+        TypeError, ValueError: an argument of a wrong type or value. RuntimeError: no GPU can
+            be used. MemoryError: it is full. The layer is then as it was.
+
+        >>> import fusedrnn as fr
+        >>> fr.LSTM(3, 4).to("cuda" if fr.cuda.is_available() else "cpu").hidden_size
+        4
+        """
+        place, name = self._place(device, dtype)
+        cuda.check_precision(precision)
+        if precision != "exact" and place == "cpu":
+            raise ValueError(f'precision must be "exact" on the CPU, got "{precision}"')
+        cuda.precision_of(name, precision)
+        values = {k: on_host(v) for k, v in self._parameters.items()}
+        moved = {k: placed(v, name, place) for k, v in values.items()}
+        self.__dict__.update(
+            device=place,
+            dtype=np.dtype(name) if place == "cpu" else name,
+            precision=precision,
+        )
+        self._parameters.update(moved)
+        self._forget_packed()
+        self._set_spec()
+        return self
+
+    def _place(self, device: Any, dtype: Any) -> tuple[str, str]:
+        """Check where to move to; return its name and that of the dtype there."""
+        if not isinstance(device, str):
+            raise TypeError(f"device must be a string, got {type(device).__name__}")
+        kind, _, number = device.partition(":")
+        on_cpu = device == "cpu"
+        if not on_cpu and (kind != "cuda" or (":" in device and not number.isdecimal())):
+            raise ValueError(f'device must be "cpu", "cuda" or "cuda:<number>", got {device!r}')
+        if not on_cpu:
+            cuda.check_device(int(number or 0))
+        known = ("float32", "float64") if on_cpu else cuda.DTYPES
+        name = str(self.dtype) if dtype is None else cuda.dtype_name(dtype)
+        if dtype is None and name not in known:
+            name = "float32"
+        if name not in known:
+            raise TypeError(f"dtype must be one of {', '.join(known)}, got {name}")
+        return device if on_cpu else f"cuda:{int(number or 0)}", name
+
+    def _set_spec(self) -> None:
+        """Describe the layers for calls."""
+        self._spec = Spec(
+            self._cell,
+            self.input_size,
+            self.hidden_size,
+            self._width,
+            self.num_layers,
+            1 + self.bidirectional,
+            self.dropout,
+            self.batch_first,
+            precision=self.precision,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the parameters by torch's names; the arrays are the layer's, read-only."""
+        return dict(self._parameters)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over every parameter; nothing changes unless all names and shapes fit.
+
+        Parameters
+        ----------
+        state_dict: arrays (or what NumPy can see as such: CPU tensors) of float32 or float64
+            by torch's names, converted to the layer's dtype and copied.
+
+        Raises
+        ------
+        KeyError: names are missing or unknown. TypeError, ValueError: a wrong dtype, shape.
+        """
+        missing = [name for name in self._parameters if name not in state_dict]
+        unknown = [name for name in state_dict if name not in self._parameters]
+        if missing or unknown:
+            raise KeyError(
+                f"state_dict must have the layer's names: missing {missing}, unknown {unknown}"
+            )
+        self._parameters.update(
+            {name: self._checked(name, value) for name, value in state_dict.items()}
+        )
+        self._forget_packed()
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """Return a copy of a new parameter where the layer is."""
+        framework = cuda.framework_of(value)
+        array = checks.array(name, value) if framework is None else value
+        expected = self._parameters[name].shape
+        checks.shape(
+            name, array, expected, "(rows, columns)" if len(expected) == 2 else "(rows,)"
+        )
+        if framework is not None:
+            return cuda.copy_of(name, array, framework, self.dtype, self.device)
+        return placed(array, str(self.dtype), self.device)
+
+    def __getattr__(self, name: str) -> Any:
+        parameters = self.__dict__.get("_parameters", {})
+        if name in parameters:
+            return parameters[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        parameters = self.__dict__.get("_parameters", {})
+        if name in parameters:
+            parameters[name] = self._checked(name, value)
+            self._forget_packed()
+        elif parameters and (name in _FIXED or name.startswith(_PARAMETERS)):
+            what = (
+                "is fixed when the layer is made" if name in _FIXED else "is no parameter of it"
+            )
+            raise AttributeError(f"{name} {what}: {self!r}")
+        else:
+            object.__setattr__(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("_spec", "_packed")}
+        parameters = {k: on_host(v) for k, v in self._parameters.items()}
+        return kept | {"_cell": self._cell.name, "_parameters": parameters}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _cell=CELLS[state["_cell"]])
+        self._parameters = {
+            k: placed(v, str(self.dtype), self.device) for k, v in state["_parameters"].items()
+        }
+        self._forget_packed()
+        self._set_spec()
+
+    def __repr__(self) -> str:
+        extra = [f"{self.input_size}, {self.hidden_size}"]
+        for name, default in _DEFAULTS.items():
+            if getattr(self, name, default) != default:
+                extra.append(f"{name}={getattr(self, name)}")
+        if self.dtype != "float32":
+            extra.append(f"dtype={self.dtype}")
+        if self.device != "cpu":
+            extra.append(f"device={self.device}")
+        return f"{type(self).__name__}({', '.join(extra)})"
+
+    def _all_parameters(self) -> list[Parameters]:
+        """Return the parameters of each layer and direction."""
+        get = self._parameters.get
+        return [
+            Parameters(*[get(f"{kind}_{suffix}") for kind in _KINDS])
+            for _, _, suffix in self._directions()
+        ]
+
+    def _forget_packed(self) -> None:
+        """Start a new dict: a thread that is packing old parameters fills the old one."""
+        self._packed = {}

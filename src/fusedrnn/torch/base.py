@@ -1,0 +1,314 @@
+"""What PyTorch's modules of ours share: a cell's parameters, options and calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypedDict
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import init
+
+from .. import checks
+from ..cells import CELLS
+from ..options import DEFAULTS, check_options
+from . import ops
+from .call import describe, parse
+
+
+class RNNOptions(TypedDict, total=False):
+    """Keyword arguments beyond torch.nn's; see `fusedrnn.LSTM`."""
+
+    clip: float | None
+    zoneout: float | tuple[float, float]
+    recurrent_dropout: float
+    weight_dropout: float
+    orthogonal: bool
+    precision: str
+
+
+class GRUOptions(RNNOptions, total=False):
+    """Keyword arguments beyond torch.nn's; see `fusedrnn.GRU`."""
+
+    reset_after: bool
+    layer_norm: bool
+
+
+class LSTMOptions(RNNOptions, total=False):
+    """Keyword arguments beyond torch.nn's; see `fusedrnn.LSTM`."""
+
+    peephole: bool
+    coupled_gates: bool
+    layer_norm: bool
+    cell_clip: float | None
+    forget_bias: float | None
+
+
+_OPTIONS = DEFAULTS | {"forget_bias": None, "orthogonal": False, "precision": "exact"}
+
+
+def of_cell(kind: Any) -> dict[str, Any]:
+    """Return the options that a cell has, and what they are unless given."""
+    return {n: value for n, value in _OPTIONS.items() if n in kind.__optional_keys__}
+
+
+_OF_CALLS = ("clip", "cell_clip", "zoneout", "recurrent_dropout", "weight_dropout")
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def _as_floats(value: Any) -> Any:
+    """Return a number or numbers, NumPy's or not, as JSON has them."""
+    return list(map(float, value)) if isinstance(value, (tuple, list)) else float(value)
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Refuse an argument of another type, as torch.nn does."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{name} should be of type {kind.__name__}, got: {type(value).__name__}"
+        )
+
+
+class Recurrent(nn.Module):
+    """What layers and single steps share: a cell's parameters and options."""
+
+    input_size: int
+    hidden_size: int
+    bias: bool
+    _shown: ClassVar[dict[str, Any]]  # defaults of arguments of torch.nn's
+    _defaults: ClassVar[dict[str, Any]]  # of the options that the cell has
+
+    def __init__(
+        self,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        bias: bool,
+        proj_size: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        check_kind("input_size", input_size, int)
+        check_kind("hidden_size", hidden_size, int)
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+            if size <= 0:
+                raise ValueError(f"{name} must be greater than zero, got {size}")
+        if not 0 <= proj_size < hidden_size:
+            raise ValueError(
+                f"proj_size must be from 0, for none, to hidden_size - 1 = {hidden_size - 1}, "
+                f"got {proj_size}"
+            )
+        self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bool(bias)
+        self.proj_size = proj_size
+        self._cell = cell
+        self._is_pair = len(CELLS[cell].states) > 1
+        unknown = [name for name in options if name not in self._defaults]
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}")
+        self._options = dict(self._defaults) | dict(options)
+        self._check_options(self._options)
+
+    def _check_options(self, given: Mapping[str, Any]) -> None:
+        for name in ("peephole", "layer_norm", "orthogonal"):
+            checks.flag(name, given.get(name, False))
+        if given["precision"] not in ("exact", "tf32"):
+            raise ValueError(f'precision must be "exact" or "tf32", got {given["precision"]!r}')
+        of_calls = {name: given[name] for name in _OF_CALLS if name in given}
+        checked = check_options(CELLS[self._cell], of_calls | {"training": True, "seed": 0})
+        self._is_random = checked.is_random
+        if given.get("forget_bias") is not None:
+            checks.number("forget_bias", given["forget_bias"])
+            if not self.bias or given["coupled_gates"]:
+                raise ValueError("forget_bias must be None without a forget gate or a bias")
+
+    def _describe(self, **more: Any) -> str:
+        """Return the string that describes layers of this cell and options to an operator."""
+        given = {name: self._options.get(name, _OPTIONS[name]) for name in _OF_CALLS}
+        asked = {n: _as_floats(v) for n, v in given.items() if v != _OPTIONS[n]}
+        has = (self.proj_size, self.bias, self._has("peephole"), self._has("layer_norm"))
+        kinds = list(CELLS[self._cell].layer_shapes(1, 2, *has))
+        precision = self._options["precision"]
+        return describe(self._cell, asked, kinds, precision=precision, **more)
+
+    def _has(self, option: str) -> bool:
+        return bool(self._options.get(option, False))
+
+    # Parameters
+
+    @property
+    def _width(self) -> int:
+        """How many units h has."""
+        return self.proj_size or self.hidden_size
+
+    def _add_parameters(self, suffix: str, I: int, **factory: Any) -> list[str]:
+        """Register a cell's parameters; return their names."""
+        has = (self.proj_size, self.bias, self._has("peephole"), self._has("layer_norm"))
+        shapes = CELLS[self._cell].layer_shapes(I, self.hidden_size, *has)
+        for kind, shape in shapes.items():
+            value = torch.empty(shape.lengths, **factory)
+            self.register_parameter(kind + suffix, nn.Parameter(value))
+        return [kind + suffix for kind in shapes]
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, uniform in ±1/√H, by the same numbers as torch.nn."""
+        bound, H = self.hidden_size**-0.5, self.hidden_size
+        forget_bias = self._options.get("forget_bias")
+        for name, p in self.named_parameters():
+            kind = name.rpartition(".")[2]
+            if kind.startswith(("gamma", "beta")):
+                init.constant_(p, float(kind.startswith("gamma")))
+                continue
+            init.uniform_(p, -bound, bound)
+            if self._options["orthogonal"] and kind.startswith("weight_hh"):
+                for block in p.detach().split(H):
+                    init.orthogonal_(block)
+            if forget_bias is not None and kind.startswith("bias"):
+                init.constant_(p.detach()[H : 2 * H], forget_bias * kind.startswith("bias_ih"))
+
+    def _get(self, name: str) -> Tensor:
+        """Return what an attribute is now: others may have put a tensor in its place."""
+        p = self._parameters.get(name)
+        if p is None:
+            p = getattr(self, name)
+            if p is None:
+                raise TypeError(f"{name} must be a tensor, got None")
+        return p
+
+    def extra_repr(self) -> str:
+        """Return the arguments that were not left out."""
+        shown = [f"{self.input_size}, {self.hidden_size}"]
+        defaults = self._shown | {"nonlinearity": "tanh"} | self._defaults
+        for name, default in defaults.items():
+            value = getattr(self, name, default)
+            if value != default:
+                shown.append(f"{name}={value}")
+        return ", ".join(shown)
+
+    # Calls
+
+    def _as_leaf(self, proxy: fx.Proxy, *args: Any, **kwargs: Any) -> Any:
+        """Return a call of this module as one node of the graph that torch.fx traces."""
+        tracer: Any = proxy.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+
+    def _check_like_weights(self, name: str, a: Any, like: Tensor, error: type) -> None:
+        if not isinstance(a, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(a).__name__}")
+        if a.device != like.device:
+            raise RuntimeError(
+                f"{name} must be on {like.device} like the parameters, got {a.device}"
+            )
+        if a.dtype != like.dtype and not _is_cast(like.device.type):
+            raise error(
+                f"{name} must have the dtype of the parameters, {like.dtype}, got {a.dtype}: "
+                f"convert it by .to({like.dtype}), or the module by .to({a.dtype})"
+            )
+
+    def _weights(self, names: Sequence[str]) -> list[Tensor]:
+        """Return parameters, which are where and of the type that the first is."""
+        weights = [self._get(name) for name in names]
+        first = weights[0]
+        dtype, device = first.dtype, first.device
+        for name, p in zip(names, weights, strict=True):
+            if p.dtype != dtype or p.device != device:
+                self._check_like_weights(name, p, first, RuntimeError)
+        return weights
+
+    def _split(self, hx: Any) -> dict[str, Any]:
+        """Return the states that a user gave, by their names."""
+        if hx is None:
+            return {}
+        if not self._is_pair:
+            return {"hx": hx}
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+            what = type(hx).__name__ + (
+                f" of {len(hx)}" if isinstance(hx, (tuple, list)) else ""
+            )
+            raise TypeError(f"hx must be a pair (h_0, c_0), got {what}")
+        return {"hx[0]": hx[0], "hx[1]": hx[1]}
+
+    def _seed(self, seed: int | None) -> Tensor | None:
+        """Return what random numbers depend on, drawn from PyTorch's for None."""
+        given = checks.seed(seed)
+        if not (self._is_random and self.training):
+            return None
+        if given is None:
+            return torch.randint(2**63 - 1, (1,), device="cpu")
+        signed = given - 2**64 if given >= 2**63 else given
+        return torch.tensor([signed], device="cpu")
+
+    def _asked(
+        self,
+        tensors: Iterable[Any],
+        return_cells: bool = False,
+        trace: bool = False,
+        bptt: int | None = None,
+        recompute: bool = False,
+    ) -> str:
+        """Return the words for what a call is asked for."""
+        asked = "save" if _saves(tensors, self.training) else ""
+        if self.training and self._is_random:
+            asked += " training"
+        flags = {"return_cells": return_cells, "trace": trace, "recompute": recompute}
+        for name, value in flags.items():
+            if value is not False and checks.flag(name, value):
+                asked += f" {name}"
+        if bptt is not None:
+            asked += f" bptt={checks.positive('bptt', bptt)}"
+        return asked
+
+    def _compute(self, layers: str, asked: str, *tensors: Any) -> tuple[Tensor, ...]:
+        """Run described layers over x (T, B, I), the first of the tensors of `ops.Inputs`."""
+        x = tensors[0]
+        dtype = _computed_in(x)
+        if dtype is None:
+            return _run(layers, asked, *tensors)
+        kind = x.device.type
+        of_state = torch.promote_types(dtype, torch.float32)
+        x, h0, c0, weights, *others = tensors
+        start = (None if a is None else a.to(of_state) for a in (h0, c0))
+        cast = (x.to(dtype), *start, [p.to(dtype) for p in weights], *others)
+        result = dtype if _is_cast(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            *made, saved = _run(layers, asked, *cast)
+        return (*(a.to(result) for a in made), saved)
+
+
+def _run(layers: str, asked: str, *tensors: Any) -> tuple[Tensor, ...]:
+    if torch.compiler.is_compiling():  # strings go into the graph
+        made: tuple[Tensor, ...] = ops.forward(layers, asked, *tensors)
+        return made
+    return ops.run_forward(parse(layers, asked), *tensors)
+
+
+def _saves(tensors: Iterable[Any], training: bool) -> bool:
+    """Whether backward may be asked for."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and (training or not _is_exporting())
+    return torch.is_grad_enabled() if ops.is_transformed() else ops.has_gradient(tensors)
+
+
+def _is_cast(kind: str) -> bool:
+    """Whether autocast is at work on a kind of device."""
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
+def _computed_in(x: Tensor) -> torch.dtype | None:
+    """Return the dtype to compute in if it may be another than that of all tensors."""
+    kind = x.device.type
+    if _is_cast(kind) and x.dtype != torch.float64:  # which autocast leaves alone
+        return torch.float32 if kind == "cpu" else torch.get_autocast_dtype(kind)
+    if x.dtype in _HALVES:
+        return torch.float32 if kind == "cpu" else x.dtype
+    return None
+
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def _option(name: str) -> Any:
+    return property(lambda self: self._options.get(name, _OPTIONS[name]))
+
+
+for _name in _OPTIONS:
+    setattr(Recurrent, _name, _option(_name))
