@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "../cpu/team.h"
-#include "caller.h"
+#include "tensors.h"
 
 namespace fusedrnn {
 
@@ -67,7 +67,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "Kernels of fusedrnn for the CPU. Private: use fusedrnn's own functions.";
 
   bind_layers(m);
-  bind_caller(m);
+  bind_tensors(m);
   m.def("isas", [] {
     py::dict supported;
     for (const auto& entry : compiled_isas()) {

@@ -57,47 +57,75 @@ class Tape:
     def backward(self, dy: object, d_state: object, d_cells: object, /) -> Any:
         """Return the gradients; see `backend.Tape`. None likewise."""
 
-class Caller:
-    """Calls layers whose arrays are known by their addresses, 0 where there is none.
+class TensorLayers:
+    """Layers of PyTorch's tensors, which are read through Python's own interface.
 
-    `sizes` are I, H and R; `element` is the size of one. `parameters` has a bit for each kind
-    that exists, in the order of `reference.Parameters`. Everything but x is contiguous.
+    `sizes` are I, H and R. `kinds` has a bit for each parameter that a direction has, in the
+    order of `reference.Parameters`. Calls return None, and do nothing, where a tensor is not
+    as the kernels read it.
     """
 
     def __init__(
         self,
         cell: str,
-        element: int,
         sizes: tuple[int, int, int],
         layers: int,
         directions: int,
-        parameters: int,
+        kinds: int,
+        reverse: bool,
         /,
     ) -> None: ...
-    def saved_values(self, options: Options, /) -> int:
+    def saved_values(self, is_double: bool, options: Options, /) -> int:
         """Return how many values a step and row leave to backward beside x and results."""
+
+    def infer(
+        self, x: object, hx: object, parameters: list[Any], axes: int, options: Options, /
+    ) -> Any:
+        """Return what a module gives its user for x and hx, where nothing is recorded.
+
+        Axes of x: 0 for (T, B, I), 1 for (B, T, I), either without B, and 2 for a single step.
+        None also where anything but autograd looks at the call, False where autograd does.
+        """
 
     def forward(
         self,
-        parameters: list[int],
-        given: tuple[int, ...],  # x, T, B, two strides of x in elements, h0, c0, masks
-        reverse: bool,
+        x: object,
+        h0: object,
+        c0: object,
+        parameters: Sequence[Any],
+        lengths: object,
+        resets: object,
         options: Options,
-        made: tuple[int, ...],  # y, h_n, c_n, cells, trace, what is saved
+        saves: bool,
+        step: bool,
         /,
-    ) -> None: ...
+    ) -> Any:
+        """Return y, h_n, c_n, cells, trace and what is saved, None for what is not made.
+
+        With `step` x is (B, I), y is h, and states have no axis of layers.
+        """
+
     def backward(
         self,
-        parameters: list[int],
-        given: tuple[int, ...],
-        reverse: bool,
+        wanted: Sequence[bool],
+        d: Sequence[Any],
+        y: object,
+        cells: object,
+        saved: object,
+        x: object,
+        h0: object,
+        c0: object,
+        parameters: Sequence[Any],
+        lengths: object,
+        resets: object,
         options: Options,
-        made: tuple[int, ...],  # y, cells, what is saved
-        d: tuple[int, ...],  # the gradients of y, h_n, c_n, cells
-        to: tuple[int, ...],  # those of x, h0, c0
-        gradients: list[int],  # those of parameters, 0 where they are not wanted
+        step: bool,
         /,
-    ) -> None: ...
+    ) -> Any:
+        """Return a list of the gradients that are wanted of x, h0, c0 and the parameters."""
+
+def set_torch(torch: object, parameter: type, observers: Sequence[Any], /) -> None:
+    """Hand PyTorch over: the module, nn.Parameter, and functions that tell who looks at calls."""
 
 def set_few_rows(rows: int, /) -> None:
     """Say up to how many rows, 4 at first, weights are read as they are; for tests."""

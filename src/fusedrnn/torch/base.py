@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypedDict
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import init
 
-from .. import checks
+from .. import _cpu, checks
 from ..cells import CELLS
 from ..options import DEFAULTS, check_options
 from . import ops
-from .call import describe, parse
+from .call import Call, describe, parse
+from .kernels import follow_threads
 
 
 class RNNOptions(TypedDict, total=False):
@@ -77,6 +79,8 @@ class Recurrent(nn.Module):
     bias: bool
     _shown: ClassVar[dict[str, Any]]  # defaults of arguments of torch.nn's
     _defaults: ClassVar[dict[str, Any]]  # of the options that the cell has
+    _names: list[str]  # of all parameters
+    _together: str  # describes what a call runs
 
     def __init__(
         self,
@@ -185,6 +189,26 @@ class Recurrent(nn.Module):
         return ", ".join(shown)
 
     # Calls
+
+    @functools.cached_property
+    def _plain(self) -> tuple[Call, _cpu.TensorLayers]:
+        """What runs a call that is asked for nothing more on the CPU."""
+        call = parse(self._together)
+        return call, call.on_cpu(self.input_size, self.hidden_size, self._width)
+
+    def _infer(self, input: Any, hx: Any, axes: int) -> Any:
+        """Run a call as it comes, where nothing is drawn.
+
+        None where an argument, or who looks at the call, needs a look; False where autograd
+        looks and nothing else is in the way.
+        """
+        follow_threads()
+        call, layers = self._plain
+        weights = list(map(self._parameters.get, self._names))
+        return layers.infer(input, hx, weights, axes, call.options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_plain"}
 
     def _as_leaf(self, proxy: fx.Proxy, *args: Any, **kwargs: Any) -> Any:
         """Return a call of this module as one node of the graph that torch.fx traces."""

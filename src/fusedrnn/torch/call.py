@@ -127,6 +127,11 @@ class Call:
         H = given.parameters[0].shape[0] // len(self.cell.gates)
         return Sizes(T, B, I, H, given.parameters[1].shape[1])
 
+    def sizes_of(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[int, int, int]:
+        """Return I, H, R."""
+        of_hh = weights[1].shape
+        return x.shape[-1], of_hh[0] // len(self.cell.gates), of_hh[1]
+
     def output_shapes(self, s: Sizes, on_gpu: bool) -> list[tuple[Any, ...] | None]:
         """Return the shapes of y, h_n, c_n, cells and trace, None for what is not made."""
         n, D, gates = self.count, self.directions, len(self.cell.gates)
@@ -149,21 +154,17 @@ class Call:
         return shapes
 
     @functools.cached_property
-    def _callers(self) -> dict[Any, tuple[_cpu.Caller, int]]:
+    def _by_sizes(self) -> dict[tuple[int, int, int], _cpu.TensorLayers]:
         return {}
 
-    def caller(self, is_double: bool, I: int, H: int, R: int) -> tuple[_cpu.Caller, int]:
-        """Return what calls the kernels of the CPU, and how many values are saved.
-
-        That many for each row of a step, which depends on the instruction set in use.
-        """
-        key = (is_double, I, H, R, _cpu.get_isa())
-        found = self._callers.get(key)
+    def on_cpu(self, I: int, H: int, R: int) -> _cpu.TensorLayers:
+        """Return what calls the kernels of the CPU."""
+        found = self._by_sizes.get((I, H, R))
         if found is None:
             kinds = sum(1 << k for k, n in enumerate(Parameters._fields) if n in self.kinds)
-            shape = ((I, H, R), self.layers, self.directions, kinds)
-            made = _cpu.Caller(self.cell.name, 8 if is_double else 4, *shape)
-            found = self._callers[key] = (made, made.saved_values(self.options))
+            shape = (self.layers, self.directions, kinds, self.reverse)
+            found = _cpu.TensorLayers(self.cell.name, (I, H, R), *shape)
+            self._by_sizes[I, H, R] = found
         return found
 
 

@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from ..backend.cuda import PassTape, Problem, Weights, values_of
 from ..engine import backend_of
 from ..options import asked_of_layer
 from ..reference import Parameters
-from .call import READ, Call, Inputs, Maybe, Outputs, Sizes, with_seed
+from .call import READ, Call, Inputs, Maybe, Outputs, with_seed
 
 
 def share_team() -> bool:
@@ -30,9 +29,24 @@ def share_team() -> bool:
 
 share_team()
 _followed = 0
+_C: Any = torch._C
+# What tells that more than autograd looks at a call: compilers, modes, transforms, tracers.
+_cpu.set_torch(
+    torch,
+    torch.nn.Parameter,
+    [
+        torch.compiler.is_compiling,
+        _C._len_torch_dispatch_stack,
+        _C._len_torch_function_stack,
+        _C._functorch.peek_interpreter_stack,
+        _C._get_tracing_state,
+        torch.is_autocast_cpu_enabled,
+        lambda: torch.autograd.forward_ad._current_level >= 0,
+    ],
+)
 
 
-def _follow_threads() -> None:
+def follow_threads() -> None:
     """Let calls use as many threads as PyTorch does, where the user did not say how many."""
     global _followed
     threads = torch.get_num_threads()
@@ -44,65 +58,61 @@ def _follow_threads() -> None:
 # On the CPU
 
 
-def _address(a: Maybe) -> int:
-    return 0 if a is None else a.data_ptr()
-
-
 def _whole(a: Maybe) -> Maybe:
     """Return a tensor as the kernels read it."""
     return None if a is None else a.resolve_neg().contiguous()
 
 
-def _on_cpu(given: Inputs, s: Sizes) -> tuple[list[Any], list[int], tuple[int, ...]]:
-    """Return tensors that must stay, and the addresses of parameters and of other inputs."""
-    x = given.x.resolve_neg()
-    if s.I > 1 and x.stride(2) != 1:
-        x = x.contiguous()
-    parameters = [p if p.is_contiguous() else p.contiguous() for p in given.parameters]
-    h0, c0 = given.h0, given.c0
-    if h0 is not None:
-        h0 = _whole(h0)
-    if c0 is not None:
-        c0 = _whole(c0)
+def _masks(given: Inputs, T: int, B: int) -> tuple[Maybe, Maybe]:
+    """Return checked masks: int64, and bool that is 0 or 1."""
     lengths, resets = given.lengths, given.resets
     if lengths is not None:
-        values = checks.lengths(lengths.numpy(force=True), s.T, (s.B,))
+        values = checks.lengths(lengths.numpy(force=True), T, (B,))
         lengths = torch.from_numpy(values)
     if resets is not None:
-        values = checks.resets(resets.numpy(force=True), (s.T, s.B), "(T, B)")
+        values = checks.resets(resets.numpy(force=True), (T, B), "(T, B)")
         resets = torch.from_numpy(values).contiguous()
-    _follow_threads()
-    kept = [x, h0, c0, parameters, lengths, resets]
-    where = (s.T, s.B, x.stride(0), x.stride(1), *map(_address, (h0, c0, lengths, resets)))
-    return kept, [p.data_ptr() for p in parameters], (x.data_ptr(), *where)
+    return lengths, resets
 
 
-_LARGE = _cpu.LARGE_ARRAY
-_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
-_CPU = torch.device("cpu")
+def _prepared(call: Call, given: Inputs) -> tuple[_cpu.TensorLayers, list[Any]]:
+    """Return the layers of a call, and its arguments from x on to the options."""
+    follow_threads()
+    T, B, I, H, R = call.sizes(given)
+    x, h0, c0, parameters, lengths, resets, seed = given
+    if lengths is not None or resets is not None:
+        lengths, resets = _masks(given, T, B)
+    arguments = [x, h0, c0, parameters, lengths, resets, with_seed(call, seed)]
+    return call.on_cpu(I, H, R), arguments
 
 
-def _saved(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Make what only backward sees, of used memory where fresh pages would be costly."""
-    of_numpy = _FLOAT64 if dtype == torch.float64 else _FLOAT32
-    if shape[0] * shape[1] * shape[2] * of_numpy.itemsize < _LARGE:
-        return torch.empty(shape, dtype=dtype, device=_CPU)
-    return torch.from_numpy(_cpu.allocate(shape, of_numpy))
+def _made_whole(arguments: list[Any]) -> list[Any]:
+    """Return arguments with tensors as the kernels read them."""
+    x, h0, c0, parameters, *others = arguments
+    return [*map(_whole, (x, h0, c0)), list(map(_whole, parameters)), *others]
 
 
 def _forward_on_cpu(call: Call, given: Inputs) -> Outputs:
-    s, dtype = call.sizes(given), given.x.dtype
-    caller, values = call.caller(dtype == torch.float64, s.I, s.H, s.R)
-    kept, parameters, addresses = _on_cpu(given, s)
-    made: list[Any] = [
-        None if shape is None else torch.empty(shape, dtype=dtype, device=_CPU)
-        for shape in call.output_shapes(s, False)
-    ]
-    made.append(_saved((s.T, s.B, values), dtype) if call.saves and values else None)
-    options = with_seed(call, given.seed)
-    caller.forward(parameters, addresses, call.reverse, options, tuple(map(_address, made)))
-    del kept
+    if given.x.numel() == 0:
+        return _without_steps(call, given)
+    layers, arguments = _prepared(call, given)
+    made = layers.forward(*arguments, call.saves, False)
+    if made is None:
+        made = layers.forward(*_made_whole(arguments), call.saves, False)
+    if made is None:
+        raise ValueError("tensors must be on the CPU and have the sizes and dtype of x")
     return tuple(given.x.new_empty(0) if a is None else a for a in made)  # type: ignore[return-value]
+
+
+def _without_steps(call: Call, given: Inputs) -> Outputs:
+    """Return the results for no steps or rows: the state stays."""
+    s, x = call.sizes(given), given.x
+    shapes = call.output_shapes(s, False)
+    made = [x.new_zeros((0,) if shape is None else shape) for shape in shapes]
+    for n, state in enumerate(given[1 : 1 + len(call.cell.states)]):
+        if state is not None:
+            made[1 + n].copy_(state)
+    return (*made, x.new_zeros(saved_shape(call, given)))  # type: ignore[return-value]
 
 
 def _backward_on_cpu(
@@ -114,34 +124,23 @@ def _backward_on_cpu(
     saved: Tensor,
     given: Inputs,
 ) -> list[Tensor]:
-    s, dtype = call.sizes(given), given.x.dtype
-    caller, _ = call.caller(dtype == torch.float64, s.I, s.H, s.R)
-    kept, parameters, addresses = _on_cpu(given, s)
-    shapes: list[Any] = [(s.T, s.B, s.I), *call.output_shapes(s, False)[1:3]]
-    needed = [wanted[0], True, call.has_c]  # the state's gradients are made in any case
-    dx, dh0, dc0 = (
-        torch.empty(shape, dtype=dtype, device=_CPU) if is_needed else None
-        for shape, is_needed in zip(shapes, needed, strict=True)
-    )
-    gradients = [
-        torch.empty(p.shape, dtype=dtype, device=_CPU) if is_wanted else None
-        for p, is_wanted in zip(given.parameters, wanted[3:], strict=True)
-    ]
-    seeds = [_whole(g) for g in d]
-    made = (_whole(y), cells if call.options.return_cells else None, _whole(saved))
-    caller.backward(
-        parameters,
-        addresses,
-        call.reverse,
-        with_seed(call, given.seed),
-        tuple(map(_address, made)),
-        tuple(map(_address, seeds)),
-        tuple(map(_address, (dx, dh0, dc0))),
-        list(map(_address, gradients)),
-    )
-    del kept
-    found = [dx, dh0, dc0, *gradients]
-    return [a for a, is_wanted in zip(found, wanted, strict=True) if is_wanted]  # type: ignore[misc]
+    if given.x.numel() == 0:
+        ends = [None, d[1], d[2], *[None] * len(given.parameters)]
+        return [
+            torch.zeros_like(a) if g is None else g.clone()
+            for a, g, is_wanted in zip(given.smooth, ends, wanted, strict=True)
+            if is_wanted and a is not None
+        ]
+    layers, arguments = _prepared(call, given)
+    of_user = cells if call.options.return_cells else None
+    found: list[Tensor] | None
+    found = layers.backward(wanted, d, y, of_user, saved, *arguments, False)
+    if found is None:
+        read = [list(map(_whole, d)), *map(_whole, (y, of_user, saved))]
+        found = layers.backward(wanted, *read, *_made_whole(arguments), False)
+    if found is None:
+        raise ValueError("gradients must have the sizes and dtype of what they belong to")
+    return found
 
 
 # On a GPU, one layer in one direction at a time
@@ -295,7 +294,8 @@ def saved_shape(call: Call, given: Inputs) -> tuple[Any, ...]:
         where = (str(given.x.dtype)[6:], given.x.device.index or 0)
         count = _saved_bytes(call, int(s.I), int(s.H), int(s.R), *where)
         return ((s.T * s.B * count + 255) // 256 * 256,) if count else (0,)
-    _, values = call.caller(given.x.dtype == torch.float64, int(s.I), int(s.H), int(s.R))
+    layers = call.on_cpu(int(s.I), int(s.H), int(s.R))
+    values = layers.saved_values(given.x.dtype == torch.float64, call.options)
     return (s.T, s.B, values) if values else (0,)
 
 

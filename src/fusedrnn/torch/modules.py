@@ -17,7 +17,9 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from ..cells import CELLS, gru_cell, lstm_cell, rnn_cell
+from . import ops
 from .base import GRUOptions, LSTMOptions, Recurrent, RNNOptions, check_kind, of_cell
+from .call import parse
 from .packed import Layout
 
 if TYPE_CHECKING:
@@ -143,6 +145,11 @@ class _Layers(Recurrent):
         RuntimeError, ValueError, TypeError: what torch.nn refuses, with the same type; each
             names the argument, what was expected and what came.
         """
+        asks = return_cells or trace or recompute or not (lengths is resets is bptt is None)
+        if not (asks or (self.training and (self._is_random or self.dropout))):
+            results = self._as_it_comes(input, hx)
+            if results is not None:
+                return results
         kept: dict[str, Any] = {
             "bptt": bptt,
             "recompute": recompute,
@@ -181,6 +188,29 @@ class _Layers(Recurrent):
             resets = resets.unsqueeze(1) if unbatched else resets
             resets = resets.transpose(0, 1) if self.batch_first and not unbatched else resets
         made = self._run(x, state, lengths, resets, weights, kept, seed)
+
+        def give(a: Tensor) -> Tensor:
+            if unbatched:
+                return a.squeeze(1)
+            return a.transpose(0, 1) if self.batch_first else a
+
+        return self._results(give, made, kept, unbatched)
+
+    def _as_it_comes(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
+        """Run a call that asks for nothing more, or return None where it needs a look."""
+        if torch.compiler.is_compiling():
+            return None
+        results: tuple[Any, ...] | None = self._infer(input, hx, int(self.batch_first))
+        if results is not False:
+            return results
+        unbatched, h0, c0 = input.dim() == 2, *(hx if self._is_pair and hx else (hx, None))
+        x = input.unsqueeze(1) if unbatched else input
+        x = x.transpose(0, 1) if self.batch_first and not unbatched else x
+        state = [s.unsqueeze(1) if unbatched and s is not None else s for s in (h0, c0)]
+        weights = list(map(self._parameters.get, self._names))
+        y, *ends = ops.record(parse(self._together, "save"), x, *state, weights)
+        made = _Made(y, ends[: 1 + self._is_pair], y, {})
+        kept = {"return_cells": False, "trace": False}
 
         def give(a: Tensor) -> Tensor:
             if unbatched:

@@ -169,6 +169,52 @@ class _Eager(torch.autograd.Function):
         return None, *found[:3], None, None, None, *found[3:]
 
 
+class _EagerStep(torch.autograd.Function):
+    """`_Eager` for a single step on the CPU: x (B, I), h and c (B, ·), and the state after."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, x: Any, h: Any, c: Any, *weights: Any) -> tuple[Any, ...]:
+        layers = call.on_cpu(*call.sizes_of(x, weights))
+        masks = (None, None, call.options)
+        y, _, c_after, _, _, saved = layers.forward(x, h, c, weights, *masks, True, True)
+        ctx.call, ctx.layers = call, layers
+        ctx.set_materialize_grads(False)
+        if _C._autograd._top_saved_tensors_default_hooks(False) is None:
+            ctx.y, kept = y.detach(), None
+        else:
+            ctx.y, kept = None, y
+        ctx.save_for_backward(kept, saved, x, h, c, *weights)
+        return y, c_after
+
+    @staticmethod
+    def backward(ctx: Any, *d: Maybe) -> tuple[Any, ...]:
+        kept, saved, x, h, c, *weights = ctx.saved_tensors
+        call, layers, y = ctx.call, ctx.layers, kept if ctx.y is None else ctx.y
+        masks = (None, None, call.options)
+        if y._version and ctx.y is not None:
+            made = layers.forward(x, h, c, weights, *masks, True, True)
+            y, saved = made[0], made[5]
+        needs = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():  # a derivative of this one is wanted
+            states = [None if s is None else s.unsqueeze(0) for s in (h, c)]
+            given = Inputs(x.unsqueeze(0), *states, weights)
+            d_h, d_c = (None if g is None else g.unsqueeze(0) for g in d)
+            read = (y.unsqueeze(0), y.new_empty(0), saved)
+            seeds = (d_h, None, d_c, None)
+            found = _gradients(call, needs, seeds, read, given)
+            return None, *(g if g is None or n > 2 else g[0] for n, g in enumerate(found))
+        if all(g is None for g in d):
+            return (None,) * (1 + len(needs))
+        seeds = (d[0], None, d[1], None)
+        found = layers.backward(needs, seeds, y, None, saved, x, h, c, weights, *masks, True)
+        if found is None:  # gradients that are not contiguous
+            seeds = tuple(g if g is None else g.contiguous() for g in seeds)
+            given = (x, h, c, weights)
+            found = layers.backward(needs, seeds, y, None, saved, *given, *masks, True)
+        made = iter(found)
+        return None, *(next(made) if is_needed else None for is_needed in needs)
+
+
 class _Transformed(torch.autograd.Function):
     """`forward` for torch.func's transforms, which do not take an operator's derivative."""
 
@@ -415,6 +461,7 @@ def _(
 
 
 _in_autograd: Any = _Eager.apply
+_step_in_autograd: Any = _EagerStep.apply
 _in_transform: Any = _Transformed.apply
 _back_in_transform: Any = _TransformedBackward.apply
 _OWN = {Tensor, torch.nn.Parameter, type(None)}
@@ -456,6 +503,20 @@ def run_forward(call: Call, *tensors: Any) -> Outputs:
     else:
         results = compute_forward(call, *tensors)
     return results
+
+
+def record(
+    call: Call, x: Tensor, h0: Maybe, c0: Maybe, weights: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Do what `run_forward` does where autograd alone looks at a call without masks."""
+    made: Sequence[Tensor] = _in_autograd(call, x, h0, c0, None, None, None, *weights)
+    return made
+
+
+def record_step(call: Call, x: Tensor, h: Maybe, c: Maybe, weights: Sequence[Tensor]) -> Any:
+    """Take a step where autograd alone looks: x (B, I), states (B, ·); return the state."""
+    h, c = _step_in_autograd(call, x, h, c, *weights)
+    return h if c is None else (h, c)
 
 
 def run_backward(call: Call, wanted: Sequence[bool], *tensors: Any) -> Sequence[Tensor]:

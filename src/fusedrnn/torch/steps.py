@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from ..cells import gru_cell, lstm_cell, rnn_cell
+from . import ops
 from .base import GRUOptions, LSTMOptions, Recurrent, RNNOptions, of_cell
+from .call import parse
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,7 +34,7 @@ class _Step(Recurrent):
     ) -> None:
         super().__init__(cell, input_size, hidden_size, bias, 0, options)
         self._names = self._add_parameters("", input_size, device=device, dtype=dtype)
-        self._alone = self._describe()
+        self._together = self._describe()
         if not bias:
             self.register_parameter("bias_ih", None)
             self.register_parameter("bias_hh", None)
@@ -55,6 +57,14 @@ class _Step(Recurrent):
         ------
         RuntimeError, ValueError, TypeError: what torch.nn refuses, with the same type.
         """
+        if not (torch.compiler.is_compiling() or (self.training and self._is_random)):
+            state = self._infer(input, hx, 2)
+            if state is False:
+                h, c = hx if self._is_pair and hx is not None else (hx, None)
+                weights = list(map(self._parameters.get, self._names))
+                state = ops.record_step(parse(self._together, "save"), input, h, c, weights)
+            if state is not None:
+                return state
         if isinstance(input, fx.Proxy):
             return self._as_leaf(input, input, hx, **({} if seed is None else {"seed": seed}))
         weights = self._weights(self._names)
@@ -78,7 +88,7 @@ class _Step(Recurrent):
         asked = self._asked((x, *state, *weights))
         h0, c0 = [*(a.unsqueeze(0) for a in state), None, None][:2]
         tensors = (x.unsqueeze(0), h0, c0, weights, None, None, self._seed(seed))
-        made = self._compute(self._alone, asked, *tensors)
+        made = self._compute(self._together, asked, *tensors)
         ends = [a[0, 0] if unbatched else a[0] for a in made[1 : 2 + self._is_pair]]
         return tuple(ends) if self._is_pair else ends[0]
 

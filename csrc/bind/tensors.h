@@ -1,0 +1,69 @@
+// Calls of layers with PyTorch's tensors, which are read through Python's own interface:
+// nothing of PyTorch is compiled in or linked.
+//
+// As in layers.h a call takes its arguments as they come, and returns None where one of
+// them needs a look.
+#pragma once
+
+#include "layers.h"
+
+namespace fusedrnn {
+
+// What is used of PyTorch, once fusedrnn.torch has handed it over.
+struct Torch {
+  py::object tensor, parameter;  // types
+  py::object empty, from_numpy, float32, float64, is_grad_enabled;
+  std::vector<py::object> observers;  // functions; one that returns true looks at calls
+};
+
+// Where the axes of x are, and of what belongs to it.
+enum class AxesOf : int { sequence, batch_first, step };
+
+class TensorLayers {
+ public:
+  // sizes: I, H, R. `kinds` has a bit for each parameter that a direction has.
+  TensorLayers(std::string cell, std::array<index, 3> sizes, int layers, int directions,
+               unsigned kinds, bool reverse);
+
+  // Values that a training call leaves to backward for each row of a step.
+  index saved_values(bool is_double, const py::object& options) const;
+
+  // x and hx as a module's user gives them: what the user gets. None also where anything
+  // but autograd looks at the call, False where autograd does.
+  py::object infer(const py::handle& x, const py::handle& hx, const py::list& parameters,
+                   int axes, const py::object& options) const;
+
+  // (y, h_n, c_n, cells, trace, saved), None for what is not made. x (T, B, I), with
+  // `step` (B, I); then y is h, states have no axis of layers and h_n is None.
+  py::object forward(const py::handle& x, const py::handle& h0, const py::handle& c0,
+                     const py::sequence& parameters, const py::handle& lengths,
+                     const py::handle& resets, const py::object& options, bool saves,
+                     bool step) const;
+  // The gradients that are wanted of x, h0, c0 and the parameters, in a list.
+  py::object backward(const py::sequence& wanted, const py::sequence& d,
+                      const py::handle& y, const py::handle& cells,
+                      const py::handle& saved, const py::handle& x, const py::handle& h0,
+                      const py::handle& c0, const py::sequence& parameters,
+                      const py::handle& lengths, const py::handle& resets,
+                      const py::object& options, bool step) const;
+  py::tuple arguments() const;
+
+ private:
+  Stack stack(index element, const std::vector<const char*>& parameters) const;
+  bool read(class TensorReader& reader, StackCall& call,
+            std::vector<const char*>& addresses, const py::handle& x,
+            const py::handle& h0, const py::handle& c0, const py::sequence& parameters,
+            const py::handle& lengths, const py::handle& resets, AxesOf axes) const;
+
+  const std::string cell_;
+  const index I_, H_, R_;
+  const int layers_, directions_;
+  const unsigned kinds_;
+  const bool reverse_;
+  int gates_, peepholes_;  // blocks of the user's parameters
+  bool has_c_;
+};
+
+void bind_tensors(py::module_& m);
+
+}  // namespace fusedrnn
