@@ -7,7 +7,7 @@
 
 namespace fusedrnn {
 
-std::atomic<index> few_rows{4};
+std::atomic<index> few_rows{16};
 
 void insert_block(const char* from, index bytes, int blocks, int absent, char* to) {
   const index before = absent * bytes;

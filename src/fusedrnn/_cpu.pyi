@@ -128,7 +128,7 @@ def set_torch(torch: object, parameter: type, observers: Sequence[Any], /) -> No
     """Hand PyTorch over: the module, nn.Parameter, and functions that tell who looks at calls."""
 
 def set_few_rows(rows: int, /) -> None:
-    """Say up to how many rows, 4 at first, weights are read as they are; for tests."""
+    """Say up to how many rows, 16 at first, weights are read as they are; for tests."""
 
 def share_team(library: str, /) -> bool:
     """Let calls run on the threads of an OpenMP library that is loaded, if it is."""

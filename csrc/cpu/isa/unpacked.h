@@ -2,44 +2,102 @@
 // longer. The terms of a sum come in the same order as from packed panels.
 #pragma once
 
+#include <utility>
+
 #include "pack.h"
 #include "product.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
+// The first row of weights of a vector of a panel.
+template <class S>
+const S* rows_of(const Matrix& of, int unit_vectors, index panel, int vector) {
+  const int slot = vector / unit_vectors;
+  const index unit =
+      (panel * unit_vectors + vector % unit_vectors) * index{Vec<S>::lanes};
+  return reinterpret_cast<const S*>(of.weight) + (of.blocks[slot] * of.H + unit) * of.K;
+}
+
+// Some rows of add_unpacked for one vector of a panel: to[row] += left · weightᵀ. The sums
+// stay in registers for all k, of which squares are transposed on the way.
+template <class S, int rows>
+void add_vector(const Matrix& of, int unit_vectors, index panel, int vector,
+                const S* const* left, S* const* to) {
+  using V = Vec<S>;
+  constexpr int lanes = V::lanes;
+  constexpr index ahead = 4 * lanes;
+  const S* const weight = rows_of<S>(of, unit_vectors, panel, vector);
+  const bool ends = vector + 1 == of.slots * unit_vectors;
+  const S* const next = rows_of<S>(of, unit_vectors, panel + ends, ends ? 0 : vector + 1);
+  const index unit = (panel * unit_vectors + vector % unit_vectors) * lanes;
+  const bool is_full = unit + lanes <= of.H;
+  V sum[rows];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) sum[r] = V::load(to[r]);
+  index k = 0;
+  for (; k + lanes <= of.K; k += lanes) {
+    V square[lanes];
+    if (is_full) {
+      // So many rows at once no machine foresees.
+      const S* const later =
+          k + ahead < of.K ? weight + k + ahead : next + k + ahead - of.K;
+#pragma GCC unroll 16
+      for (int u = 0; u < lanes; ++u) {
+        square[u] = V::load(weight + u * of.K + k);
+        __builtin_prefetch(later + u * of.K);
+      }
+      transpose(square);
+    } else {
+      load_square(of, unit_vectors, panel, vector, k, index{lanes}, square);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        sum[r] = fma(V::broadcast(left[r][k + i]), square[i], sum[r]);
+      }
+    }
+  }
+  if (k < of.K) {
+    V square[lanes];
+    load_square(of, unit_vectors, panel, vector, k, of.K - k, square);
+    for (int i = 0; k + i < of.K; ++i) {
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        sum[r] = fma(V::broadcast(left[r][k + i]), square[i], sum[r]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) sum[r].store(to[r]);
+}
+
+// add_vector for so many rows.
+template <class S, int... fewer>
+auto vector_adder(int rows, std::integer_sequence<int, fewer...>) {
+  static constexpr decltype(&add_vector<S, 1>) adders[] = {add_vector<S, fewer + 1>...};
+  return adders[rows - 1];
+}
+
 // sums[row][panel][C][lanes] += left · weightᵀ for weight (blocks·H, K), from vector
-// `offset` of each panel on: squares of it are transposed on the way.
+// `offset` of each panel on.
 template <class S>
 void add_unpacked(const Matrix& of, int unit_vectors, const S* const* left, int rows,
                   index panel, int together, int C, int offset, S* sums) {
   using V = Vec<S>;
   constexpr index lanes = V::lanes;
-  constexpr index at_once = 8 * lanes;  // cache lines of a row before the next
+  constexpr int most = is_small ? 2 : V::registers == 32 ? 8 : 4;
   const int width = of.slots * unit_vectors;
-  for (index begin = 0; begin < of.K; begin += at_once) {
-    const index end = of.K - begin < at_once ? of.K : begin + at_once;
-    for (int p = 0; p < together; ++p) {
-      for (int vector = 0; vector < width; ++vector) {
-        for (index k = begin; k < end; k += lanes) {
-          const index depth = of.K - k < lanes ? of.K - k : lanes;
-          V square[lanes];
-          load_square(of, unit_vectors, panel + p, vector, k, depth, square);
-          for (int r = 0; r < rows; ++r) {
-            S* const to = sums + ((r * together + p) * C + offset + vector) * lanes;
-            V sum = V::load(to);
-            if (depth == lanes) {
-#pragma GCC unroll 16
-              for (int i = 0; i < lanes; ++i) {
-                sum = fma(V::broadcast(left[r][k + i]), square[i], sum);
-              }
-            } else {
-              for (int i = 0; i < depth; ++i) {
-                sum = fma(V::broadcast(left[r][k + i]), square[i], sum);
-              }
-            }
-            sum.store(to);
-          }
-        }
+  for (int p = 0; p < together; ++p) {
+    for (int vector = 0; vector < width; ++vector) {
+      S* to[most_tile_rows];
+      for (int r = 0; r < rows; ++r) {
+        to[r] = sums + ((r * together + p) * C + offset + vector) * lanes;
+      }
+      for (int r = 0; r < rows; r += most) {
+        const int count = rows - r < most ? rows - r : most;
+        vector_adder<S>(count, std::make_integer_sequence<int, most>{})(
+            of, unit_vectors, panel + p, vector, left + r, to + r);
       }
     }
   }
@@ -94,17 +152,26 @@ void add_transposed(const Matrix& of, const S* const* left, int rows, index colu
   // Enough sums to hide the latency of an FMA, and long pieces of the weight's rows.
   constexpr int at_once = V::registers == 32 ? 8 : 4;
   const index row = index{vectors} * V::lanes;
+  const auto add = [&](const auto& add_rows, int r, int c, int most) {
+    const int count = vectors - c < most ? vectors - c : most;
+    add_rows(of, left + r, column + c * V::lanes, sums + r * row + c * V::lanes, row,
+             count);
+  };
+  int r = 0;
+  if constexpr (!is_small) {
+    for (; r + 4 <= rows; r += 4) {
+      constexpr int half = at_once / 2;
+      for (int c = 0; c < vectors; c += half) {
+        add(add_columns_of<S, 4, half>, r, c, half);
+      }
+    }
+  }
   for (int c = 0; c < vectors; c += at_once) {
-    const int count = vectors - c < at_once ? vectors - c : at_once;
-    int r = 0;
-    for (; r + 2 <= rows; r += 2) {
-      add_columns_of<S, 2, at_once>(of, left + r, column + c * V::lanes,
-                                    sums + r * row + c * V::lanes, row, count);
+    int next = r;
+    for (; next + 2 <= rows; next += 2) {
+      add(add_columns_of<S, 2, at_once>, next, c, at_once);
     }
-    if (r < rows) {
-      add_columns_of<S, 1, at_once>(of, left + r, column + c * V::lanes,
-                                    sums + r * row + c * V::lanes, row, count);
-    }
+    if (next < rows) add(add_columns_of<S, 1, at_once>, next, c, at_once);
   }
 }
 
