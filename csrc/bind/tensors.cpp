@@ -1,10 +1,39 @@
 #include "tensors.h"
 
+#include <dlfcn.h>
 #include <pybind11/stl.h>
+
+#include <atomic>
+#include <cstring>
 
 namespace fusedrnn {
 
 namespace {
+
+// Functions of PyTorch's C interface, which keeps its form from version to version, as
+// torch/csrc/inductor/aoti_torch/c/shim.h declares them. They return 0 for success.
+struct Shim {
+  using Handle = struct Opaque*;
+  int (*get_data_ptr)(Handle, void** to);
+  int (*get_dim)(Handle, std::int64_t* to);
+  int (*get_sizes)(Handle, std::int64_t** to);
+  int (*get_strides)(Handle, std::int64_t** to);
+  int (*get_dtype)(Handle, std::int32_t* to);
+  int (*get_device_type)(Handle, std::int32_t* to);
+  int (*delete_tensor_object)(Handle);
+  int (*empty_strided)(std::int64_t rank, const std::int64_t* sizes,
+                       const std::int64_t* strides, std::int32_t dtype,
+                       std::int32_t device_type, std::int32_t device, Handle* to);
+  std::int32_t float32, float64, cpu;
+};
+
+// What is used of PyTorch, once fusedrnn.torch has handed it over.
+struct Torch {
+  PyObject *tensor, *parameter;  // types
+  py::object to_handles, from_handles, from_numpy, is_grad_enabled, forward_ad;
+  std::vector<py::object> observers;  // functions; one that returns true looks at calls
+  Shim shim;
+};
 
 // Never destroyed: Python may be gone before.
 Torch& torch() {
@@ -12,125 +41,200 @@ Torch& torch() {
   return found;
 }
 
+Shim find_shim(const std::string& library) {
+  void* const handle = dlopen(library.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  Shim shim{};
+  const auto find = [&](auto& function, const std::string& name) {
+    void* const found =
+        dlsym(handle ? handle : RTLD_DEFAULT, ("aoti_torch_" + name).c_str());
+    if (!found) throw py::import_error("PyTorch lacks aoti_torch_" + name);
+    function = reinterpret_cast<std::decay_t<decltype(function)>>(found);
+  };
+  find(shim.get_data_ptr, "get_data_ptr");
+  find(shim.get_dim, "get_dim");
+  find(shim.get_sizes, "get_sizes");
+  find(shim.get_strides, "get_strides");
+  find(shim.get_dtype, "get_dtype");
+  find(shim.get_device_type, "get_device_type");
+  find(shim.delete_tensor_object, "delete_tensor_object");
+  find(shim.empty_strided, "empty_strided");
+  std::int32_t (*number)();
+  find(number, "dtype_float32");
+  shim.float32 = number();
+  find(number, "dtype_float64");
+  shim.float64 = number();
+  find(number, "device_type_cpu");
+  shim.cpu = number();
+  return shim;
+}
+
+// Whether what is saved is zero where the kernels do not write; for tests.
+std::atomic<bool> clears_saved{false};
+
 PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
-
-py::object attribute(const py::handle& object, PyObject* name) {
-  PyObject* const found = PyObject_GetAttr(object.ptr(), name);
-  if (!found) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(found);
-}
-
-py::object call_method(const py::handle& object, PyObject* name) {
-  PyObject* const self[] = {object.ptr()};
-  PyObject* const found = PyObject_VectorcallMethod(
-      name, self, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
-  if (!found) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(found);
-}
 
 bool is_true(const py::object& function) {
   PyObject* const found = PyObject_CallNoArgs(function.ptr());
   if (!found) throw py::error_already_set();
   const auto result = py::reinterpret_steal<py::object>(found);
-  if (result.is_none()) return false;
-  return PyObject_IsTrue(result.ptr()) == 1;
+  return !result.is_none() && PyObject_IsTrue(result.ptr()) == 1;
 }
 
-// A new tensor of float32 or float64 on the CPU.
-py::object empty(const Axes& axes, index element) {
-  static PyObject* const keywords = PyTuple_Pack(1, intern("dtype"));
-  py::tuple shape(axes.count);
-  for (index n = 0; n < axes.count; ++n) shape[n] = axes.lengths[n];
-  PyObject* const dtype = (element == 4 ? torch().float32 : torch().float64).ptr();
-  PyObject* const arguments[] = {shape.ptr(), dtype};
-  PyObject* const made =
-      PyObject_Vectorcall(torch().empty.ptr(), arguments, 1, keywords);
-  if (!made) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(made);
+// Whether anything but autograd looks at calls.
+bool is_observed() {
+  static PyObject* const level = intern("_current_level");
+  for (const py::object& observer : torch().observers) {
+    if (is_true(observer)) return true;
+  }
+  // Forward-mode derivatives are at work at level 0 and above.
+  PyObject* const found = PyObject_GetAttr(torch().forward_ad.ptr(), level);
+  if (!found) throw py::error_already_set();
+  return PyLong_AsLong(py::reinterpret_steal<py::object>(found).ptr()) >= 0;
 }
 
-// The same of used memory where fresh pages would be costly; its storage is not PyTorch's.
-py::object empty_of_ours(const Axes& axes, index element) {
+// New tensors of float32 or float64 on the CPU, which become Python's together.
+class NewTensors {
+ public:
+  explicit NewTensors(index element) : element_(element) {}
+
+  // Memory of the next tensor.
+  char* add(const Axes& axes) {
+    const Shim& shim = torch().shim;
+    std::int64_t sizes[5], strides[5], apart = 1;
+    for (index n = axes.count - 1; n >= 0; --n) {
+      sizes[n] = axes.lengths[n];
+      strides[n] = apart;
+      apart *= sizes[n] > 0 ? sizes[n] : 1;
+    }
+    Shim::Handle handle = nullptr;
+    const auto dtype = element_ == 4 ? shim.float32 : shim.float64;
+    const int failed =
+        shim.empty_strided(axes.count, sizes, strides, dtype, shim.cpu, 0, &handle);
+    if (failed) throw std::bad_alloc();
+    handles_.append(py::capsule(handle, static_cast<const char*>(nullptr)));
+    void* start = nullptr;
+    shim.get_data_ptr(handle, &start);
+    return static_cast<char*>(start);
+  }
+  // The tensors, in order.
+  py::list all() const {
+    return handles_.empty() ? py::list() : py::list(torch().from_handles(handles_));
+  }
+
+ private:
+  const index element_;
+  py::list handles_;
+};
+
+// What only backward sees: in used memory where fresh pages would be costly.
+py::object new_saved(const Axes& axes, index element, char*& start) {
   index bytes = element;
   for (index n = 0; n < axes.count; ++n) bytes *= axes.lengths[n];
-  if (bytes < large_array) return empty(axes, element);
+  if (bytes < large_array) {
+    NewTensors made(element);
+    start = made.add(axes);
+    return made.all()[0];
+  }
   const py::dtype dtype = element == 4 ? py::dtype::of<float>() : py::dtype::of<double>();
-  return torch().from_numpy(
-      allocate({axes.lengths, axes.lengths + axes.count}, dtype));
-}
-
-char* address(const py::handle& tensor) {
-  static PyObject* const data_ptr = intern("data_ptr");
-  if (tensor.is_none()) return nullptr;
-  return static_cast<char*>(PyLong_AsVoidPtr(call_method(tensor, data_ptr).ptr()));
+  Array array = allocate({axes.lengths, axes.lengths + axes.count}, dtype);
+  start = static_cast<char*>(array.mutable_data());
+  return torch().from_numpy(array);
 }
 
 }  // namespace
 
-// Reads tensors on the CPU of one element type, that of the first. A wrong one makes `ok`
-// false.
+// Reads tensors on the CPU of one element type, that of the first. They are collected,
+// then opened together. `ok` becomes false where one is not as the kernels read it.
 class TensorReader {
  public:
   // `exact`: subclasses of tensors are wrong.
   explicit TensorReader(bool exact) : exact_(exact) {}
+  TensorReader(const TensorReader&) = delete;
+  ~TensorReader() {
+    for (const View& v : views_) torch().shim.delete_tensor_object(v.handle);
+  }
 
   bool ok = true, requires_grad = false, unbatched = false;
   index element = 0;
 
   struct View {
+    Shim::Handle handle = nullptr;
     const char* start = nullptr;
-    index rank = 0, shape[5] = {}, strides[5] = {};  // strides in elements
+    index rank = 0;
+    const std::int64_t *shape = nullptr, *strides = nullptr;  // in elements
   };
 
-  // A tensor, or nothing for None.
-  View view(const py::handle& tensor) {
-    static PyObject *const dtype = intern("dtype"), *const is_cpu = intern("is_cpu"),
-                           *const shape = intern("shape"), *const stride = intern("stride"),
-                           *const is_neg = intern("is_neg"),
-                           *const grad = intern("requires_grad");
-    View v;
-    if (tensor.is_none()) return v;
-    if (!is_tensor(tensor) || attribute(tensor, is_cpu).ptr() != Py_True) return failed();
-    const py::object kind = attribute(tensor, dtype);
-    const index size = kind.is(torch().float32) ? 4 : kind.is(torch().float64) ? 8 : 0;
-    if (element == 0) element = size;
-    if (size == 0 || size != element) return failed();
-    if (call_method(tensor, is_neg).ptr() == Py_True) return failed();
-    if (exact_) requires_grad |= attribute(tensor, grad).ptr() == Py_True;
-    read(attribute(tensor, shape), call_method(tensor, stride), v);
-    v.start = address(tensor);
-    return v;
+  // Adds a tensor, or None. `other`: of another element type.
+  void collect(const py::handle& tensor, bool other = false) {
+    static PyObject *const is_neg = intern("is_neg"), *const grad =
+                                                          intern("requires_grad");
+    if (tensor.is_none()) return places_.push_back(-1);
+    if (!is_tensor(tensor)) return fail();
+    PyObject* const self[] = {tensor.ptr()};
+    PyObject* const negative = PyObject_VectorcallMethod(
+        is_neg, self, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
+    if (!negative) throw py::error_already_set();
+    Py_DECREF(negative);  // True and False live on
+    if (negative == Py_True) return fail();
+    if (exact_) {
+      PyObject* const flag = PyObject_GetAttr(tensor.ptr(), grad);
+      if (!flag) throw py::error_already_set();
+      Py_DECREF(flag);
+      requires_grad |= flag == Py_True;
+    }
+    places_.push_back(static_cast<int>(tensors_.size()));
+    others_.push_back(other);
+    tensors_.append(tensor);
   }
-  // A contiguous tensor of a shape.
-  const char* whole(const py::handle& tensor, const Axes& axes) {
-    const View v = view(tensor);
-    if (tensor.is_none() || !ok) return nullptr;
-    return check(v, axes) ? v.start : failed().start;
+  void open() {
+    if (!ok) return;
+    const Shim& shim = torch().shim;
+    const py::list handles(torch().to_handles(tensors_));
+    for (std::size_t n = 0; n < handles.size(); ++n) {
+      View v;
+      v.handle =
+          static_cast<Shim::Handle>(PyCapsule_GetPointer(handles[n].ptr(), nullptr));
+      std::int32_t dtype = -1, device = -1;
+      std::int64_t rank = 0;
+      std::int64_t *shape = nullptr, *strides = nullptr;
+      void* start = nullptr;
+      shim.get_dim(v.handle, &rank);
+      shim.get_sizes(v.handle, &shape);
+      shim.get_strides(v.handle, &strides);
+      shim.get_dtype(v.handle, &dtype);
+      shim.get_device_type(v.handle, &device);
+      v.rank = rank;
+      v.shape = shape;
+      v.strides = strides;
+      if (device == shim.cpu) shim.get_data_ptr(v.handle, &start);
+      v.start = static_cast<const char*>(start);
+      const index size = dtype == shim.float32 ? 4 : dtype == shim.float64 ? 8 : 0;
+      if (element == 0) element = size;
+      if (device != shim.cpu || (!others_[n] && (size == 0 || size != element))) fail();
+      views_.push_back(v);
+    }
   }
-  // A contiguous tensor of another type, whose elements have been checked.
-  const char* other(const py::handle& tensor) const { return address(tensor); }
+
+  // The next of what was collected; nothing for None.
+  View next() {
+    const int place = ok ? places_[next_++] : -1;
+    return place < 0 ? View{} : views_[place];
+  }
+  // The next, which must be contiguous and of a shape, or None.
+  const char* whole(const Axes& axes) {
+    const View v = next();
+    if (!v.handle) return nullptr;
+    if (!check(v, axes)) fail();
+    return v.start;
+  }
 
  private:
   bool is_tensor(const py::handle& object) const {
-    if (!exact_) return PyObject_IsInstance(object.ptr(), torch().tensor.ptr()) == 1;
+    if (!exact_) return PyObject_IsInstance(object.ptr(), torch().tensor) == 1;
     const auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
-    return type == torch().tensor.ptr() || type == torch().parameter.ptr();
+    return type == torch().tensor || type == torch().parameter;
   }
-  View failed() {
-    ok = false;
-    return {};
-  }
-  void read(const py::object& shape, const py::object& strides, View& v) {
-    v.rank = PyTuple_Check(shape.ptr()) ? PyTuple_GET_SIZE(shape.ptr()) : 6;
-    if (v.rank > 5) {
-      ok = false;
-      return;
-    }
-    for (index n = 0; n < v.rank; ++n) {
-      v.shape[n] = PyLong_AsSsize_t(PyTuple_GET_ITEM(shape.ptr(), n));
-      v.strides[n] = PyLong_AsSsize_t(PyTuple_GET_ITEM(strides.ptr(), n));
-    }
-  }
+  void fail() { ok = false; }
   static bool check(const View& v, const Axes& axes) {
     if (v.rank != axes.count) return false;
     index apart = 1;
@@ -143,6 +247,11 @@ class TensorReader {
   }
 
   const bool exact_;
+  py::list tensors_;
+  std::vector<int> places_;
+  std::vector<bool> others_;
+  std::vector<View> views_;
+  std::size_t next_ = 0;
 };
 
 TensorLayers::TensorLayers(std::string cell, std::array<index, 3> sizes, int layers,
@@ -199,13 +308,11 @@ index TensorLayers::saved_values(bool is_double, const py::object& options) cons
   return saved_bytes(stack(element, {}), c) / element;
 }
 
-// Reads a call's arguments; false where one of them needs a look.
+// Reads a call's arguments, which `reader` has collected, x first; false where one of
+// them needs a look.
 bool TensorLayers::read(TensorReader& reader, StackCall& c,
-                        std::vector<const char*>& addresses, const py::handle& x,
-                        const py::handle& h0, const py::handle& c0,
-                        const py::sequence& parameters, const py::handle& lengths,
-                        const py::handle& resets, AxesOf axes) const {
-  const auto v = reader.view(x);
+                        std::vector<const char*>& addresses, AxesOf axes) const {
+  const auto v = reader.next();
   if (!reader.ok || !v.start) return false;
   const bool step = axes == AxesOf::step, unbatched = v.rank == 2 && !step;
   if (v.rank != (step || unbatched ? 2 : 3)) return false;
@@ -217,46 +324,72 @@ bool TensorLayers::read(TensorReader& reader, StackCall& c,
   c.T = step ? 1 : v.shape[time];
   c.B = step ? v.shape[0] : unbatched ? 1 : v.shape[row];
   c.x_t = step ? 0 : v.strides[time] * reader.element;
-  c.x_b = step ? v.strides[0] * reader.element
+  c.x_b = step        ? v.strides[0] * reader.element
           : unbatched ? 0
                       : v.strides[row] * reader.element;
   if (c.T < 1 || c.B < 1) return false;
   c.reverse = reverse_;
   const index n = layers_ * directions_;
-  const auto state = [&](const py::handle& given, index width) {
-    if (step) return reader.whole(given, {c.B, width});
-    return unbatched ? reader.whole(given, {n, width})
-                     : reader.whole(given, {n, c.B, width});
+  const auto state = [&](index width) {
+    return reader.whole(step        ? Axes{c.B, width}
+                        : unbatched ? Axes{n, width}
+                                    : Axes{n, c.B, width});
   };
-  c.h0 = state(h0, R_);
-  c.c0 = state(c0, H_);
-  c.lengths = reinterpret_cast<const index*>(reader.other(lengths));
-  c.resets = reinterpret_cast<const bool*>(reader.other(resets));
-  auto next = parameters.begin();
-  const auto end = parameters.end();
+  c.h0 = state(R_);
+  c.c0 = state(H_);
+  c.lengths = reinterpret_cast<const index*>(reader.next().start);
+  c.resets = reinterpret_cast<const bool*>(reader.next().start);
   for (index at = 0; at < n; ++at) {
-    const index I = at < directions_ ? I_ : directions_ * R_, GH = gates_ * H_;
-    const Axes shapes[parameter_count] = {
-        {GH, I}, {GH, R_},         {GH}, {GH}, {R_, H_},
-        {peepholes_ * H_}, {GH},   {GH}, {H_}, {H_}};
     for (int kind = 0; kind < parameter_count; ++kind) {
       if (!(kinds_ >> kind & 1)) continue;
-      if (next == end) return false;
-      const char* const start = reader.whole(*next, shapes[kind]);
+      const char* const start = reader.whole(parameter_axes(at, kind));
       if (!start) return false;
       addresses.push_back(start);
-      ++next;
     }
   }
-  return reader.ok && next == end;
+  return reader.ok;
+}
+
+Axes TensorLayers::parameter_axes(index at, int kind) const {
+  const index GH = gates_ * H_;
+  switch (kind) {
+    case 0:
+      return {GH, at < directions_ ? I_ : directions_ * R_};
+    case 1:
+      return {GH, R_};
+    case 4:
+      return {R_, H_};
+    case 5:
+      return {peepholes_ * H_};
+    case 8:
+    case 9:
+      return {H_};
+    default:
+      return {GH};
+  }
+}
+
+// Hands the arguments of a call to a reader; false where they are too few or too many.
+bool TensorLayers::collect(TensorReader& reader, const py::handle& x,
+                           const py::handle& h0, const py::handle& c0,
+                           const py::sequence& parameters, const py::handle& lengths,
+                           const py::handle& resets) const {
+  const std::size_t each = std::popcount(kinds_);
+  if (parameters.size() != each * layers_ * directions_) return false;
+  for (const py::handle& a : {x, h0, c0}) reader.collect(a);
+  reader.collect(lengths, true);
+  reader.collect(resets, true);
+  for (const py::handle p : parameters) {
+    if (p.is_none()) return false;
+    reader.collect(p);
+  }
+  return reader.ok;
 }
 
 py::object TensorLayers::infer(const py::handle& x, const py::handle& hx,
                                const py::list& parameters, int axes,
                                const py::object& options) const {
-  for (const py::object& observer : torch().observers) {
-    if (is_true(observer)) return py::none();
-  }
+  if (is_observed()) return py::none();
   const auto kind = static_cast<AxesOf>(axes);
   py::object h0 = py::none(), c0 = py::none();
   if (!hx.is_none()) {
@@ -274,169 +407,158 @@ py::object TensorLayers::infer(const py::handle& x, const py::handle& hx,
   TensorReader reader(true);
   StackForward c{};
   std::vector<const char*> addresses;
-  if (!read(reader, c, addresses, x, h0, c0, parameters, py::none(), py::none(), kind)) {
-    return py::none();
-  }
+  const py::none none;
+  if (!collect(reader, x, h0, c0, parameters, none, none)) return none;
   if (reader.requires_grad && is_true(torch().is_grad_enabled)) return py::bool_(false);
+  reader.open();
+  if (!read(reader, c, addresses, kind)) return none;
   CallOptions(options).put(c);
   const index n = layers_ * directions_, width = directions_ * R_, size = reader.element;
   const bool step = kind == AxesOf::step;
   const bool unbatched = reader.unbatched;
   const bool batch_first = kind == AxesOf::batch_first;
   const auto state = [&](index of) {
-    if (step) return empty({c.B, of}, size);
-    return unbatched ? empty({n, of}, size) : empty({n, c.B, of}, size);
+    return step ? Axes{c.B, of} : unbatched ? Axes{n, of} : Axes{n, c.B, of};
   };
-  const py::object h_n = state(R_), c_n = has_c_ ? state(H_) : py::none();
-  py::object y = py::none();
+  NewTensors made(size);
+  c.h_n = made.add(state(R_));
+  if (has_c_) c.c_n = made.add(state(H_));
   Memory of_step;
   if (step) {
     of_step = Memory(static_cast<std::size_t>(c.B * R_ * size));
     c.y = of_step.as<char>();
   } else {
-    y = unbatched     ? empty({c.T, width}, size)
-        : batch_first ? empty({c.B, c.T, width}, size)
-                      : empty({c.T, c.B, width}, size);
-    c.y = address(y);
+    c.y = made.add(unbatched     ? Axes{c.T, width}
+                   : batch_first ? Axes{c.B, c.T, width}
+                                 : Axes{c.T, c.B, width});
   }
   c.y_t = (batch_first ? 1 : c.B) * width * size;
   c.y_b = (batch_first ? c.T : 1) * width * size;
-  c.h_n = address(h_n);
-  c.c_n = address(c_n);
   const Stack layers = stack(size, addresses);
   {
     const py::gil_scoped_release release;
     fusedrnn::forward(layers, c);
   }
-  py::object last = h_n;
-  if (has_c_) last = py::make_tuple(h_n, c_n);
+  const py::list all = made.all();
+  py::object last = all[0];
+  if (has_c_) last = py::make_tuple(all[0], all[1]);
   if (step) return last;
-  return py::make_tuple(y, std::move(last));
+  return py::make_tuple(all[all.size() - 1], std::move(last));
 }
 
 py::object TensorLayers::forward(const py::handle& x, const py::handle& h0,
                                  const py::handle& c0, const py::sequence& parameters,
                                  const py::handle& lengths, const py::handle& resets,
-                                 const py::object& options, bool saves,
-                                 bool step) const {
+                                 const py::object& options, bool saves, bool step) const {
   TensorReader reader(false);
   StackForward c{};
   std::vector<const char*> addresses;
   const AxesOf axes = step ? AxesOf::step : AxesOf::sequence;
-  if (!read(reader, c, addresses, x, h0, c0, parameters, lengths, resets, axes)) {
-    return py::none();
-  }
+  if (!collect(reader, x, h0, c0, parameters, lengths, resets)) return py::none();
+  reader.open();
+  if (!read(reader, c, addresses, axes)) return py::none();
   const CallOptions o(options);
   o.put(c);
   const Stack layers = stack(reader.element, addresses);
   const index n = layers_ * directions_, size = reader.element;
   const index y_row = directions_ * R_, c_row = directions_ * H_;
-  const py::object y = step ? empty({c.B, R_}, size) : empty({c.T, c.B, y_row}, size);
-  py::object h_n = py::none(), c_n = py::none(), cells = py::none(), trace = py::none();
-  py::object saved = py::none();
+  NewTensors made(size);
   Memory of_step;
-  c.y = address(y);
+  c.y = made.add(step ? Axes{c.B, R_} : Axes{c.T, c.B, y_row});
   c.y_b = y_row * size;
   c.y_t = c.B * c.y_b;
   if (step) {
     of_step = Memory(static_cast<std::size_t>(c.B * R_ * size));
     c.h_n = of_step.as<char>();
-    if (has_c_) c_n = empty({c.B, H_}, size);
   } else {
-    h_n = empty({n, c.B, R_}, size);
-    c.h_n = address(h_n);
-    if (has_c_) c_n = empty({n, c.B, H_}, size);
+    c.h_n = made.add({n, c.B, R_});
   }
-  c.c_n = address(c_n);
-  if (o.return_cells) cells = empty({c.T, c.B, c_row}, size);
-  c.cells = address(cells);
+  if (has_c_) c.c_n = made.add(step ? Axes{c.B, H_} : Axes{n, c.B, H_});
+  if (o.return_cells) c.cells = made.add({c.T, c.B, c_row});
   c.cells_b = c_row * size;
   c.cells_t = c.B * c.cells_b;
-  if (o.trace) trace = empty({n, c.T, c.B, gates_, H_}, size);
-  c.trace = address(trace);
+  if (o.trace) c.trace = made.add({n, c.T, c.B, gates_, H_});
+  py::object saved = py::none();
   if (saves) {
     const index values = saved_bytes(layers, c) / size;
-    if (values > 0) saved = empty_of_ours({c.T, c.B, values}, size);
+    if (values > 0) saved = new_saved({c.T, c.B, values}, size, c.saved);
+    if (clears_saved && values > 0) std::memset(c.saved, 0, c.T * c.B * values * size);
   }
-  c.saved = address(saved);
   {
     const py::gil_scoped_release release;
     fusedrnn::forward(layers, c);
   }
+  const py::list all = made.all();
+  std::size_t next = 0;
+  const auto take = [&](bool exists) {
+    return exists ? py::object(all[next++]) : py::object(py::none());
+  };
+  const py::object y = take(true), h_n = take(!step), c_n = take(has_c_);
+  const py::object cells = take(o.return_cells), trace = take(o.trace);
   return py::make_tuple(y, h_n, c_n, cells, trace, saved);
 }
 
-py::object TensorLayers::backward(
-    const py::sequence& wanted, const py::sequence& d, const py::handle& y,
-    const py::handle& cells, const py::handle& saved, const py::handle& x,
-    const py::handle& h0, const py::handle& c0, const py::sequence& parameters,
-    const py::handle& lengths, const py::handle& resets, const py::object& options,
-    bool step) const {
+py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence& d,
+                                  const py::handle& y, const py::handle& cells,
+                                  const py::handle& saved, const py::handle& x,
+                                  const py::handle& h0, const py::handle& c0,
+                                  const py::sequence& parameters,
+                                  const py::handle& lengths, const py::handle& resets,
+                                  const py::object& options, bool step) const {
   TensorReader reader(false);
   StackBackward c{};
   std::vector<const char*> addresses;
   const AxesOf axes = step ? AxesOf::step : AxesOf::sequence;
-  if (!read(reader, c, addresses, x, h0, c0, parameters, lengths, resets, axes)) {
-    return py::none();
-  }
+  if (!collect(reader, x, h0, c0, parameters, lengths, resets)) return py::none();
+  for (const py::handle& a : {y, cells, saved}) reader.collect(a);
+  for (const py::handle g : d) reader.collect(g);
+  reader.open();
+  if (!read(reader, c, addresses, axes)) return py::none();
   CallOptions(options).put(c);
   const Stack layers = stack(reader.element, addresses);
   const index n = layers_ * directions_, size = reader.element;
   const index y_row = directions_ * R_, c_row = directions_ * H_;
-  const auto sequence = [&](const py::handle& given, index width) {
-    return step ? reader.whole(given, {c.B, width})
-                : reader.whole(given, {c.T, c.B, width});
+  const auto sequence = [&](index width) {
+    return step ? Axes{c.B, width} : Axes{c.T, c.B, width};
   };
-  const auto state = [&](const py::handle& given, index width) {
-    return step ? reader.whole(given, {c.B, width})
-                : reader.whole(given, {n, c.B, width});
+  const auto state = [&](index width) {
+    return step ? Axes{c.B, width} : Axes{n, c.B, width};
   };
-  c.y = sequence(y, y_row);
+  const index values = saved_bytes(layers, c) / size;
+  c.y = reader.whole(sequence(y_row));
   c.y_b = c.dy_b = y_row * size;
   c.y_t = c.dy_t = c.B * c.y_b;
-  c.cells = sequence(cells, c_row);
+  c.cells = reader.whole(sequence(c_row));
   c.cells_b = c.dcells_b = c_row * size;
   c.cells_t = c.dcells_t = c.B * c.cells_b;
-  const index values = saved_bytes(layers, c) / size;
-  c.saved = values > 0 ? reader.whole(saved, {c.T, c.B, values}) : nullptr;
-  c.dy = sequence(d[0], y_row);
-  c.dh_n = state(d[1], R_);
-  c.dc_n = state(d[2], H_);
-  c.dcells = sequence(d[3], c_row);
+  c.saved = values > 0 ? reader.whole({c.T, c.B, values}) : (reader.next(), nullptr);
+  c.dy = reader.whole(sequence(y_row));
+  c.dh_n = reader.whole(state(R_));
+  c.dc_n = reader.whole(state(H_));
+  c.dcells = reader.whole(sequence(c_row));
   if (!reader.ok || !c.y || (values > 0 && !c.saved)) return py::none();
 
-  py::list found;
-  const auto is_wanted = [&](index at) { return py::cast<bool>(wanted[at]); };
-  const auto make = [&](index at, const Axes& shape) {
-    const py::object made = empty(shape, size);
-    if (is_wanted(at)) found.append(made);
-    return made;
+  const auto is_wanted = [&](index at) {
+    return PyObject_IsTrue(py::object(wanted[at]).ptr()) == 1;
   };
-  // Gradients of a state are made in any case.
-  py::object dx, dh0, dc0;
-  if (is_wanted(0)) {
-    dx = make(0, step ? Axes{c.B, I_} : Axes{c.T, c.B, I_});
-    c.dx = address(dx);
-    c.dx_b = I_ * size;
-    c.dx_t = c.B * c.dx_b;
+  NewTensors made(size);
+  Memory unwanted;  // the state's gradients are made in any case
+  const index of_state = n * c.B * H_ * size;
+  if (!is_wanted(1) || (has_c_ && !is_wanted(2))) {
+    unwanted = Memory(static_cast<std::size_t>(2 * of_state));
   }
-  dh0 = make(1, step ? Axes{c.B, R_} : Axes{n, c.B, R_});
-  c.dh0 = address(dh0);
-  if (has_c_) {
-    dc0 = make(2, step ? Axes{c.B, H_} : Axes{n, c.B, H_});
-    c.dc0 = address(dc0);
-  }
+  if (is_wanted(0)) c.dx = made.add(sequence(I_));
+  c.dx_b = I_ * size;
+  c.dx_t = c.B * c.dx_b;
+  c.dh0 = is_wanted(1) ? made.add(state(R_)) : unwanted.as<char>();
+  if (has_c_) c.dc0 = is_wanted(2) ? made.add(state(H_)) : unwanted.as<char>() + of_state;
   std::vector<char*> gradients;
   index at = 3;
   for (index of = 0; of < n; ++of) {
-    const index I = of < directions_ ? I_ : directions_ * R_, GH = gates_ * H_;
-    const Axes shapes[parameter_count] = {
-        {GH, I}, {GH, R_},         {GH}, {GH}, {R_, H_},
-        {peepholes_ * H_}, {GH},   {GH}, {H_}, {H_}};
     for (int kind = 0; kind < parameter_count; ++kind) {
       gradients.push_back(nullptr);
       if (!(kinds_ >> kind & 1)) continue;
-      if (is_wanted(at)) gradients.back() = address(make(at, shapes[kind]));
+      if (is_wanted(at)) gradients.back() = made.add(parameter_axes(of, kind));
       ++at;
     }
   }
@@ -445,19 +567,25 @@ py::object TensorLayers::backward(
     const py::gil_scoped_release release;
     fusedrnn::backward(layers, c);
   }
-  return found;
+  return made.all();
 }
 
 void bind_tensors(py::module_& m) {
-  m.def("set_torch", [](const py::module_& torch_module, const py::object& parameter,
-                        std::vector<py::object> observers) {
-    const auto get = [&](const char* name) {
-      return py::object(torch_module.attr(name));
-    };
-    torch() = {get("Tensor"),  parameter,      get("empty"),
-               get("from_numpy"), get("float32"), get("float64"),
-               get("is_grad_enabled"), std::move(observers)};
+  m.def("set_torch", [](const py::module_& module, const py::object& parameter,
+                        const std::string& library, std::vector<py::object> observers) {
+    const auto keep = [](py::object of) { return of.release().ptr(); };
+    const py::object interface = module.attr("_C").attr("_aoti");
+    torch() = {keep(module.attr("Tensor")),
+               keep(parameter),
+               interface.attr("unsafe_alloc_void_ptrs_from_tensors"),
+               interface.attr("alloc_tensors_by_stealing_from_void_ptrs"),
+               module.attr("from_numpy"),
+               module.attr("is_grad_enabled"),
+               module.attr("autograd").attr("forward_ad"),
+               std::move(observers),
+               find_shim(library)};
   });
+  m.def("set_clears_saved", [](bool clears) { clears_saved = clears; });
   py::class_<TensorLayers>(m, "TensorLayers")
       .def(py::init<std::string, std::array<index, 3>, int, int, unsigned, bool>())
       .def("saved_values", &TensorLayers::saved_values)

@@ -1,5 +1,5 @@
-// Calls of layers with PyTorch's tensors, which are read through Python's own interface:
-// nothing of PyTorch is compiled in or linked.
+// Calls of layers with PyTorch's tensors, which are read and made by the C functions that
+// PyTorch keeps for others, found at run time: nothing of it is compiled in or linked.
 //
 // As in layers.h a call takes its arguments as they come, and returns None where one of
 // them needs a look.
@@ -8,13 +8,6 @@
 #include "layers.h"
 
 namespace fusedrnn {
-
-// What is used of PyTorch, once fusedrnn.torch has handed it over.
-struct Torch {
-  py::object tensor, parameter;  // types
-  py::object empty, from_numpy, float32, float64, is_grad_enabled;
-  std::vector<py::object> observers;  // functions; one that returns true looks at calls
-};
 
 // Where the axes of x are, and of what belongs to it.
 enum class AxesOf : int { sequence, batch_first, step };
@@ -29,7 +22,8 @@ class TensorLayers {
   index saved_values(bool is_double, const py::object& options) const;
 
   // x and hx as a module's user gives them: what the user gets. None also where anything
-  // but autograd looks at the call, False where autograd does.
+  // but autograd looks at the call, False, with no look at the arguments, where autograd
+  // does.
   py::object infer(const py::handle& x, const py::handle& hx, const py::list& parameters,
                    int axes, const py::object& options) const;
 
@@ -50,10 +44,12 @@ class TensorLayers {
 
  private:
   Stack stack(index element, const std::vector<const char*>& parameters) const;
-  bool read(class TensorReader& reader, StackCall& call,
-            std::vector<const char*>& addresses, const py::handle& x,
-            const py::handle& h0, const py::handle& c0, const py::sequence& parameters,
-            const py::handle& lengths, const py::handle& resets, AxesOf axes) const;
+  bool collect(class TensorReader& reader, const py::handle& x, const py::handle& h0,
+               const py::handle& c0, const py::sequence& parameters,
+               const py::handle& lengths, const py::handle& resets) const;
+  bool read(TensorReader& reader, StackCall& call, std::vector<const char*>& addresses,
+            AxesOf axes) const;
+  Axes parameter_axes(index at, int kind) const;
 
   const std::string cell_;
   const index I_, H_, R_;

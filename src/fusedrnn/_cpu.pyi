@@ -58,7 +58,7 @@ class Tape:
         """Return the gradients; see `backend.Tape`. None likewise."""
 
 class TensorLayers:
-    """Layers of PyTorch's tensors, which are read through Python's own interface.
+    """Layers of PyTorch's tensors, which are read and made by PyTorch's C interface.
 
     `sizes` are I, H and R. `kinds` has a bit for each parameter that a direction has, in the
     order of `reference.Parameters`. Calls return None, and do nothing, where a tensor is not
@@ -124,8 +124,16 @@ class TensorLayers:
     ) -> Any:
         """Return a list of the gradients that are wanted of x, h0, c0 and the parameters."""
 
-def set_torch(torch: object, parameter: type, observers: Sequence[Any], /) -> None:
-    """Hand PyTorch over: the module, nn.Parameter, and functions that tell who looks at calls."""
+def set_torch(
+    torch: object, parameter: type, library: str, observers: Sequence[Any], /
+) -> None:
+    """Hand PyTorch over: the module, nn.Parameter, where libtorch_cpu is, and observers.
+
+    Those are functions; one that returns true looks at calls.
+    """
+
+def set_clears_saved(clears: bool, /) -> None:
+    """Say whether what is saved is zero where the kernels do not write; for tests."""
 
 def set_few_rows(rows: int, /) -> None:
     """Say up to how many rows, 16 at first, weights are read as they are; for tests."""

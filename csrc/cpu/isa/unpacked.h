@@ -18,8 +18,8 @@ const S* rows_of(const Matrix& of, int unit_vectors, index panel, int vector) {
   return reinterpret_cast<const S*>(of.weight) + (of.blocks[slot] * of.H + unit) * of.K;
 }
 
-// Some rows of add_unpacked for one vector of a panel: to[row] += left · weightᵀ. The sums
-// stay in registers for all k, of which squares are transposed on the way.
+// Some rows of add_unpacked for one vector of a panel: to[row] += left · weightᵀ. The
+// sums stay in registers for all k, of which squares are transposed on the way.
 template <class S, int rows>
 void add_vector(const Matrix& of, int unit_vectors, index panel, int vector,
                 const S* const* left, S* const* to) {

@@ -191,6 +191,11 @@ class Recurrent(nn.Module):
     # Calls
 
     @functools.cached_property
+    def _saving(self) -> Call:
+        """A plain call that backward follows."""
+        return parse(self._together, "save")
+
+    @functools.cached_property
     def _plain(self) -> tuple[Call, _cpu.TensorLayers]:
         """What runs a call that is asked for nothing more on the CPU."""
         call = parse(self._together)
@@ -208,7 +213,7 @@ class Recurrent(nn.Module):
         return layers.infer(input, hx, weights, axes, call.options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_plain"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_plain", "_saving")}
 
     def _as_leaf(self, proxy: fx.Proxy, *args: Any, **kwargs: Any) -> Any:
         """Return a call of this module as one node of the graph that torch.fx traces."""

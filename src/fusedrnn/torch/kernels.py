@@ -14,7 +14,7 @@ from .. import _cpu, checks, cuda
 from ..backend.cuda import PassTape, Problem, Weights, values_of
 from ..engine import backend_of
 from ..options import asked_of_layer
-from ..reference import Parameters
+from ..reference import Options, Parameters
 from .call import READ, Call, Inputs, Maybe, Outputs, with_seed
 
 
@@ -30,18 +30,17 @@ def share_team() -> bool:
 share_team()
 _followed = 0
 _C: Any = torch._C
-# What tells that more than autograd looks at a call: compilers, modes, transforms, tracers.
+# What tells that more than autograd looks at a call: modes, transforms, tracers.
 _cpu.set_torch(
     torch,
     torch.nn.Parameter,
+    str(next(pathlib.Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"), "")),
     [
-        torch.compiler.is_compiling,
         _C._len_torch_dispatch_stack,
         _C._len_torch_function_stack,
         _C._functorch.peek_interpreter_stack,
         _C._get_tracing_state,
-        torch.is_autocast_cpu_enabled,
-        lambda: torch.autograd.forward_ad._current_level >= 0,
+        functools.partial(torch.is_autocast_enabled, "cpu"),
     ],
 )
 
@@ -56,6 +55,10 @@ def follow_threads() -> None:
 
 
 # On the CPU
+
+
+# From x on to the options, as `_cpu.TensorLayers` takes them.
+_Arguments = tuple[Any, Maybe, Maybe, Sequence[Tensor], Maybe, Maybe, Options]
 
 
 def _whole(a: Maybe) -> Maybe:
@@ -75,28 +78,35 @@ def _masks(given: Inputs, T: int, B: int) -> tuple[Maybe, Maybe]:
     return lengths, resets
 
 
-def _prepared(call: Call, given: Inputs) -> tuple[_cpu.TensorLayers, list[Any]]:
+def _prepared(call: Call, given: Inputs) -> tuple[_cpu.TensorLayers, _Arguments]:
     """Return the layers of a call, and its arguments from x on to the options."""
     follow_threads()
     T, B, I, H, R = call.sizes(given)
     x, h0, c0, parameters, lengths, resets, seed = given
     if lengths is not None or resets is not None:
         lengths, resets = _masks(given, T, B)
-    arguments = [x, h0, c0, parameters, lengths, resets, with_seed(call, seed)]
+    arguments = (x, h0, c0, parameters, lengths, resets, with_seed(call, seed))
     return call.on_cpu(I, H, R), arguments
 
 
-def _made_whole(arguments: list[Any]) -> list[Any]:
+def _made_whole(arguments: _Arguments) -> _Arguments:
     """Return arguments with tensors as the kernels read them."""
-    x, h0, c0, parameters, *others = arguments
-    return [*map(_whole, (x, h0, c0)), list(map(_whole, parameters)), *others]
+    x, h0, c0, parameters, lengths, resets, options = arguments
+    whole: list[Any] = [_whole(p) for p in parameters]
+    return _whole(x), _whole(h0), _whole(c0), whole, lengths, resets, options
 
 
-def _forward_on_cpu(call: Call, given: Inputs) -> Outputs:
-    if given.x.numel() == 0:
+class NeedsLookError(Exception):
+    """An argument of a call that was tried as it comes needs checking or preparing."""
+
+
+def _forward_on_cpu(call: Call, given: Inputs, prepares: bool) -> Outputs:
+    if given.x.numel() == 0 and prepares:
         return _without_steps(call, given)
     layers, arguments = _prepared(call, given)
     made = layers.forward(*arguments, call.saves, False)
+    if made is None and not prepares:
+        raise NeedsLookError
     if made is None:
         made = layers.forward(*_made_whole(arguments), call.saves, False)
     if made is None:
@@ -109,7 +119,7 @@ def _without_steps(call: Call, given: Inputs) -> Outputs:
     s, x = call.sizes(given), given.x
     shapes = call.output_shapes(s, False)
     made = [x.new_zeros((0,) if shape is None else shape) for shape in shapes]
-    for n, state in enumerate(given[1 : 1 + len(call.cell.states)]):
+    for n, state in enumerate((given.h0, given.c0)):
         if state is not None:
             made[1 + n].copy_(state)
     return (*made, x.new_zeros(saved_shape(call, given)))  # type: ignore[return-value]
@@ -136,8 +146,9 @@ def _backward_on_cpu(
     found: list[Tensor] | None
     found = layers.backward(wanted, d, y, of_user, saved, *arguments, False)
     if found is None:
-        read = [list(map(_whole, d)), *map(_whole, (y, of_user, saved))]
-        found = layers.backward(wanted, *read, *_made_whole(arguments), False)
+        made = (_whole(y), _whole(of_user), _whole(saved))
+        seeds, arguments = list(map(_whole, d)), _made_whole(arguments)
+        found = layers.backward(wanted, seeds, *made, *arguments, False)
     if found is None:
         raise ValueError("gradients must have the sizes and dtype of what they belong to")
     return found
@@ -235,12 +246,15 @@ class _OnGpu:
 # Both
 
 
-def compute_forward(call: Call, *tensors: Any) -> Outputs:
-    """Run the kernels: what `fusedrnn::forward` does."""
+def compute_forward(call: Call, *tensors: Any, prepares: bool = True) -> Outputs:
+    """Run the kernels: what `fusedrnn::forward` does.
+
+    Unless it `prepares`, raise `NeedsLookError` where a tensor is not as the kernels read it.
+    """
     given = Inputs(*tensors)
     if given.is_on_gpu:
         return _OnGpu(call, given).forward()
-    return _forward_on_cpu(call, given)
+    return _forward_on_cpu(call, given, prepares)
 
 
 def compute_backward(call: Call, wanted: Sequence[bool], *tensors: Any) -> list[Tensor]:

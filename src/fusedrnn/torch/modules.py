@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..cells import CELLS, gru_cell, lstm_cell, rnn_cell
 from . import ops
 from .base import GRUOptions, LSTMOptions, Recurrent, RNNOptions, check_kind, of_cell
-from .call import parse
+from .kernels import NeedsLookError
 from .packed import Layout
 
 if TYPE_CHECKING:
@@ -200,15 +200,20 @@ class _Layers(Recurrent):
         """Run a call that asks for nothing more, or return None where it needs a look."""
         if torch.compiler.is_compiling():
             return None
-        results: tuple[Any, ...] | None = self._infer(input, hx, int(self.batch_first))
-        if results is not False:
-            return results
-        unbatched, h0, c0 = input.dim() == 2, *(hx if self._is_pair and hx else (hx, None))
+        results: Any = self._infer(input, hx, int(self.batch_first))
+        if results is not False or input.dim() not in (2, 3):
+            return results or None
+        unbatched = input.dim() == 2
+        h0, c0 = hx if self._is_pair and hx else (hx, None)
         x = input.unsqueeze(1) if unbatched else input
         x = x.transpose(0, 1) if self.batch_first and not unbatched else x
-        state = [s.unsqueeze(1) if unbatched and s is not None else s for s in (h0, c0)]
-        weights = list(map(self._parameters.get, self._names))
-        y, *ends = ops.record(parse(self._together, "save"), x, *state, weights)
+        if unbatched:
+            h0, c0 = (None if s is None else s.unsqueeze(1) for s in (h0, c0))
+        weights: list[Any] = list(map(self._parameters.get, self._names))
+        try:
+            y, *ends = ops.record(self._saving, x, h0, c0, weights)
+        except NeedsLookError:
+            return None
         made = _Made(y, ends[: 1 + self._is_pair], y, {})
         kept = {"return_cells": False, "trace": False}
 

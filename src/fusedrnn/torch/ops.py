@@ -16,7 +16,13 @@ from torch import Tensor, library
 from .. import reference
 from ..reference import Parameters
 from .call import READ, SMOOTH_OUTPUTS, Call, Inputs, Maybe, Outputs, parse, with_seed
-from .kernels import check_tensors, compute_backward, compute_forward, saved_shape
+from .kernels import (
+    NeedsLookError,
+    check_tensors,
+    compute_backward,
+    compute_forward,
+    saved_shape,
+)
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:
@@ -145,8 +151,8 @@ class _Eager(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *flat: Any) -> Outputs:
-        made = compute_forward(call, *_inputs(flat))
+    def forward(ctx: Any, call: Call, prepares: bool, *flat: Any) -> Outputs:
+        made = compute_forward(call, *_inputs(flat), prepares=prepares)
         y, _, _, cells, trace, saved = made
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -164,55 +170,58 @@ class _Eager(torch.autograd.Function):
         given, y = _inputs(flat), kept if ctx.y is None else ctx.y
         if y._version and ctx.y is not None:
             y, _, _, _, _, saved = compute_forward(ctx.call, *given)
-        needs = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[1:]
         found = _gradients(ctx.call, [*needs[1:4], *needs[7:]], d, (y, cells, saved), given)
-        return None, *found[:3], None, None, None, *found[3:]
+        return None, None, *found[:3], None, None, None, *found[3:]
 
 
 class _EagerStep(torch.autograd.Function):
     """`_Eager` for a single step on the CPU: x (B, I), h and c (B, ·), and the state after."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, x: Any, h: Any, c: Any, *weights: Any) -> tuple[Any, ...]:
-        layers = call.on_cpu(*call.sizes_of(x, weights))
-        masks = (None, None, call.options)
-        y, _, c_after, _, _, saved = layers.forward(x, h, c, weights, *masks, True, True)
+    def forward(ctx: Any, call: Call, layers: Any, *read: Any) -> Any:
+        x, h, c, *weights = read
+        made = layers.forward(x, h, c, weights, None, None, call.options, True, True)
+        if made is None:
+            raise NeedsLookError
+        y, _, c_after, _, _, saved = made
         ctx.call, ctx.layers = call, layers
         ctx.set_materialize_grads(False)
+        kept = None
         if _C._autograd._top_saved_tensors_default_hooks(False) is None:
-            ctx.y, kept = y.detach(), None
+            ctx.y = y.detach()
         else:
             ctx.y, kept = None, y
-        ctx.save_for_backward(kept, saved, x, h, c, *weights)
-        return y, c_after
+        ctx.save_for_backward(kept, saved, *read)
+        return y if c_after is None else (y, c_after)
 
     @staticmethod
-    def backward(ctx: Any, *d: Maybe) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Maybe, dc: Maybe = None) -> tuple[Any, ...]:
         kept, saved, x, h, c, *weights = ctx.saved_tensors
         call, layers, y = ctx.call, ctx.layers, kept if ctx.y is None else ctx.y
         masks = (None, None, call.options)
         if y._version and ctx.y is not None:
             made = layers.forward(x, h, c, weights, *masks, True, True)
             y, saved = made[0], made[5]
-        needs = ctx.needs_input_grad[1:]
+        needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # a derivative of this one is wanted
-            states = [None if s is None else s.unsqueeze(0) for s in (h, c)]
-            given = Inputs(x.unsqueeze(0), *states, weights)
-            d_h, d_c = (None if g is None else g.unsqueeze(0) for g in d)
+            h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
+            given = Inputs(x.unsqueeze(0), h, c, weights)
+            d_h, d_c = (None if g is None else g.unsqueeze(0) for g in (dy, dc))
             read = (y.unsqueeze(0), y.new_empty(0), saved)
-            seeds = (d_h, None, d_c, None)
-            found = _gradients(call, needs, seeds, read, given)
-            return None, *(g if g is None or n > 2 else g[0] for n, g in enumerate(found))
-        if all(g is None for g in d):
-            return (None,) * (1 + len(needs))
-        seeds = (d[0], None, d[1], None)
-        found = layers.backward(needs, seeds, y, None, saved, x, h, c, weights, *masks, True)
+            seeds: tuple[Maybe, ...] = (d_h, None, d_c, None)
+            found: Any = _gradients(call, needs, seeds, read, given)
+            of_call = (g if g is None or n > 2 else g[0] for n, g in enumerate(found))
+            return None, None, *of_call
+        if dy is None and dc is None:
+            return (None,) * (2 + len(needs))
+        seeds, given_to = (dy, None, dc, None), (x, h, c, weights, *masks, True)
+        found = layers.backward(needs, seeds, y, None, saved, *given_to)
         if found is None:  # gradients that are not contiguous
             seeds = tuple(g if g is None else g.contiguous() for g in seeds)
-            given = (x, h, c, weights)
-            found = layers.backward(needs, seeds, y, None, saved, *given, *masks, True)
+            found = layers.backward(needs, seeds, y, None, saved, *given_to)
         made = iter(found)
-        return None, *(next(made) if is_needed else None for is_needed in needs)
+        return None, None, *[next(made) if is_needed else None for is_needed in needs]
 
 
 class _Transformed(torch.autograd.Function):
@@ -460,8 +469,9 @@ def _(
 # Calls
 
 
-_in_autograd: Any = _Eager.apply
-_step_in_autograd: Any = _EagerStep.apply
+# `apply` of PyTorch's core, without a look whether a transform is at work, which is known.
+_in_autograd: Any = super(torch.autograd.Function, _Eager).apply
+_step_in_autograd: Any = super(torch.autograd.Function, _EagerStep).apply
 _in_transform: Any = _Transformed.apply
 _back_in_transform: Any = _TransformedBackward.apply
 _OWN = {Tensor, torch.nn.Parameter, type(None)}
@@ -499,7 +509,7 @@ def run_forward(call: Call, *tensors: Any) -> Outputs:
     elif _is_observed(tensors):
         results = forward(*call.text, *tensors)
     elif call.saves:
-        results = _in_autograd(call, *_flat(tensors))
+        results = _in_autograd(call, True, *_flat(tensors))
     else:
         results = compute_forward(call, *tensors)
     return results
@@ -508,15 +518,23 @@ def run_forward(call: Call, *tensors: Any) -> Outputs:
 def record(
     call: Call, x: Tensor, h0: Maybe, c0: Maybe, weights: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """Do what `run_forward` does where autograd alone looks at a call without masks."""
-    made: Sequence[Tensor] = _in_autograd(call, x, h0, c0, None, None, None, *weights)
+    """Do what `run_forward` does where autograd alone looks at a call without masks.
+
+    Raises `NeedsLookError` where an argument is not as the kernels read it.
+    """
+    flat = (x, h0, c0, None, None, None, *weights)
+    made: Sequence[Tensor] = _in_autograd(call, False, *flat)
     return made
 
 
-def record_step(call: Call, x: Tensor, h: Maybe, c: Maybe, weights: Sequence[Tensor]) -> Any:
-    """Take a step where autograd alone looks: x (B, I), states (B, ·); return the state."""
-    h, c = _step_in_autograd(call, x, h, c, *weights)
-    return h if c is None else (h, c)
+def record_step(
+    call: Call, layers: Any, x: Tensor, h: Maybe, c: Maybe, weights: Sequence[Tensor]
+) -> Any:
+    """Take a step where autograd alone looks: x (B, I), states (B, ·); return the state.
+
+    Raises `NeedsLookError` where an argument is not as the kernels read it.
+    """
+    return _step_in_autograd(call, layers, x, h, c, *weights)
 
 
 def run_backward(call: Call, wanted: Sequence[bool], *tensors: Any) -> Sequence[Tensor]:

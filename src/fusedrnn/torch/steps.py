@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..cells import gru_cell, lstm_cell, rnn_cell
 from . import ops
 from .base import GRUOptions, LSTMOptions, Recurrent, RNNOptions, of_cell
-from .call import parse
+from .kernels import NeedsLookError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,11 +58,7 @@ class _Step(Recurrent):
         RuntimeError, ValueError, TypeError: what torch.nn refuses, with the same type.
         """
         if not (torch.compiler.is_compiling() or (self.training and self._is_random)):
-            state = self._infer(input, hx, 2)
-            if state is False:
-                h, c = hx if self._is_pair and hx is not None else (hx, None)
-                weights = list(map(self._parameters.get, self._names))
-                state = ops.record_step(parse(self._together, "save"), input, h, c, weights)
+            state = self._as_it_comes(input, hx)
             if state is not None:
                 return state
         if isinstance(input, fx.Proxy):
@@ -91,6 +87,18 @@ class _Step(Recurrent):
         made = self._compute(self._together, asked, *tensors)
         ends = [a[0, 0] if unbatched else a[0] for a in made[1 : 2 + self._is_pair]]
         return tuple(ends) if self._is_pair else ends[0]
+
+    def _as_it_comes(self, input: Any, hx: Any) -> Any:
+        """Take a step that asks for nothing more, or return None where it needs a look."""
+        state = self._infer(input, hx, 2)
+        if state is not False:
+            return state
+        h, c = hx if self._is_pair and hx is not None else (hx, None)
+        weights: list[Any] = list(map(self._parameters.get, self._names))
+        try:
+            return ops.record_step(self._saving, self._plain[1], input, h, c, weights)
+        except NeedsLookError:
+            return None
 
 
 class LSTMCell(_Step):
