@@ -113,7 +113,7 @@ Weights::Packed Weights::forward(index rows, bool asks) const {
 
 const char* Weights::backward(index rows, bool asks) const {
   if (!backward_.load(std::memory_order_acquire) && !asks) {
-    if (rows_backward_.fetch_add(rows) + rows <= few_rows) return nullptr;
+    if (rows_backward_.fetch_add(rows) + rows <= 2 * few_rows) return nullptr;
   }
   return find(backward_, true, false);
 }

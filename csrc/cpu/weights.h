@@ -19,7 +19,8 @@ struct DroppedWeights {
   std::uint32_t where;
 };
 
-// Up to so many rows in all are multiplied without a packing; tests change it.
+// Up to so many rows in all are multiplied without a packing, and twice as many in
+// backward, for which weights lie well as they are; tests change it.
 extern std::atomic<index> few_rows;
 
 class Weights {

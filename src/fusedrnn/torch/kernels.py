@@ -141,14 +141,17 @@ def _backward_on_cpu(
             for a, g, is_wanted in zip(given.smooth, ends, wanted, strict=True)
             if is_wanted and a is not None
         ]
+    d = [g if g is None or g.is_contiguous() else g.contiguous() for g in d]
     layers, arguments = _prepared(call, given)
     of_user = cells if call.options.return_cells else None
     found: list[Tensor] | None
     found = layers.backward(wanted, d, y, of_user, saved, *arguments, False)
     if found is None:
-        made = (_whole(y), _whole(of_user), _whole(saved))
-        seeds, arguments = list(map(_whole, d)), _made_whole(arguments)
-        found = layers.backward(wanted, seeds, *made, *arguments, False)
+        of_forward = (_whole(y), _whole(of_user), _whole(saved))
+        x, h0, c0, parameters, lengths, resets, options = _made_whole(arguments)
+        seeds, masks = list(map(_whole, d)), (lengths, resets)
+        read = (*of_forward, x, h0, c0, parameters, *masks, options)
+        found = layers.backward(wanted, seeds, *read, False)
     if found is None:
         raise ValueError("gradients must have the sizes and dtype of what they belong to")
     return found

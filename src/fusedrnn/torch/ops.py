@@ -215,11 +215,12 @@ class _EagerStep(torch.autograd.Function):
             return None, None, *of_call
         if dy is None and dc is None:
             return (None,) * (2 + len(needs))
+        if dy is not None and not dy.is_contiguous():  # that of a sum
+            dy = dy.contiguous()
+        if dc is not None and not dc.is_contiguous():
+            dc = dc.contiguous()
         seeds, given_to = (dy, None, dc, None), (x, h, c, weights, *masks, True)
         found = layers.backward(needs, seeds, y, None, saved, *given_to)
-        if found is None:  # gradients that are not contiguous
-            seeds = tuple(g if g is None else g.contiguous() for g in seeds)
-            found = layers.backward(needs, seeds, y, None, saved, *given_to)
         made = iter(found)
         return None, None, *[next(made) if is_needed else None for is_needed in needs]
 
