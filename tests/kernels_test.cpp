@@ -127,7 +127,7 @@ void run(const Layout& layout, const Backward& p) {
 
 // Forward in `chunks` pieces, and if there is one, backward.
 template <class S>
-Results train(const Tested& of, const Arrays& a, bool borrow, index chunks) {
+Results train(const Tested& of, const Arrays& a, bool unpacked, index chunks) {
   const bool has_c = of.cell.shape.has_c;
   const Model model{a.I, a.H, a.H, of.cell.shape.variant, false, false};
   const Layout layout(of.kernels, of.cell, model);
@@ -144,12 +144,13 @@ Results train(const Tested& of, const Arrays& a, bool borrow, index chunks) {
   };
   const Parameters<char> parameters{model,      read(w_ih), read(w_hh),
                                     read(b_ih), read(b_hh), nullptr};
-  const auto packed = [&](bool backward) {
-    std::vector<S> to(packed_bytes(layout, backward, borrow) / size);
-    pack(layout, parameters, backward, borrow, write(to), Team::single());
+  const auto packed = [&](Packing packing) {
+    std::vector<S> to(packed_bytes(layout, packing) / size);
+    pack(layout, parameters, packing, write(to), Team::single());
     return to;
   };
-  const std::vector<S> forward_weights = packed(false), backward_weights = packed(true);
+  const auto forward_weights = packed(unpacked ? Packing::bias : Packing::forward);
+  const auto backward_weights = packed(Packing::backward);
   std::vector<S> y(a.T * BH), h_n(h0), c_n(c0);
   const bool saves = saves_slots(of.cell.shape.saves, a.options);
   std::vector<S> saved(saves ? a.T * a.B * layout.record_bytes() / size : 0);
@@ -169,7 +170,7 @@ Results train(const Tested& of, const Arrays& a, bool borrow, index chunks) {
     start(p, first, end - begin);
     const auto lengths = a.lengths_within(first, p.T);
     if (a.resets) p.masks = {lengths.data(), &a.resets[first * a.B]};
-    p.has_options = a.row_wise, p.unpacked = borrow;
+    p.has_options = a.row_wise, p.unpacked = unpacked;
     p.h0 = read(h), p.c0 = has_c ? read(c) : nullptr;
     p.weights = read(forward_weights);
     p.h_n = write(h_n), p.c_n = has_c ? write(c_n) : nullptr;
@@ -186,7 +187,7 @@ Results train(const Tested& of, const Arrays& a, bool borrow, index chunks) {
   p.has_options = a.row_wise, p.forward_weights = read(forward_weights);
   if (a.resets) p.masks = {a.lengths.data(), a.resets.get()};
   p.h0 = read(h0), p.c0 = has_c ? read(c0) : nullptr;
-  p.weights = borrow ? nullptr : read(backward_weights);
+  p.weights = unpacked ? nullptr : read(backward_weights);
   p.saved = write(saved);
   p.dy = read(dy), p.dy_t = BH * size, p.dy_b = a.H * size, p.dh_n = read(dh_n);
   p.dc_n = has_c ? read(dc_n) : nullptr;

@@ -7,6 +7,7 @@ import copy
 import multiprocessing
 import pickle
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,6 +189,50 @@ def test_a_plain_call_equals_the_checked_one(name: str, dtype: np.dtype, threads
             np.testing.assert_array_equal(other[0], direct[0])
             for a, b in zip(np.stack(other[1]), np.stack(direct[1]), strict=True):
                 np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize(
+    ("layers", "both", "sizes", "options"),
+    [
+        (2, True, (40, 2, 24, 20), {}),
+        (4, False, (40, 2, 20, 20), {}),
+        (3, False, (300, 1, 18, 37), {}),
+        (2, False, (1200, 1, 10, 12), {}),
+        (2, True, (12, 40, 24, 40), {"dropout": 0.3}),
+        (2, False, (40, 2, 20, 20), {"clip": 1.0, "zoneout": 0.2}),
+        (3, True, (30, 4, 20, 24), {"weight_dropout": 0.3, "recurrent_dropout": 0.2}),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_layers_and_directions_side_by_side(
+    name: str, layers: int, both: bool, sizes: Any, options: Any, masked: bool
+) -> None:
+    """The same bits on any number of threads, forward and backward."""
+    T, B, I, H = sizes
+    rng = np.random.default_rng(0)
+    layer = getattr(fr, name)(I, H, layers, bidirectional=both, rng=0, **options)
+    x = rng.normal(size=(T, B, I)).astype(np.float32)
+    given: dict[str, Any] = {"seed": 5}
+    if masked:
+        given["lengths"] = rng.integers(0, T + 1, B)
+        given["resets"] = rng.random((T, B)) < 0.1
+    found = []
+    for count in (1, 2, 3, 4):
+        fr.set_num_threads(count)
+        (y, state), pullback = layer.vjp(x, **given)
+        plain, _ = layer(x, training=True, **given)
+        grads = pullback(y, state)
+        states = [*flat(state), *flat(grads.state)]
+        found.append([y, plain, *states, grads.x, *grads.parameters.values()])
+    fr.set_num_threads(0)
+    for others in found[1:]:
+        for a, e in zip(others, found[0], strict=True):
+            np.testing.assert_array_equal(a, e)
+
+
+def flat(state: Any) -> tuple[Any, ...]:
+    return state if isinstance(state, tuple) else (state,)
 
 
 @pytest.mark.parametrize("name", list(LAYERS))

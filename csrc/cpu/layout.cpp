@@ -174,21 +174,26 @@ void Zoneout::find(Block& block, int role_h, int role_c, const Schedule& rows,
   block.rows[role_c] = {keep_c - places.begin * apart, apart, nullptr, nullptr};
 }
 
-index packed_bytes(const Layout& layout, bool backward, bool borrow) {
-  if (borrow) return backward ? 0 : layout.bias_bytes();
-  return backward ? layout.backward_bytes() : layout.forward_bytes();
+index packed_bytes(const Layout& layout, Packing packing) {
+  switch (packing) {
+    case Packing::forward:
+      return layout.forward_bytes();
+    case Packing::backward:
+      return layout.backward_bytes();
+    default:
+      return layout.bias_bytes();
+  }
 }
 
-void pack(const Layout& layout, const Parameters<char>& p, bool backward, bool borrow,
-          char* to, const Team& team) {
+void pack(const Layout& layout, const Parameters<char>& p, Packing packing, char* to,
+          const Team& team) {
   const Kernels& k = layout.k;
   const Matrix W = with_weight(layout.of_input, p.weight_ih);
   const Matrix R = with_weight(layout.of_recurrent, p.weight_hh);
   const auto transposed = [&](const Matrix& of, char* at) {
     k.pack_transposed(of, team.share(layout.dense_panels(of.K)), at);
   };
-  if (backward) {
-    if (borrow) return;
+  if (packing == Packing::backward) {
     transposed(W, to);
     transposed(R, to + layout.back_recurrent());
     if (p.model.projects) {
@@ -198,7 +203,7 @@ void pack(const Layout& layout, const Parameters<char>& p, bool backward, bool b
     return;
   }
   if (team.rank == 0) k.pack_bias(layout.shape, p, layout.P, to);
-  if (borrow) return;
+  if (packing == Packing::bias) return;
   const Range own = team.share(layout.panels());
   k.product.pack(W, layout.unit_vectors, own, to + layout.input_panels());
   k.product.pack(R, layout.unit_vectors, own, to + layout.recurrent_panels());

@@ -236,10 +236,12 @@ class Zoneout {
             index time, Range units) const;
 };
 
-// Weights for the kernels. `borrow`: only what they need beside weights as they are.
-index packed_bytes(const Layout& layout, bool backward, bool borrow);
-void pack(const Layout& layout, const Parameters<char>& parameters, bool backward,
-          bool borrow, char* to, const Team& team);
+// Weights for the kernels: for forward, for backward, or what forward needs beside
+// weights as they are, the biases.
+enum class Packing { forward, backward, bias };
+index packed_bytes(const Layout& layout, Packing packing);
+void pack(const Layout& layout, const Parameters<char>& parameters, Packing packing,
+          char* to, const Team& team);
 
 // The layout of a forward, for `explain`.
 struct ForwardPlan {

@@ -85,16 +85,16 @@ void Weights::expand() {
   put(vectors_.weight_ch, 1, peepholes, of_peephole);
 }
 
-const char* Weights::find(Slot& slot, bool backward, bool borrow) const {
+const char* Weights::find(Slot& slot, Packing packing) const {
   if (const Memory* found = slot.load(std::memory_order_acquire)) {
     return found->as<const char>();
   }
   constexpr index values_per_thread = 1 << 18;
-  const index bytes = fusedrnn::packed_bytes(layout_, backward, borrow);
+  const index bytes = fusedrnn::packed_bytes(layout_, packing);
   auto* const made = new Memory(static_cast<std::size_t>(bytes));
   with_team(threads_for(bytes / layout_.size, values_per_thread), false, 0,
             [&](const Team& team) {
-              pack(layout_, parameters_, backward, borrow, made->as<char>(), team);
+              pack(layout_, parameters_, packing, made->as<char>(), team);
             });
   const Memory* found = nullptr;
   if (slot.compare_exchange_strong(found, made)) return made->as<const char>();
@@ -108,14 +108,14 @@ Weights::Packed Weights::forward(index rows, bool asks) const {
       return {bias(), true};
     }
   }
-  return {find(forward_, false, false), false};
+  return {find(forward_, Packing::forward), false};
 }
 
 const char* Weights::backward(index rows, bool asks) const {
   if (!backward_.load(std::memory_order_acquire) && !asks) {
     if (rows_backward_.fetch_add(rows) + rows <= 2 * few_rows) return nullptr;
   }
-  return find(backward_, true, false);
+  return find(backward_, Packing::backward);
 }
 
 }  // namespace fusedrnn

@@ -51,17 +51,17 @@ class Weights {
     bool unpacked;  // only the biases are packed
   };
   Packed forward(index rows, bool has_options) const;
-  const char* bias() const { return find(bias_, false, true); }
+  const char* bias() const { return find(bias_, Packing::bias); }
   // Null: unpacked.
   const char* backward(index rows, bool has_options) const;
   // Bytes that the packing for a forward takes.
-  index packed_bytes() const { return fusedrnn::packed_bytes(layout_, false, false); }
+  index packed_bytes() const { return fusedrnn::packed_bytes(layout_, Packing::forward); }
 
  private:
   // Memory that is filled once, by whichever thread is first.
   using Slot = std::atomic<const Memory*>;
 
-  const char* find(Slot& slot, bool backward, bool borrow) const;
+  const char* find(Slot& slot, Packing packing) const;
   void expand();
 
   const Layout layout_;
