@@ -49,7 +49,7 @@ struct Model {
   bool norm;      // LayerNorm
 };
 
-// The options of a call; src/fusedrnn/reference.py defines their meaning.
+// The options of a call; src/fusedrnn/reference/types.py defines their meaning.
 struct Options {
   double clip, cell_clip;  // infinite for none
   double zoneout_h, zoneout_c, recurrent_dropout;

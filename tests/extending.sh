@@ -15,8 +15,9 @@ cd "$work/tree"
 cp tests/extending/*.h csrc/cells/
 sed -i -e '0,/^#include/s//#include "gated.h"\n#include "ligru.h"\n&/' \
   -e 's/^using AllCells = CellList<.*Rnn/&, Gated, LiGru/' csrc/cells/all.h
-sed -i -e 's/^Nonlinearity = Literal\[.*"identity"/&, "gated", "ligru"/' \
-  -e '/^# A layer in one direction$/e cat tests/extending/cells.py' src/fusedrnn/reference.py
+sed -i 's/^Nonlinearity = Literal\[.*"identity"/&, "gated", "ligru"/' \
+  src/fusedrnn/reference/types.py
+cat tests/extending/cells.py >>src/fusedrnn/reference/cells.py
 
 # Portable kernels and the best others that this processor has.
 isa=avx2

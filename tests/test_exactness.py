@@ -148,7 +148,7 @@ def test_weights_as_they_are_equal_packed_ones(
     cell: Cell, dtype: np.dtype, isa: str, request: pytest.FixtureRequest
 ) -> None:
     """A call over few rows reads the weights as they are: the same sums, in order."""
-    request.addfinalizer(lambda: _cpu.set_few_rows(16))
+    request.addfinalizer(lambda: _cpu.set_few_rows(12))
     for sizes, kind in (
         (Sizes(2, 2, 19, 37), None),
         (Sizes(3, 9, 5, 64), None),

@@ -7,7 +7,7 @@
 
 namespace fusedrnn {
 
-std::atomic<index> few_rows{16};
+std::atomic<index> few_rows{12};
 
 void insert_block(const char* from, index bytes, int blocks, int absent, char* to) {
   const index before = absent * bytes;
@@ -113,7 +113,7 @@ Weights::Packed Weights::forward(index rows, bool asks) const {
 
 const char* Weights::backward(index rows, bool asks) const {
   if (!backward_.load(std::memory_order_acquire) && !asks) {
-    if (rows_backward_.fetch_add(rows) + rows <= 2 * few_rows) return nullptr;
+    if (rows_backward_.fetch_add(rows) + rows <= 3 * few_rows) return nullptr;
   }
   return find(backward_, Packing::backward);
 }

@@ -19,7 +19,7 @@ struct DroppedWeights {
   std::uint32_t where;
 };
 
-// Up to so many rows in all are multiplied without a packing, and twice as many in
+// Up to so many rows in all are multiplied without a packing, and three times as many in
 // backward, for which weights lie well as they are; tests change it.
 extern std::atomic<index> few_rows;
 

@@ -136,7 +136,7 @@ def set_clears_saved(clears: bool, /) -> None:
     """Say whether what is saved is zero where the kernels do not write; for tests."""
 
 def set_few_rows(rows: int, /) -> None:
-    """Say up to how many rows, 16 at first, weights are read as they are; for tests."""
+    """Say up to how many rows, 12 at first, weights are read as they are; for tests."""
 
 def share_team(library: str, /) -> bool:
     """Let calls run on the threads of an OpenMP library that is loaded, if it is."""

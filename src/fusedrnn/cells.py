@@ -1,6 +1,6 @@
 """The cells that the kernels know, one row each.
 
-To add a cell that `rnn` runs: its definition and its row of `RNN` in `reference.py`, from
+To add a cell that `rnn` runs: its definition and its row of `RNN` in `reference/cells.py`, from
 which its row here is made; a header in `csrc/cells/`; its include and its name in
 `csrc/cells/all.h`. Tests and benchmarks iterate over `CELLS`.
 """

@@ -1,4 +1,4 @@
-# The definitions of the cells, which tests/extending.sh puts into src/fusedrnn/reference.py.
+# Definitions that tests/extending.sh appends to src/fusedrnn/reference/cells.py.
 # ruff: noqa: F821
 
 
@@ -6,8 +6,8 @@ def _gated(x: Array, seen: Array, state: State, p: Parameters, o: Options) -> St
     a_x, pull_x = _input_part(x, slice(None), p)
     a_h, pull_h = _recurrent_part(seen, slice(None), p)
     bounded, passes = _clipped(a_x + a_h, o.clip)
-    a_i, a_g = _blocks(bounded, 2)
-    i, g = sigmoid(a_i), _module(a_g).tanh(a_g)
+    a_i, a_g = blocks(bounded, 2)
+    i, g = sigmoid(a_i), module_of(a_g).tanh(a_g)
 
     def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
         (dh,) = d
@@ -22,9 +22,9 @@ def _ligru(x: Array, seen: Array, state: State, p: Parameters, o: Options) -> St
     a_x, pull_x = _input_part(x, slice(None), p)
     a_h, pull_h = _recurrent_part(seen, slice(None), p)
     bounded, passes = _clipped(a_x + a_h, o.clip)
-    a_z, a_n = _blocks(bounded, 2)
+    a_z, a_n = blocks(bounded, 2)
     z = sigmoid(a_z)
-    n = _module(a_n).where(a_n.real <= 0, _module(a_n).zeros_like(a_n), a_n)
+    n = module_of(a_n).where(a_n.real <= 0, module_of(a_n).zeros_like(a_n), a_n)
 
     def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
         (dh,) = d

@@ -18,6 +18,13 @@ const S* rows_of(const Matrix& of, int unit_vectors, index panel, int vector) {
   return reinterpret_cast<const S*>(of.weight) + (of.blocks[slot] * of.H + unit) * of.K;
 }
 
+// A square of which some rows or columns may not exist.
+template <class V>
+FUSEDRNN_LONG void load_edge(const Matrix& of, int unit_vectors, index panel, int vector,
+                             index k, V (&square)[V::lanes]) {
+  load_square(of, unit_vectors, panel, vector, k, of.K - k, square);
+}
+
 // Some rows of add_unpacked for one vector of a panel: to[row] += left · weightᵀ. The
 // sums stay in registers for all k, of which squares are transposed on the way.
 template <class S, int rows>
@@ -35,21 +42,17 @@ void add_vector(const Matrix& of, int unit_vectors, index panel, int vector,
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) sum[r] = V::load(to[r]);
   index k = 0;
-  for (; k + lanes <= of.K; k += lanes) {
+  for (; is_full && k + lanes <= of.K; k += lanes) {
+    // So many rows at once no machine foresees.
+    const S* const later =
+        k + ahead < of.K ? weight + k + ahead : next + k + ahead - of.K;
     V square[lanes];
-    if (is_full) {
-      // So many rows at once no machine foresees.
-      const S* const later =
-          k + ahead < of.K ? weight + k + ahead : next + k + ahead - of.K;
 #pragma GCC unroll 16
-      for (int u = 0; u < lanes; ++u) {
-        square[u] = V::load(weight + u * of.K + k);
-        __builtin_prefetch(later + u * of.K);
-      }
-      transpose(square);
-    } else {
-      load_square(of, unit_vectors, panel, vector, k, index{lanes}, square);
+    for (int u = 0; u < lanes; ++u) {
+      square[u] = V::load(weight + u * of.K + k);
+      __builtin_prefetch(later + u * of.K);
     }
+    transpose(square);
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) {
 #pragma GCC unroll 8
@@ -58,10 +61,10 @@ void add_vector(const Matrix& of, int unit_vectors, index panel, int vector,
       }
     }
   }
-  if (k < of.K) {
+  for (; k < of.K; k += lanes) {
     V square[lanes];
-    load_square(of, unit_vectors, panel, vector, k, of.K - k, square);
-    for (int i = 0; k + i < of.K; ++i) {
+    load_edge(of, unit_vectors, panel, vector, k, square);
+    for (int i = 0; i < lanes && k + i < of.K; ++i) {
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
         sum[r] = fma(V::broadcast(left[r][k + i]), square[i], sum[r]);
@@ -86,7 +89,7 @@ void add_unpacked(const Matrix& of, int unit_vectors, const S* const* left, int 
                   index panel, int together, int C, int offset, S* sums) {
   using V = Vec<S>;
   constexpr index lanes = V::lanes;
-  constexpr int most = is_small ? 2 : V::registers == 32 ? 8 : 4;
+  constexpr int most = is_small ? 1 : V::registers == 32 && sizeof(S) == 4 ? 8 : 4;
   const int width = of.slots * unit_vectors;
   for (int p = 0; p < together; ++p) {
     for (int vector = 0; vector < width; ++vector) {

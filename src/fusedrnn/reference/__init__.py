@@ -1,0 +1,173 @@
+"""The definition of every cell and option, in plain NumPy.
+
+The compiled kernels are tested against this module and must agree with it; nothing here is
+fast. It takes any floating or complex dtype, and `x` as (T, B, I) or (T, I). W and R stand
+for `weight_ih` and `weight_hh`, x for the input of a step, h' and c' for the state before
+it, a_x = W x + b_ih for the input part of the pre-activations and a_h = R h' + b_hh for the
+recurrent part. Blocks of H rows belong to the gates in torch's order.
+
+A step returns what leads back from it: a function from the gradients of its results to
+those of its arguments, which adds the parameters' to a dict. The gradients written out here
+are proved against complex-step derivatives in tests/test_reference.py.
+
+Forward takes PyTorch's tensors, too, of which autograd then sees every operation: that is how
+`fusedrnn.torch` differentiates more than once, or forward. Gradients are written for NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .cells import (
+    COUPLED_LSTM,
+    GRU,
+    GRU_RESET_BEFORE,
+    LSTM,
+    RNN,
+    Cell,
+    sigmoid,
+)
+from .layer import Run, run
+from .random import dropout, philox
+from .types import Array, Grads, Nonlinearity, Options, Parameters
+
+__all__ = [
+    "COUPLED_LSTM",
+    "GRU",
+    "GRU_RESET_BEFORE",
+    "LSTM",
+    "RNN",
+    "Array",
+    "Cell",
+    "Grads",
+    "Nonlinearity",
+    "Options",
+    "Parameters",
+    "Run",
+    "dropout",
+    "gru",
+    "gru_vjp",
+    "lstm",
+    "lstm_vjp",
+    "op",
+    "philox",
+    "rnn",
+    "rnn_vjp",
+    "run",
+    "sigmoid",
+]
+
+_PARAMETERS = Parameters._fields[4:]
+_OPTIONS = ("clip", "cell_clip", "recurrent_dropout", "weight_dropout", "training", "bptt")
+_MASKS = ("lengths", "resets", "reverse")
+
+
+def op(
+    cell: Cell,
+    x: Array,
+    weights: Sequence[Array | None],
+    state: Sequence[Array | None],
+    **given: Any,
+) -> tuple[tuple[Any, ...], Callable[..., Grads]]:
+    """Run a cell with an op's keyword arguments; return its results and its pullback."""
+
+    def take(names: Sequence[str]) -> dict[str, Any]:
+        return {n: given.pop(n) for n in names if given.get(n) is not None}
+
+    weight_ih, weight_hh, *biases = weights
+    assert weight_ih is not None
+    assert weight_hh is not None
+    parameters = Parameters(weight_ih, weight_hh, *biases, **take(_PARAMETERS))
+    zoneout = given.pop("zoneout", 0.0)
+    pair = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
+    where = given.pop("where", 0)
+    given = {"training": True} | given
+    options = Options(**take(_OPTIONS), **take(["seed"]), zoneout=pair, where=where)
+    extra = [given.pop(name, False) for name in ("return_cells", "trace")]
+    masks = take(_MASKS)
+    given.pop("recompute", None)  # it changes no result
+    left = [name for name, value in given.items() if value is not None]
+    if left:
+        raise TypeError(f"no such option: {', '.join(left)}")
+    done = run(cell, x, parameters, state, **masks, options=options)
+    more = [r for r, wanted in zip((done.cells, done.gates), extra, strict=True) if wanted]
+
+    def pullback(
+        dy: Array | None = None,
+        dh_n: Array | None = None,
+        dc_n: Array | None = None,
+        d_cells: Array | None = None,
+    ) -> Grads:
+        return done.pullback(dy, (dh_n, dc_n)[: len(cell.states)], d_cells)
+
+    return (done.y, *done.state, *more), pullback
+
+
+def lstm_vjp(
+    x: Array,
+    weight_ih: Array,
+    weight_hh: Array,
+    bias_ih: Array | None = None,
+    bias_hh: Array | None = None,
+    h0: Array | None = None,
+    c0: Array | None = None,
+    *,
+    coupled_gates: bool = False,
+    **options: Any,
+) -> tuple[tuple[Any, ...], Callable[..., Grads]]:
+    """Run an LSTM in NumPy and return its pullback: the definition of `fusedrnn.lstm_vjp`."""
+    cell = COUPLED_LSTM if coupled_gates else LSTM
+    return op(cell, x, (weight_ih, weight_hh, bias_ih, bias_hh), (h0, c0), **options)
+
+
+def gru_vjp(
+    x: Array,
+    weight_ih: Array,
+    weight_hh: Array,
+    bias_ih: Array | None = None,
+    bias_hh: Array | None = None,
+    h0: Array | None = None,
+    *,
+    reset_after: bool = True,
+    **options: Any,
+) -> tuple[tuple[Any, ...], Callable[..., Grads]]:
+    """Run a GRU in NumPy and return its pullback: the definition of `fusedrnn.gru_vjp`."""
+    cell = GRU if reset_after else GRU_RESET_BEFORE
+    return op(cell, x, (weight_ih, weight_hh, bias_ih, bias_hh), (h0,), **options)
+
+
+def rnn_vjp(
+    x: Array,
+    weight_ih: Array,
+    weight_hh: Array,
+    bias_ih: Array | None = None,
+    bias_hh: Array | None = None,
+    h0: Array | None = None,
+    *,
+    nonlinearity: Nonlinearity = "tanh",
+    **options: Any,
+) -> tuple[tuple[Any, ...], Callable[..., Grads]]:
+    """Run an RNN in NumPy and return its pullback: the definition of `fusedrnn.rnn_vjp`."""
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    return op(RNN[nonlinearity], x, weights, (h0,), **options)
+
+
+def lstm(*args: Any, **options: Any) -> tuple[Any, ...]:
+    """Run an LSTM in NumPy: the definition of `fusedrnn.lstm`, which see.
+
+    >>> y, h_n, c_n = lstm(np.ones((5, 2, 3)), np.ones((16, 3)), np.ones((16, 4)))
+    >>> y.shape, c_n.shape
+    ((5, 2, 4), (2, 4))
+    """
+    return lstm_vjp(*args, **{"training": False} | options)[0]
+
+
+def gru(*args: Any, **options: Any) -> tuple[Any, ...]:
+    """Run a GRU in NumPy: the definition of `fusedrnn.gru`, which see."""
+    return gru_vjp(*args, **{"training": False} | options)[0]
+
+
+def rnn(*args: Any, **options: Any) -> tuple[Any, ...]:
+    """Run an Elman RNN in NumPy: the definition of `fusedrnn.rnn`, which see."""
+    return rnn_vjp(*args, **{"training": False} | options)[0]

@@ -1,0 +1,31 @@
+"""Arrays of NumPy and of PyTorch, whose functions have the same names here."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+
+def module_of(a: Any) -> Any:
+    """Return what a is computed with: PyTorch for its tensors, whose names are NumPy's here."""
+    return np if isinstance(a, (np.ndarray, np.generic)) else sys.modules["torch"]
+
+
+def like(a: Any, values: Any, dtype: Any = None) -> Any:
+    """Return values as an array of a's kind, in PyTorch on its device."""
+    if module_of(a) is np:
+        return np.asarray(values, dtype)
+    return module_of(a).as_tensor(values, dtype=dtype, device=a.device)
+
+
+def zeros(a: Any, *shape: int) -> Any:
+    """Return zeros of a's kind and dtype."""
+    return np.zeros(shape, a.dtype) if module_of(a) is np else a.new_zeros(shape)
+
+
+def blocks(a: Any, count: int) -> list[Any]:
+    """Return equal parts of the last axis."""
+    n = a.shape[-1] // count
+    return [a[..., k * n : (k + 1) * n] for k in range(count)]

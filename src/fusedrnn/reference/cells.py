@@ -1,0 +1,265 @@
+"""The cells: what a step computes, and what leads back from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .arrays import blocks, module_of
+from .types import Array, Gradients, Options, Parameters, State
+
+EPSILON = 1e-5  # of LayerNorm
+
+
+def sigmoid(a: Array) -> Array:
+    """σ(a) = 1 / (1 + exp(-a)), through tanh so that nothing overflows."""
+    value: Array = 0.5 + 0.5 * module_of(a).tanh(0.5 * a)
+    return value
+
+
+def _clipped(a: Array, bound: float) -> tuple[Array, Any]:
+    """Return a within [-bound, bound], and whether a gradient passes."""
+    if np.isinf(bound):
+        return a, True
+    module = module_of(a)
+    inside = abs(a.real) < bound
+    return module.where(inside, a, module.sign(a.real) * bound), inside
+
+
+def mixed(keep: Any, old: Any, new: Any) -> Any:
+    """Return old where a mask says so, or keep·old + (1 - keep)·new; values may be inf."""
+    if isinstance(keep, float):
+        return keep * old + (1 - keep) * new if keep else new
+    return module_of(keep).where(keep, old, new)
+
+
+def _sum(a: Array) -> Array:
+    """Sum over the batch, if there is one."""
+    total: Array = np.atleast_2d(a).sum(0)
+    return total
+
+
+def _normalised(a: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """(a - mean) / sqrt(variance + ε) of each row (Ba et al. 2016), and back."""
+    centred = a - a.mean(-1, keepdims=True)
+    scale = ((centred**2).mean(-1, keepdims=True) + EPSILON) ** -0.5
+    n = centred * scale
+
+    def pull(dn: Array) -> Array:
+        mean, along = dn.mean(-1, keepdims=True), (dn * n).mean(-1, keepdims=True)
+        back: Array = scale * (dn - mean - n * along)
+        return back
+
+    return n, pull
+
+
+def _product(
+    x: Array, names: tuple[str, str, str], rows: slice, p: Parameters
+) -> tuple[Array, Callable[[Array, Gradients], Array]]:
+    """LN(weight x; γ) + b, or without γ weight x + b, for some rows of the weight."""
+    weight, gamma, bias = (getattr(p, name) for name in names)
+    a = x @ weight[rows].T
+    if gamma is not None:
+        n, unnormalise = _normalised(a)
+        a = gamma[rows] * n
+    if bias is not None:
+        a = a + bias[rows]
+
+    def pull(da: Array, into: Gradients) -> Array:
+        if bias is not None:
+            into[names[2]][rows] += _sum(da)
+        if gamma is not None:
+            into[names[1]][rows] += _sum(da * n)
+            da = unnormalise(gamma[rows] * da)
+        into[names[0]][rows] += np.atleast_2d(da).T @ np.atleast_2d(x)
+        back: Array = da @ weight[rows]
+        return back
+
+    return a, pull
+
+
+def _input_part(x: Array, rows: slice, p: Parameters) -> Any:
+    return _product(x, ("weight_ih", "gamma_ih", "bias_ih"), rows, p)
+
+
+def _recurrent_part(h: Array, rows: slice, p: Parameters) -> Any:
+    return _product(h, ("weight_hh", "gamma_hh", "bias_hh"), rows, p)
+
+
+# Cells
+
+Pull = Callable[[State, Gradients], tuple[Array, Array, State]]
+
+
+class Step(NamedTuple):
+    """One step of a cell.
+
+    Attributes
+    ----------
+    state: what leaves it: h before its projection, and c.
+    gates: by their letters, in the order of the weights.
+    pull: (d state, gradients of parameters to add to) -> dx, d of the h' that R saw, what
+        reaches the state before directly.
+    """
+
+    state: State
+    gates: dict[str, Array]
+    pull: Pull
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell's equations.
+
+    Attributes
+    ----------
+    gates: blocks of H rows in the weights, one letter each.
+    states: names of the states it carries.
+    step: (x, h' as R sees it, state, parameters, options) -> Step.
+    jumps: whether a gate's slope jumps, as that of relu does. The gradients of a gate that is
+        near the jump may then differ by more than its rounding.
+    """
+
+    gates: str
+    states: tuple[str, ...]
+    step: Callable[[Array, Array, State, Parameters, Options], Step]
+    jumps: bool = False
+
+
+def _lstm(coupled: bool) -> Callable[[Array, Array, State, Parameters, Options], Step]:
+    letters = "igo" if coupled else "ifgo"
+    sees_c = "io" if coupled else "ifo"
+
+    def step(x: Array, seen: Array, state: State, p: Parameters, o: Options) -> Step:
+        c_prev = state[1]
+        a_x, pull_x = _input_part(x, slice(None), p)
+        a_h, pull_h = _recurrent_part(seen, slice(None), p)
+        xp = module_of(a_x)
+        a = dict(zip(letters, blocks(a_x + a_h, len(letters)), strict=True))
+        peephole: dict[str, Array] = {}
+        if p.weight_ch is not None:
+            peephole = dict(zip(sees_c, blocks(p.weight_ch, len(sees_c)), strict=True))
+        passes, gates = {}, {}
+
+        def activate(letter: str, c: Array) -> None:
+            sum_of = a[letter] + peephole[letter] * c if letter in peephole else a[letter]
+            bounded, passes[letter] = _clipped(sum_of, o.clip)
+            gates[letter] = xp.tanh(bounded) if letter == "g" else sigmoid(bounded)
+
+        for letter in letters[:-1]:
+            activate(letter, c_prev)
+        i, g = gates["i"], gates["g"]
+        f = 1 - i if coupled else gates["f"]
+        c, c_passes = _clipped(f * c_prev + i * g, o.cell_clip)
+        activate("o", c)
+        seen_c = c
+        if p.gamma_c is not None:
+            n, unnormalise = _normalised(c)
+            seen_c = p.gamma_c * n + p.beta_c
+        tanh_c = xp.tanh(seen_c)
+
+        def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
+            dh, dc = d
+            d_seen = dh * gates["o"] * (1 - tanh_c**2)
+            if p.gamma_c is not None:
+                into["gamma_c"] += _sum(d_seen * n)
+                into["beta_c"] += _sum(d_seen)
+                d_seen = unnormalise(p.gamma_c * d_seen)
+            da = {"o": dh * tanh_c * gates["o"] * (1 - gates["o"]) * passes["o"]}
+            dc = (dc + d_seen + da["o"] * peephole.get("o", 0)) * c_passes
+            di, df = dc * g, dc * c_prev
+            if coupled:
+                di = di - df
+            else:
+                da["f"] = df * f * (1 - f) * passes["f"]
+            da["i"] = di * i * (1 - i) * passes["i"]
+            da["g"] = dc * i * (1 - g**2) * passes["g"]
+            dc_prev = dc * f
+            for letter in peephole:
+                if letter != "o":
+                    dc_prev = dc_prev + da[letter] * peephole[letter]
+            if peephole:
+                sees = [_sum(da[k] * (c if k == "o" else c_prev)) for k in sees_c]
+                into["weight_ch"] += np.concatenate(sees)
+            whole = np.concatenate([da[letter] for letter in letters], -1)
+            return pull_x(whole, into), pull_h(whole, into), (np.zeros_like(dh), dc_prev)
+
+        return Step((gates["o"] * tanh_c, c), gates, pull)
+
+    return step
+
+
+def _gru(reset_after: bool) -> Callable[[Array, Array, State, Parameters, Options], Step]:
+    def step(x: Array, seen: Array, state: State, p: Parameters, o: Options) -> Step:
+        (h_prev,) = state
+        H = h_prev.shape[-1]
+        rz, new = slice(0, 2 * H), slice(2 * H, 3 * H)
+        x_rz, pull_x_rz = _input_part(x, rz, p)
+        x_n, pull_x_n = _input_part(x, new, p)
+        h_rz, pull_h_rz = _recurrent_part(seen, rz, p)
+        bounded, passes_rz = _clipped(x_rz + h_rz, o.clip)
+        r, z = blocks(sigmoid(bounded), 2)
+        if reset_after:
+            h_n, pull_h_n = _recurrent_part(seen, new, p)
+            bounded, passes_n = _clipped(x_n + r * h_n, o.clip)
+        else:
+            h_n, pull_h_n = _recurrent_part(r * seen, new, p)
+            bounded, passes_n = _clipped(x_n + h_n, o.clip)
+        n = module_of(bounded).tanh(bounded)
+
+        def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
+            (dh,) = d
+            da_n = dh * (1 - z) * (1 - n**2) * passes_n
+            if reset_after:
+                d_seen, dr = pull_h_n(da_n * r, into), da_n * h_n
+            else:
+                d_reset = pull_h_n(da_n, into)
+                d_seen, dr = d_reset * r, d_reset * seen
+            dz = dh * (h_prev - n)
+            da_rz = np.concatenate([dr * r * (1 - r), dz * z * (1 - z)], -1) * passes_rz
+            dx = pull_x_rz(da_rz, into) + pull_x_n(da_n, into)
+            return dx, d_seen + pull_h_rz(da_rz, into), (dh * z,)
+
+        return Step(((1 - z) * n + z * h_prev,), {"r": r, "z": z, "n": n}, pull)
+
+    return step
+
+
+def _rnn(
+    value: Callable[[Array], Array], slope: Callable[[Array], Array]
+) -> Callable[[Array, Array, State, Parameters, Options], Step]:
+    def step(x: Array, seen: Array, state: State, p: Parameters, o: Options) -> Step:
+        a_x, pull_x = _input_part(x, slice(None), p)
+        a_h, pull_h = _recurrent_part(seen, slice(None), p)
+        bounded, passes = _clipped(a_x + a_h, o.clip)
+        h = value(bounded)
+
+        def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
+            da = d[0] * slope(h) * passes
+            return pull_x(da, into), pull_h(da, into), (np.zeros_like(h),)
+
+        return Step((h,), {"h": h}, pull)
+
+    return step
+
+
+LSTM = Cell("ifgo", ("h", "c"), _lstm(coupled=False))
+COUPLED_LSTM = Cell("igo", ("h", "c"), _lstm(coupled=True))
+GRU = Cell("rzn", ("h",), _gru(reset_after=True))
+GRU_RESET_BEFORE = Cell("rzn", ("h",), _gru(reset_after=False))
+RNN: dict[str, Cell] = {
+    "tanh": Cell("h", ("h",), _rnn(lambda a: module_of(a).tanh(a), lambda h: 1 - h**2)),
+    "relu": Cell(
+        "h",
+        ("h",),
+        _rnn(
+            lambda a: module_of(a).where(a.real <= 0, module_of(a).zeros_like(a), a),
+            lambda h: (h.real > 0).astype(h.dtype),
+        ),
+        jumps=True,
+    ),
+    "identity": Cell("h", ("h",), _rnn(lambda a: a, np.ones_like)),
+}

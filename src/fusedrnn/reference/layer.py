@@ -1,0 +1,163 @@
+"""A layer in one direction: steps over time, masks, options of whole sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .arrays import like, module_of, zeros
+from .cells import Cell, Step, mixed
+from .random import RECURRENT, WEIGHTS, ZONEOUT, drawn, dropped
+from .types import Array, Gradients, Grads, Options, Parameters, State
+
+
+@dataclass
+class Run:
+    """What `run` computed.
+
+    Attributes
+    ----------
+    y: every h. state: the final one. cells: every c, of an LSTM.
+    gates: every gate by its letter, each (T, B, H).
+    pullback: (dy, d state, d cells), None for zeros, to `Grads`.
+    """
+
+    y: Array
+    state: State
+    pullback: Callable[..., Grads]
+    cells: Array | None = None
+    gates: dict[str, Array] = field(default_factory=dict)
+
+
+def run(
+    cell: Cell,
+    x: Array,
+    parameters: Parameters,
+    state: Sequence[Array | None],
+    lengths: npt.ArrayLike | None = None,
+    resets: npt.ArrayLike | None = None,
+    reverse: bool = False,
+    options: Options | None = None,
+) -> Run:
+    """Run `cell` over x.
+
+    A row takes the steps of times below its length; at the others its state stays, y, cells
+    and gates are 0, and what x, dy and d cells hold is not looked at. The state that enters a
+    step is 0 where resets is true.
+    """
+    p, o = parameters, options or Options()
+    where = module_of(x).where
+    T, batch, dtype = len(x), x.shape[1:-1], x.dtype
+    B, H = (batch or (1,))[0], p.weight_ih.shape[0] // len(cell.gates)
+    R = H if p.weight_hr is None else len(p.weight_hr)
+    start: State = tuple(
+        zeros(x, *batch, width) if s is None else s
+        for s, width in zip(state, (R, H), strict=False)
+    )
+    zero = 0.0
+    times = range(T)[:: -1 if reverse else 1]
+    times_of_rows = like(x, np.arange(T).reshape(T, *[1] * (x.ndim - 1)))
+    until = like(x, T if lengths is None else lengths)[..., None]
+    taken = times_of_rows < until
+    fresh = taken & (False if resets is None else like(x, resets)[..., None])
+    cut = fresh
+    if o.bptt:
+        boundary = times_of_rows + reverse
+        cut = fresh | ((boundary % o.bptt == 0) & (boundary > 0) & (boundary < until))
+    x = where(taken, x, zero)
+
+    rows = np.arange(B).reshape(batch)
+    seen_mask: Any = 1.0
+    weight_mask: Any = 1.0
+    if o.training and o.recurrent_dropout:
+        seen_mask = dropped(RECURRENT, 0, rows, R, o.recurrent_dropout, o, x)
+    if o.training and o.weight_dropout:
+        of_weights = np.arange(len(p.weight_hh))
+        weight_mask = dropped(WEIGHTS, 0, of_weights, R, o.weight_dropout, o, x)
+        p = p._replace(weight_hh=p.weight_hh * weight_mask)
+
+    def keep(t: int) -> tuple[Any, ...]:
+        if not o.training or not any(o.zoneout):
+            return o.zoneout
+        time, words = np.full(batch, t), 4 // len(cell.states)
+        return tuple(
+            like(x, drawn(ZONEOUT, words, words * n, time, rows, width, o.zoneout[n], o))
+            for n, (_, width) in enumerate(zip(cell.states, (R, H), strict=False))
+        )
+
+    now = start
+    steps: list[tuple[State, Step]] = []
+    made: dict[str, list[Any]] = {}
+    for t in times:
+        old = tuple(where(fresh[t], zero, s) for s in now)
+        if o.bptt and not isinstance(x, np.ndarray):  # autograd must not pass
+            old = tuple(where(cut[t], s.detach(), s) for s in old)
+        step = cell.step(x[t], old[0] * seen_mask, old, p, o)
+        (h, *c), kept = step.state, keep(t)
+        if p.weight_hr is not None:
+            h = h @ p.weight_hr.T
+        new = tuple(mixed(k, s, n) for k, s, n in zip(kept, old, (h, *c), strict=False))
+        now = tuple(where(taken[t], n, s) for n, s in zip(new, now, strict=True))
+        steps.append((old, step))
+        of_step = dict(zip(("y", "cells"), now, strict=False)) | step.gates
+        for name, value in of_step.items():
+            made.setdefault(name, []).append(where(taken[t], value, zero))
+    by_time = slice(None, None, -1 if reverse else 1)
+
+    def over_time(name: str, width: int) -> Any:
+        steps_of = made.get(name)
+        stack = module_of(x).stack
+        return stack(steps_of[by_time]) if steps_of else zeros(x, T, *batch, width)
+
+    y = over_time("y", R)
+    cells = over_time("cells", H) if "c" in cell.states else None
+    gates = {letter: over_time(letter, H) for letter in cell.gates}
+
+    def pullback(
+        dy: Array | None = None,
+        d_final: Sequence[Array | None] | None = None,
+        d_cells: Array | None = None,
+    ) -> Grads:
+        ends = d_final or [None] * len(start)
+        d: State = tuple(
+            np.zeros_like(s) if g is None else g for s, g in zip(start, ends, strict=True)
+        )
+        dx = np.zeros(x.shape, dtype)
+        into = {k: np.zeros_like(v) for k, v in p._asdict().items() if v is not None}
+        for n, t in reversed(list(enumerate(times))):
+            old, step = steps[n]
+            given = (dy, d_cells if cells is not None else None)
+            d_new = tuple(
+                g if more is None else g + np.where(taken[t], more[t], zero)
+                for g, more in zip(d, given, strict=False)
+            )
+            kept = keep(t)
+            dh, *dc = (
+                np.where(taken[t], mixed(k, zero, g), zero)
+                for k, g in zip(kept, d_new, strict=False)
+            )
+            if p.weight_hr is not None:
+                m = step.state[0]
+                into["weight_hr"] += np.atleast_2d(dh).T @ np.atleast_2d(m)
+                dh = dh @ p.weight_hr
+            dx[t], d_seen, direct = step.pull((dh, *dc), into)
+            first = np.zeros_like(old[0]) if p.weight_hr is not None else direct[0]
+            d_old = (first + d_seen * seen_mask, *direct[1:])
+            d_old = tuple(
+                mixed(k, g, zero) + before
+                for k, g, before in zip(kept, d_new, d_old, strict=False)
+            )
+            d_old = tuple(np.where(cut[t], zero, g) for g in d_old)
+            d = tuple(np.where(taken[t], g, same) for g, same in zip(d_old, d, strict=True))
+        into["weight_hh"] = into["weight_hh"] * weight_mask
+        return Grads(dx, h0=d[0], c0=d[1] if len(d) > 1 else None, **_by_name(into))
+
+    return Run(y, now, pullback, cells, gates)
+
+
+def _by_name(into: Gradients) -> dict[str, Any]:
+    return {name: into.get(name) for name in Parameters._fields}
