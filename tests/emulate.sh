@@ -27,4 +27,4 @@ rm -f "$build"/site/fusedrnn/_cuda*.so
 cp "$build"/_cuda*.so "$build/site/fusedrnn/"
 export PYTHONPATH="$build/site" OPENBLAS_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 LD_PRELOAD="${preload:-}" python -m pytest -q -n auto -m gpu -p no:cacheprovider --capture=sys \
-  tests/test_cuda.py "$@"
+  tests/test_cuda*.py "$@"

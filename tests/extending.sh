@@ -45,4 +45,4 @@ run_tests() {
   grep -Eq '^[0-9]+ passed' "$work/log"  # not all skipped
 }
 run_tests tests/test_reference.py tests/test_kernels.py tests/test_options.py
-run_tests -m gpu tests/test_cuda.py
+run_tests -m gpu tests/test_cuda*.py
