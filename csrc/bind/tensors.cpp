@@ -96,6 +96,10 @@ bool is_observed() {
 class NewTensors {
  public:
   explicit NewTensors(index element) : element_(element) {}
+  NewTensors(const NewTensors&) = delete;
+  ~NewTensors() {
+    for (Shim::Handle handle : handles_) torch().shim.delete_tensor_object(handle);
+  }
 
   // Memory of the next tensor.
   char* add(const Axes& axes) {
@@ -111,19 +115,24 @@ class NewTensors {
     const int failed =
         shim.empty_strided(axes.count, sizes, strides, dtype, shim.cpu, 0, &handle);
     if (failed) throw std::bad_alloc();
-    handles_.append(py::capsule(handle, static_cast<const char*>(nullptr)));
+    handles_.push_back(handle);
     void* start = nullptr;
     shim.get_data_ptr(handle, &start);
     return static_cast<char*>(start);
   }
-  // The tensors, in order.
-  py::list all() const {
-    return handles_.empty() ? py::list() : py::list(torch().from_handles(handles_));
+  // Hands the tensors over to Python, in order.
+  py::list take() {
+    py::list capsules;
+    for (Shim::Handle handle : handles_) {
+      capsules.append(py::capsule(handle, static_cast<const char*>(nullptr)));
+    }
+    handles_.clear();
+    return capsules.empty() ? capsules : py::list(torch().from_handles(capsules));
   }
 
  private:
   const index element_;
-  py::list handles_;
+  std::vector<Shim::Handle> handles_;
 };
 
 // What only backward sees: in used memory where fresh pages would be costly.
@@ -133,7 +142,7 @@ py::object new_saved(const Axes& axes, index element, char*& start) {
   if (bytes < large_array) {
     NewTensors made(element);
     start = made.add(axes);
-    return made.all()[0];
+    return made.take()[0];
   }
   const py::dtype dtype = element == 4 ? py::dtype::of<float>() : py::dtype::of<double>();
   Array array = allocate({axes.lengths, axes.lengths + axes.count}, dtype);
@@ -439,7 +448,7 @@ py::object TensorLayers::infer(const py::handle& x, const py::handle& hx,
     const py::gil_scoped_release release;
     fusedrnn::forward(layers, c);
   }
-  const py::list all = made.all();
+  const py::list all = made.take();
   py::object last = all[0];
   if (has_c_) last = py::make_tuple(all[0], all[1]);
   if (step) return last;
@@ -488,7 +497,7 @@ py::object TensorLayers::forward(const py::handle& x, const py::handle& h0,
     const py::gil_scoped_release release;
     fusedrnn::forward(layers, c);
   }
-  const py::list all = made.all();
+  const py::list all = made.take();
   std::size_t next = 0;
   const auto take = [&](bool exists) {
     return exists ? py::object(all[next++]) : py::object(py::none());
@@ -567,7 +576,7 @@ py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence
     const py::gil_scoped_release release;
     fusedrnn::backward(layers, c);
   }
-  return made.all();
+  return made.take();
 }
 
 void bind_tensors(py::module_& m) {

@@ -201,7 +201,6 @@ class StackPass {
   // Finds out how many threads are worth having, and which passes run side by side.
   void plan() {
     const int limit = get_num_threads();
-    progress_ = std::vector<Progress>(passes_.size());
     const auto worth = [&](const Pass<Problem>& pass, double beside) {
       const double most =
           std::min(beside * pass.work / work_per_thread,
@@ -240,6 +239,7 @@ class StackPass {
   }
   void limit_stretch(Backward&) const {}  // whose sums depend on it
   void overlap(index first) {
+    if (progress_.empty()) progress_ = std::vector<Progress>(passes_.size());
     for (index n = first; n < first + 2; ++n) limit_stretch(passes_[n].problem);
     passes_[first].problem.progress = &progress_[first];
     passes_[first + 1].problem.input = &progress_[first];
