@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -48,35 +49,59 @@ BUILDS = (0, 1)  # before and now
 
 def work() -> None:
     """Prepare and time what comes in, one JSON object a line."""
+    import numpy as np
+
+    import fusedrnn as fr
     from fusedrnn import machine
     from fusedrnn.bench.cases import SHAPES, STEPS, Case
     from fusedrnn.bench.contenders import Inputs, ours
     from fusedrnn.bench.race import seconds_of
+
+    # Of this checkout, since an older build has none.
+    path = Path(__file__).parents[1] / "src/fusedrnn/bench/forms.py"
+    spec = importlib.util.spec_from_file_location("forms", path)
+    assert spec
+    assert spec.loader
+    forms = sys.modules["forms"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(forms)
 
     channel, sys.stdout = sys.stdout, sys.stderr
 
     def tell(what: Any) -> None:
         print(json.dumps(what), file=channel, flush=True)
 
+    def train(layer: Any, x: Any, dy: Any, masks: Asked) -> None:
+        _, pullback = layer.vjp(x, **masks)
+        pullback(dy)
+
+    def run_of(cell: str, sizes: Sequence[int], mode: str, form: str) -> Callable[[], Any]:
+        T, B, I, H = sizes
+        rng, arguments = np.random.default_rng(0), forms.layer_arguments(form, H)
+        layer = getattr(fr, cell)(I, H, rng=rng, **arguments)
+        x = rng.normal(size=(T, B, I)).astype(np.float32)
+        masks = forms.FORMS[form].call(T, B)
+        if mode == "inference":
+            return lambda: layer(x, **masks)
+        if layer.zoneout or layer.recurrent_dropout or layer.weight_dropout:
+            masks["seed"] = 1
+        dy = rng.normal(size=(T, B, arguments.get("proj_size", H))).astype(np.float32)
+        return lambda: train(layer, x, dy, masks)
+
     def prepare(asked: Asked) -> list[Callable[[], Any]]:
         if "option" not in asked:
             case = Case(**{**asked, "sizes": tuple(asked["sizes"])})
             return [ours(case, Inputs.of(case))]
-        import options
-
-        cell, sizes, mode = asked["cell"], tuple(asked["sizes"]), asked["mode"]
-        option = options.options_of(cell, sizes)[asked["option"]]
-        return [options.run_of(cell, sizes, mode), options.run_of(cell, sizes, mode, option)]
+        where = (asked["cell"], asked["sizes"], asked["mode"])
+        return [run_of(*where, ""), run_of(*where, asked["option"])]
 
     def list_options() -> list[Asked]:
-        import options
-
         return [
-            {"cell": cell, "sizes": sizes, "mode": mode, "option": name}
-            for cell in options.CELLS
-            for sizes in options.SHAPES
-            for name, option in options.options_of(cell, sizes).items()
-            for mode in option.modes
+            {"cell": cell, "sizes": SHAPES[shape], "mode": mode, "option": name}
+            for cell in forms.ALL_CELLS
+            for shape in ("narrow", "weather", "stream-small", "speech")
+            for name, form in forms.OPTIONS.items()
+            if cell in form.cells
+            for mode in form.modes
         ]
 
     tell({"machine": machine.told(), "shapes": SHAPES, "steps": STEPS})

@@ -1,20 +1,28 @@
-"""The table at the end of a run, and `--report` for the same in Markdown."""
+"""Options of `pytest bench`, the cases of its suite, and the tables at the end."""
 
 from __future__ import annotations
 
 import pathlib
 
 import pytest
-from turns import commit
 
 import fusedrnn as fr
 from fusedrnn import floor, machine
+from fusedrnn.bench.cases import SUITES, cases_of
+from fusedrnn.bench.command import commit
 from fusedrnn.bench.contenders import PEERS
 from fusedrnn.bench.tables import tables
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--report", type=pathlib.Path, help="write the table to this file")
+    parser.addoption("--suite", choices=SUITES, default="shapes", help="of fusedrnn bench")
+    parser.addoption("--report", type=pathlib.Path, help="write the tables to this file")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        suite = SUITES[metafunc.config.getoption("--suite")]
+        metafunc.parametrize("case", cases_of(suite), ids=str)
 
 
 def pytest_terminal_summary(
@@ -24,9 +32,10 @@ def pytest_terminal_summary(
     results = [b.extra_info for b in session.benchmarks] if session else []
     if not results:
         return
+    versions = machine.versions((*PEERS, "numpy"))
     lines = [
-        f"{machine.told()} · commit {commit()}",
-        " · ".join([f"fusedrnn {fr.__version__}", *machine.versions((*PEERS, "numpy"))]),
+        machine.told(),
+        " · ".join([f"fusedrnn {fr.__version__}", *versions, *commit()]),
         floor.told(floor.rates(max(result["threads"] for result in results))),
     ]
     lines += [line for table in tables(results) for line in table.markdown()]

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Builds, tests and measures fusedrnn on a CUDA machine, with its tables at the end:
-#   bench/gpu.sh [--out DIR] [--seconds N] [--commit NAME] [--cpu] [STAGE…]
+#   bench/gpu.sh [--out DIR] [--seconds N] [--cpu] [STAGE…]
 #
-#   --out DIR      where the results go (bench/results): <card>.md and .json, and logs/
+#   --out DIR      where the results go (bench/results): <card>-<suite>.md and .json, and logs/
 #   --seconds N    the time for all of it (540); the benchmark takes what is left
-#   --commit NAME  what is measured, where this is no git checkout
 #   --cpu          first the other tests on each instruction set, and the CPU's benchmark,
 #                  which take some 20 minutes more: give it --seconds
 #   STAGE…         of tests, memcheck, racecheck, meetings, bench; all of them if none
@@ -17,16 +16,15 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-out=bench/results total=540 cpu=false commit=
+out=bench/results total=540 cpu=false
 stages=()
 while (($#)); do
   case $1 in
     --out) out=$2; shift ;;
     --seconds) total=$2; shift ;;
-    --commit) commit=$2; shift ;;
     --cpu) cpu=true ;;
     tests | memcheck | racecheck | meetings | bench) stages+=("$1") ;;
-    *) sed -n '2,17s/^# \{0,1\}//p' bench/gpu.sh >&2; exit 2 ;;
+    *) sed -n '2,16s/^# \{0,1\}//p' bench/gpu.sh >&2; exit 2 ;;
   esac
   shift
 done
@@ -63,7 +61,7 @@ run() {
     *)
       note "$name" "FAILED with status $status, $took: $last"
       wrong=true
-      [[ $name == bench ]] || tail -n 25 "$log"  # whose tables come at the end
+      [[ $name == bench-* ]] || tail -n 25 "$log"  # whose tables come at the end
       ;;
   esac
   return $status
@@ -103,6 +101,7 @@ CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) CMAKE_GENERATOR=Ninja run build 300 \
 built=$?
 wait
 export PYTHONPATH="$work/site" PYTHONDONTWRITEBYTECODE=1
+fusedrnn="python3 -m fusedrnn"
 
 if ((built == 0)); then  # without a GPU that it can use, the tests would be skipped
   run backend 60 python3 -c 'import sys, fusedrnn as fr
@@ -116,7 +115,7 @@ if ((built == 0)) && $cpu; then
     FUSEDRNN_ISA=$isa run "cpu-$isa" 600 \
       python3 -m pytest -q -p no:cacheprovider -m "not gpu" --tb=short tests
   done
-  run cpu-bench 1200 python3 -m pytest -q -p no:cacheprovider bench --report "$out/cpu.md"
+  run cpu-bench 1200 $fusedrnn bench --suite shapes --report "$out/cpu.md"
 fi
 
 if ((built == 0)) && wanted tests; then
@@ -130,17 +129,15 @@ for tool in memcheck racecheck; do
     # torch's own pool would hide what lies beyond an array.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run $tool 45 \
       compute-sanitizer --tool $tool --report-api-errors no --error-exitcode 9 \
-      python3 bench/gpu.py sanitize
+      python3 tests/gpu_small.py
   else
     note $tool "not run: compute-sanitizer is not on the PATH"
   fi
 done
 
-meetings=()
 if wanted meetings; then
   if [[ -x $work/meetings ]]; then
-    run meetings 60 bash -c '"$1" >"$2"' - "$work/meetings" "$work/meetings.json"
-    meetings=(--meetings "$work/meetings.json")
+    run meetings 60 bash -c '"$1" >"$2"' - "$work/meetings" "$out/$card-meetings.json"
   elif ((capability < 90)); then
     note meetings "not run: there are no clusters before compute capability 9.0"
   else
@@ -150,17 +147,15 @@ if wanted meetings; then
 fi
 
 if ((built == 0)) && wanted bench; then
-  budget=$(($(left) - 40))
-  ((budget > 20)) || budget=20
-  run bench $((budget + 20)) python3 bench/gpu.py --budget $budget \
-    --json "$work/bench.json" --markdown "$out/$card.md" \
-    ${meetings[@]+"${meetings[@]}"} ${commit:+--commit "$commit"}
-  if [[ -f $work/bench.json ]]; then
-    cp "$work/bench.json" "$out/$card.json"
-    python3 bench/gpu.py --from "$work/bench.json" >"$work/tables"
-  fi
-elif ((${#meetings[@]})); then
-  cp "$work/meetings.json" "$work/tables"
+  for suite in options full; do  # what options cost first, since the other fills the time
+    budget=$(($(left) - 40))
+    [[ $suite == full ]] || budget=60
+    ((budget > 20)) || budget=20
+    run "bench-$suite" $((budget + 40)) $fusedrnn bench --device cuda --suite $suite \
+      --cells LSTM GRU --dtypes bfloat16 float32 --budget $budget \
+      --json "$out/$card-$suite.json" --report "$out/$card-$suite.md"
+    [[ ! -f $out/$card-$suite.md ]] || cat "$out/$card-$suite.md" >>"$work/tables"
+  done
 fi
 
 echo

@@ -1,8 +1,9 @@
-"""The cases of `fusedrnn bench --suite shapes` under pytest-benchmark.
+"""The cases of a suite of `fusedrnn bench` under pytest-benchmark.
 
-pytest bench                              all cases, a table at the end
-pytest bench -k "LSTM and training"       some
-pytest bench --report bench/results/x.md  the table as Markdown, too
+pytest bench                              the suite "shapes", tables at the end
+pytest bench --suite options              another one
+pytest bench -k "LSTM and training"       some cases
+pytest bench --report bench/results/x.md  the tables as Markdown, too
 """
 
 from __future__ import annotations
@@ -11,16 +12,15 @@ from typing import Any
 
 import pytest
 
-from fusedrnn.bench.cases import SUITES, Case, cases_of
-from fusedrnn.bench.contenders import CONTENDERS
+from fusedrnn.bench.cases import SUITES, Case
+from fusedrnn.bench.contenders import PEERS, missing
 from fusedrnn.bench.race import Race
 
-SUITE = SUITES["shapes"]
 
-
-@pytest.mark.parametrize("case", cases_of(SUITE), ids=str)
-def test_speed(case: Case, benchmark: Any) -> None:
-    race = Race(case, [name for name in CONTENDERS if name != "ours"], SUITE.seconds)
+def test_speed(case: Case, benchmark: Any, pytestconfig: pytest.Config) -> None:
+    suite = SUITES[pytestconfig.getoption("--suite")]
+    names = [name for name in suite.against or (*PEERS, "reference") if not missing(name)]
+    race = Race(case, names, suite.seconds)
     assert not race.wrong
 
     def before() -> None:

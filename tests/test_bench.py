@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 import re
@@ -13,7 +14,7 @@ import pytest
 
 import fusedrnn as fr
 from fusedrnn import cli
-from fusedrnn.bench import cases, contenders, race, tables
+from fusedrnn.bench import cases, contenders, forms, properties, race, tables
 
 pytest.importorskip("rich", reason="the command shows its tables with rich")
 pytest.importorskip("matplotlib", reason="the page has plots of matplotlib's")
@@ -21,13 +22,36 @@ pytest.importorskip("matplotlib", reason="the page has plots of matplotlib's")
 SMALL = ["bench", "--shapes", "3,2,4,8", "--threads", "1"]
 
 
-def test_suites_name_each_case_once() -> None:
-    for device, suites in (("cpu", cases.SUITES), ("cuda", cases.GPU_SUITES)):
-        for suite in suites.values():
-            found = cases.cases_of(suite, cases.CELLS, device=device)
-            assert found
-            assert len(set(map(str, found))) == len(found)
-            assert {case.mode for case in found} >= {"inference", "training"}
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_suites_name_each_case_once(device: str) -> None:
+    suites = cases.GPU_SUITES if device == "cuda" else cases.SUITES
+    for suite in suites.values():
+        found = cases.cases_of(suite, tuple(cases.GATES), device=device)
+        assert len(set(map(str, found))) == len(found)
+        assert {case.mode for case in found} >= {"inference", "training"}
+
+
+def test_forms_run_in_the_modes_and_cells_that_have_them() -> None:
+    suite = cases.SUITES["options"]
+    found = cases.cases_of(suite, tuple(cases.GATES), forms=["peephole", "recompute"])
+    assert {(case.cell, case.form) for case in found} == {
+        ("LSTM", "peephole"),
+        ("LSTM", "recompute"),
+        ("GRU", "recompute"),
+    }
+    assert {case.mode for case in found if case.form == "recompute"} == {"training"}
+    shapes = {"small": (5, 3, 4, 6)}
+    plain = cases.cases_of(cases.SUITES["shapes"], ["GRU"], ["training"], shapes=shapes)
+    assert [str(case) for case in plain] == [f"GRU-small-training-{n}" for n in (1, 2)]
+
+
+def test_work_counts_every_layer_direction_and_taken_step() -> None:
+    def flops(form: str) -> int:
+        return cases.Case("GRU", "", (10, 4, 6, 6), "inference", form=form).flops
+
+    assert flops("two-layers") == 2 * flops("")
+    assert flops("both-directions") == 2 * flops("")
+    assert flops("lengths") < flops("")
 
 
 def test_more_threads_are_tried_one_after_the_other() -> None:
@@ -37,17 +61,54 @@ def test_more_threads_are_tried_one_after_the_other() -> None:
     assert {case.threads for case in found if case.shape == "width-256"} == {1, 2, 4}
 
 
-@pytest.mark.parametrize("dtype", race.LIMITS)
-@pytest.mark.parametrize("cell", cases.GATES)
-@pytest.mark.parametrize("mode", cases.MODES)
-def test_every_contender_computes_the_same(mode: str, cell: str, dtype: str) -> None:
-    steps = 1 if mode == "streaming" else 5
-    case = cases.Case(cell, "small", (steps, 3, 4, 6), mode, 1, dtype)
-    here = [name for name in contenders.CONTENDERS if not contenders.missing(name)]
-    result = race.measure(case, here[1:], 0.0)
+def _contenders(case: cases.Case) -> list[str]:
+    """All that are installed, but PyTorch's slow compiler only for one case."""
+    names = [name for name in contenders.CONTENDERS if not contenders.missing(name)]
+    return [
+        n for n in names[1:] if n != "compiled" or str(case) == "GRU-torch-small-training-1"
+    ]
+
+
+def _structures() -> list[cases.Case]:
+    """A small case of each cell, mode, dtype, structure and interface that exists."""
+    found = []
+    for cell, form in itertools.product(cases.GATES, ("", *forms.STRUCTURES)):
+        interfaces = ("torch",) if form == "cell" else ("numpy", "torch")
+        modes = cases.MODES if not form else forms.FORMS[form].modes
+        for mode, interface in itertools.product(modes, interfaces):
+            for dtype in race.LIMITS if not form else ("float32",):
+                steps = 1 if mode == "streaming" or form == "cell" else 5
+                sizes = (steps, 3, 4, 6)
+                found.append(
+                    cases.Case(cell, "small", sizes, mode, 1, dtype, "cpu", form, interface)
+                )
+    return found
+
+
+@pytest.mark.parametrize("case", _structures(), ids=str)
+def test_every_contender_computes_the_same(case: cases.Case) -> None:
+    if case.interface == "torch":
+        pytest.importorskip("torch", reason="the case is one of PyTorch's modules")
+    result = race.measure(case, [n for n in _contenders(case) if n != "plain"], 0.0)
     assert result["wrong"] == {}
     assert set(result["seconds"]) >= {"ours", "reference"}
-    assert ("onnxruntime" in result["seconds"]) <= (mode != "training" and dtype == "float32")
+    has_model = case.mode != "training" and case.dtype == "float32"
+    assert ("onnxruntime" in result["seconds"]) <= has_model
+    fr.set_num_threads(0)
+
+
+@pytest.mark.parametrize("form", forms.OPTIONS)
+def test_what_an_option_costs_is_timed_against_the_plain_layer(form: str) -> None:
+    option = forms.FORMS[form]
+    results = [
+        race.measure(
+            cases.Case(option.cells[0], "small", (5, 3, 4, 6), mode, form=form), ["plain"], 0.0
+        )
+        for mode in option.modes
+    ]
+    [table] = tables.tables(results)
+    assert table.rows[0][0] == form
+    assert len(table.rows[0]) == 1 + len(option.modes)
     fr.set_num_threads(0)
 
 
@@ -144,6 +205,11 @@ def test_an_interrupted_run_keeps_what_was_measured(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--suite", "properties", "--only", "speed"], "--only must match one of scaling,"),
+        (["--suite", "properties", "--shapes", "weather"], "--shapes: the suite properties"),
+        (["--forms", "bent"], "--forms must be of two-layers, both-directions"),
+        (["--only", "TCN"], "--only TCN: none of"),
+        (["--seconds", "0"], "must be a positive number of seconds, got '0'"),
         (["--suite", "slow"], "invalid choice: 'slow'"),
         (["--cells", "LSTM", "TCN"], "invalid choice: 'TCN'"),
         (["--shapes", "1,2,3"], "--shapes must be T,B,I,H"),
@@ -178,6 +244,35 @@ def test_bad_input_is_told_in_one_line(
     assert told.err.count("\n") == 1
     assert told.out == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_a_property_is_shown_and_kept(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = {name: tmp_path / f"run.{name}" for name in ("json", "html", "md")}
+    arguments = ["bench", "--suite", "properties", "--only", "soak", "--seconds", "0.2"]
+    keep = [f"--{name}={paths[name]}" for name in ("json", "html")]
+    assert cli.main([*arguments, *keep, "--report", str(paths["md"])]) == 0
+    assert "threads ended" in capsys.readouterr().out
+    [table] = json.loads(paths["json"].read_text("utf-8"))["tables"]
+    assert [row[0] for row in table["rows"]] == ["1", "8"]
+    assert "### soak" in paths["md"].read_text("utf-8")
+    assert "<h3>soak</h3>" in paths["html"].read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", properties.PROPERTIES)
+def test_every_property_has_a_table_head(name: str) -> None:
+    if name in ("gemm", "modules", "team"):
+        pytest.importorskip({"gemm": "scipy_openblas32"}.get(name, "torch"))
+    columns = next(properties.PROPERTIES[name]())
+    assert len(columns) > 1
+    fr.set_num_threads(0)
+
+
+def test_a_budget_leaves_cases_out(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*SMALL, "--against", "--cells", "GRU", "--budget", "1e-9"]
+    assert cli.main(arguments) == 0
+    assert "Left out 3 cases: the time was over." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

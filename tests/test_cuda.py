@@ -288,3 +288,10 @@ def test_masks_may_be_on_the_gpu() -> None:
         resets = cuda._upload(both["resets"], "bool", 0, 0)
         same, _ = fr.gru(**given, lengths=lengths, resets=resets)
         np.testing.assert_array_equal(y.numpy(), same.numpy())
+
+
+def test_full_lengths_change_no_bit(cell: Cell, precision: str) -> None:
+    sizes = Sizes(9, 5, 7, 33)
+    values = put(arguments(cell, sizes), precision)
+    plain = op(cell)(**values)
+    assert_same_bits(op(cell)(**values, lengths=np.full(sizes.B, sizes.T)), plain)

@@ -71,9 +71,11 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
 
     bench.add_argument(
         "--suite",
-        choices=SUITES,
+        choices=(*SUITES, "properties"),
         default="quick",
-        help="quick (a minute), shapes (the tables of the README), full; default: quick",
+        help="quick (a minute), shapes (the tables of the README), options (what each costs), "
+        "modules (fusedrnn.torch against torch.nn), properties (scaling, memory, small calls "
+        "…), full; default: quick",
     )
     bench.add_argument("--device", choices=DTYPES, default="cpu", help="default: cpu")
     several("--cells", tuple(GATES), f"of {' '.join(GATES)}; default: {' '.join(CELLS)}", CELLS)
@@ -92,20 +94,37 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="instead of the suite's: sizes or names, as 96,64,7,64 or weather",
     )
     bench.add_argument(
+        "--forms",
+        nargs="+",
+        metavar="form",
+        help="instead of the suite's: two-layers both-directions batch-first lengths cell, or "
+        "an option, as zoneout",
+    )
+    bench.add_argument(
+        "--only", default="", metavar="PATTERN", help="only cases whose name matches"
+    )
+    bench.add_argument(
+        "--seconds", type=_seconds, metavar="S", help="about how long to time each case"
+    )
+    bench.add_argument(
+        "--budget", type=_seconds, metavar="S", help="start no case after so many seconds"
+    )
+    bench.add_argument(
         "--threads", nargs="+", type=_count, metavar="n", help="default: 1 and one a core"
     )
     bench.add_argument(
         "--against",
         nargs="*",
         metavar="peer",
-        help="of torch onnxruntime openvino reference, or nothing; default: all installed",
+        help="of torch onnxruntime openvino reference, compiled (our module by torch.compile), "
+        "plain (the layer without the form), or nothing; default: the suite's, installed",
     )
-    for option, what in (
-        ("json", "keep the results, for --compare"),
-        ("html", "write them as a page with plots"),
-        ("markdown", "write the tables"),
+    for options, what in (
+        (["--json"], "keep the results, for --compare"),
+        (["--html"], "write them as a page with plots"),
+        (["--report", "--markdown"], "write the tables as Markdown"),
     ):
-        bench.add_argument(f"--{option}", type=Path, metavar="FILE", help=what)
+        bench.add_argument(*options, type=Path, metavar="FILE", help=what)
     bench.add_argument(
         "--compare", type=Path, metavar="JSON", help="compare with an earlier run"
     )
@@ -115,6 +134,16 @@ def _count(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if not 1 <= value <= 10_000:
         raise argparse.ArgumentTypeError(f"must be an integer from 1 to 10000, got {text!r}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
     return value
 
 

@@ -1,17 +1,19 @@
 """The named cases and the suites made of them: those of `fusedrnn bench` and of `pytest bench`.
 
-A case is a cell, sizes, a mode, a dtype and a count of threads. Inference runs a layer whose
-weights stay packed, as in service; training runs forward and backward with weights that were
-just changed, so packing is part of it. Streaming runs a layer step by step, each call given the
-state that the last one returned.
+A case is a cell, sizes, a form, a mode, a dtype and a number of threads. Inference runs a layer
+whose weights stay packed, as in service; training runs forward and backward with weights that
+were just changed, so packing is part of it. Streaming runs a layer step by step, and each call
+receives the state that the previous one returned. A case is called through NumPy's interface,
+or through the modules of `fusedrnn.torch`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-Sizes = tuple[int, int, int, int]
+from .forms import FORMS, OPTIONS, Sizes, drawn_lengths
 
 SHAPES: dict[str, Sizes] = {  # T, B, I, H
     "one-step": (1, 1, 512, 512),
@@ -38,6 +40,9 @@ USUAL = tuple(SHAPES)[:11]
 WIDTHS: dict[str, Sizes] = {f"width-{H}": (50, 16, H, H) for H in (32, 64, 128, 256, 512, 1024)}
 ROWS: dict[str, Sizes] = {f"rows-{B}": (50, B, 256, 256) for B in (1, 2, 4, 8, 32, 64, 128)}
 STEPS: dict[str, Sizes] = {f"step-{H}": (1, 1, H, H) for H in (64, 128, 256, 512)}
+ROW_STEPS: dict[str, Sizes] = {
+    f"step-{H}-rows-{B}": (1, B, H, H) for H, B in ((64, 8), (128, 32), (512, 32))
+}
 # A GPU's, the widths that people use first.
 GPU_SHAPES: dict[str, Sizes] = {
     f"H{H}-B{B}-T{T}": (T, B, H, H)
@@ -45,7 +50,17 @@ GPU_SHAPES: dict[str, Sizes] = {
     for H in (768, 512, 1024, 256, 128, 64, 2048)
     for B in (16, 1, 64, 256)
 }
-NAMED = SHAPES | WIDTHS | ROWS | STEPS | GPU_SHAPES
+# Those of the suite "shapes" come first, because a run may be cut short.
+GPU_ORDER = tuple(
+    sorted(
+        GPU_SHAPES,
+        key=lambda name: (
+            GPU_SHAPES[name][1] == 256 or GPU_SHAPES[name][3] not in (256, 512, 768, 1024),
+            GPU_SHAPES[name][0] != 1024,
+        ),
+    )
+)
+NAMED = SHAPES | WIDTHS | ROWS | STEPS | ROW_STEPS | GPU_SHAPES
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 CELLS = ("LSTM", "GRU")  # those of a suite, unless others are asked for
@@ -55,7 +70,14 @@ DTYPES = {"cpu": ("float32", "float64"), "cuda": ("bfloat16", "float16", "float3
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed; "tf32" stands for float32 on a GPU's matrix units."""
+    """One thing that is timed.
+
+    Attributes
+    ----------
+    form: a name of `forms.FORMS`, "" for the plain layer.
+    dtype: "tf32" stands for float32 on a GPU's matrix units.
+    interface: "numpy", or "torch" for the modules of `fusedrnn.torch` under autograd.
+    """
 
     cell: str
     shape: str
@@ -64,6 +86,8 @@ class Case:
     threads: int = 1
     dtype: str = "float32"
     device: str = "cpu"
+    form: str = ""
+    interface: str = "numpy"
 
     @property
     def gates(self) -> int:
@@ -81,39 +105,62 @@ class Case:
         return {"float64": 8, "bfloat16": 2, "float16": 2}.get(self.dtype, 4)
 
     @property
-    def flops(self) -> int:
-        """2·G·H·(I+H)·B·T forward, three times that in training."""
+    def passes(self) -> list[Sizes]:
+        """Sizes of each layer and direction; T is the mean where rows have lengths."""
         T, B, I, H = self.sizes
-        return 2 * self.gates * H * (I + H) * B * T * (3 if self.training else 1)
+        if self.form == "lengths":
+            T = max(1, round(float(drawn_lengths(T, B).mean())))
+        layer = FORMS[self.form].layer
+        directions = 1 + layer.get("bidirectional", False)
+        widths = [I] + [H * directions] * (layer.get("num_layers", 1) - 1)
+        return [(T, B, width, H) for width in widths for _ in range(directions)]
+
+    @property
+    def flops(self) -> int:
+        """2·G·H·(I+H)·B·T for each layer and direction, three times that in training."""
+        forward = sum(2 * self.gates * H * (I + H) * B * T for T, B, I, H in self.passes)
+        return forward * (3 if self.training else 1)
 
     @property
     def bytes_read(self) -> int:
         """W once and R once a step, twice as much in training, and x, y and their gradients."""
-        T, B, I, H = self.sizes
-        weights = self.gates * H * (I + H * T) * self.item
-        return (2 if self.training else 1) * (weights + T * B * (I + H) * self.item)
+        read = sum(self.gates * H * (I + H * T) + T * B * (I + H) for T, B, I, H in self.passes)
+        return (2 if self.training else 1) * read * self.item
+
+    @property
+    def label(self) -> str:
+        """The sizes, and the form where it is not the plain one."""
+        sizes = ", ".join(map(str, self.sizes))
+        return f"{sizes}, {self.form}" if self.form else sizes
 
     def __str__(self) -> str:
         usual = self.device == "cpu" and self.dtype == "float32"
-        parts = [self.cell, self.shape, *[self.dtype] * (not usual), self.mode]
+        parts = [self.cell, *["torch"] * (self.interface == "torch"), self.shape]
+        parts += [*[self.form] * bool(self.form), *[self.dtype] * (not usual), self.mode]
         return "-".join([*parts, str(self.threads)] if self.device == "cpu" else parts)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Which shapes run in which mode.
+    """Which shapes run in which mode and form.
 
     Attributes
     ----------
-    shapes: by mode, run with the most threads, or with every count asked for if every_count.
+    shapes: by mode, run with the most threads, or with every number asked for if every_count.
     scaling: by mode, run with 1, 2, 4 … threads up to the most.
+    forms: by form, the shapes that run in it, in each mode that the form has.
     seconds: about how long the rounds of a case take.
+    interface: of the cases; a form "cell" always has PyTorch's.
+    against: the contenders beside ours, None for the installed peers and the reference.
     """
 
     shapes: dict[str, Sequence[str]]
     seconds: float
     every_count: bool = False
     scaling: dict[str, Sequence[str]] = field(default_factory=dict)
+    forms: dict[str, Sequence[str]] = field(default_factory=dict)
+    interface: str = "numpy"
+    against: Sequence[str] | None = None
 
 
 def _with_training(shapes: Sequence[str]) -> dict[str, Sequence[str]]:
@@ -134,8 +181,22 @@ GPU_SUITES = {
         ),
         seconds=0.25,
     ),
-    "full": Suite(_with_training(tuple(GPU_SHAPES)), seconds=0.25),
+    "full": Suite(_with_training(GPU_ORDER), seconds=0.25),
+    "options": Suite(
+        {},
+        forms=dict.fromkeys(("lengths", *OPTIONS), ("H512-B16-T256",)),
+        seconds=0.25,
+        against=("plain",),
+    ),
 }
+_OF_STRUCTURES: dict[str, Sequence[str]] = {
+    "two-layers": ("step-64", "stream-small", "weather"),
+    "both-directions": ("step-64", "stream-small", "weather"),
+    "batch-first": ("step-64", "weather"),
+    "lengths": ("step-64", "weather", "speech"),
+    "cell": ("step-64", "step-256", *ROW_STEPS),
+}
+_OPTION_SHAPES = ("narrow", "weather", "stream-small", "speech")
 SUITES = {
     "quick": Suite(
         {
@@ -156,7 +217,23 @@ SUITES = {
     "shapes": Suite(
         {"inference": tuple(SHAPES), "training": tuple(SHAPES), "streaming": tuple(STEPS)},
         every_count=True,
+        forms=_OF_STRUCTURES,
         seconds=1.5,
+    ),
+    "options": Suite(
+        {},
+        every_count=True,
+        forms=dict.fromkeys(("lengths", *OPTIONS), _OPTION_SHAPES),
+        seconds=0.4,
+        against=("plain",),
+    ),
+    "modules": Suite(
+        {"training": USUAL, "inference": ("step-64", "step-128", "stream-small", "weather")},
+        every_count=True,
+        forms=_OF_STRUCTURES,
+        seconds=1.0,
+        interface="torch",
+        against=("torch", "compiled"),
     ),
     "full": Suite(
         {
@@ -165,6 +242,7 @@ SUITES = {
             "streaming": tuple(STEPS),
         },
         every_count=True,
+        forms=_OF_STRUCTURES,
         scaling=dict.fromkeys(("inference", "training"), ("width-256", "width-512", "speech")),
         seconds=1.5,
     ),
@@ -184,32 +262,41 @@ def cases_of(
     threads: Sequence[int] = (1, 2),
     shapes: Mapping[str, Sizes] | None = None,
     device: str = "cpu",
+    forms: Sequence[str] | None = None,
 ) -> list[Case]:
-    """Return a suite's cases, each once, or those of `shapes` instead of its own."""
+    """Return a suite's cases, each once; `shapes` and `forms` replace its own."""
     most = max(threads)
     usual = threads if suite.every_count or shapes else [most]
 
-    def combine(count: int, mode: str, named: Mapping[str, Sizes]) -> Iterator[Case]:
-        for name, (T, B, I, H) in named.items():
-            steps = 1 if mode == "streaming" else T  # a stream takes one step at a time
-            for dtype in dtypes:
-                for cell in cells:
-                    yield Case(cell, name, (steps, B, I, H), mode, count, dtype, device)
+    def named(names: Sequence[str]) -> Mapping[str, Sizes]:
+        return shapes or {name: NAMED[name] for name in names}
 
-    def of(names: Sequence[str]) -> dict[str, Sizes]:
-        return {name: NAMED[name] for name in names}
-
-    found = [
-        case
-        for count in usual
+    chosen = [("", mode, named(suite.shapes.get(mode, ()))) for mode in modes]
+    if shapes and forms is None:
+        forms = () if suite.shapes else tuple(suite.forms)
+    elif forms is not None:
+        chosen = []
+    for form in suite.forms if forms is None else forms:
+        found = named(suite.forms.get(form, USUAL))
+        chosen += [(form, mode, found) for mode in modes if mode in FORMS[form].modes]
+    scaled = [
+        ("", mode, named(suite.scaling.get(mode, ())), counts_up_to(most))
         for mode in modes
-        for case in combine(count, mode, shapes or of(suite.shapes.get(mode, ())))
+        if not shapes and forms is None
     ]
-    if not shapes:
-        found += [
-            case
-            for mode in modes
-            for count in counts_up_to(most)
-            for case in combine(count, mode, of(suite.scaling.get(mode, ())))
-        ]
-    return list(dict.fromkeys(found))
+
+    def combine(
+        form: str, mode: str, shapes: Mapping[str, Sizes], counts: Sequence[int]
+    ) -> Iterator[Case]:
+        interface = "torch" if form == "cell" else suite.interface
+        for count, (name, (T, B, I, H)), dtype, cell in itertools.product(
+            counts, shapes.items(), dtypes, cells
+        ):
+            if cell in FORMS[form].cells:
+                # A stream and a cell take one step at a time.
+                steps = 1 if mode == "streaming" or form == "cell" else T
+                sizes = (steps, B, I, H)
+                yield Case(cell, name, sizes, mode, count, dtype, device, form, interface)
+
+    groups = [(*one, [count]) for count in usual for one in chosen] + scaled
+    return list(dict.fromkeys(case for group in groups for case in combine(*group)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,16 @@ import fusedrnn as fr
 from .. import floor, machine
 from ..files import UserError, check_output, replacing
 from . import race
-from .cases import DTYPES, GPU_SUITES, MODES, NAMED, SUITES, Case, Sizes, Suite, cases_of
-from .contenders import PEERS, missing
+from .cases import DTYPES, GPU_SUITES, MODES, NAMED, SUITES, Case, Suite, cases_of
+from .contenders import CONTENDERS, PEERS, missing
+from .forms import FORMS, Sizes
 from .race import Result
 from .tables import Table, comparison, tables
 
 FORMAT = 1  # of the JSON
 LARGEST = 1 << 30  # elements of an array
+
+Measure = Callable[[Case, Sequence[str]], Result]
 
 
 @dataclass(frozen=True)
@@ -48,24 +53,30 @@ class Request:
     modes: Sequence[str] | None
     dtypes: Sequence[str] | None
     shapes: Sequence[str] | None
+    forms: Sequence[str] | None
+    only: str
+    seconds: float | None
+    budget: float | None
     threads: Sequence[int] | None
     against: Sequence[str] | None
     json: Path | None
     html: Path | None
-    markdown: Path | None
+    report: Path | None
     compare: Path | None
 
 
 def run(request: Request) -> int:
     """Run the command; return its exit status, 1 if a result was wrong, 130 if interrupted."""
-    cases, names = _cases(request), _contenders(request)
+    properties = _properties(request)
+    cases = [] if request.suite == "properties" else _cases(request)
+    names = _contenders(request)
     for option, path in (
         ("json", request.json),
         ("html", request.html),
-        ("markdown", request.markdown),
+        ("report", request.report),
     ):
         if path:
-            check_output(f"--{option}", path, {"markdown": ".md"}.get(option, f".{option}"))
+            check_output(f"--{option}", path, {"report": ".md"}.get(option, f".{option}"))
     earlier = _earlier(request.compare) if request.compare else None
     if request.html:
         from . import page  # noqa: F401  what it needs is asked for before any work
@@ -73,49 +84,109 @@ def run(request: Request) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
-    about = [
-        machine.told(),
-        " · ".join([f"fusedrnn {fr.__version__}", *machine.versions((*names, "numpy"))]),
-    ]
+    versions = machine.versions((*names, "numpy"))
+    about = [machine.told(), " · ".join([f"fusedrnn {fr.__version__}", *versions, *commit()])]
     for line in about:
         console.print(line, highlight=False)
-    seconds = _suite(request).seconds
     rates: dict[str, Any] | None = None
-    measure: Callable[[Case, Sequence[str]], Result]
-    if request.device == "cpu":
-        rates = floor.rates(max(case.threads for case in cases))
-        about.append(floor.told(rates))
+    with contextlib.ExitStack() as stack:
+        if request.device == "cpu":
+            threads = max((case.threads for case in cases), default=machine.cores())
+            rates = floor.rates(threads)
+            about.append(floor.told(rates))
+            seconds = request.seconds or (_suite(request).seconds if cases else 0.0)
+            measure: Measure = partial(race.measure, seconds=seconds)
+        else:
+            card, measure = _on_gpu(request, stack)
+            about.append(card)
+        console.print(about[-1], highlight=False)
 
-        measure = partial(race.measure, seconds=seconds)
-    else:
-        from . import gpu
-
-        card = gpu.describe_card()
-        about.append(str(card))
-
-        def on_gpu(case: Case, names: Sequence[str]) -> Result:
-            result = gpu.measure(case, names, seconds)
-            return result | {"floor": gpu.floor_seconds(case, card)}
-
-        measure = on_gpu
-
-    console.print(about[-1], highlight=False)
-
-    made: dict[str, Any] = {
-        "format": FORMAT,
-        "when": time.strftime("%Y-%m-%d %H:%M"),
-        "suite": request.suite,
-        "about": about,
-        "config": fr.show_config("dict"),
-        "rates": rates,
-        "cases": [],
-    }
-    made["interrupted"] = not _measure(cases, names, made["cases"], console, measure)
+        made: dict[str, Any] = {
+            "format": FORMAT,
+            "when": time.strftime("%Y-%m-%d %H:%M"),
+            "suite": request.suite,
+            "about": about,
+            "config": fr.show_config("dict"),
+            "rates": rates,
+            "cases": [],
+            "tables": [],
+            "left out": {},
+        }
+        done = _measure(cases, names, made, console, measure, request.budget)
+    for name in properties if done else ():
+        try:
+            table = run_property(name, request.seconds)
+        except KeyboardInterrupt:
+            done = False
+            break
+        _print(table, console)
+        made["tables"].append(asdict(table))
+    made["interrupted"] = not done
     _show(made, earlier, console)
     _keep(made, earlier, request, console)
     if made["interrupted"]:
         return 130
     return 1 if any(result["wrong"] for result in made["cases"]) else 0
+
+
+def commit() -> list[str]:
+    """Return "commit X" where this is run in a checkout of the project, else nothing."""
+    project = Path("pyproject.toml")
+    if not project.is_file() or 'name = "fusedrnn"' not in project.read_text("utf-8"):
+        return []
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [f"commit {found.stdout.strip()}"]
+
+
+def _on_gpu(request: Request, stack: contextlib.ExitStack) -> tuple[str, Measure]:
+    """Return the GPU in words, and the function that measures a case on it."""
+    from . import gpu
+    from .worker import Worker
+
+    worker = Worker()
+    stack.callback(worker.stop)
+    try:
+        card = worker.ask("describe_card", seconds=60.0)
+    except RuntimeError as failure:
+        raise UserError(f"--device cuda: the GPU cannot be used: {failure}") from None
+    seconds = request.seconds or _suite(request).seconds
+
+    def measure(case: Case, names: Sequence[str]) -> Result:
+        result = worker.measure(case, list(names), seconds)
+        if not case.form:
+            result["floor"] = gpu.floor_seconds(case, card)
+        return result
+
+    return str(card), measure
+
+
+def _properties(request: Request) -> list[str]:
+    """Return the names of the properties to measure."""
+    if request.suite != "properties":
+        return []
+    for option in ("shapes", "forms", "compare"):
+        if getattr(request, option):
+            raise UserError(f"--{option}: the suite properties has no cases")
+    if request.device == "cuda":
+        raise UserError("--suite properties: is measured on the cpu alone")
+    from . import properties
+
+    found = [name for name in properties.PROPERTIES if re.search(request.only, name)]
+    if not found:
+        known = ", ".join(properties.PROPERTIES)
+        raise UserError(f"--only must match one of {known}, got {request.only}")
+    return found
+
+
+def run_property(name: str, seconds: float | None) -> Table:
+    """Return the table of a property."""
+    from . import properties
+
+    return properties.measure(name, seconds)
 
 
 def _cases(request: Request) -> list[Case]:
@@ -144,7 +215,10 @@ def _cases(request: Request) -> list[Case]:
             f"got {max(threads)}"
         )
     shapes = {text: _sizes(text) for text in request.shapes or ()}
-    return cases_of(
+    for form in request.forms or ():
+        if form not in FORMS:
+            raise UserError(f"--forms must be of {', '.join(filter(None, FORMS))}, got {form}")
+    cases = cases_of(
         _suite(request),
         request.cells,
         request.modes or (MODES if request.device == "cpu" else MODES[:2]),
@@ -152,11 +226,23 @@ def _cases(request: Request) -> list[Case]:
         threads if request.device == "cpu" else (1,),
         shapes,
         request.device,
+        request.forms,
     )
+    found = [case for case in cases if re.search(request.only, str(case))]
+    if not found:
+        raise UserError(
+            f"--only {request.only}: none of {len(cases)} cases has such a name, as {cases[0]}"
+            if cases
+            else "--cells, --modes and --forms leave no case"
+        )
+    return found
 
 
 def _suite(request: Request) -> Suite:
-    return (GPU_SUITES if request.device == "cuda" else SUITES)[request.suite]
+    suites = GPU_SUITES if request.device == "cuda" else SUITES
+    if request.suite not in suites:
+        raise UserError(f"--suite must be of {', '.join(suites)} on {request.device}")
+    return suites[request.suite]
 
 
 def _sizes(text: str) -> Sizes:
@@ -173,10 +259,17 @@ def _sizes(text: str) -> Sizes:
 
 
 def _contenders(request: Request) -> list[str]:
-    """Peers, all that are installed unless some are named, and the reference."""
-    offered = (*PEERS, "reference") if request.device == "cpu" else ("torch",)
+    """Those named, else the suite's, else the peers that are installed and the reference."""
+    if request.suite == "properties":
+        return []
+    suite = _suite(request).against
+    if request.device == "cpu":
+        offered = tuple(name for name in CONTENDERS if name != "ours")
+    else:
+        offered = ("torch", "plain")
     if request.against is None:
-        return [name for name in offered if not missing(name)]
+        usual = suite or ((*PEERS, "reference") if request.device == "cpu" else ("torch",))
+        return [name for name in usual if not missing(name)]
     for name in request.against:
         if name not in offered:
             raise UserError(
@@ -206,11 +299,12 @@ def _earlier(path: Path) -> dict[str, Any]:
 def _measure(
     cases: Sequence[Case],
     names: Sequence[str],
-    results: list[Result],
+    made: dict[str, Any],
     console: Console,
-    measure: Callable[[Case, Sequence[str]], Result],
+    measure: Measure,
+    budget: float | None,
 ) -> bool:
-    """Add each case's result as it is there; return whether all are."""
+    """Add each case's result as it is there; return whether nobody interrupted it."""
     columns = (
         TextColumn("{task.description:<34}"),
         BarColumn(),
@@ -219,16 +313,22 @@ def _measure(
         TimeRemainingColumn(),
     )
     disable = not console.is_terminal
+    begin = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=disable) as progress:
         task = progress.add_task("", total=len(cases))
         try:
-            for case in cases:
+            for n, case in enumerate(cases):
+                if budget and time.monotonic() - begin > budget:
+                    made["left out"] |= dict.fromkeys(map(str, cases[n:]), "the time was over")
+                    console.print(f"Left out {len(cases) - n} cases: the time was over.")
+                    break
                 progress.update(task, description=str(case))
                 if disable:
-                    console.print(f"{len(results) + 1}/{len(cases)} {case}", highlight=False)
+                    console.print(f"{n + 1}/{len(cases)} {case}", highlight=False)
                 try:
-                    results.append(measure(case, names))
-                except (MemoryError, TimeoutError) as failure:
+                    made["cases"].append(measure(case, names))
+                except (MemoryError, TimeoutError, RuntimeError) as failure:
+                    made["left out"][str(case)] = str(failure)
                     console.print(f"Left out {case}: {failure}", highlight=False)
                 progress.advance(task)
         except KeyboardInterrupt:
@@ -257,6 +357,10 @@ def _show(made: dict[str, Any], earlier: dict[str, Any] | None, console: Console
             )
     if made["interrupted"]:
         console.print(f"Interrupted after {len(made['cases'])} cases.", highlight=False)
+
+
+def _tables(made: dict[str, Any]) -> list[Table]:
+    return [*tables(made["cases"]), *(Table(**table) for table in made["tables"])]
 
 
 def _print(table: Table, console: Console) -> None:
@@ -300,12 +404,12 @@ def _keep(
     texts = {}
     if request.json:
         texts[request.json] = json.dumps(made, indent=1) + "\n"
-    if request.markdown:
+    if request.report:
         lines = [
             *made["about"],
-            *(line for t in tables(made["cases"]) for line in t.markdown()),
+            *(line for t in _tables(made) for line in t.markdown()),
         ]
-        texts[request.markdown] = "\n".join(lines) + "\n"
+        texts[request.report] = "\n".join(lines) + "\n"
     if request.html:
         from .page import page
 

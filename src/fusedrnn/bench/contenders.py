@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,66 +11,99 @@ import numpy as np
 
 import fusedrnn as fr
 
+from . import forms
 from .cases import Case
 
-Results = dict[str, np.ndarray[Any, Any]]
+Array = np.ndarray[Any, Any]
+Results = dict[str, Array]
 Run = Callable[[], Results]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A layer with random parameters, x, and the gradient of y."""
+    """A layer with random parameters, x and the gradient of y as it takes them, and masks."""
 
     layer: Any
-    x: np.ndarray[Any, Any]
-    dy: np.ndarray[Any, Any]
+    x: Array
+    dy: Array
+    masks: dict[str, Any]
 
     @classmethod
-    def of(cls, case: Case) -> Inputs:
-        """Draw them, the same for the same sizes."""
+    def of(cls, case: Case, form: str | None = None) -> Inputs:
+        """Draw them, the same for the same sizes, for the case's form or another one."""
+        form = case.form if form is None else form
         T, B, I, H = case.sizes
         rng = np.random.default_rng(0)
         x = rng.normal(size=(T, B, I)).astype(case.dtype)
-        dy = rng.normal(size=(T, B, H)).astype(case.dtype)
-        return cls(getattr(fr, case.cell)(I, H, rng=rng, dtype=case.dtype), x, dy)
+        arguments = forms.layer_arguments(form, H)
+        width = arguments.get("proj_size", H) * (1 + arguments.get("bidirectional", False))
+        dy = rng.normal(size=(T, B, width)).astype(case.dtype)
+        layer = getattr(fr, case.cell)(I, H, rng=rng, dtype=case.dtype, **arguments)
+        if layer.batch_first:
+            x, dy = (np.ascontiguousarray(a.swapaxes(0, 1)) for a in (x, dy))
+        return cls(layer, x, dy, forms.FORMS[form].call(T, B))
 
     @property
-    def parameters(self) -> list[np.ndarray[Any, Any]]:
-        """In the order of `fusedrnn.lstm`."""
+    def parameters(self) -> list[Array]:
+        """All of them, in the order of `fusedrnn.lstm` for one layer and direction."""
         return list(self.layer.state_dict().values())
+
+    @property
+    def lengths(self) -> Array | None:
+        """Where rows differ in length."""
+        return self.masks.get("lengths")
 
 
 def ours(case: Case, inputs: Inputs) -> Run:
-    """Run this package's layer, or in training its op, which packs weights anew."""
+    """Run this package's layer; its op for a plain layer in training, which packs anew."""
     fr.set_num_threads(case.threads)
+    if case.interface == "torch":
+        import fusedrnn.torch
+
+        return _run_module(fusedrnn.torch, case, inputs)
+    layer, x, masks = inputs.layer, inputs.x, inputs.masks
     if case.mode == "inference":
-        return lambda: {"y": inputs.layer(inputs.x)[0]}
+        return lambda: {"y": layer(x, **masks)[0]}
     if case.mode == "streaming":
         state = None
 
         def step() -> Results:
             nonlocal state
-            y, state = inputs.layer(inputs.x, state)
+            y, state = layer(x, state)
             return {"y": y}
 
         return step
-    return _vjp(fr, case, inputs.x, inputs.dy, inputs.parameters)
+    if not case.form:
+        return _run_op(fr, case, x, inputs.dy, inputs.parameters)
+    return _train_layer(inputs)
 
 
-def reference(case: Case, inputs: Inputs) -> Run:
-    """Run the cell's definition in NumPy, one step after the other."""
-    return _vjp(fr.reference, case, inputs.x, inputs.dy, inputs.parameters)
+def plain(case: Case, inputs: Inputs) -> Run:
+    """Run this package's layer without the form: what a form costs is the inverse ratio."""
+    fr.set_num_threads(case.threads)
+    without = Inputs.of(case, "")
+    if case.training:
+        return _train_layer(without)
+    return lambda: {"y": without.layer(without.x)[0]}
 
 
-def exact(case: Case, inputs: Inputs) -> Results:
-    """Return what the results should be: the definition, in float64, of the same inputs."""
-    x, dy, *parameters = (
-        a.astype(np.float64) for a in (inputs.x, inputs.dy, *inputs.parameters)
-    )
-    return _vjp(fr.reference, case, x, dy, parameters)()
+def _train_layer(inputs: Inputs) -> Run:
+    """Train by `vjp`, with weights just assigned, as an optimiser leaves them."""
+    layer, x, dy, masks = inputs.layer, inputs.x, inputs.dy, dict(inputs.masks)
+    R = layer.weight_hh_l0
+    if layer.zoneout or layer.recurrent_dropout or layer.weight_dropout:
+        masks["seed"] = 1
+
+    def train() -> Results:
+        layer.weight_hh_l0 = R
+        (y, *_), pullback = layer.vjp(x, **masks)
+        grads = pullback(dy)
+        return {"y": y, "dx": grads.x, "dR": grads.parameters["weight_hh_l0"]}
+
+    return train
 
 
-def _vjp(of: Any, case: Case, x: Any, dy: Any, parameters: list[Any]) -> Run:
+def _run_op(of: Any, case: Case, x: Array, dy: Array, parameters: list[Array]) -> Run:
     vjp = getattr(of, f"{case.cell.lower()}_vjp")
 
     def run() -> Results:
@@ -83,46 +116,135 @@ def _vjp(of: Any, case: Case, x: Any, dy: Any, parameters: list[Any]) -> Run:
     return run
 
 
+def reference(case: Case, inputs: Inputs) -> Run:
+    """Run the cell's definition in NumPy, one step after the other."""
+    if not case.form:
+        return _run_op(fr.reference, case, inputs.x, inputs.dy, inputs.parameters)
+    return lambda: _define(case, inputs, inputs.x, inputs.dy, inputs.parameters)
+
+
+def exact(case: Case, inputs: Inputs) -> Results:
+    """Return what the results should be: the definition, in float64, of the same inputs."""
+    x, dy, *parameters = (
+        a.astype(np.float64) for a in (inputs.x, inputs.dy, *inputs.parameters)
+    )
+    return _define(case, inputs, x, dy, parameters)
+
+
+def _define(
+    case: Case, inputs: Inputs, x: Array, dy: Array, parameters: list[Array]
+) -> Results:
+    """Compute layers and directions by the cell's definition, which has one of each."""
+    layer = inputs.layer
+    vjp = getattr(fr.reference, f"{case.cell.lower()}_vjp")
+    order = (1, 0, 2) if layer.batch_first else (0, 1, 2)
+    y, dy, pullbacks = x.transpose(order), dy.transpose(order), []
+    directions = 1 + layer.bidirectional
+    each = len(parameters) // (layer.num_layers * directions)
+    for n in range(layer.num_layers):
+        passes = []
+        for direction in range(directions):
+            at = (n * directions + direction) * each
+            weights = parameters[at : at + each]
+            passes.append(vjp(y, *weights, lengths=inputs.lengths, reverse=direction == 1))
+        pullbacks.append([pullback for _, pullback in passes])
+        y = np.concatenate([results[0] for results, _ in passes], -1)
+    results = {"y": y.transpose(order)}
+    if case.training:
+        for of_layer in reversed(pullbacks):
+            parts = np.split(dy, directions, -1)
+            grads = [pull(part) for pull, part in zip(of_layer, parts, strict=True)]
+            dy = sum(g.x for g in grads)
+        results |= {"dx": dy.transpose(order), "dR": grads[0].weight_hh}
+    return results
+
+
 def torch(case: Case, inputs: Inputs) -> Run:
     """Run torch.nn's module with the same parameters."""
     import torch
 
+    return _run_module(torch.nn, case, inputs)
+
+
+def compiled(case: Case, inputs: Inputs) -> Run | None:
+    """Run the module of `fusedrnn.torch` through torch.compile."""
+    import torch
+
+    import fusedrnn.torch
+
+    if case.interface != "torch":
+        return None
+    torch._dynamo.reset()
+    return _run_module(fusedrnn.torch, case, inputs, torch.compile)
+
+
+def _run_module(
+    library: Any, case: Case, inputs: Inputs, wrap: Callable[[Any], Any] = lambda module: module
+) -> Run:
+    """Run a module of `library`, torch.nn or fusedrnn.torch, through autograd in training."""
+    import torch
+
     torch.set_num_threads(case.threads)
-    _, _, I, H = case.sizes
-    module = getattr(torch.nn, case.cell)(I, H, dtype=getattr(torch, case.dtype))
-    state = inputs.layer.state_dict()
-    module.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in state.items()})
-    x = torch.from_numpy(inputs.x.copy())
-    dy = torch.from_numpy(inputs.dy.copy())
-    if case.mode == "inference":
+    _, B, I, H = case.sizes
+    kind: dict[str, Any] = {"dtype": getattr(torch, case.dtype)}
+    weights = {k: torch.from_numpy(v.copy()) for k, v in inputs.layer.state_dict().items()}
+    x, dy = torch.from_numpy(inputs.x.copy()), torch.from_numpy(inputs.dy.copy())
+    is_cell = case.form == "cell"
+    if is_cell:
+        weights = {k.removesuffix("_l0"): v for k, v in weights.items()}
+        x, dy, state = x[0], dy[0], torch.zeros(B, H, **kind)
+        module = getattr(library, f"{case.cell}Cell")(I, H, **kind)
+        start: Any = (state, state) if case.cell == "LSTM" else state
+    else:
+        arguments = forms.layer_arguments(case.form, H)
+        module, start = getattr(library, case.cell)(I, H, **arguments, **kind), None
+    module.load_state_dict(weights)
+    call = wrap(module)
+    lengths = None if inputs.lengths is None else torch.from_numpy(inputs.lengths)
+    leaves = [x, *module.parameters()]
+    R = module.weight_hh if is_cell else module.weight_hh_l0
+
+    def run(state: Any) -> Any:
+        """Return y and the state after."""
+        if is_cell:
+            state = call(x, state)
+            return (state[0] if case.cell == "LSTM" else state), state
+        if lengths is None:
+            return call(x, state)
+        if library is not torch.nn:
+            return call(x, lengths=lengths)
+        utils = torch.nn.utils.rnn
+        packed = utils.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        y, state = call(packed)
+        return utils.pad_packed_sequence(y, total_length=len(x))[0], state
+
+    def results(y: Any) -> Results:
+        y = y.detach().numpy()
+        return {"y": y[None] if is_cell else y}
+
+    if not case.training:
+        carries = case.mode == "streaming"
 
         def infer() -> Results:
+            nonlocal start
             with torch.inference_mode():
-                return {"y": module(x)[0].numpy()}
+                y, state = run(start)
+            if carries:
+                start = state
+            return results(y)
 
         return infer
-    if case.mode == "streaming":
-        state = None
-
-        def step() -> Results:
-            nonlocal state
-            with torch.inference_mode():
-                y, state = module(x, state)
-            return {"y": y.numpy()}
-
-        return step
     x.requires_grad_()
 
     def train() -> Results:
-        module.zero_grad()
-        x.grad = None
-        y = module(x)[0]
+        for leaf in leaves:
+            leaf.grad = None
+        y, _ = run(start)
         y.backward(dy)
         dx: Any = x.grad
-        return {
-            "y": y.detach().numpy(),
-            "dx": dx.numpy(),
-            "dR": module.weight_hh_l0.grad.numpy(),
+        return results(y) | {
+            "dx": dx.numpy()[None] if is_cell else dx.numpy(),
+            "dR": R.grad.numpy(),
         }
 
     return train
@@ -133,40 +255,63 @@ ONNX_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 
 
 def onnx_model(case: Case, inputs: Inputs) -> bytes:
-    """The layer as a model, its state in and out."""
+    """The layers as a model, the state of all in and out; x and y are (T, B, ·)."""
     import onnx
 
     T, B, I, H = case.sizes
-    order = ONNX_ORDER[case.cell]
-
-    def gates(name: str) -> np.ndarray[Any, Any]:
-        blocks = np.split(inputs.layer.state_dict()[f"{name}_l0"], len(order))
-        return np.concatenate([blocks[i] for i in order])
-
-    constants = {
-        "W": gates("weight_ih")[None],
-        "R": gates("weight_hh")[None],
-        "B": np.concatenate([gates("bias_ih"), gates("bias_hh")])[None],
-    }
+    layer, weights = inputs.layer, inputs.layer.state_dict()
+    order, D = ONNX_ORDER[case.cell], 1 + inputs.layer.bidirectional
     states = ("h", "c") if case.cell == "LSTM" else ("h",)
     options: dict[str, Any] = {"hidden_size": H}
+    if layer.bidirectional:
+        options["direction"] = "bidirectional"
     if case.cell == "GRU":
         options["linear_before_reset"] = 1
-    node = onnx.helper.make_node(
-        case.cell,
-        ["X", "W", "R", "B", "", *(f"{s}0" for s in states)],
-        ["Y", *(f"{s}_n" for s in states)],
-        **options,
-    )
+    constants: dict[str, Array] = {"shape": np.array([T, B, D * H])}
+    if inputs.lengths is not None:
+        constants["lengths"] = inputs.lengths.astype(np.int32)
+    make_node, nodes, read = onnx.helper.make_node, [], "X"
+    for n in range(layer.num_layers):
+
+        def gates(name: str, n: int = n) -> list[Array]:
+            """A parameter of both directions, its gates in ONNX' order."""
+            found = []
+            for suffix in ("", "_reverse")[:D]:
+                blocks = np.split(weights[f"{name}_l{n}{suffix}"], len(order))
+                found.append(np.concatenate([blocks[i] for i in order]))
+            return found
+
+        biases = zip(gates("bias_ih"), gates("bias_hh"), strict=True)
+        constants |= {
+            f"W{n}": np.stack(gates("weight_ih")),
+            f"R{n}": np.stack(gates("weight_hh")),
+            f"B{n}": np.stack([np.concatenate(pair) for pair in biases]),
+        }
+        ends = [f"{s}_n{n}" for s in states]
+        given = [read, f"W{n}", f"R{n}", f"B{n}"]
+        given += ["lengths" if "lengths" in constants else "", *(f"{s}0{n}" for s in states)]
+        nodes.append(make_node(case.cell, given, [f"Y{n}", *ends], **options))
+        read = f"Y{n}"  # (T, D, B, H)
+        if D > 1:
+            nodes.append(make_node("Transpose", [read], [f"P{n}"], perm=[0, 2, 1, 3]))
+            read = f"P{n}"
+        nodes.append(make_node("Reshape", [read, "shape"], [f"L{n}"]))  # without a copy
+        read = f"L{n}"
 
     def value(name: str, shape: list[int]) -> Any:
         return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
 
     graph = onnx.helper.make_graph(
-        [node],
-        "layer",
-        [value("X", [T, B, I]), *(value(f"{s}0", [1, B, H]) for s in states)],
-        [value("Y", [T, 1, B, H]), *(value(f"{s}_n", [1, B, H]) for s in states)],
+        nodes,
+        "layers",
+        [
+            value("X", [T, B, I]),
+            *(value(name, [D, B, H]) for name in _states(case, layer, "0")),
+        ],
+        [
+            value(read, [T, B, D * H]),
+            *(value(name, [D, B, H]) for name in _states(case, layer, "_n")),
+        ],
         [onnx.numpy_helper.from_array(v, k) for k, v in constants.items()],
     )
     opset = onnx.helper.make_opsetid("", 14)
@@ -175,25 +320,35 @@ def onnx_model(case: Case, inputs: Inputs) -> bytes:
     return serialized
 
 
+def _states(case: Case, layer: Any, suffix: str) -> list[str]:
+    letters = "hc" if case.cell == "LSTM" else "h"
+    return [f"{letter}{suffix}{n}" for n in range(layer.num_layers) for letter in letters]
+
+
 def _with_state(
-    case: Case, inputs: Inputs, run: Callable[[dict[str, Any]], list[np.ndarray[Any, Any]]]
+    case: Case, inputs: Inputs, run: Callable[[dict[str, Any]], Sequence[Array]]
 ) -> Run:
-    """Feed a model of ours, which run(feed) takes through one call: Y and the final state."""
-    names = ("h0", "c0") if case.cell == "LSTM" else ("h0",)
+    """Feed the model, which run(feed) takes through one call: y and the final states."""
     _, B, _, H = case.sizes
-    feed = {"X": inputs.x} | {name: np.zeros((1, B, H), np.float32) for name in names}
+    names = _states(case, inputs.layer, "0")
+    zeros = np.zeros((1 + inputs.layer.bidirectional, B, H), np.float32)
+    feed = {"X": inputs.x} | dict.fromkeys(names, zeros)
 
     def call() -> Results:
         y, *state = run(feed)
         if case.mode == "streaming":
             feed.update(zip(names, state, strict=True))
-        return {"y": y[:, 0]}
+        return {"y": y}
 
     return call
 
 
 def _runs_models(case: Case) -> bool:
-    return case.dtype == "float32" and not case.training
+    """Whether ONNX has such a model: inference in float32, x as (T, B, I)."""
+    has_form = case.form in ("", "two-layers", "both-directions", "lengths")
+    return (
+        case.dtype == "float32" and not case.training and has_form and case.interface == "numpy"
+    )
 
 
 def onnxruntime(case: Case, inputs: Inputs) -> Run | None:
@@ -235,21 +390,24 @@ def openvino(case: Case, inputs: Inputs) -> Run | None:
     return _with_state(case, inputs, run)
 
 
-# Ours first; the reference is a yardstick, not a peer.
+# Ours first. The reference, and ours compiled or without the form, are yardsticks, not peers.
 CONTENDERS: dict[str, Callable[[Case, Inputs], Run | None]] = {
     "ours": ours,
     "torch": torch,
     "onnxruntime": onnxruntime,
     "openvino": openvino,
     "reference": reference,
+    "compiled": compiled,
+    "plain": plain,
 }
 # What each needs to be installed.
 NEEDS = {
     "torch": ("torch",),
     "onnxruntime": ("onnxruntime", "onnx"),
     "openvino": ("openvino", "onnx"),
+    "compiled": ("torch",),
 }
-PEERS = tuple(NEEDS)
+PEERS = ("torch", "onnxruntime", "openvino")
 
 
 def missing(name: str) -> list[str]:

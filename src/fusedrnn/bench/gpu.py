@@ -4,7 +4,7 @@ Inference is a call without gradients; training is forward and backward, with gr
 and all parameters. Before a case is timed, a sequence of 12 steps of the same sizes is
 compared with torch in float64 without cuDNN, in memory that held NaN; afterwards ours and
 torch's are compared in places of the whole sequence. Both are timed with CUDA events around
-batches of calls, in turn.
+batches of calls, alternating. A layer with an option is timed against the plain layer.
 
 The floor of a call is the largest of
 
@@ -25,13 +25,14 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 import fusedrnn as fr
 
+from . import forms
 from .cases import Case
 from .race import Result, described, summed_up
 
@@ -55,7 +56,7 @@ Tensors = dict[str, torch.Tensor]
 Run = Callable[[], Tensors]
 
 
-def precision(case: Case) -> str:
+def precision(case: Case) -> Literal["exact", "tf32"]:
     """Return the argument that the dtype of a case stands for."""
     return "tf32" if case.dtype == "tf32" else "exact"
 
@@ -304,6 +305,45 @@ def describe_card() -> Card:
 _checked: dict[Case, dict[str, tuple[float, float]]] = {}
 
 
+def plan_of(case: Case) -> str:
+    """Return how the recurrence runs (in training, backward): exchange, blocks, threads."""
+    found = fr.cuda.explain(
+        case.cell.lower(),
+        *case.sizes,
+        dtype=str(DTYPES[case.dtype]).removeprefix("torch."),
+        backward=case.training,
+        precision=precision(case),
+    )
+    parts = [f"{found[key]} {key}" for key in ("blocks", "threads") if found.get(key)]
+    return ", ".join([str(found["exchange"]), *parts])
+
+
+def layer_of(case: Case, form: str) -> Run:
+    """Run a layer in a form: a call, or forward and backward by `vjp`."""
+    T, B, I, H = case.sizes
+    where: dict[str, Any] = {"device": "cuda", "dtype": DTYPES[case.dtype]}
+    dtype = str(DTYPES[case.dtype]).removeprefix("torch.")
+    layer = getattr(fr, case.cell)(I, H, rng=0, **forms.layer_arguments(form, H))
+    layer = layer.to("cuda", dtype)
+    torch.manual_seed(0)
+    x = torch.randn(*((B, T) if layer.batch_first else (T, B)), I, **where)
+    masks = {
+        name: torch.from_numpy(mask).cuda() if isinstance(mask, np.ndarray) else mask
+        for name, mask in forms.FORMS[form].call(T, B).items()
+    }
+    if not case.training:
+        return lambda: {"y": layer(x, **masks)[0]}
+    if layer.zoneout or layer.recurrent_dropout or layer.weight_dropout:
+        masks["seed"] = 1
+    dy = torch.randn_like(layer(x)[0])
+
+    def train() -> Tensors:
+        (y, *_), pullback = layer.vjp(x, **masks)
+        return {"y": y, "dx": pullback(dy).x}
+
+    return train
+
+
 def measure(case: Case, names: Sequence[str], seconds: float) -> Result:
     """Return a case's result, as `race.measure` does, without its floor.
 
@@ -311,12 +351,17 @@ def measure(case: Case, names: Sequence[str], seconds: float) -> Result:
     ------
     MemoryError, TimeoutError: the case needs more memory, or more time, than there is.
     """
-    result = described(case) | summed_up({}) | {"wrong": {}}
+    result = described(case) | summed_up({}) | {"wrong": {}, "floor": None}
     free, _ = torch.cuda.mem_get_info()
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     needed = bytes_needed(case)
     if needed > 0.9 * free:
         raise MemoryError(f"needs {needed / 2**30:.0f} GiB of {free / 2**30:.0f}")
+    if case.form:
+        runs = {"ours": layer_of(case, case.form)}
+        runs |= {"plain": layer_of(case, "")} if "plain" in names else {}
+        return result | summed_up(in_turn(runs, seconds))
+    result["plan"] = plan_of(case)
 
     same = replace(case, shape="", sizes=(CHECKED_STEPS, *case.sizes[1:]))
     if same not in _checked:

@@ -18,7 +18,7 @@ from .race import Result
 from .tables import Group, Table, best, geometric_mean, grouped, tables
 
 COLOURS = dict(
-    zip(CONTENDERS, ("#0b62c4", "#e0641b", "#2f8f3a", "#8a4fbf", "#8c8c8c"), strict=True)
+    zip(CONTENDERS, ("#0b62c4", "#e0641b", "#2f8f3a", "#8a4fbf", "#8c8c8c"), strict=False)
 )
 MARKERS = {"inference": "o", "training": "s", "streaming": "^"}
 CELL_COLOURS = {"LSTM": "#0b62c4", "GRU": "#e0641b", "RNN": "#2f8f3a"}
@@ -61,7 +61,8 @@ def page(run: Mapping[str, Any], compared: Table | None) -> str:
         "round, in brackets their quartiles; not resolved where 1 lies between them. Floor: "
         "the least time that this machine’s multipliers and caches allow over ours.</p>",
     ]
-    for table in [*tables(results), *([compared] if compared else [])]:
+    properties = [Table(**table) for table in run["tables"]]
+    for table in [*tables(results), *properties, *([compared] if compared else [])]:
         parts += _table(table)
     return "\n".join([*parts, "</body></html>\n"])
 
@@ -120,12 +121,13 @@ Curve = list[tuple[int, Result]]
 
 def _against_H(r: Result) -> tuple[Hashable, int, str] | None:
     T, B, I, H = r["sizes"]
-    return ((T, B), H, f"T = {T}, B = {B}") if I == H else None
+    is_plain = I == H and not r["form"]
+    return ((T, B), H, f"T = {T}, B = {B}") if is_plain else None
 
 
 def _against_B(r: Result) -> tuple[Hashable, int, str] | None:
     T, B, I, H = r["sizes"]
-    return (T, I, H), B, f"T = {T}, I = {I}, H = {H}"
+    return None if r["form"] else ((T, I, H), B, f"T = {T}, I = {I}, H = {H}")
 
 
 def _curves(
@@ -151,6 +153,8 @@ def _curves(
 def _scaling(results: list[Result]) -> dict[str, list[tuple[str, Curve]]]:
     found: dict[tuple[Any, ...], Curve] = {}
     for r in results:
+        if r["form"]:
+            continue
         key = (r["mode"], r["dtype"], r["cell"], *r["sizes"])
         found.setdefault(key, []).append((r["threads"], r))
     # The largest of those that ran with the most counts tell most.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,7 +53,8 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 def best(result: Result) -> float | None:
     """Return the ratio to the fastest peer, None without any."""
-    return min((median for median, *_ in result["ratios"].values()), default=None)
+    ratios = result["ratios"]
+    return min((ratios[name][0] for name in PEERS if name in ratios), default=None)
 
 
 class Group(NamedTuple):
@@ -63,17 +64,20 @@ class Group(NamedTuple):
     mode: str
     dtype: str
     where: str
+    interface: str
 
     @classmethod
     def of(cls, result: Result) -> Group:
         """Return the group of a result."""
         count = result["threads"]
         where = f"{count} thread" + "s" * (count > 1) if result["device"] == "cpu" else "GPU"
-        return cls(result["cell"], result["mode"], result["dtype"], where)
+        what = (result["cell"], result["mode"], result["dtype"], where)
+        return cls(*what, result.get("interface", "numpy"))
 
     def __str__(self) -> str:
         dtype = "" if self.dtype == "float32" else f", {self.dtype}"
-        return f"{self.cell} {self.mode}, {self.where}{dtype}"
+        through = ", PyTorch" if self.interface == "torch" else ""
+        return f"{self.cell} {self.mode}{through}, {self.where}{dtype}"
 
 
 def grouped(results: Iterable[Result]) -> dict[Group, list[Result]]:
@@ -90,19 +94,24 @@ def _optional(value: float | None, digits: int) -> str:
 
 def table_of(group: Group, results: list[Result]) -> Table:
     """Return one table: our time, how near it is to the floor, and peers' times over ours."""
-    peers = [name for name in PEERS if any(name in r["ratios"] for r in results)]
+    others = list(dict.fromkeys(name for r in results for name in r["ratios"]))
+    peers = [name for name in PEERS if name in others]
+    peers += [name for name in others if name not in PEERS]
+    has_best = any(name in PEERS for name in peers)
+    has_plan = any(r.get("plan") for r in results)
     has_reference = any("reference" in r["seconds"] for r in results)
     columns = ["T, B, I, H", "ms", "GFLOP/s", "floor", *(f"× {n}" for n in peers)]
-    columns += ["× best peer"] * bool(peers) + ["× reference"] * has_reference
+    columns += ["× best peer"] * has_best + ["× reference"] * has_reference
+    columns += ["plan"] * has_plan
     table = Table(str(group), columns)
     for result in results:
-        sizes = ", ".join(map(str, result["sizes"]))
+        label = result["label"]
         if "ours" in result["wrong"]:
-            table.rows.append([sizes, "WRONG", *["–"] * (len(columns) - 2)])
+            table.rows.append([label, "WRONG", *["–"] * (len(columns) - 2)])
         else:
             ours = result["seconds"]["ours"][0]
             row = [
-                sizes,
+                label,
                 f"{ours * 1e3:.4f}",
                 f"{result['flops'] / ours / 1e9:.0f}",
                 f"{result['floor'] / ours:.2f}" if result["floor"] else "–",
@@ -111,9 +120,10 @@ def table_of(group: Group, results: list[Result]) -> Table:
                 "WRONG" if n in result["wrong"] else with_spread(result["ratios"].get(n))
                 for n in peers
             ]
-            row += [_optional(best(result), 2)] * bool(peers)
+            row += [_optional(best(result), 2)] * has_best
             slow = result["seconds"].get("reference")
             row += [_optional(slow and slow[0] / ours, 0)] * has_reference
+            row += [result.get("plan", "–")] * has_plan
             table.rows.append(row)
         table.notes.extend(
             f"WRONG {result['case']}: {name}, {what}" for name, what in result["wrong"].items()
@@ -132,9 +142,40 @@ def table_of(group: Group, results: list[Result]) -> Table:
     return table
 
 
+def cost_tables(results: Iterable[Result]) -> Iterator[Table]:
+    """Yield what each form costs, the plain layer's time being 1: a table for each shape."""
+    by_table: dict[tuple[Any, ...], list[Result]] = {}
+    for result in results:
+        group = Group.of(result)
+        shape = ", ".join(map(str, result["sizes"]))
+        by_table.setdefault((shape, group.where, group.dtype), []).append(result)
+    for (shape, where, dtype), members in by_table.items():
+        columns = list(dict.fromkeys((r["cell"], r["mode"]) for r in members))
+        title = f"Time over the plain layer's, T, B, I, H = {shape}, {where}"
+        title += "" if dtype == "float32" else f", {dtype}"
+        table = Table(title, ["form", *map(" ".join, columns)])
+        for form in dict.fromkeys(r["form"] for r in members):
+            entries = {
+                (r["cell"], r["mode"]): with_spread(_inverse(r["ratios"]["plain"]))
+                for r in members
+                if r["form"] == form
+            }
+            table.rows.append([form, *(entries.get(column, "") for column in columns)])
+        yield table
+
+
+def _inverse(quartiles: Sequence[float]) -> list[float]:
+    median, low, high = quartiles
+    return [1 / median, 1 / high, 1 / low]
+
+
 def tables(results: Iterable[Result]) -> list[Table]:
-    """All of them."""
-    return [table_of(group, members) for group, members in grouped(results).items()]
+    """Return the tables of a run."""
+    results = list(results)
+    costs = [r for r in results if list(r["ratios"]) == ["plain"]]
+    races = [r for r in results if r not in costs]
+    found = [table_of(group, members) for group, members in grouped(races).items()]
+    return [*found, *cost_tables(costs)]
 
 
 def comparison(before: Iterable[Result], now: Iterable[Result]) -> Table:

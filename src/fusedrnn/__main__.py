@@ -1,0 +1,7 @@
+"""`python -m fusedrnn`: the command `fusedrnn`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
