@@ -311,7 +311,7 @@ def draw_step() -> None:
     d.text(392, 169, "k", 13, "end", SOFT)
     d.text(628, 95, "I rows, of W", 13, "start", SOFT)
     d.text(628, 169, "H rows, of R", 13, "start", SOFT)
-    d.text(400, 228, "one vector beside the other: read in this", 13, "start", SOFT)
+    d.text(400, 228, "one vector next to the other, read in this", 13, "start", SOFT)
     d.text(400, 246, "order, once for each tile of rows", 13, "start", SOFT)
     # A tile.
     d.line((24, 268), (WIDTH - 24, 268), arrow=False, colour=FAINT, width=1)
@@ -325,7 +325,7 @@ def draw_step() -> None:
         d.box(578, y, 44, 24, "c", "plain", 13, 0)
         d.box(622, y, 44, 24, "h", "plain", 13, 0)
     d.text(116, 321, "x, then h'", 13, colour=SOFT)
-    d.text(338, 321, "sums: a vector a gate", 13, colour=SOFT)
+    d.text(338, 321, "sums: one vector per gate", 13, colour=SOFT)
     d.text(600, 321, "results", 13, colour=SOFT)
     d.line((164, 382), (246, 382))
     d.text(204, 370, "· panel", 13, colour=SOFT)
@@ -335,28 +335,28 @@ def draw_step() -> None:
     d.text(24, 450, "Bias first, then W x, then R h', in one accumulator:", 13, "start", SOFT)
     d.text(24, 468, "no sum with R h' goes to memory and back.", 13, "start", SOFT)
     d.text(480, 450, "From here to memory: h and c,", 13, "start", SOFT)
-    d.text(480, 468, "in training the gates, too.", 13, "start", SOFT)
+    d.text(480, 468, "and in training the gates.", 13, "start", SOFT)
     d.write("fused-step.svg")
 
 
 def draw_loop() -> None:
-    """Stretches of W x, steps, what is saved, the way back."""
-    d = Drawing(404, "The time loop, forward and backward, in stretches")
+    """Draw W x by time blocks, the steps, the saved values, and backward."""
+    d = Drawing(404, "The time loop, forward and backward, in time blocks")
     left, step, gap, wide = 92, 50, 14, 40
     xs = [left + t * step + gap * (t // 4) for t in range(10)]
-    stretches = [(xs[0], xs[3] + wide), (xs[4], xs[7] + wide), (xs[8], xs[9] + wide)]
+    blocks = [(xs[0], xs[3] + wide), (xs[4], xs[7] + wide), (xs[8], xs[9] + wide)]
     last = xs[-1] + wide
     d.text(24, 26, "Forward", 14, "start", bold=True)
     d.text(
         108,
         26,
-        "W x of a stretch is one matmul; a step adds R h' to it and applies the cell",
+        "W x of a time block is one matmul; a step adds R h' and applies the cell",
         13,
         "start",
         SOFT,
     )
     d.text(40, 66, "x", 14)
-    for k, (a, b) in enumerate(stretches):
+    for k, (a, b) in enumerate(blocks):
         d.box((a + b) / 2, 66, b - a, 32, "W x …" if k == 2 else "W x, one matmul", "i", 13)
     for t, x in enumerate(xs):
         mid = x + wide / 2
@@ -374,25 +374,25 @@ def draw_loop() -> None:
     d.line((last, 122), (last + 28, 122))
     d.text(last + 34, 122, "h_n, c_n", 13, "start")
     d.kept(30, 176)
-    d.text(42, 176, "kept", 13, "start", SOFT)
+    d.text(42, 176, "saved", 13, "start", SOFT)
     d.text(
         92,
         208,
-        "in training alone; a gate is written where its own pre-activation was",
+        "in training only; a gate overwrites its own pre-activation",
         13,
         "start",
         SOFT,
     )
     d.line((24, 232), (WIDTH - 24, 232), arrow=False, colour=FAINT, width=1)
     d.text(24, 256, "Backward", 14, "start", bold=True)
-    d.text(108, 256, "from the end, in stretches, too", 13, "start", SOFT)
+    d.text(108, 256, "from the end, also in time blocks", 13, "start", SOFT)
     for t, x in enumerate(xs):
         mid = x + wide / 2
         d.box(mid, 294, wide, 34, "da", "o", 13)
         if t:
             d.line((x, 294), (xs[t - 1] + wide, 294))
         d.line((mid, 311), (mid, 336), colour=SOFT, width=1.2)
-    for k, (a, b) in enumerate(stretches):
+    for k, (a, b) in enumerate(blocks):
         d.box((a + b) / 2, 353, b - a, 34, "…" if k == 2 else "dx, dW, dR, db", "f", 13)
     d.line((left, 294), (76, 294))
     d.text(40, 294, "dh0, dc0", 13)
@@ -401,7 +401,7 @@ def draw_loop() -> None:
     d.text(
         92,
         387,
-        "da of a stretch is multiplied while it is in cache, and then forgotten",
+        "da of a time block is multiplied while it is in cache, then discarded",
         13,
         "start",
         SOFT,
@@ -435,14 +435,14 @@ def draw_lengths() -> None:
     d.box(44, y, 26, 22, "y", "i", 13, 3)
     d.text(64, y, "step taken", 13, "start", SOFT)
     d.box(170, y, 34, 22, "0 →", "reset", 13, 3)
-    d.text(194, y, "taken from a state of zeros", 13, "start", SOFT)
+    d.text(194, y, "taken from a zero state", 13, "start", SOFT)
     d.box(398, y, 26, 22, "0", "none", 13, 3, dashed=True)
     d.text(418, y, "not taken: y is 0, x is not read", 13, "start", SOFT)
     d.dot(44, y + 26, 5, COLOURS["i"][1])
     d.text(
         64,
         y + 26,
-        "where h_n and c_n are from; a row of length 0 gives h0 and c0 back",
+        "h_n and c_n are the state here; a row of length 0 returns h0 and c0",
         13,
         "start",
         SOFT,
