@@ -25,9 +25,9 @@ def pytest_terminal_summary(
     if not results:
         return
     lines = [
-        f"{machine.told()} · commit {commit()}",
+        f"{machine.summary()} · commit {commit()}",
         " · ".join([f"fusedrnn {fr.__version__}", *machine.versions((*PEERS, "numpy"))]),
-        floor.told(floor.rates(max(result["threads"] for result in results))),
+        floor.summary(floor.rates(max(result["threads"] for result in results))),
     ]
     lines += [line for table in tables(results) for line in table.markdown()]
     terminalreporter.write_line("")

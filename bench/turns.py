@@ -67,7 +67,7 @@ def report(
         lines.append(line)
 
     tell(f"# {title}\n")
-    tell(f"{machine.told()} · commit {commit()}\n")
+    tell(f"{machine.summary()} · commit {commit()}\n")
     for count in counts:
         fr.set_num_threads(count)
         for line in of_threads(count):

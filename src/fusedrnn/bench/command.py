@@ -74,7 +74,7 @@ def run(request: Request) -> int:
     if not console.is_terminal:
         console = Console(width=140)
     about = [
-        machine.told(),
+        machine.summary(),
         " · ".join([f"fusedrnn {fr.__version__}", *machine.versions((*names, "numpy"))]),
     ]
     for line in about:
@@ -84,7 +84,7 @@ def run(request: Request) -> int:
     measure: Callable[[Case, Sequence[str]], Result]
     if request.device == "cpu":
         rates = floor.rates(max(case.threads for case in cases))
-        about.append(floor.told(rates))
+        about.append(floor.summary(rates))
 
         measure = partial(race.measure, seconds=seconds)
     else:
