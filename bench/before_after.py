@@ -52,7 +52,7 @@ def work() -> None:
     import numpy as np
 
     import fusedrnn as fr
-    from fusedrnn import machine
+    from fusedrnn import _cpu, machine
     from fusedrnn.bench.cases import SHAPES, STEPS, Case
     from fusedrnn.bench.contenders import Inputs, ours
     from fusedrnn.bench.race import seconds_of
@@ -104,7 +104,11 @@ def work() -> None:
             for mode in form.modes
         ]
 
-    tell({"machine": machine.told(), "shapes": SHAPES, "steps": STEPS})
+    # BEFORE may be a build without `machine.summary`.
+    about = (
+        f"{machine.cpu_name()}, {machine.cores()} cores · {_cpu.get_isa()} · {_cpu.compiler}"
+    )
+    tell({"machine": about, "shapes": SHAPES, "steps": STEPS})
     runs: list[Callable[[], Any]] = []
     for line in sys.stdin:
         asked = json.loads(line)

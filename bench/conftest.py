@@ -34,9 +34,9 @@ def pytest_terminal_summary(
         return
     versions = machine.versions((*PEERS, "numpy"))
     lines = [
-        machine.told(),
+        machine.summary(),
         " · ".join([f"fusedrnn {fr.__version__}", *versions, *commit()]),
-        floor.told(floor.rates(max(result["threads"] for result in results))),
+        floor.summary(floor.rates(max(result["threads"] for result in results))),
     ]
     lines += [line for table in tables(results) for line in table.markdown()]
     terminalreporter.write_line("")

@@ -454,5 +454,5 @@ def test_wrong_layer_options_are_refused() -> None:
     with refused(AttributeError, "zoneout is fixed when the layer is made"):
         layer.zoneout = 0.5
     _, pullback = fr.LSTM(3, 4).vjp(x)
-    with refused(TypeError, "d_cells is the gradient of cells: ask for return_cells=True"):
+    with refused(TypeError, "d_cells must be None without return_cells=True, got a gradient"):
         pullback(d_cells=np.zeros((5, 2, 4), np.float32))

@@ -17,6 +17,7 @@ pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
 from torch import nn  # noqa: E402
 from torch.nn.utils.rnn import pack_padded_sequence  # noqa: E402
 
+import fusedrnn as fr  # noqa: E402
 import fusedrnn.torch as ft  # noqa: E402
 
 NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
@@ -220,3 +221,20 @@ def test_every_cell_has_a_module() -> None:
         *(ft.RNN(1, 1, nonlinearity=n) for n in ("tanh", "relu", "identity")),
     ]
     assert {m._cell for m in made} == set(CELLS)
+
+
+def test_numpy_layers_name_a_bfloat16_argument() -> None:
+    layer, x = fr.LSTM(4, 5), np.zeros((3, 2, 4), np.float32)
+    state = torch.zeros(1, 2, 5, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"x must be an array .*a Tensor of torch\.bfloat16"):
+        layer(torch.zeros(3, 2, 4, dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match=r"h0 must be an array .*a Tensor of torch\.bfloat16"):
+        layer(x, (state, state))
+
+
+def test_numpy_layers_refuse_masked_arrays() -> None:
+    layer, x = fr.GRU(4, 5), np.zeros((3, 2, 4), np.float32)
+    with pytest.raises(TypeError, match="x must be an array without a mask"):
+        layer(np.ma.masked_array(x, x == 0))
+    with pytest.raises(TypeError, match="dy must be an array without a mask"):
+        layer.vjp(x)[1](np.ma.masked_array(np.zeros((3, 2, 5), np.float32)))

@@ -11,10 +11,10 @@ Array = npt.NDArray[Any]
 compiler: str
 
 class Layers:
-    """Layers of a cell in one or both directions, with their weights; never changes.
+    """Layers of a cell in one or both directions, with their weights; immutable.
 
-    Weights are packed when a call first needs it. `parameters` has those of each layer and
-    direction that exist, as `reference.Parameters`.
+    A call packs the weights when it first needs to. `parameters` holds those of each layer and
+    direction in the order of `reference.Parameters`, None for those that do not exist.
     """
 
     def __init__(
@@ -30,10 +30,10 @@ class Layers:
     @property
     def isa(self) -> str: ...
     def plan(self, at: int, T: int, B: int, options: Options, /) -> dict[str, Any]:
-        """Return how a forward of one layer and direction is laid out."""
+        """Return how a forward of one layer and direction would run."""
 
     def saved_values(self, options: Options, /) -> int:
-        """Return how many values a step and row leave to backward beside x and results."""
+        """Return the number of values saved per step and row, beside x and the results."""
 
     def forward(
         self,
@@ -48,21 +48,21 @@ class Layers:
     ) -> Any:
         """Run a whole call; see `backend.Layers`.
 
-        Returns None, and does nothing, where an argument is not as the kernels read it.
+        Return None, and do nothing, if the kernels cannot read an argument as it is.
         """
 
 class Tape:
-    """What leads back from a training call."""
+    """A training call's record, for its backward."""
 
     def backward(self, dy: object, d_state: object, d_cells: object, /) -> Any:
-        """Return the gradients; see `backend.Tape`. None likewise."""
+        """Return the gradients, see `backend.Tape`, or None as `Layers.forward` does."""
 
 class TensorLayers:
-    """Layers of PyTorch's tensors, which are read and made by PyTorch's C interface.
+    """Layers on PyTorch's tensors, which PyTorch's C interface reads and allocates.
 
     `sizes` are I, H and R. `kinds` has a bit for each parameter that a direction has, in the
-    order of `reference.Parameters`. Calls return None, and do nothing, where a tensor is not
-    as the kernels read it.
+    order of `reference.Parameters`. Calls return None, and do nothing, if the kernels cannot
+    read a tensor as it is.
     """
 
     def __init__(
@@ -76,15 +76,16 @@ class TensorLayers:
         /,
     ) -> None: ...
     def saved_values(self, is_double: bool, options: Options, /) -> int:
-        """Return how many values a step and row leave to backward beside x and results."""
+        """Return the number of values saved per step and row, beside x and the results."""
 
     def infer(
         self, x: object, hx: object, parameters: list[Any], axes: int, options: Options, /
     ) -> Any:
-        """Return what a module gives its user for x and hx, where nothing is recorded.
+        """Return the results of a module's call on x and hx that nothing records.
 
-        Axes of x: 0 for (T, B, I), 1 for (B, T, I), either without B, and 2 for a single step.
-        None also where anything but autograd looks at the call, False where autograd does.
+        `axes` is 0 for x (T, B, I), 1 for (B, T, I), either also without B, and 2 for a single
+        step. Return False if autograd must record the call, and None also if a mode, transform
+        or tracer must.
         """
 
     def forward(
@@ -100,9 +101,9 @@ class TensorLayers:
         step: bool,
         /,
     ) -> Any:
-        """Return y, h_n, c_n, cells, trace and what is saved, None for what is not made.
+        """Return y, h_n, c_n, cells, trace and the saved values, None for those not computed.
 
-        With `step` x is (B, I), y is h, and states have no axis of layers.
+        With `step`, x is (B, I), y is h, and states have no axis of layers.
         """
 
     def backward(
@@ -122,29 +123,29 @@ class TensorLayers:
         step: bool,
         /,
     ) -> Any:
-        """Return a list of the gradients that are wanted of x, h0, c0 and the parameters."""
+        """Return a list of those gradients of x, h0, c0 and the parameters that are wanted."""
 
 def set_torch(
     torch: object, parameter: type, library: str, observers: Sequence[Any], /
 ) -> None:
-    """Hand PyTorch over: the module, nn.Parameter, where libtorch_cpu is, and observers.
+    """Set the torch module, nn.Parameter, the path of libtorch_cpu, and the observers.
 
-    Those are functions; one that returns true looks at calls.
+    An observer is a function that returns true while a mode, transform or tracer is active.
     """
 
 def set_clears_saved(clears: bool, /) -> None:
-    """Say whether what is saved is zero where the kernels do not write; for tests."""
+    """Set whether saved values are 0 where the kernels do not write; for tests."""
 
 def set_few_rows(rows: int, /) -> None:
-    """Say up to how many rows, 12 at first, weights are read as they are; for tests."""
+    """Set up to how many rows, by default 12, weights are read unpacked; for tests."""
 
 def share_team(library: str, /) -> bool:
-    """Let calls run on the threads of an OpenMP library that is loaded, if it is."""
+    """Let calls run on the threads of an OpenMP library; return whether it is loaded."""
 
 LARGE_ARRAY: int
 
 def isas() -> dict[str, bool]:
-    """Compiled ISAs, best first, and whether this CPU has them."""
+    """Return the compiled ISAs, best first, and whether this CPU has them."""
 
 def cells() -> list[str]: ...
 def get_isa() -> str: ...
@@ -152,20 +153,20 @@ def set_isa(name: str, /) -> None: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: int, /) -> None: ...
 def follow_threads(n: int, /) -> None:
-    """Say how many threads calls may use where nobody set it, 0 for what OpenMP says."""
+    """Set the number of threads of calls if the user sets none; 0 follows OpenMP."""
 
 def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], /) -> Array:
-    """Return an uninitialised array; large ones reuse memory that was freed."""
+    """Return an uninitialised array; a large one reuses freed memory."""
 
 def release_memory() -> None:
-    """Give back what is kept of freed arrays, and the calling thread's scratch memory."""
+    """Release the memory kept of freed arrays, and the calling thread's scratch memory."""
 
 def elementwise(name: str, x: Array, /) -> Array: ...
 def probe_multiply_add(rounds: int, single: bool, /) -> float:
-    """Multiply and add as fast as a core can; return the floating-point operations done."""
+    """Multiply and add as fast as a core can; return the number of operations."""
 
 def probe_read(a: Array, rounds: int, /) -> float:
     """Read a float32 array `rounds` times as fast as a core can; return the sum."""
 
 def probe_meetings(rounds: int, threads: int, /) -> None:
-    """Let threads meet that often at the barrier of a step."""
+    """Let threads pass the barrier of a step `rounds` times."""

@@ -8,7 +8,7 @@ class Error(RuntimeError): ...
 class OutOfMemoryError(MemoryError): ...
 
 class View:
-    """An array on a device; strides count elements, None for a contiguous one."""
+    """An array on a device; strides count elements, and None means contiguous."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class View:
     def to_dlpack(self) -> Any: ...
 
 class Memory:
-    """Memory on a device, given back on the stream that it was made on."""
+    """Memory on a device, freed on the stream that it was allocated on."""
 
     def __init__(self, bytes: int, device: int, stream: int) -> None: ...
     @property
@@ -54,14 +54,14 @@ class Memory:
     def used_on(self, stream: int, /) -> None: ...
 
 class Event:
-    """What is queued on a stream at some moment."""
+    """The work that is queued on a stream at some moment."""
 
     def __init__(self, device: int, stream: int) -> None: ...
     @property
     def is_done(self) -> bool: ...
 
 class Options:
-    """What a call is asked for beside its arrays; see `fusedrnn.reference.Options`."""
+    """The options of a call that are not arrays; see `fusedrnn.reference.Options`."""
 
     def __init__(
         self,
@@ -81,13 +81,13 @@ def drop(a: View, p: float, seed: int, what: str, where: int, to: View, stream: 
     """Write dropout of float32 or float64 into `to`, of "weights" or "between" layers."""
 
 def convert(a: View, to: View, stream: int, /) -> None:
-    """Copy, between types of which one is float32, or of one type, at any strides."""
+    """Copy at any strides, within one type or from or to float32."""
 
 def clear(a: View, stream: int, /) -> None:
     """Fill with zeros."""
 
 class Kernel:
-    """A cell in a precision, on a device and stream."""
+    """The kernels of a cell in a precision, on a device and stream."""
 
     def __init__(self, cell: str, precision: str, device: int, stream: int) -> None: ...
     def packed_bytes(self, H: int, backward: bool, /) -> int: ...
@@ -109,13 +109,13 @@ class Kernel:
         allocate: Callable[[int], View],
         /,
     ) -> View | None:
-        """Run a layer, arrays by the names they have in cuda/kernels.h.
+        """Run a layer; arrays have their names of cuda/kernels.h.
 
-        Without `packed` weights steps go row by row. Returns what was saved for `backward`.
+        Without `packed` weights, steps go row by row. Return the saved values for `backward`.
         """
 
     def saved_bytes(self, arrays: dict[str, View | None], options: Options, /) -> int:
-        """Return how much a forward of arrays like these saves; their values do not matter."""
+        """Return how many bytes a forward saves for arrays of these shapes."""
 
     def backward(
         self,
@@ -125,7 +125,7 @@ class Kernel:
         allocate: Callable[[int], View],
         /,
     ) -> None:
-        """Fill in the gradients among the arrays, the other way."""
+        """Write the gradients among the arrays."""
 
     def explain(self, T: int, B: int, I: int, H: int, backward: bool, /) -> dict[str, Any]: ...
 
@@ -141,7 +141,7 @@ def wish(
     splits: int = 0,
     blocks_x: int = 0,
 ) -> None:
-    """What the next choices of a plan in this thread must meet; for tests."""
+    """Set conditions for the plans that this thread chooses next; for tests."""
 
 def cells() -> list[str]: ...
 def device_count() -> int: ...

@@ -1,7 +1,7 @@
-"""The cells that the kernels know, one row each.
+"""The cells that the kernels implement, one row each.
 
-To add a cell that `rnn` runs: its definition and its row of `RNN` in `reference/cells.py`, from
-which its row here is made; a header in `csrc/cells/`; its include and its name in
+To add a cell that `rnn` runs, write its definition and its row of `RNN` in `reference/cells.py`
+(the row here follows from it) and a header in `csrc/cells/`; then add header and name to
 `csrc/cells/all.h`. Tests and benchmarks iterate over `CELLS`.
 """
 
@@ -15,7 +15,7 @@ from . import checks, reference
 
 
 class Shape(NamedTuple):
-    """A shape, and what its axes are."""
+    """A shape, and the names of its axes, as in "(4*H, I)"."""
 
     lengths: tuple[int, ...]
     axes: str
@@ -28,7 +28,7 @@ class Cell:
     name: str
     op: str
     reference: reference.Cell
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the op, that select it
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # select this cell of the op
 
     @property
     def gates(self) -> str:
@@ -37,31 +37,31 @@ class Cell:
 
     @property
     def states(self) -> tuple[str, ...]:
-        """The states it carries: ("h", "c") or ("h",)."""
+        """The states that a step hands to the next: ("h", "c") or ("h",)."""
         return self.reference.states
 
     @property
     def peepholes(self) -> str:
-        """The gates that may see c, a letter for each block of H in weight_ch."""
+        """The gates that may have a peephole, one letter for each block of H in weight_ch."""
         return "".join(gate for gate in self.gates if gate in "ifo")
 
     @property
     def resets_before(self) -> bool:
-        """Whether it is a GRU whose reset gate comes before the matmul."""
+        """Whether the cell is a GRU that applies its reset gate before the matmul."""
         return self.reference is reference.GRU_RESET_BEFORE
 
     @property
     def is_coupled(self) -> bool:
-        """Whether it is an LSTM without a forget gate of its own."""
+        """Whether the cell is an LSTM with f = 1 - i, without weights for f."""
         return self.reference is reference.COUPLED_LSTM
 
     @property
     def kernel_gates(self) -> str:
-        """The gates of its kernels."""
+        """The gates that the kernels compute, a coupled LSTM's f included."""
         return reference.LSTM.gates if self.is_coupled else self.gates
 
     def parameter_shapes(self, I: int, H: int, R: int | None = None) -> dict[str, Shape]:
-        """Return those of `reference.Parameters`, by name, for h of R units, else H."""
+        """Return the shapes of all parameters by name; h has R units, or H if R is None."""
         rows, axis = len(self.gates) * H, f"{len(self.gates)}*H" if self.gates != "h" else "H"
         peepholes = len(self.peepholes)
         shapes = {
@@ -84,7 +84,7 @@ class Cell:
     def layer_shapes(
         self, I: int, H: int, proj_size: int, bias: bool, peephole: bool, layer_norm: bool
     ) -> dict[str, Shape]:
-        """Return those that a layer with these arguments has."""
+        """Return the shapes of the parameters that a layer with these arguments has."""
         left_out = set()
         if not bias:
             left_out |= {"bias_ih", "bias_hh"}
@@ -114,19 +114,19 @@ CELLS = {
 
 
 def lstm_cell(options: Any) -> Cell:
-    """Take from an op's options what selects the LSTM."""
+    """Return the LSTM that an op's options select; remove those options."""
     coupled = checks.flag("coupled_gates", options.pop("coupled_gates", False))
     return CELLS["lstm_coupled" if coupled else "lstm"]
 
 
 def gru_cell(options: Any) -> Cell:
-    """Take from an op's options what selects the GRU."""
+    """Return the GRU that an op's options select; remove those options."""
     after = checks.flag("reset_after", options.pop("reset_after", True))
     return CELLS["gru" if after else "gru_before"]
 
 
 def rnn_cell(options: Any) -> Cell:
-    """Take from an op's options what selects the RNN."""
+    """Return the RNN that an op's options select; remove those options."""
     nonlinearity = options.pop("nonlinearity", "tanh")
     cell = CELLS.get(f"rnn_{nonlinearity}")
     if cell is None:

@@ -1,4 +1,4 @@
-"""The wording of every user error: the argument, what was expected, what came."""
+"""Checks of arguments; every error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -14,30 +14,34 @@ DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
 
 def as_array(name: str, value: Any) -> Array:
-    """Return `value` as NumPy sees it."""
+    """Return `value` as `numpy.asarray` converts it."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
-            f"{name} must be an array without a mask, got a masked array: fill it, and give "
-            "lengths or resets for what it masks"
+            f"{name} must be an array without a mask, got a masked array: fill it, and use "
+            "lengths or resets instead of the mask"
         )
     try:
-        found: Array = np.asarray(value)
-    except ValueError as error:  # ragged lists
-        raise TypeError(f"{name} must be an array: {error}") from None
-    return found
+        converted: Array = np.asarray(value)
+    except (TypeError, ValueError) as error:  # types that NumPy lacks, ragged lists
+        kind = f"{type(value).__name__} of {value.dtype}" if hasattr(value, "dtype") else ""
+        expected = f"{name} must be an array" + (
+            f" that NumPy can read, got a {kind}" * bool(kind)
+        )
+        raise TypeError(f"{expected}: {error}") from None
+    return converted
 
 
 def array(name: str, value: Any, dtype: np.dtype[Any] | None = None) -> Array:
-    """Return `value` as an array of float32 or float64, or of `dtype` where that is given."""
+    """Return `value` as an array of `dtype`, or of float32 or float64 if that is None."""
     if value is None:
         raise TypeError(f"{name} must be an array, got None")
-    found = as_array(name, value)
+    converted = as_array(name, value)
     if dtype is not None:
-        if found.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype} like x, got {found.dtype}")
-    elif found.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32 or float64, got {found.dtype}")
-    return found
+        if converted.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype} like x, got {converted.dtype}")
+    elif converted.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32 or float64, got {converted.dtype}")
+    return converted
 
 
 def shape(name: str, value: Any, expected: tuple[int, ...], meaning: str) -> None:
@@ -46,17 +50,17 @@ def shape(name: str, value: Any, expected: tuple[int, ...], meaning: str) -> Non
         raise ValueError(f"{name} must have shape {meaning} = {expected}, got {value.shape}")
 
 
-def sequence(found: Any, axes: str, input_size: int | None = None) -> None:
+def sequence(x: Any, axes: str, input_size: int | None = None) -> None:
     """Check that x has rank 3 (`axes`) or 2, with `input_size` features."""
-    if found.ndim not in (2, 3):
-        raise ValueError(f"x must have shape {axes} or (T, I), got {found.shape}")
-    if input_size is not None and found.shape[-1] != input_size:
+    if x.ndim not in (2, 3):
+        raise ValueError(f"x must have shape {axes} or (T, I), got {x.shape}")
+    if input_size is not None and x.shape[-1] != input_size:
         raise ValueError(
             f"x must have shape {axes} or (T, I) with I = input_size = {input_size}, "
-            f"got {found.shape}"
+            f"got {x.shape}"
         )
-    if found.shape[-1] == 0:
-        raise ValueError(f"x must have at least one feature, got shape {found.shape}")
+    if x.shape[-1] == 0:
+        raise ValueError(f"x must have at least one feature, got shape {x.shape}")
 
 
 def positive(name: str, value: Any) -> int:
@@ -73,7 +77,7 @@ def positive(name: str, value: Any) -> int:
 
 
 def flag(name: str, value: Any) -> bool:
-    """Return a bool; anything else, truthy or not, is a mistake."""
+    """Return a bool; refuse anything else, truthy or not."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
     return bool(value)
@@ -95,7 +99,7 @@ def probability(name: str, value: Any) -> float:
 
 
 def zoneout(value: Any, states: int) -> tuple[float, float]:
-    """Return the probabilities of h and c, from a pair of them or one for all."""
+    """Return the probabilities of h and c from a pair of numbers or from one for both."""
     if isinstance(value, (tuple, list)):
         if len(value) != states:
             expected = "a pair (p_h, p_c)" if states == 2 else "one probability"
@@ -107,13 +111,13 @@ def zoneout(value: Any, states: int) -> tuple[float, float]:
 
 
 def bound(name: str, value: Any) -> float:
-    """Return a bound, infinite for None."""
+    """Return a positive bound, infinite for None."""
     if value is None:
         return float("inf")
-    found = number(name, value)
-    if not found > 0:
+    limit = number(name, value)
+    if not limit > 0:
         raise ValueError(f"{name} must be greater than 0 or None, got {value}")
-    return found
+    return limit
 
 
 def seed(value: Any) -> int | None:
@@ -121,42 +125,42 @@ def seed(value: Any) -> int | None:
     if value is None:
         return None
     try:
-        found = operator.index(value)
+        integer = operator.index(value)
     except TypeError:
         raise TypeError(f"seed must be an integer, got {type(value).__name__}") from None
     if isinstance(value, bool):
         raise TypeError("seed must be an integer, got bool")
-    if not 0 <= found < 2**64:
-        raise ValueError(f"seed must be from 0 to 2**64 - 1, got {found}")
-    return found
+    if not 0 <= integer < 2**64:
+        raise ValueError(f"seed must be from 0 to 2**64 - 1, got {integer}")
+    return integer
 
 
 def lengths(value: Any, T: int, batch: tuple[int, ...]) -> Array:
     """Return a copy of the rows' lengths as intp."""
-    found = as_array("lengths", value)
-    if found.dtype.kind not in "iu":
-        raise TypeError(f"lengths must be integers, got {found.dtype}")
-    if not batch and found.ndim:
-        raise ValueError(f"lengths must be one integer for x (T, I), got shape {found.shape}")
-    shape("lengths", found, batch, "(B,)")
-    wrong = (found < 0) | (found > T)
+    rows = as_array("lengths", value)
+    if rows.dtype.kind not in "iu":
+        raise TypeError(f"lengths must be integers, got {rows.dtype}")
+    if not batch and rows.ndim:
+        raise ValueError(f"lengths must be one integer for x (T, I), got shape {rows.shape}")
+    shape("lengths", rows, batch, "(B,)")
+    wrong = (rows < 0) | (rows > T)
     if wrong.any():
-        raise ValueError(f"lengths must be from 0 to T = {T}, got {found[wrong][0]}")
-    return found.astype(np.intp)
+        raise ValueError(f"lengths must be from 0 to T = {T}, got {rows[wrong][0]}")
+    return rows.astype(np.intp)
 
 
 def resets(value: Any, expected: tuple[int, ...], axes: str) -> Array:
     """Return a copy of the resets."""
-    found = as_array("resets", value)
-    if found.dtype != bool:
-        raise TypeError(f"resets must be bool, got {found.dtype}")
-    shape("resets", found, expected, axes)
-    copy: Array = found != 0  # in a view of integers as bool not every byte is 0 or 1
+    flags = as_array("resets", value)
+    if flags.dtype != bool:
+        raise TypeError(f"resets must be bool, got {flags.dtype}")
+    shape("resets", flags, expected, axes)
+    copy: Array = flags != 0  # a bool view of integers may have bytes other than 0 and 1
     return copy
 
 
 def output(out: Any, expected: tuple[int, ...], meaning: str, x: Array) -> Array:
-    """Check `out`, which y is written into: its rows must be contiguous and its own."""
+    """Check `out`, which y is written into: contiguous rows, no two elements in one place."""
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be an array, got {type(out).__name__}")
     if out.dtype != x.dtype:
@@ -170,7 +174,7 @@ def output(out: Any, expected: tuple[int, ...], meaning: str, x: Array) -> Array
         raise ValueError(
             f"out must be contiguous along its last axis, got strides {out.strides}"
         )
-    # From the innermost axis out, a step must pass everything further in.
+    # From the innermost axis outwards, a stride must be at least the extent of the axes inside.
     extent = itemsize
     for stride, length in sorted(zip(map(abs, out.strides), out.shape, strict=True)):
         if length > 1 and stride < extent:

@@ -14,7 +14,7 @@ from .files import UserError
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that tells what is wrong in one line."""
+    """A parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -51,7 +51,7 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
         type=Path,
         default=Path("fusedrnn-demo.png"),
         metavar="PNG",
-        help="where the picture goes; default: fusedrnn-demo.png",
+        help="file to write the picture to; default: fusedrnn-demo.png",
     )
 
 
@@ -59,9 +59,9 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     bench = commands.add_parser(
         "bench",
         help="time the kernels against PyTorch, onnxruntime, OpenVINO and the NumPy reference",
-        description="Time the kernels against the peers that are installed, by turns in one "
-        "run, after checking each one's results. Exit status: 0; 1 if a result was wrong; 2 "
-        "for what you can mend; 130 after Ctrl-C, which shows and keeps what was measured.",
+        description="Time the kernels and the installed peers alternately in one run, after "
+        "checking the results of each. Exit status: 0; 1 if a result is wrong; 2 if you can "
+        "fix the error; 130 after Ctrl-C, which shows and keeps the measurements so far.",
     )
 
     def several(option: str, choices: Sequence[str], help: str, default: object = None) -> None:
@@ -78,27 +78,28 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         "…), full; default: quick",
     )
     bench.add_argument("--device", choices=DTYPES, default="cpu", help="default: cpu")
-    several("--cells", tuple(GATES), f"of {' '.join(GATES)}; default: {' '.join(CELLS)}", CELLS)
-    several("--modes", MODES, f"of {' '.join(MODES)}; default: all")
+    cells = f"any of {' '.join(GATES)}; default: {' '.join(CELLS)}"
+    several("--cells", tuple(GATES), cells, CELLS)
+    several("--modes", MODES, f"any of {' '.join(MODES)}; default: all")
     bench.add_argument(
         "--dtypes",
         nargs="+",
         metavar="dtype",
-        help="; ".join(f"on {device} of {' '.join(known)}" for device, known in DTYPES.items())
+        help="; ".join(f"on {device}: {' '.join(known)}" for device, known in DTYPES.items())
         + "; default: the first",
     )
     bench.add_argument(
         "--shapes",
         nargs="+",
         metavar="T,B,I,H",
-        help="instead of the suite's: sizes or names, as 96,64,7,64 or weather",
+        help="shapes instead of the suite's, by sizes (96,64,7,64) or name (weather)",
     )
     bench.add_argument(
         "--forms",
         nargs="+",
         metavar="form",
-        help="instead of the suite's: two-layers both-directions batch-first lengths cell, or "
-        "an option, as zoneout",
+        help="forms instead of the suite's: two-layers both-directions batch-first lengths "
+        "cell, or an option, as zoneout",
     )
     bench.add_argument(
         "--only", default="", metavar="PATTERN", help="only cases whose name matches"
@@ -110,18 +111,18 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--budget", type=_seconds, metavar="S", help="start no case after so many seconds"
     )
     bench.add_argument(
-        "--threads", nargs="+", type=_count, metavar="n", help="default: 1 and one a core"
+        "--threads", nargs="+", type=_count, metavar="n", help="default: 1, and one per core"
     )
     bench.add_argument(
         "--against",
         nargs="*",
         metavar="peer",
-        help="of torch onnxruntime openvino reference, compiled (our module by torch.compile), "
-        "plain (the layer without the form), or nothing; default: the suite's, installed",
+        help="any of torch onnxruntime openvino reference, compiled (our module under "
+        "torch.compile), plain (our layer without the form), or none; default: the suite's",
     )
     for options, what in (
-        (["--json"], "keep the results, for --compare"),
-        (["--html"], "write them as a page with plots"),
+        (["--json"], "write the results, for --compare"),
+        (["--html"], "write a page with tables and plots"),
         (["--report", "--markdown"], "write the tables as Markdown"),
     ):
         bench.add_argument(*options, type=Path, metavar="FILE", help=what)
@@ -158,12 +159,12 @@ def _run(chosen: argparse.Namespace) -> int:
         return 0
     from .bench import command
 
-    asked = {name: value for name, value in vars(chosen).items() if name != "command"}
-    return command.run(command.Request(**asked))
+    request = {name: value for name, value in vars(chosen).items() if name != "command"}
+    return command.run(command.Request(**request))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 2 for what the user can mend."""
+    """Run the command line; return the exit status, 2 for an error that the user can fix."""
     chosen = _parser().parse_args(arguments)
     name = f"fusedrnn {chosen.command}"
     try:

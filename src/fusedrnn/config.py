@@ -1,4 +1,4 @@
-"""Which instruction set and how many threads the kernels use, and what this build can do."""
+"""The instruction set and the number of threads of the kernels, and a report of this build."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def set_num_threads(n: int) -> None:
 
     Parameters
     ----------
-    n: a positive number, or 0 to follow OpenMP again (OMP_NUM_THREADS, or one thread a
-       core), or PyTorch once `fusedrnn.torch` was called, which is the default. A call too
+    n: a positive number, or 0, the default, for as many as OpenMP uses (OMP_NUM_THREADS, or
+       one thread per core), or PyTorch once `fusedrnn.torch` was called. A call that is too
        small to gain from more threads uses fewer.
 
     Raises
@@ -46,12 +46,12 @@ def get_num_threads() -> int:
 
 
 def release_memory() -> None:
-    """Give back the memory that is kept for later calls.
+    """Release the memory that is kept for later calls.
 
-    A call on the CPU keeps blocks of 64 kB and more when they are freed, because fresh pages of
-    memory are slow: at most 256 MB in all, and no block that the last 32 requests did not use.
-    Each thread also keeps up to 1 MB of scratch memory until it ends. This function drops the
-    blocks of all threads and the scratch memory of the calling one.
+    Freed blocks of 64 kB and more are kept, because fresh pages of memory are slow: at most
+    256 MB in all, and no block that the last 32 requests did not use. Each thread also keeps up
+    to 1 MB of scratch memory until it ends. This function frees the blocks of all threads and
+    the scratch memory of the calling one.
 
     >>> release_memory()
     """
@@ -59,15 +59,16 @@ def release_memory() -> None:
 
 
 def set_isa(name: str | None) -> None:
-    """Choose the instruction set; None for the best of this CPU, which is the default.
+    """Choose the instruction set; None, the default, stands for the best of this CPU.
 
-    The environment variable FUSEDRNN_ISA does the same when fusedrnn is imported. Weights
-    packed before (a layer that was called, a pullback not yet called) keep theirs.
+    The environment variable FUSEDRNN_ISA does the same when fusedrnn is imported. Weights that
+    are already packed (of a layer that was called, of a pullback) stay with their instruction
+    set.
 
     Raises
     ------
     TypeError: name is not a string.
-    ValueError: this build or this CPU does not have it; the message lists what there is.
+    ValueError: this build or this CPU does not have it; the message lists those available.
     """
     if name is not None and not isinstance(name, str):
         raise TypeError(f"name must be a string or None, got {type(name).__name__}")
@@ -83,7 +84,7 @@ def get_isa() -> str:
 
 
 def select_isa_from_environment() -> None:
-    """Follow FUSEDRNN_ISA; raise ImportError where it names what is not there."""
+    """Use the instruction set that FUSEDRNN_ISA names; raise ImportError if it is missing."""
     name = os.environ.get("FUSEDRNN_ISA")
     if name:
         try:
@@ -99,9 +100,9 @@ def show_config(mode: Literal["dict"]) -> dict[str, Any]: ...
 def show_config(mode: str = "print") -> dict[str, Any] | None:
     """Print what a bug report needs, or return it as a dict.
 
-    The versions of this package, Python and NumPy and of frameworks that are installed, the
+    It contains the versions of this package, Python, NumPy and the installed frameworks, the
     system and processor, compiler, instruction sets, threads, GPUs, and the environment
-    variables that steer them.
+    variables that affect them.
 
     Parameters
     ----------

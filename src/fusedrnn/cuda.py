@@ -1,8 +1,8 @@
-"""Arrays on NVIDIA GPUs: how they go in and out of the ops, and an array of our own.
+"""Arrays on NVIDIA GPUs: those of other frameworks, which ops take and return, and our own.
 
-Anything that speaks DLPack or ``__cuda_array_interface__`` may be an argument; PyTorch's and
-CuPy's arrays are read directly. What an op returns is of the framework of its x. It runs on
-the stream that is current there and never waits for it.
+Anything that supports DLPack or ``__cuda_array_interface__`` may be an argument; PyTorch's and
+CuPy's arrays are read directly. An op returns arrays of the framework of its x. It runs on that
+framework's current stream and never waits for it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Precision = Literal["exact", "tf32"]
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
-# The plan of what the persistent recurrences do not know.
+# The plan of calls that the persistent recurrences do not support.
 ROW_WISE = {"a step": "its products by cuBLASLt, between them a block to a row"}
 
-# Streams that CUDA numbers itself: 0 stands for the default stream of the caller.
+# CUDA's own number of the caller's default stream.
 _DEFAULT_STREAM = 0
 
 
@@ -53,7 +53,7 @@ def _wheel_library(name: str) -> str | None:
 
 @cache
 def _load() -> tuple[ModuleType | None, str | None]:
-    """Return the extension module and, where it cannot be used, why."""
+    """Return the extension module, and the reason if it cannot be used."""
     if find_spec(f"{__package__}._cuda") is None:
         return None, "this build has no CUDA backend; a build with FUSEDRNN_CUDA=ON has it"
     runtime = _wheel_library("libcudart.so.13")
@@ -74,7 +74,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def _module() -> Any:
-    """Return the extension module, or raise what is missing."""
+    """Return the extension module; raise RuntimeError if it cannot be used."""
     module, problem = _load()
     if module is None or problem is not None:
         raise RuntimeError(f"CUDA cannot be used: {problem}")
@@ -91,7 +91,7 @@ def is_available() -> bool:
 
 
 def count() -> int:
-    """Return how many GPUs there are; raise RuntimeError where none can be used.
+    """Return the number of GPUs; raise RuntimeError if none can be used.
 
     >>> not is_available() or count() > 0
     True
@@ -100,7 +100,7 @@ def count() -> int:
 
 
 def status() -> str:
-    """Return what GPUs there are, or why none can be used, in one line.
+    """Return the GPUs' names, or why none can be used, in one line.
 
     >>> isinstance(status(), str)
     True
@@ -109,9 +109,9 @@ def status() -> str:
     if module is None or problem is not None:
         return f"off: {problem}"
     names = (module.device(i) for i in range(module.device_count()))
-    found = ", ".join(f"{d['name']} (sm_{d['capability']})" for d in names)
+    devices = ", ".join(f"{d['name']} (sm_{d['capability']})" for d in names)
     version = module.runtime_version()
-    return f"{found}; CUDA {version // 1000}.{version % 1000 // 10}"
+    return f"{devices}; CUDA {version // 1000}.{version % 1000 // 10}"
 
 
 def explain(
@@ -125,21 +125,21 @@ def explain(
     backward: bool = False,
     device: int = 0,
 ) -> dict[str, Any]:
-    """Tell how a call would run on a GPU.
+    """Return how a call would run on a GPU.
 
     Parameters
     ----------
     cell: "lstm", "lstm_coupled", "gru", "gru_before", "rnn_tanh", "rnn_relu", "rnn_identity".
-    T, B, I, H: its sizes. dtype: of x. precision: "exact" or "tf32". device: which GPU.
-    backward: the backward instead of the forward.
+    T, B, I, H: the sizes. dtype: of x. precision: "exact" or "tf32". device: the GPU's number.
+    backward: describe the backward instead of the forward.
 
     Returns
     -------
-    A dict, of a call without LayerNorm or a projection: "exchange" is "cluster" (blocks that
-        share memory), "grid" (all blocks at once, by way of L2) or "step" (a launch for each
-        step); "weights" says where the recurrent weights stay, "operand" from where warps read
-        h (backward: da); the rest is the launch. Of "gru_before", whose steps always go row by
-        row, only "a step".
+    A dict that describes a call without LayerNorm or a projection: "exchange" is "cluster"
+        (blocks that share memory), "grid" (all blocks at once, through L2) or "step" (a launch
+        for each step); "weights" is where the recurrent weights stay, "operand" where warps
+        read h from (in the backward, da); the other entries describe the launch. For
+        "gru_before", whose steps always go row by row, there is only "a step".
 
     Raises
     ------
@@ -161,18 +161,18 @@ def explain(
     kernel = module.Kernel(cell, precision_of(dtype, precision), device, _DEFAULT_STREAM)
     if CELLS[cell].resets_before:
         return dict(ROW_WISE)
-    told: dict[str, Any] = kernel.explain(T, B, I, H, backward)
-    return told
+    plan: dict[str, Any] = kernel.explain(T, B, I, H, backward)
+    return plan
 
 
 def check_precision(precision: Any) -> None:
-    """Refuse what is no precision."""
+    """Check that a precision is "exact" or "tf32"."""
     if precision not in ("exact", "tf32"):
         raise ValueError(f'precision must be "exact" or "tf32", got {precision!r}')
 
 
 def precision_of(dtype: str, precision: Any) -> str:
-    """Return what the kernels call the precision of a dtype."""
+    """Return the kernels' name for the precision of a dtype."""
     check_precision(precision)
     if precision == "exact":
         return dtype
@@ -182,7 +182,7 @@ def precision_of(dtype: str, precision: Any) -> str:
 
 
 def check_device(device: Any) -> None:
-    """Refuse what is not the number of a GPU."""
+    """Check that a device is the number of a GPU."""
     if isinstance(device, bool) or not isinstance(device, int):
         raise TypeError(f"device must be an integer, got {type(device).__name__}")
     if not 0 <= device < count():
@@ -193,7 +193,7 @@ def check_device(device: Any) -> None:
 
 
 def _to_bfloat16(a: HostArray) -> HostArray:
-    """Round float32 to bfloat16, as its 16 bits."""
+    """Round float32 to bfloat16, and return its 16 bits."""
     bits = np.ascontiguousarray(a, np.float32).view(np.uint32)
     rounded = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
     return np.where(np.isnan(a), 0x7FFF, rounded).astype(np.uint16)
@@ -204,10 +204,10 @@ def _from_bfloat16(bits: HostArray) -> HostArray:
 
 
 class Array:
-    """An array on a GPU, to be handed to any framework by DLPack without a copy.
+    """An array on a GPU, which any framework can read by DLPack without a copy.
 
-    Made by `array`, and by ops whose x is one or of a framework that they do not know. Its
-    values cannot be changed.
+    `array` returns one, and so do ops whose x is one or is of an unknown framework. Its values
+    cannot be changed.
 
     Attributes
     ----------
@@ -229,7 +229,7 @@ class Array:
 
     @property
     def ndim(self) -> int:
-        """How many axes there are."""
+        """The number of axes."""
         return self._view.ndim
 
     @property
@@ -255,7 +255,7 @@ class Array:
         return Array(self._view.swapaxes(a, b), self._stream)
 
     def numpy(self) -> HostArray:
-        """Wait for the values and copy them to the host; bfloat16 as float32."""
+        """Wait for the values and copy them to the host; bfloat16 becomes float32."""
         view = self._view
         if not view.is_contiguous:
             return self._permuted()
@@ -264,7 +264,7 @@ class Array:
         return _from_bfloat16(host) if view.dtype == "bfloat16" else host
 
     def _permuted(self) -> HostArray:
-        """Copy a view whose axes are in another order, or that leaves elements out."""
+        """Copy a view whose axes are permuted or that skips elements."""
         view = self._view
         if view.ndim > 1:
             return np.stack([self[i].numpy() for i in range(view.shape[0])])
@@ -274,10 +274,10 @@ class Array:
         return 2, self.device
 
     def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
-        # -1 asks for no order; None stands for the default stream.
-        wanted = _DEFAULT_STREAM if stream in (None, 1) else stream
-        if wanted not in (-1, self._stream):
-            _module().order(self.device, self._stream, wanted)
+        # -1 requests no synchronisation; None stands for the default stream.
+        consumer = _DEFAULT_STREAM if stream in (None, 1) else stream
+        if consumer not in (-1, self._stream):
+            _module().order(self.device, self._stream, consumer)
         return self._view.to_dlpack()
 
     @property
@@ -309,14 +309,14 @@ def array(a: Any, dtype: str | None = None, device: int = 0) -> Array:
 
     Parameters
     ----------
-    a: anything NumPy can see as an array of numbers.
+    a: anything NumPy can convert to an array of numbers.
     dtype: "float32", "float64", "bfloat16" or "float16"; None for that of a.
     device: the number of the GPU.
 
     Raises
     ------
     TypeError: a wrong dtype. ValueError: no such GPU. RuntimeError: no GPU can be used.
-        MemoryError: it is full.
+        MemoryError: its memory is full.
 
     >>> if is_available():
     ...     assert array([0.5, 1.5], "bfloat16").numpy().tolist() == [0.5, 1.5]
@@ -343,7 +343,7 @@ def dtype_name(dtype: Any) -> str:
 
 
 def copy_of(name: str, a: Any, framework: Framework, dtype: Any, place: str) -> Array:
-    """Copy an array on a GPU that must have a dtype and be on the GPU `place`."""
+    """Copy an array that must have the dtype `dtype` and be on the GPU `place`."""
     device = framework.device(a)
     if f"cuda:{device}" != place:
         raise ValueError(f"{name} must be on {place} like the layer, got cuda:{device}")
@@ -353,15 +353,15 @@ def copy_of(name: str, a: Any, framework: Framework, dtype: Any, place: str) -> 
         raise TypeError(f"{name} must be {dtype} like the layer, got {view.dtype}")
     if not view.is_contiguous:
         raise ValueError(f"{name} must be contiguous on a GPU, got strides {view.strides}")
-    made = _empty(view.shape, view.dtype, device, stream)
-    _module().copy_on_device(made._view, view, stream)
+    copy = _empty(view.shape, view.dtype, device, stream)
+    _module().copy_on_device(copy._view, view, stream)
     if framework.keeps_nothing:
         framework.used_on(view.owner, device, stream)
-    return made
+    return copy
 
 
 def on_host(a: Any) -> HostArray:
-    """Return a copy of an array's values on the host; a GPU is waited for."""
+    """Return a copy of an array's values on the host, waiting for those of a GPU."""
     framework = framework_of(a)
     if framework is None:
         return np.array(a)
@@ -370,44 +370,44 @@ def on_host(a: Any) -> HostArray:
 
 
 def _upload(values: HostArray, dtype: str, device: int, stream: int) -> Array:
-    made = _empty(values.shape, dtype, device, stream)
-    _module().copy_from_host(made._view, np.ascontiguousarray(values), stream)
-    return made
+    copy = _empty(values.shape, dtype, device, stream)
+    _module().copy_from_host(copy._view, np.ascontiguousarray(values), stream)
+    return copy
 
 
 # Frameworks
 
 
 class Framework(Protocol):
-    """What an array's framework is asked for."""
+    """The functions that ops need of an array's framework."""
 
-    keeps_nothing: bool  # it may use memory again that a stream it does not know still reads
+    keeps_nothing: bool  # whether it may reuse memory that a stream unknown to it still reads
 
     def device(self, a: Any) -> int:
         """Return the number of the GPU that an array is on."""
 
     def view(self, a: Any, stream: int) -> View:
-        """See an array that is ready on a stream."""
+        """Return a view of an array, ready to be read on a stream."""
 
     def stream(self, a: Any, device: int) -> int:
-        """Return the stream that is current where the array lives."""
+        """Return the framework's current stream on a GPU."""
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int, stream: int) -> Any:
-        """Make an uninitialised array."""
+        """Return an uninitialised array."""
 
     def give(self, a: Any) -> Any:
-        """Return what the user gets for an array that `empty` made."""
+        """Return an array from `empty` in the form that the user gets."""
 
     def used_on(self, owner: Any, device: int, stream: int) -> None:
-        """Keep an array's memory until a stream that it was not made on is done with it."""
+        """Keep an array's memory until another stream than its own is done with it."""
 
 
-# Events and what must live until they have come.
+# Events, and the arrays that must live until they are done.
 _held: deque[tuple[Any, Any]] = deque()
 
 
 def _hold(owner: Any, device: int, stream: int) -> None:
-    """Let an array live until what is queued on a stream is done."""
+    """Keep an array alive until the work that is queued on a stream is done."""
     _held.append((_module().Event(device, stream), owner))
     while _held and _held[0][0].is_done:
         _held.popleft()
@@ -492,7 +492,7 @@ class _CuPy(_Own):
 
 
 class _Exchange(_Own):
-    """Any framework, by DLPack or else by `__cuda_array_interface__`."""
+    """Any framework, through DLPack or, without that, `__cuda_array_interface__`."""
 
     keeps_nothing = True
 
@@ -510,19 +510,19 @@ class _Exchange(_Own):
     def view(self, a: Any, stream: int) -> View:
         module = _module()
         if hasattr(a, "__dlpack__"):
-            # In DLPack 1 is the default stream, and 0 is not allowed.
+            # In DLPack, 1 is the default stream, and 0 is not allowed.
             return module.View.from_dlpack(a.__dlpack__(stream=stream or 1))  # type: ignore[no-any-return]
-        face = a.__cuda_array_interface__
-        dtype = np.dtype(face["typestr"])
-        strides = face.get("strides")
+        interface = a.__cuda_array_interface__
+        dtype = np.dtype(interface["typestr"])
+        strides = interface.get("strides")
         steps = None if strides is None else [s // dtype.itemsize for s in strides]
         return module.View(  # type: ignore[no-any-return]
-            face["data"][0], face["shape"], steps, str(dtype), self.device(a), a
+            interface["data"][0], interface["shape"], steps, str(dtype), self.device(a), a
         )
 
     def stream(self, a: Any, device: int) -> int:
-        face = getattr(a, "__cuda_array_interface__", {}) if self.back is None else {}
-        stream = face.get("stream")
+        interface = getattr(a, "__cuda_array_interface__", {}) if self.back is None else {}
+        stream = interface.get("stream")
         return _DEFAULT_STREAM if stream in (None, 1) else int(stream)
 
     def give(self, a: Any) -> Any:
@@ -530,14 +530,14 @@ class _Exchange(_Own):
 
 
 def framework_of(a: Any) -> Framework | None:
-    """Return the framework of an array on a GPU, None for everything else."""
+    """Return the framework of an array on a GPU, or None for anything else."""
     if isinstance(a, Array):
         return _Own()
     root = type(a).__module__.partition(".")[0]
     if root == "numpy":
         return None
     if root == "torch":
-        torch = sys.modules["torch"]  # where a PackedSequence is defined, too
+        torch = sys.modules["torch"]  # a PackedSequence is defined there, too
         on_gpu = isinstance(a, torch.Tensor) and a.device.type == "cuda"
         return _Torch(torch) if on_gpu else None
     if root == "cupy":

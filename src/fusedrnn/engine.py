@@ -1,8 +1,8 @@
-"""A call: check its arguments in their order, run it, and pull back gradients.
+"""A call: check its arguments in their order, run it, and compute gradients.
 
-Ops, layers and streams are called through here. On the CPU a call is first tried as it
-comes (`_cpu.Layers.forward` returns None where an argument is not as the kernels read it);
-else the functions here check and convert its arguments, or raise what is wrong.
+Ops, layers and streams run through this module. On the CPU a call is first tried with unchecked
+arguments: `_cpu.Layers.forward` returns None if the kernels cannot read one of them. Then the
+functions here check and convert the arguments, or raise an error.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .cells import Cell
 from .options import PLAIN, check_options
 from .reference import Grads, Parameters
 
-# Keyword arguments of ops that are arrays, masks or of one backend: what is left are options.
+# Keyword arguments of ops that are arrays, and others that `check_options` does not know.
 _ARRAYS = Parameters._fields[4:]
 _OTHERS = ("lengths", "resets", "reverse", "precision")
 
 
 def backend_of(x: Any, precision: Any = "exact") -> Backend:
-    """Return where a call with x runs: the GPU that x is on, or the CPU."""
+    """Return the backend of a call with x: the GPU that x is on, or the CPU."""
     cuda.check_precision(precision)
     framework = cuda.framework_of(x)
     if framework is not None:
@@ -39,14 +39,14 @@ def backend_of(x: Any, precision: Any = "exact") -> Backend:
 
 
 def check_input(on: Backend, x: Any, batch_first: bool = False, I: int | None = None) -> Any:
-    """Check x, of I features where that is known."""
+    """Check x, which must have I features unless I is None."""
     x = on.array("x", x)
     checks.sequence(x, "(B, T, I)" if batch_first else "(T, B, I)", I)
     return x
 
 
 def sizes(spec: Spec, x: Any) -> tuple[int, tuple[int, ...]]:
-    """Return T, and (B,) or () where x has no batch."""
+    """Return T and (B,), or T and () for x without a batch."""
     if len(x.shape) == 2:
         return int(x.shape[0]), ()
     T, B = x.shape[:2]
@@ -54,22 +54,22 @@ def sizes(spec: Spec, x: Any) -> tuple[int, tuple[int, ...]]:
 
 
 def split_state(name: str, cell: Cell, value: Any) -> tuple[Any, ...]:
-    """Split a state into one value for each letter, None for zeros."""
+    """Split a state into one value for each letter of the cell; None stands for zeros."""
     count = len(cell.states)
     if count == 1:
         return (value,)
     if value is None:
         return (None,) * count
     if not isinstance(value, (tuple, list)) or len(value) != count:
-        what = f"{len(value)} items" if hasattr(value, "__len__") else "no pair"
+        items = f"{len(value)} items" if hasattr(value, "__len__") else "no pair"
         raise TypeError(
-            f"{name} must be a pair of arrays or None, got {type(value).__name__} with {what}"
+            f"{name} must be a pair of arrays or None, got {type(value).__name__} with {items}"
         )
     return tuple(value)
 
 
 def _joined(state: tuple[Any, ...]) -> Any:
-    """Return a state as layers take it: h, or a pair, or None for zeros."""
+    """Join a split state again: h, a pair (h, c), or None if both are None."""
     if all(s is None for s in state):
         return None
     return state if len(state) > 1 else state[0]
@@ -110,10 +110,10 @@ def check_masks(on: Backend, spec: Spec, x: Any, lengths: Any, resets: Any) -> t
 
 
 def check_parameters(
-    cell: Cell, on: Backend, x: Any, weights: tuple[Any, ...], given: Mapping[str, Any]
+    cell: Cell, on: Backend, x: Any, weights: tuple[Any, ...], others: Mapping[str, Any]
 ) -> Parameters:
-    """Check the parameters of an op on x; the first of `weights` says what H is."""
-    values = dict(zip(Parameters._fields, weights, strict=False)) | dict(given)
+    """Check the parameters of an op on x; the first of `weights` determines H."""
+    values = dict(zip(Parameters._fields, weights, strict=False)) | dict(others)
     I, G = x.shape[-1], len(cell.gates)
     weight_ih = on.array("weight_ih", values["weight_ih"], x.dtype, whole=True)
     if weight_ih.ndim != 2 or weight_ih.shape[1] != I or weight_ih.shape[0] % G:
@@ -153,7 +153,10 @@ def check_parameters(
 
 
 def with_gates(spec: Spec, results: tuple[Any, ...], names: list[str]) -> tuple[Any, ...]:
-    """Return results with a dict in the place of all gates: those of a layer by its name."""
+    """Replace the last result, the arrays of all gates, by a dict of single gates.
+
+    A gate's key is its letter and the name of its layer and direction in `names`.
+    """
     *others, traces = results
     unbatched = len(others[0].shape) == 2
 
@@ -182,13 +185,13 @@ def pull_back(
     d_cells: Any,
     name_of_state: str,
 ) -> Any:
-    """Check the gradients of results y and cells, and return those of the arguments.
+    """Check the gradients of the results and return the gradients of the arguments.
 
-    `dtype` is that of x. `name_of_state` has a place for a state's letter.
+    `dtype` is that of x. `name_of_state` is a format string with a field for the letter.
     """
     now = on.now()
     if d_cells is not None and cells is None:
-        raise TypeError("d_cells is the gradient of cells: ask for return_cells=True")
+        raise TypeError("d_cells must be None without return_cells=True, got a gradient")
     _, batch = sizes(spec, y)
     dy = _check_sequence(now, spec, "dy", dy, dtype, y)
     d_cells = _check_sequence(now, spec, "d_cells", d_cells, now.state_dtype(dtype), cells)
@@ -199,7 +202,7 @@ def pull_back(
 def _check_sequence(
     on: Backend, spec: Spec, name: str, value: Any, dtype: Any, like: Any
 ) -> Any:
-    """Check the gradient of y or of cells, None for zeros."""
+    """Check the gradient of y or of cells; None stands for zeros."""
     if value is None:
         return None
     value = on.array(name, value, dtype)
@@ -219,23 +222,23 @@ _NO_OPTIONS = (None,) * len(_ARRAYS)
 def plain_op(
     cell: Cell, x: Any, weights: tuple[Any, ...], states: tuple[Any, ...]
 ) -> tuple[Any, ...] | None:
-    """Run an op on the CPU as it comes, or return None where arguments need a look."""
+    """Run an op on the CPU with unchecked arguments; return None if they must be checked."""
     try:
         layers = CompiledLayers(cell.name, [weights + _NO_OPTIONS], 1, 0.0, False, False, False)
     except (TypeError, ValueError):
         return None
-    made = layers.forward(x, _joined(states), None, None, PLAIN, None, False)
-    return None if made is None else _flat(made)
+    results = layers.forward(x, _joined(states), None, None, PLAIN, None, False)
+    return None if results is None else _flat(results)
 
 
 def _flat(results: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return an op's results: h and c one after the other."""
+    """Return results as ops do, with h_n and c_n instead of a pair."""
     y, state, *others = results
     return (y, *(state if isinstance(state, tuple) else (state,)), *others)
 
 
 class OpCall:
-    """An op with checked arguments."""
+    """A call of an op, its arguments checked."""
 
     def __init__(
         self,
@@ -243,28 +246,28 @@ class OpCall:
         x: Any,
         weights: tuple[Any, ...],
         states: tuple[Any, ...],
-        given: Mapping[str, Any],
+        arguments: Mapping[str, Any],
         training: bool = False,
         out: Any = None,
     ) -> None:
-        others = {n: given[n] for n in _OTHERS if n in given}
-        of_arrays = {n: given[n] for n in _ARRAYS if n in given}
+        others = {n: arguments[n] for n in _OTHERS if n in arguments}
+        arrays = {n: arguments[n] for n in _ARRAYS if n in arguments}
         precision = others.get("precision", "exact")
         self.on = on = backend_of(x, precision)
         self.x = x = check_input(on, x)
-        parameters = check_parameters(cell, on, x, weights, of_arrays)
+        parameters = check_parameters(cell, on, x, weights, arrays)
         self.present = [n for n, p in parameters._asdict().items() if p is not None]
         H, R = parameters.weight_ih.shape[0] // len(cell.gates), parameters.weight_hh.shape[1]
-        where: dict[str, Any] = {"layered": False, "precision": precision}
-        spec = Spec(cell, x.shape[-1], H, R, **where)
+        fields: dict[str, Any] = {"layered": False, "precision": precision}
+        spec = Spec(cell, x.shape[-1], H, R, **fields)
         _, batch = sizes(spec, x)
         names = [f"{letter}0" for letter in cell.states]
         self.state = check_state(on, spec, names, states, x.dtype, batch)
         self.masks = check_masks(on, spec, x, others.get("lengths"), others.get("resets"))
         reverse = checks.flag("reverse", others.get("reverse", False))
-        self.spec = Spec(cell, x.shape[-1], H, R, reverse=reverse, **where)
-        rest = {n: v for n, v in given.items() if n not in (*_ARRAYS, *_OTHERS)}
-        self.options = check_options(cell, rest, training, is_vjp=training)
+        self.spec = Spec(cell, x.shape[-1], H, R, reverse=reverse, **fields)
+        options = {n: v for n, v in arguments.items() if n not in (*_ARRAYS, *_OTHERS)}
+        self.options = check_options(cell, options, training, is_vjp=training)
         if out is not None:
             axis = "R" if R != H else "H"
             meaning = f"(T, B, {axis})" if batch else f"(T, {axis})"
@@ -275,11 +278,11 @@ class OpCall:
         self.layers: Layers = on.layers(self.spec, [parameters])
 
     def forward(self) -> tuple[Any, ...]:
-        """Run it in inference."""
+        """Run the op in inference."""
         return self._results(self._run(False))
 
     def vjp(self) -> tuple[tuple[Any, ...], Tape]:
-        """Run it and return what leads back, too."""
+        """Run the op in training; return the results and the tape for backward."""
         results, tape = self._run(True)
         return self._results(results), tape
 
@@ -287,8 +290,8 @@ class OpCall:
         arguments = (self.x, self.state, *self.masks, self.options, self.out)
         return self.layers.forward(*arguments, saves)
 
-    def _results(self, made: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _flat(with_gates(self.spec, made, [""]) if self.options.trace else made)
+    def _results(self, results: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _flat(with_gates(self.spec, results, [""]) if self.options.trace else results)
 
     def pull_back(
         self,
@@ -302,12 +305,11 @@ class OpCall:
         letters = self.spec.cell.states
         cells = results[1 + len(letters)] if self.options.return_cells else None
         where = (self.on, self.spec, tape, self.x.dtype, results[0], cells)
-        found = pull_back(*where, dy, d_state, d_cells, "d{}_n")
-        dx, d_start, gradients = found
+        dx, d_start, gradients = pull_back(*where, dy, d_state, d_cells, "d{}_n")
         d_starts = d_start if isinstance(d_start, tuple) else (d_start,)
         named: dict[str, Any]
-        of_state = {f"{letter}0": d for letter, d in zip(letters, d_starts, strict=True)}
+        states = {f"{letter}0": d for letter, d in zip(letters, d_starts, strict=True)}
         named = dict.fromkeys(Parameters._fields) | dict(
             zip(self.present, gradients, strict=True)
         )
-        return Grads(dx, **named, **of_state)
+        return Grads(dx, **named, **states)

@@ -1,4 +1,4 @@
-"""Which way a layer's call takes through the kernels, why, and what it costs at least."""
+"""Which kernels a layer's call runs, why, and the least time it can take."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Explanation(dict[str, Any]):
-    """What `fusedrnn.LSTM.explain` tells, by name; as text if printed."""
+    """The dict that `fusedrnn.LSTM.explain` returns; it prints as text."""
 
     def __str__(self) -> str:
         lines = [f"{self['layer']}: T = {self['T']}, B = {self['B']}, {self['mode']}"]
@@ -47,17 +47,17 @@ def explain(
     on_cpu = layer.device == "cpu"
     item = {"float64": 8, "bfloat16": 2, "float16": 2}.get(str(layer.dtype), 4)
     parameters = layer._all_parameters()
-    asked = asked_of_call(options) if on_cpu else []
-    asked += asked_of_layer(layer._cell, parameters[0], on_cpu)
-    why = [f"the plain kernels do not know {', '.join(asked)}"] if asked else []
-    told = Explanation(
+    in_use = asked_of_call(options) if on_cpu else []
+    in_use += asked_of_layer(layer._cell, parameters[0], on_cpu)
+    why = [f"the plain kernels do not support {', '.join(in_use)}"] if in_use else []
+    explanation = Explanation(
         layer=repr(layer),
         T=T,
         B=B,
         mode="forward and backward" if training else "inference",
         device=layer.device,
-        way="row by row after each product" if asked else "fused product and cell",
-        why=why or ["nothing is asked for that the plain kernels do not do"],
+        way="row by row after each product" if in_use else "fused product and cell",
+        why=why or ["the plain kernels support all options in use"],
         plans={},
         flops=0,
         weight_bytes=sum(item * p.shape[0] * _columns(p) for p in layer._parameters.values()),
@@ -65,28 +65,28 @@ def explain(
     )
     if on_cpu:
         layers = HOST.layers(layer._spec, parameters, layer._packed)
-        told |= {"isa": layers.isa, "floor": 0.0, "saved_bytes": 0}
+        explanation |= {"isa": layers.isa, "floor": 0.0, "saved_bytes": 0}
     for at, (l, _, suffix) in enumerate(layer._directions()):
         I = layer.input_size if l == 0 else R * (1 + layer.bidirectional)
         second = H * (H if layer._cell.resets_before else R if layer.proj_size else 0)
         recurrent = G * H * R - (H * H if layer._cell.resets_before else 0) + second
-        told["flops"] += 2 * B * T * (G * H * I + recurrent) * (3 if training else 1)
-        told["io_bytes"] += item * B * T * (I + R) * (2 if training else 1)
-        told["plans"][suffix] = plan = (
+        explanation["flops"] += 2 * B * T * (G * H * I + recurrent) * (3 if training else 1)
+        explanation["io_bytes"] += item * B * T * (I + R) * (2 if training else 1)
+        explanation["plans"][suffix] = plan = (
             _on_cpu(layers, at, T, B, options)
             if on_cpu
-            else _on_gpu(layer, T, B, I, training, bool(asked))
+            else _on_gpu(layer, T, B, I, training, bool(in_use))
         )
         if on_cpu:
             saved = plan.pop("saved values")
             if options.recompute:
                 saved = H if "c" in layer._cell.states else 0
-            told["saved_bytes"] += item * B * T * saved if training else 0
+            explanation["saved_bytes"] += item * B * T * saved if training else 0
             sizes, single = (T, B, I, H), str(layer.dtype) == "float32"
-            told["floor"] += floor.seconds(
+            explanation["floor"] += floor.seconds(
                 sizes, G, training, plan["threads"], single, recurrent
             )
-    return told
+    return explanation
 
 
 def _columns(parameter: Any) -> int:
@@ -99,7 +99,7 @@ def _on_cpu(layers: Layers, at: int, T: int, B: int, options: Options) -> dict[s
     owns = "rows of the batch" if plan["by_rows"] else "hidden units"
     threads = plan["threads"]
     stretch = "within the step" if plan["fused"] else f"of {plan['stretch']} steps at once"
-    packing = "each call, R being drawn anew" if options.drops_weights else "kept by the layer"
+    packing = "in each call, R being masked" if options.drops_weights else "kept by the layer"
     return {
         "threads": threads,
         "tile": f"{rows} rows × {units} units",
@@ -118,8 +118,8 @@ def _on_gpu(
         return dict(cuda.ROW_WISE)
     number = int(layer.device.partition(":")[2])
     sizes = (T, B, I, layer.hidden_size, str(layer.dtype), layer.precision)
-    told = cuda.explain(layer._cell.name, *sizes, device=number)
+    plan = cuda.explain(layer._cell.name, *sizes, device=number)
     if training:
         backward = cuda.explain(layer._cell.name, *sizes, backward=True, device=number)
-        told |= {f"backward {k}": v for k, v in backward.items()}
-    return told
+        plan |= {f"backward {k}": v for k, v in backward.items()}
+    return plan

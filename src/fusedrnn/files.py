@@ -1,4 +1,4 @@
-"""Files that a command writes: whole, or not at all."""
+"""Files that a command writes: completely, or not at all."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """What the user of a command can mend, in one line for them."""
+    """An error that the user of a command can fix; the message is one line."""
 
 
 def check_output(option: str, path: Path, suffix: str) -> None:
-    """Refuse a file that could not be written, before any work is done."""
+    """Raise UserError, before any work is done, for a file that cannot be written."""
     if path.suffix.lower() != suffix:
         raise UserError(f"{option} must end in {suffix}, got {path}")
     if path.is_dir():
         raise UserError(f"{option} must be a file, got the folder {path}")
     if path.exists() and not os.access(path, os.W_OK):
         raise UserError(f"{option} cannot be written: {path}")
-    with _told(option, path):
-        temporary = _beside(path)
+    with _write_errors(option, path):
+        temporary = _temporary(path)
         temporary.touch()
         temporary.unlink()
 
 
-def _beside(path: Path) -> Path:
+def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 
 
 @contextmanager
-def _told(option: str, path: Path) -> Iterator[None]:
-    """Tell a failure to write in words."""
+def _write_errors(option: str, path: Path) -> Iterator[None]:
+    """Turn a failure to write into a UserError."""
     try:
         yield
     except OSError as error:
@@ -41,9 +41,9 @@ def _told(option: str, path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give the name of a file to write, which takes the place of `path` once it is whole."""
-    temporary = _beside(path)
-    with _told("the file", path):
+    """Yield the name of a temporary file, which replaces `path` once it is complete."""
+    temporary = _temporary(path)
+    with _write_errors("the file", path):
         try:
             yield temporary
             os.replace(temporary, path)

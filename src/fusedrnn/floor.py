@@ -3,16 +3,17 @@
     forward   W·x  2·G·H·I·B·T FLOP at the peak of FMA, or one reading of W, and T times the
                    greater of
               R·h  2·G·H²·B FLOP at that peak and R's 4·G·H² bytes at the read rate of the
-                   cache that they fit, plus one meeting of the threads
+                   cache that they fit into, plus one barrier of the threads
     training  three times the FLOPs: backward reads R once a step, too, and dW, dR, dx are
               matmuls over all steps
 
-Threads that own rows of the batch read all of R and never meet; threads that own units read
-their share and meet once per step: the smaller of the two. Cells (σ, tanh), x, y and what
-training saves count as free, so nothing reaches the floor of a narrow layer.
+Threads that own rows of the batch read all of R and need no barrier; threads that own units
+read their share of R and meet at a barrier once per step. The floor is the smaller of the two
+times. The pointwise part (σ, tanh), x, y and saved values count as free, so no implementation
+reaches the floor of a narrow layer.
 
-The rates are measured when asked for, beside the case, because a machine's clock changes with
-time and neighbours; each is the median of several short runs.
+The rates are measured at the time of the call, beside the case, because a machine's clock
+changes with time and load; each is the median of several short runs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from . import _cpu
 
 
 def _rate(run: Callable[[int], float]) -> float:
-    """The median of 15 runs of about 2 ms in units a second; run(rounds) returns the units."""
+    """Return the median units per second of 15 runs of 2 ms; run(rounds) returns its units."""
     rounds, seconds = 1, 0.0
     while seconds < 0.002:
         rounds *= 2
@@ -43,12 +44,12 @@ def _rate(run: Callable[[int], float]) -> float:
 
 
 def peak(single: bool = True) -> float:
-    """FLOP/s of one core's FMA units on the active ISA."""
+    """Return the FLOP/s of one core's FMA units on the active ISA."""
     return _rate(lambda rounds: _cpu.probe_multiply_add(1000 * rounds, single))
 
 
 def read_rate(size: int) -> float:
-    """Bytes/s at which one core reads `size` bytes again and again."""
+    """Return the bytes/s at which one core reads the same `size` bytes repeatedly."""
     a = _cpu.allocate((max(size // 4, 128) // 128 * 128,), np.dtype(np.float32))
     a[:] = 0
 
@@ -60,7 +61,7 @@ def read_rate(size: int) -> float:
 
 
 def meeting(threads: int) -> float:
-    """Seconds in which that many threads meet once."""
+    """Return the seconds that a barrier of so many threads takes."""
 
     def run(rounds: int) -> float:
         _cpu.probe_meetings(rounds, threads)
@@ -79,27 +80,27 @@ def seconds(
 ) -> float:
     """Return the floor of a layer in one direction, sizes T, B, I, H, on the active ISA.
 
-    `recurrent` is how many weights a step multiplies with what the last one left, where they
-    are not the G·H² of a plain cell.
+    `recurrent` is the number of weights that a step multiplies with the previous state; None
+    stands for the G·H² of a plain cell.
     """
     T, B, I, H = sizes
     item = 4 if single else 8
     recurrent = gates * H * H if recurrent is None else recurrent
     flops = peak(single) * threads
     W, R = item * gates * H * I, item * recurrent
-    of_W, of_R = 2 * gates * H * I * B, 2 * recurrent * B  # FLOP of a step
+    flops_W, flops_R = 2 * gates * H * I * B, 2 * recurrent * B  # of one step
 
-    matmuls = (3 * of_W + of_R) * T if training else of_W * T
-    step = of_R / flops
-    near = R if T > 1 else W + R  # what is read again and again
-    by_units = max(step, R / threads / read_rate(near // threads)) + meeting(threads)
-    by_rows = max(step, R / read_rate(near)) if 1 < threads <= B else np.inf
-    outside = max(matmuls / flops, W / threads / read_rate((W + R) // threads))
-    return float(outside + T * (2 if training else 1) * min(by_rows, by_units))
+    matmuls = (3 * flops_W + flops_R) * T if training else flops_W * T
+    step = flops_R / flops
+    cached = R if T > 1 else W + R  # bytes that are read repeatedly
+    by_units = max(step, R / threads / read_rate(cached // threads)) + meeting(threads)
+    by_rows = max(step, R / read_rate(cached)) if 1 < threads <= B else np.inf
+    outside_loop = max(matmuls / flops, W / threads / read_rate((W + R) // threads))
+    return float(outside_loop + T * (2 if training else 1) * min(by_rows, by_units))
 
 
 def rates(threads: int) -> dict[str, Any]:
-    """What was measured: "peak" FLOP/s and "reads" in bytes/s of a core, "meeting" seconds."""
+    """Measure "peak" FLOP/s and "reads" in bytes/s of one core, and "meeting" in seconds."""
     levels = {"L1": 16 << 10, "L2": 256 << 10, "L3": 8 << 20, "memory": 256 << 20}
     return {
         "threads": threads,
@@ -109,7 +110,7 @@ def rates(threads: int) -> dict[str, Any]:
     }
 
 
-def told(rates: Mapping[str, Any]) -> str:
+def summary(rates: Mapping[str, Any]) -> str:
     """Return `rates` in one line."""
     reads = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates["reads"].items())
     meet = f"; {rates['threads']} threads meet in {rates['meeting'] * 1e9:.0f} ns"

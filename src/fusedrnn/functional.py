@@ -81,49 +81,50 @@ def lstm(
     Parameters
     ----------
     x: (T, B, I) or (T, I), float32 or float64, any strides; every other array has its dtype.
-        On a GPU, where all arrays must be (`fusedrnn.cuda`), bfloat16 and float16, too, with
-        float32 states; rows of x and everything else contiguous.
+        If x is on a GPU (`fusedrnn.cuda`), every array must be, in bfloat16 or float16, too,
+        with float32 states; the rows of x and all other arrays must be contiguous.
     weight_ih: (4*H, I), gates in the order i f g o.
     weight_hh: (4*H, H).
     bias_ih, bias_hh: (4*H,), or None for none.
     h0, c0: (B, H) or (H,), the state before the first step, or None for zeros.
-    out: an array to write y into, its last axis contiguous; not on a GPU.
+    out: an array that y is written into, its last axis contiguous; not on a GPU.
 
-    Any of these may be asked for, alone or together, by keyword:
+    The options are given by keyword, alone or together:
 
-    lengths: (B,) integers 0 to T in any order, one for x (T, I), or None for T. Row b takes
-        the steps of times below lengths[b] alone: beyond them its y is 0 and x is not read,
-        and h_n and c_n are of its last step.
-    resets: (T, B) or (T,) bool, or None for none. Where true, the h and c that enter that
-        step are 0.
-    reverse: go from the last time of each row to the first; y[t] stays beside x[t].
+    lengths: (B,) integers 0 to T in any order, one integer for x (T, I), or None for T. Row b
+        takes only the steps t < lengths[b]: beyond them its y is 0 and x is not read; h_n and
+        c_n are the state after its last step.
+    resets: (T, B) or (T,) bool, or None for none. Where true, h and c are set to 0 before that
+        step.
+    reverse: run each row from its last step to its first; y[t] still belongs to x[t].
     weight_hr: (R, H), R <= H: h = weight_hr (o tanh(c)). Then h0, h_n and y have R units and
         weight_hh is (4*H, R).
-    weight_ch: (3*H,), peepholes of i, f and o: c' times the first two is added to a_i and
-        a_f, c times the last to a_o (Gers & Schmidhuber 2000).
+    weight_ch: (3*H,), peepholes of i, f and o: the first two times c' are added to a_i and
+        a_f, the last times c to a_o (Gers & Schmidhuber 2000).
     coupled_gates: f = 1 - i. Weights have three blocks, i g o, and weight_ch two.
-    clip: every pre-activation is bounded to [-clip, clip].
-    cell_clip: c is bounded to [-cell_clip, cell_clip].
+    clip: every pre-activation is clipped to [-clip, clip].
+    cell_clip: c is clipped to [-cell_clip, cell_clip].
     gamma_ih, gamma_hh, gamma_c, beta_c: two of (4*H,), two of (H,): LayerNorm (Ba, Kiros &
         Hinton 2016), a = gamma_ih N(weight_ih x_t) + gamma_hh N(weight_hh h') + bias_ih +
         bias_hh and h = o tanh(gamma_c N(c) + beta_c) with N(v) = (v - mean) / sqrt(variance +
         1e-5).
-    zoneout: (p_h, p_c), the probabilities with which a unit's h and c stay as they were
-        (Krueger et al. 2016), or one for both; unless training, what is expected.
-    recurrent_dropout: the probability with which weight_hh does not see a unit of h' in the
-        whole sequence (Gal & Ghahramani 2016); the others are scaled by 1 / (1 - p).
-    weight_dropout: the same of the elements of weight_hh (Merity, Keskar & Socher 2017).
-    training: draw zoneout and dropout at random. seed: 0 to 2**64 - 1, what they depend on:
-        the same seed, the same masks, whatever the threads; None for another each call.
-    return_cells: give every c, too, (T, B, H) or (T, H).
-    trace: give every gate, too, a dict of arrays like y, by their letters.
+    zoneout: (p_h, p_c), the probabilities with which a unit's h and c keep their previous
+        values (Krueger et al. 2016), or one for both; unless training, the expected value.
+    recurrent_dropout: the probability with which a unit of h' is dropped before weight_hh, for
+        the whole sequence (Gal & Ghahramani 2016); the others are scaled by 1 / (1 - p).
+    weight_dropout: the same for the elements of weight_hh (Merity, Keskar & Socher 2017).
+    training: draw the masks of zoneout and dropout at random.
+    seed: 0 to 2**64 - 1; the same seed gives the same masks for any number of threads. None
+        draws a new one in each call.
+    return_cells: also return every c, (T, B, H) or (T, H).
+    trace: also return every gate, as a dict of arrays like y by their letters.
     precision: "exact", or "tf32" for the products of float32 on a GPU's matrix units.
 
     Returns
     -------
     y: (T, B, H) or (T, H), every h.
-    h_n, c_n: (B, H) or (H,), the state after the last step taken.
-    cells, the dict of gates: if asked for.
+    h_n, c_n: (B, H) or (H,), the state after each row's last step.
+    cells, gates: with return_cells, with trace.
 
     Raises
     ------
@@ -131,10 +132,10 @@ def lstm(
 
     Notes
     -----
-    On the CPU results do not depend on the number of threads or on the other rows of the
-    batch, and a sequence fed in parts, state carried over, equals the whole, bit for bit on one
-    machine and ISA; denormal numbers count as zero. On a GPU the same call gives the same bits
-    again. Gradients come from `lstm_vjp`: PyTorch's autograd does not see an op. Source:
+    On the CPU, on one machine and ISA, results are the same bit for bit for any number of
+    threads, any other rows in the batch, and a sequence in one call or in several that carry
+    the state over; denormal numbers count as zero. On a GPU the same call gives the same bits
+    again. Gradients come from `lstm_vjp`: PyTorch's autograd does not record an op. Source:
     Hochreiter & Schmidhuber 1997; forget gate: Gers, Schmidhuber & Cummins 2000.
 
     >>> import numpy as np, fusedrnn as fr
@@ -166,23 +167,23 @@ def lstm_vjp(
 ) -> tuple[tuple[Any, ...], Callable[..., Grads]]:
     """Run `lstm` and return a function that computes its gradients.
 
-    The arguments are those of `lstm`, but training is True unless said otherwise, and
+    The arguments are those of `lstm`, with training=True by default, and
 
-    bptt: no gradient of the state passes from one chunk of so many times, [0, bptt),
-        [bptt, 2*bptt) …, to another; None for one chunk.
-    recompute: keep h and c alone and compute the gates again, in one product over many steps.
+    bptt: the number of steps of a chunk; the state's gradient does not pass between chunks,
+        [0, bptt), [bptt, 2*bptt) …. None for one chunk.
+    recompute: keep only h and c, and compute the gates again, in one product over many steps.
 
-    Otherwise 5·H values a step and row are kept beside x and y (9·H with LayerNorm). The
+    Otherwise 5·H values per step and row are kept beside x and y (9·H with LayerNorm). The
     arguments are kept by reference and y is read-only, because the pullback reads them; on a
-    GPU leave y and cells as they are until then.
+    GPU, do not change y and cells before that.
 
     Returns
     -------
     results, pullback: as from `lstm`, and ``pullback(dy=None, dh_n=None, dc_n=None,
         d_cells=None)``, which takes the gradients of y, h_n, c_n and cells, None for zeros,
         and returns a `fusedrnn.reference.Grads`: x, weight_ih, weight_hh, bias_ih, bias_hh,
-        h0, c0, weight_hr and so on, each shaped like its argument, None for what was None. It
-        may be called more than once.
+        h0, c0, weight_hr and so on, each shaped like its argument, None where that was None.
+        It may be called more than once.
 
     >>> import numpy as np, fusedrnn as fr
     >>> rng = np.random.default_rng(0)
@@ -193,8 +194,8 @@ def lstm_vjp(
     (16, 4)
     """
     cell, weights = lstm_cell(options), (weight_ih, weight_hh, bias_ih, bias_hh)
-    given = options | {"bptt": bptt, "recompute": recompute}
-    return _vjp(cell, x, weights, (h0, c0), given)
+    arguments = options | {"bptt": bptt, "recompute": recompute}
+    return _vjp(cell, x, weights, (h0, c0), arguments)
 
 
 def gru(
@@ -223,21 +224,21 @@ def gru(
     weight_ih: (3*H, I), gates in the order r z n.
     weight_hh: (3*H, H).
 
-    By keyword, alone or together:
+    The options are given by keyword, alone or together:
 
     reset_after: False applies the reset gate before the matmul, as the first paper and ONNX
         do: n = tanh(W_n x_t + b_in + R_n (r h') + b_hn).
     gamma_ih, gamma_hh: (3*H,): LayerNorm, gamma_ih N(W x_t) for W x_t and gamma_hh N(R h')
-        for R h'; those of r and z are normalised together, those of n apart.
-    zoneout: the probability with which a unit's h stays as it was.
+        for R h'; the blocks of r and z are normalised together, that of n separately.
+    zoneout: the probability with which a unit's h keeps its previous value.
     lengths, resets, reverse, clip, recurrent_dropout, weight_dropout, training, seed, trace,
         precision: as for `lstm`.
 
     Returns
     -------
     y: (T, B, H) or (T, H), every h.
-    h_n: (B, H) or (H,), the state after the last step taken.
-    the dict of gates: if asked for.
+    h_n: (B, H) or (H,), the state after each row's last step.
+    gates: with trace.
 
     Raises
     ------
@@ -273,7 +274,7 @@ def gru_vjp(
     """Run `gru` and return a function that computes its gradients.
 
     The arguments are those of `gru`, with training, bptt and recompute as for `lstm_vjp`. 4·H
-    values a step and row are kept beside x and y, 6·H with LayerNorm, none if recomputed.
+    values per step and row are kept beside x and y, 6·H with LayerNorm, none with recompute.
 
     Returns
     -------
@@ -287,8 +288,8 @@ def gru_vjp(
     (5, 2, 3)
     """
     cell, weights = gru_cell(options), (weight_ih, weight_hh, bias_ih, bias_hh)
-    given = options | {"bptt": bptt, "recompute": recompute}
-    return _vjp(cell, x, weights, (h0,), given)
+    arguments = options | {"bptt": bptt, "recompute": recompute}
+    return _vjp(cell, x, weights, (h0,), arguments)
 
 
 def rnn(
@@ -314,17 +315,17 @@ def rnn(
     weight_ih: (H, I).
     weight_hh: (H, H).
 
-    By keyword, alone or together:
+    The options are given by keyword, alone or together:
 
     nonlinearity: φ, "tanh", "relu" or "identity" (a linear recurrence).
     lengths, resets, reverse, clip, zoneout, recurrent_dropout, weight_dropout, training, seed,
-        trace, precision: as for `gru`; the one gate is h.
+        trace, precision: as for `gru`; the only gate is h.
 
     Returns
     -------
     y: (T, B, H) or (T, H), every h.
-    h_n: (B, H) or (H,), the state after the last step taken.
-    the dict of gates: if asked for.
+    h_n: (B, H) or (H,), the state after each row's last step.
+    gates: with trace.
 
     Raises
     ------
@@ -358,7 +359,8 @@ def rnn_vjp(
     """Run `rnn` and return a function that computes its gradients.
 
     The arguments are those of `rnn`, with training, bptt and recompute as for `lstm_vjp`.
-    Nothing is kept beside x and y; H values a step and row with zoneout and training=False.
+    Nothing is kept beside x and y, except H values per step and row with zoneout and
+    training=False.
 
     Returns
     -------
@@ -370,5 +372,5 @@ def rnn_vjp(
     (1,)
     """
     cell, weights = rnn_cell(options), (weight_ih, weight_hh, bias_ih, bias_hh)
-    given = options | {"bptt": bptt, "recompute": recompute}
-    return _vjp(cell, x, weights, (h0,), given)
+    arguments = options | {"bptt": bptt, "recompute": recompute}
+    return _vjp(cell, x, weights, (h0,), arguments)

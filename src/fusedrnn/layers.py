@@ -21,12 +21,12 @@ StateT = TypeVar("StateT")
 
 
 class LayerGrads(NamedTuple, Generic[StateT]):
-    """What a layer's pullback returns.
+    """The gradients that a layer's pullback returns.
 
     Attributes
     ----------
     x: shaped like the input.
-    state: shaped like the state that goes in: h0, or (h0, c0) for an LSTM.
+    state: shaped like the initial state: h0, or (h0, c0) for an LSTM.
     parameters: a dict with the keys and shapes of `fusedrnn.LSTM.state_dict`.
     """
 
@@ -48,30 +48,30 @@ class _Layer(ParameterStore, Generic[StateT]):
         return_cells: bool = False,
         trace: bool = False,
     ) -> tuple[Any, ...]:
-        """Run the layer over a sequence; nothing is saved.
+        """Run the layer over a sequence; nothing is saved for gradients.
 
         Parameters
         ----------
         x: (T, B, I), (B, T, I) if batch_first, or (T, I).
         state: h0, or (h0, c0) for an LSTM, each (layers*directions, B, H) or, for x of rank
-            2, (layers*directions, H); None for zeros. With proj_size that is h0's last axis.
+            2, (layers*directions, H); None for zeros. With proj_size, h0 has proj_size units.
         lengths: (B,) integers 0 to T in any order, one for x of rank 2, or None for T. Row b
-            takes the steps of times below lengths[b] alone: beyond them its y is 0 and x is
-            not read.
+            takes only the steps t < lengths[b]: beyond them its y is 0 and x is not read.
         resets: bool, shaped like x without its last axis, or None for none. Where true, the
-            state that enters that step is 0, in every layer and direction.
-        training: draw dropout and zoneout at random, which else have no effect and the
-            expected one. seed: what they depend on, 0 to 2**64 - 1; None for another each
-            call.
-        return_cells: give every c of the last layer, too; an LSTM's.
-        trace: give every gate, too, a dict of arrays (T, B, H) or like x by names as "i_l0".
+            state is set to 0 before that step, in every layer and direction.
+        training: draw the masks of dropout and zoneout at random; otherwise dropout has no
+            effect and zoneout takes its expected value.
+        seed: 0 to 2**64 - 1, determines the masks; None draws a new one in each call.
+        return_cells: also return every c of the last layer of an LSTM.
+        trace: also return every gate, as a dict of arrays (T, B, H), or laid out like x, by
+            names such as "i_l0".
 
         Returns
         -------
         y: (T, B, directions*H), (B, T, …) or (T, …), every h of the last layer.
-        state: shaped like the state that goes in, after each row's last step in each
-            direction.
-        cells, shaped like y but of H units, and the dict of gates: if asked for.
+        state: the state after each row's last step in each direction, shaped like the initial
+            state.
+        cells, gates: with return_cells, shaped like y but of H units; with trace.
 
         Raises
         ------
@@ -83,10 +83,10 @@ class _Layer(ParameterStore, Generic[StateT]):
                 x, state, lengths, resets, self._options, False
             )
             return results
-        options = self._asked(
+        options = self._call_options(
             training=training,
             seed=seed,
-            return_cells=self._if_asked(return_cells),
+            return_cells=self._none_if_false(return_cells),
             trace=trace,
         )
         results = self._run(x, state, lengths, resets, options, False)
@@ -110,9 +110,8 @@ class _Layer(ParameterStore, Generic[StateT]):
 
         The arguments are those of a call, with bptt and recompute as in `fusedrnn.lstm_vjp`.
         x is kept by reference and y is read-only, because the pullback reads both; the rest is
-        copied. On a GPU everything is kept by reference, y and cells too: leave them as they
-        are until the pullback was called. Assigning new parameters in between does not disturb
-        it.
+        copied. On a GPU everything is kept by reference, y and cells too: do not change them
+        before the pullback was called. New parameters may be assigned in between.
 
         Returns
         -------
@@ -124,10 +123,10 @@ class _Layer(ParameterStore, Generic[StateT]):
         if usual and seed is bptt is None and not self._draws:
             options = self._training
         else:
-            options = self._asked(
+            options = self._call_options(
                 training=training,
                 seed=seed,
-                return_cells=self._if_asked(return_cells),
+                return_cells=self._none_if_false(return_cells),
                 trace=trace,
                 bptt=bptt,
                 recompute=recompute,
@@ -136,10 +135,10 @@ class _Layer(ParameterStore, Generic[StateT]):
         on_cpu, names = self.device == "cpu", list(self._parameters)
 
         def pullback(dy: Any = None, d_state: Any = None, d_cells: Any = None) -> Any:
-            found = tape.backward(dy, d_state, d_cells) if on_cpu else None
-            if found is None:
-                found = self._pull_back(tape, x, results, options, dy, d_state, d_cells)
-            dx, d_start, gradients = found
+            grads = tape.backward(dy, d_state, d_cells) if on_cpu else None
+            if grads is None:
+                grads = self._pull_back(tape, x, results, options, dy, d_state, d_cells)
+            dx, d_start, gradients = grads
             return LayerGrads(dx, d_start, dict(zip(names, gradients, strict=True)))
 
         return (self._with_gates(results) if trace else results), pullback
@@ -154,33 +153,33 @@ class _Layer(ParameterStore, Generic[StateT]):
         trace: bool = False,
         recompute: bool = False,
     ) -> Explanation:
-        """Tell which way a call takes through the kernels, why, and what it costs at least.
+        """Return which kernels a call runs, why, and the least time it can take.
 
         Parameters
         ----------
         T, B: the sizes of x.
-        training: tell of `vjp` and its pullback instead of a call.
-        return_cells, trace, recompute: as the call is asked for.
+        training: describe `vjp` and its pullback instead of a call.
+        return_cells, trace, recompute: the arguments of the call.
 
         Returns
         -------
-        A dict that prints as text: "way" and "why"; "plans", one for each layer and direction,
-        of threads, tiles and packing; "flops"; "weight_bytes" and "io_bytes"; on the CPU
+        A dict that prints as text: "way" and "why"; "plans", the threads, tiles and packing of
+        each layer and direction; "flops"; "weight_bytes" and "io_bytes"; on the CPU
         "saved_bytes", "isa" and "floor", the seconds that the products take at the peak of this
-        machine's multipliers and caches, which is measured for it in about a second.
+        machine's multipliers and caches, which is measured in about a second.
 
         Raises
         ------
         TypeError, ValueError: an argument of a wrong type or value.
 
         >>> import fusedrnn as fr
-        >>> told = fr.LSTM(3, 4, peephole=True).explain(10, 2)
-        >>> told["way"], told["flops"]
+        >>> explanation = fr.LSTM(3, 4, peephole=True).explain(10, 2)
+        >>> explanation["way"], explanation["flops"]
         ('row by row after each product', 4480)
         """
-        options = self._asked(
+        options = self._call_options(
             training=training,
-            return_cells=self._if_asked(return_cells),
+            return_cells=self._none_if_false(return_cells),
             trace=trace,
             recompute=recompute,
         )
@@ -197,13 +196,13 @@ class _Layer(ParameterStore, Generic[StateT]):
         options: Options,
         saves: bool,
     ) -> Any:
-        """Call the layers with arguments as they come or, where that fails, checked."""
+        """Call the layers with unchecked arguments or, if they return None, checked ones."""
         compiled = self._packed.get("layers")
         if compiled is not None:
-            made = compiled.forward(x, state, lengths, resets, options, None, saves)
-            if made is not None:
-                return made
-        spec, kept = self._spec, self._packed  # before the parameters: see _forget_packed
+            results = compiled.forward(x, state, lengths, resets, options, None, saves)
+            if results is not None:
+                return results
+        spec, cache = self._spec, self._packed  # before the parameters: see _forget_packed
         states = engine.split_state("state", spec.cell, state)
         on = self._backend(x)
         x = engine.check_input(on, x, self.batch_first, self.input_size)
@@ -213,11 +212,11 @@ class _Layer(ParameterStore, Generic[StateT]):
         names = [f"{letter}0" for letter in spec.cell.states]
         start = engine.check_state(on, spec, names, states, x.dtype, batch)
         masks = engine.check_masks(on, spec, x, lengths, resets)
-        layers = on.layers(spec, self._all_parameters(), kept)
+        layers = on.layers(spec, self._all_parameters(), cache)
         return layers.forward(x, start, *masks, options, None, saves)
 
     def _backend(self, x: Any) -> Backend:
-        """Return where x is, which must be where the layer is."""
+        """Return the backend of x, which must be that of the layer."""
         on = engine.backend_of(x, self.precision if cuda.framework_of(x) else "exact")
         if str(on) != self.device:
             raise ValueError(f"x must be on {self.device} like the layer, got one on {on}")
@@ -233,12 +232,12 @@ class _Layer(ParameterStore, Generic[StateT]):
         d_state: Any,
         d_cells: Any,
     ) -> Any:
-        """Call a tape with checked gradients of results."""
+        """Check the gradients of the results and run backward."""
         cells = results[2] if options.return_cells else None
         split = engine.split_state("d_state", self._cell, d_state)
         where = (engine.backend_of(x, self.precision), self._spec, tape, self.dtype)
-        read = (results[0], cells, dy, split, d_cells)
-        return engine.pull_back(*where, *read, "d_state, d{}_n,")
+        gradients = (dy, split, d_cells)
+        return engine.pull_back(*where, results[0], cells, *gradients, "d_state, d{}_n,")
 
     def _with_gates(self, results: tuple[Any, ...]) -> tuple[Any, ...]:
         names = [f"_{suffix}" for _, _, suffix in self._directions()]
@@ -254,18 +253,19 @@ class _Layer(ParameterStore, Generic[StateT]):
         """Whether training depends on a seed."""
         return self._training.is_random or self.dropout > 0
 
-    def _asked(self, seed: Any = None, **asked: Any) -> Options:
-        """Return the layer's options with what a call asks for."""
-        absent = {k for k in ("return_cells", "bptt") if asked.get(k) is None}
-        of_call = check_options(self._cell, {k: v for k, v in asked.items() if k not in absent})
+    def _call_options(self, seed: Any = None, **arguments: Any) -> Options:
+        """Return the layer's options with the arguments of a call."""
+        absent = {k for k in ("return_cells", "bptt") if arguments.get(k) is None}
+        present = {k: v for k, v in arguments.items() if k not in absent}
+        checked = check_options(self._cell, present)
         fields = ("training", "bptt", "return_cells", "trace", "recompute")
-        options = self._options._replace(**{n: getattr(of_call, n) for n in fields})
+        options = self._options._replace(**{n: getattr(checked, n) for n in fields})
         seed, drops = checks.seed(seed), self.dropout > 0 and options.training
         return with_seed(options, seed) if options.is_random or drops else options
 
     @staticmethod
-    def _if_asked(return_cells: Any) -> Any:
-        """Return None where cells are not asked for, of which not every cell knows."""
+    def _none_if_false(return_cells: Any) -> Any:
+        """Return None for False, because only an LSTM has this option."""
         return None if return_cells is False else return_cells
 
 
@@ -278,26 +278,27 @@ class LSTM(_Layer[tuple[Array, Array]]):
     Parameters
     ----------
     input_size, hidden_size: I and H.
-    num_layers: how many are stacked.
+    num_layers: the number of stacked layers.
     bias: whether there are bias_ih and bias_hh.
-    batch_first: x and y are (B, T, …); states are (layers*directions, B, H) all the same.
-    dropout: the probability with which a layer does not see an element of the y below, the
-        others scaled by 1 / (1 - dropout); in training alone, as the dropouts that follow.
-    bidirectional: each layer also runs from the last time to the first.
-    proj_size: R, units of a projected h; 0 for none.
+    batch_first: x and y are (B, T, …); states are (layers*directions, B, H) nevertheless.
+    dropout: the probability with which an element of y is dropped between two layers, the
+        others scaled by 1 / (1 - dropout); in training only, like the dropouts below.
+    bidirectional: each layer also runs from the last step to the first.
+    proj_size: R, the units of a projected h; 0 for none.
     peephole, coupled_gates, layer_norm, clip, cell_clip, zoneout, recurrent_dropout,
         weight_dropout: as for `fusedrnn.lstm`.
-    forget_bias: what both biases of the forget gate are in sum at first (Gers, Schmidhuber &
-        Cummins 2000; 1 after Jozefowicz, Zaremba & Sutskever 2015), or None for like others.
-    orthogonal: let each block of weight_hh have orthonormal columns (Saxe, McClelland &
+    forget_bias: the initial sum of the forget gate's two biases (Gers, Schmidhuber & Cummins
+        2000; 1 after Jozefowicz, Zaremba & Sutskever 2015); None draws them like the others.
+    orthogonal: initialise each block of weight_hh with orthonormal columns (Saxe, McClelland &
         Ganguli 2014).
     dtype: float32 or float64.
-    rng: a NumPy generator or seed for the parameters, else uniform in ±1/√H.
+    rng: a NumPy generator or seed to draw the parameters, which are uniform in ±1/√H unless
+        stated above.
 
     Its parameters are attributes with torch's names (weight_ih_l0, weight_hh_l0, bias_ih_l0,
     bias_hh_l0, weight_hr_l0, …_reverse) and those of `fusedrnn.lstm` (weight_ch_l0,
-    gamma_ih_l0 …), read-only arrays; assign a new array to change one. Calls are safe from
-    several threads at once, though not beside an assignment. A layer can be pickled.
+    gamma_ih_l0 …), read-only arrays; assign a new array to change one. Several threads may
+    call a layer at once, but not while a parameter is assigned. A layer can be pickled.
 
     Raises
     ------
@@ -344,10 +345,10 @@ class LSTM(_Layer[tuple[Array, Array]]):
         if forget_bias is not None:
             forget_bias = checks.number("forget_bias", forget_bias)
             if self.coupled_gates or not bias:
-                what = (
+                reason = (
                     "coupled_gates has no forget gate" if coupled_gates else "there is no bias"
                 )
-                raise ValueError(f"forget_bias must be None: {what}, got {forget_bias}")
+                raise ValueError(f"forget_bias must be None: {reason}, got {forget_bias}")
         super().__init__(
             CELLS["lstm_coupled" if self.coupled_gates else "lstm"],
             input_size,
@@ -372,7 +373,7 @@ class GRU(_Layer[Array]):
     """A stack of GRU layers in one or both directions, as `torch.nn.GRU`.
 
     The equations and options are those of `fusedrnn.gru`; everything else is as for `LSTM`,
-    but the state is h0 alone.
+    except that the state is h0 alone.
 
     >>> import numpy as np, fusedrnn as fr
     >>> gru = fr.GRU(3, 4, bidirectional=True, reset_after=False, rng=0)
@@ -426,7 +427,7 @@ class RNN(_Layer[Array]):
     """A stack of Elman RNN layers in one or both directions, as `torch.nn.RNN`.
 
     The equations and options are those of `fusedrnn.rnn`; nonlinearity is "tanh", "relu" or
-    "identity". Everything else is as for `LSTM`, but the state is h0 alone.
+    "identity". Everything else is as for `LSTM`, except that the state is h0 alone.
 
     >>> import numpy as np, fusedrnn as fr
     >>> rnn = fr.RNN(3, 4, nonlinearity="relu", batch_first=True, rng=0)

@@ -1,4 +1,4 @@
-"""What a report says of the machine and of what is installed."""
+"""The machine and the installed packages, as reports describe them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ LIBRARIES = ("torch", "onnxruntime", "openvino", "cupy", "jax", "matplotlib", "r
 
 
 def cpu_name() -> str:
-    """Return the processor's name as its maker and the kernel tell it."""
+    """Return the processor's name, family and model as the operating system reports them."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    found = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-    numbers = (f"{key} {found[key]}" for key in ("cpu family", "model") if key in found)
-    return f"{found.get('model name', platform.machine())} ({', '.join(numbers)})"
+    fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    numbers = (f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields)
+    return f"{fields.get('model name', platform.machine())} ({', '.join(numbers)})"
 
 
 def cores() -> int:
@@ -31,21 +31,21 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def told() -> str:
+def summary() -> str:
     """Return the processor, instruction set and compiler in one line."""
     return f"{cpu_name()}, {cores()} cores · {_cpu.get_isa()} · {_cpu.compiler}"
 
 
 def versions(names: tuple[str, ...]) -> list[str]:
-    """Return "name version" of each that is installed."""
+    """Return "name version" for each of `names` that is installed."""
     from importlib.metadata import distributions  # slow to import
 
-    found = {d.name: d.version for d in distributions() if d.name in names}
-    return [f"{name} {found[name]}" for name in names if name in found]
+    installed = {d.name: d.version for d in distributions() if d.name in names}
+    return [f"{name} {installed[name]}" for name in names if name in installed]
 
 
 def gil() -> str:
-    """Tell whether this Python has the global interpreter lock, and whether it is in use."""
+    """Return in words whether this Python has a global interpreter lock and uses it."""
     if not sysconfig.get_config_var("Py_GIL_DISABLED"):
         return "on"
     in_use = sys._is_gil_enabled()  # type: ignore[attr-defined,unused-ignore]
@@ -53,6 +53,6 @@ def gil() -> str:
 
 
 def environment() -> list[str]:
-    """Return the variables that steer the threads and kernels, as set."""
+    """Return the environment variables that affect threads and kernels, as "name=value"."""
     prefixes = ("FUSEDRNN_", "OMP_", "GOMP_", "KMP_", "MKL_NUM", "OPENBLAS_NUM", "CUDA_VISIBLE")
     return [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(prefixes)]

@@ -1,4 +1,4 @@
-"""What a call may be asked for beside its arrays: names, checks, what it comes to."""
+"""The options of calls and layers: names, defaults, checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .reference import Array, Nonlinearity, Options, Parameters
 
 
 class CommonOptions(TypedDict, total=False):
-    """Of every op, with and without a pullback."""
+    """Keyword arguments of every op, with and without a pullback."""
 
     lengths: npt.ArrayLike | None
     resets: npt.ArrayLike | None
@@ -31,13 +31,13 @@ class CommonOptions(TypedDict, total=False):
 
 
 class RNNOptions(CommonOptions, total=False):
-    """Of `rnn` and `rnn_vjp`."""
+    """Keyword arguments of `rnn` and `rnn_vjp`."""
 
     nonlinearity: Nonlinearity
 
 
 class GRUOptions(CommonOptions, total=False):
-    """Of `gru` and `gru_vjp`."""
+    """Keyword arguments of `gru` and `gru_vjp`."""
 
     reset_after: bool
     gamma_ih: Array | None
@@ -45,7 +45,7 @@ class GRUOptions(CommonOptions, total=False):
 
 
 class LSTMOptions(CommonOptions, total=False):
-    """Of `lstm` and `lstm_vjp`."""
+    """Keyword arguments of `lstm` and `lstm_vjp`."""
 
     coupled_gates: bool
     cell_clip: float | None
@@ -58,7 +58,7 @@ class LSTMOptions(CommonOptions, total=False):
     beta_c: Array | None
 
 
-# Of a layer, in the order in which it shows them.
+# The options of layers, in the order in which their repr shows them.
 DEFAULTS: dict[str, Any] = {
     "reset_after": True,
     "coupled_gates": False,
@@ -79,42 +79,42 @@ _TRAINING = Options(training=True)
 
 
 def check_options(
-    cell: Cell, given: Mapping[str, Any], training: bool = False, is_vjp: bool = True
+    cell: Cell, arguments: Mapping[str, Any], training: bool = False, is_vjp: bool = True
 ) -> Options:
-    """Check the options of a cell that are not arrays; `training` is what is not given."""
-    if not given:
+    """Check a cell's options that are not arrays; `training` is the default of that option."""
+    if not arguments:
         return _TRAINING if training else PLAIN
     known = ["clip", "zoneout", *_NUMBERS, "training", "seed", "trace"]
     if is_vjp:
         known += ["bptt", "recompute"]
     if "c" in cell.states:
         known += _LSTM_ONLY
-    for name in given:
+    for name in arguments:
         if name not in known:
             why = ": that of an LSTM" if name in _LSTM_ONLY else ""
             raise TypeError(f"{cell.op} has no option {name!r}{why}")
-    get = given.get
+    get = arguments.get
     clip, cell_clip = (checks.bound(n, get(n)) for n in ("clip", "cell_clip"))
     zoneout = checks.zoneout(get("zoneout", 0.0), len(cell.states))
-    of_state, of_weights = (checks.probability(n, get(n, 0.0)) for n in _NUMBERS)
+    state_dropout, weight_dropout = (checks.probability(n, get(n, 0.0)) for n in _NUMBERS)
     training = checks.flag("training", get("training", training))
     seed = checks.seed(get("seed"))
     bptt = 0 if get("bptt") is None else checks.positive("bptt", get("bptt"))
-    wanted = [checks.flag(n, get(n, False)) for n in ("return_cells", "trace", "recompute")]
-    dropped = (zoneout, of_state, of_weights, training, 0, 0, bptt)
-    options = Options(clip, cell_clip, *dropped, *wanted)
+    flags = [checks.flag(n, get(n, False)) for n in ("return_cells", "trace", "recompute")]
+    masks = (zoneout, state_dropout, weight_dropout, training, 0, 0)
+    options = Options(clip, cell_clip, *masks, bptt, *flags)
     return with_seed(options, seed) if options.is_random else options
 
 
 def with_seed(options: Options, seed: int | None) -> Options:
-    """Return the same options with a seed, drawn for None."""
+    """Return the options with this seed; None draws one."""
     return options._replace(seed=secrets.randbits(64) if seed is None else seed)
 
 
 def asked_of_call(options: Options) -> list[str]:
-    """Return the options for which a call on the CPU takes the kernels with options."""
+    """Return the options for which a call on the CPU needs the row-by-row kernels."""
     o = options
-    asked = {
+    in_use = {
         "clip": o.clip < math.inf,
         "cell_clip": o.cell_clip < math.inf,
         "zoneout": any(o.zoneout),
@@ -123,16 +123,16 @@ def asked_of_call(options: Options) -> list[str]:
         "trace": o.trace,
         "recompute": o.recompute,
     }
-    return [name for name, is_asked in asked.items() if is_asked]
+    return [name for name, is_used in in_use.items() if is_used]
 
 
 def asked_of_layer(cell: Cell, parameters: Parameters, on_cpu: bool) -> list[str]:
-    """Return what of a cell takes the kernels with options, whatever a call asks for."""
-    has = {
+    """Return the features of a layer that need the row-by-row kernels in every call."""
+    in_use = {
         "proj_size": parameters.weight_hr is not None,
         "layer_norm": parameters.gamma_ih is not None,
         "reset_after=False": cell.resets_before,
         "peephole": parameters.weight_ch is not None and on_cpu,
         "coupled_gates": cell.is_coupled and on_cpu,
     }
-    return [name for name, is_so in has.items() if is_so]
+    return [name for name, is_used in in_use.items() if is_used]

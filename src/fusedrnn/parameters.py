@@ -1,4 +1,4 @@
-"""The parameters of layers: names, shapes, first values, where they are, pickling.
+"""The parameters of layers: names, shapes, initial values, device, pickling.
 
 Names, shapes, order and initialisation are PyTorch's.
 """
@@ -20,7 +20,7 @@ from .reference import Array, Options, Parameters
 
 LayerT = TypeVar("LayerT", bound="ParameterStore")
 
-# Attributes that the parameters' shapes or the calls depend on, and prefixes of parameters.
+# Attributes that are fixed after construction, and the prefixes of parameters' names.
 _DEFAULTS: dict[str, Any] = {
     "num_layers": 1,
     "nonlinearity": "tanh",
@@ -36,12 +36,12 @@ _PARAMETERS = tuple(f"{kind}_l" for kind in _KINDS)
 
 
 def on_host(value: Any) -> Array:
-    """Return a parameter's values; a GPU is waited for."""
+    """Return a parameter's values on the host, waiting for those of a GPU."""
     return value.numpy() if isinstance(value, cuda.Array) else value
 
 
 def placed(array: Array, dtype: str, place: str) -> Any:
-    """Return a copy of a host's array on the CPU or a GPU, not to be written to."""
+    """Return a read-only copy of a host array on the CPU or a GPU."""
     if place != "cpu":
         return cuda.array(array, dtype, int(place.partition(":")[2]))
     copy: Array = array.astype(dtype, order="C")
@@ -50,7 +50,7 @@ def placed(array: Array, dtype: str, place: str) -> Any:
 
 
 def _orthonormal(generator: np.random.Generator, rows: int, columns: int) -> Array:
-    """Return a matrix with orthonormal columns, or rows if these are fewer, evenly drawn."""
+    """Draw a matrix with orthonormal columns, or rows if these are fewer, uniformly."""
     tall = generator.normal(size=(max(rows, columns), min(rows, columns)))
     q, r = np.linalg.qr(tall)
     q = q * np.where(np.diag(r) < 0, -1, 1)
@@ -63,7 +63,7 @@ class Init(NamedTuple):
 
     Attributes
     ----------
-    forget_bias: what b_ih + b_hh of the forget gate are in sum; None for like the others.
+    forget_bias: the sum b_ih + b_hh of the forget gate; None draws it like the others.
     orthogonal: whether each block of weight_hh has orthonormal rows or columns.
     """
 
@@ -72,13 +72,13 @@ class Init(NamedTuple):
 
 
 class ParameterStore:
-    """A layer's sizes and parameters; calls are added by `fusedrnn.layers`."""
+    """A layer's sizes and parameters; `fusedrnn.layers` adds the calls."""
 
     _cell: Cell
-    _spec: Spec  # of calls
+    _spec: Spec  # describes the layers to a backend
     _options: Options  # of a call in inference
     _parameters: dict[str, Any]  # arrays of NumPy or, on a GPU, of `cuda`
-    _packed: dict[Any, Any]  # what calls pack of the parameters
+    _packed: dict[Any, Any]  # packed weights, which calls add
     dtype: Any  # np.dtype or, on a GPU, its name
     proj_size = 0
     peephole = False
@@ -149,7 +149,7 @@ class ParameterStore:
 
     @property
     def _width(self) -> int:
-        """How many units h has."""
+        """The number of units of h."""
         return self.proj_size or self.hidden_size
 
     def _draw_parameters(self, generator: np.random.Generator, init: Init) -> None:
@@ -180,14 +180,14 @@ class ParameterStore:
         ----------
         device: "cpu", "cuda" (the first GPU) or "cuda:1" and so on. On a GPU, each
             parameter is a `fusedrnn.cuda.Array`, and x and states must be arrays there.
-        dtype: what parameters become: float32 or float64; on a GPU bfloat16 or float16, too.
-            None leaves it, but makes it float32 on the CPU.
+        dtype: the new dtype of the parameters: float32 or float64; on a GPU bfloat16 or
+            float16, too. None keeps it, or makes it float32 if the CPU lacks it.
         precision: "tf32" lets a GPU's matrix units multiply float32, rounded to 10 bits.
 
         Raises
         ------
         TypeError, ValueError: an argument of a wrong type or value. RuntimeError: no GPU can
-            be used. MemoryError: it is full. The layer is then as it was.
+            be used. MemoryError: its memory is full. None of them changes the layer.
 
         >>> import fusedrnn as fr
         >>> fr.LSTM(3, 4).to("cuda" if fr.cuda.is_available() else "cpu").hidden_size
@@ -211,7 +211,7 @@ class ParameterStore:
         return self
 
     def _place(self, device: Any, dtype: Any) -> tuple[str, str]:
-        """Check where to move to; return its name and that of the dtype there."""
+        """Check the device and dtype to move to; return their names."""
         if not isinstance(device, str):
             raise TypeError(f"device must be a string, got {type(device).__name__}")
         kind, _, number = device.partition(":")
@@ -229,7 +229,7 @@ class ParameterStore:
         return device if on_cpu else f"cuda:{int(number or 0)}", name
 
     def _set_spec(self) -> None:
-        """Describe the layers for calls."""
+        """Set the description that calls give to a backend."""
         self._spec = Spec(
             self._cell,
             self.input_size,
@@ -247,16 +247,16 @@ class ParameterStore:
         return dict(self._parameters)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over every parameter; nothing changes unless all names and shapes fit.
+        """Copy all parameters from a dict; nothing changes unless all names and shapes fit.
 
         Parameters
         ----------
-        state_dict: arrays (or what NumPy can see as such: CPU tensors) of float32 or float64
-            by torch's names, converted to the layer's dtype and copied.
+        state_dict: arrays of float32 or float64 (or what NumPy can convert, as CPU tensors) by
+            torch's names; they are converted to the layer's dtype.
 
         Raises
         ------
-        KeyError: names are missing or unknown. TypeError, ValueError: a wrong dtype, shape.
+        KeyError: names are missing or unknown. TypeError, ValueError: a wrong dtype or shape.
         """
         missing = [name for name in self._parameters if name not in state_dict]
         unknown = [name for name in state_dict if name not in self._parameters]
@@ -270,7 +270,7 @@ class ParameterStore:
         self._forget_packed()
 
     def _checked(self, name: str, value: Any) -> Any:
-        """Return a copy of a new parameter where the layer is."""
+        """Check a parameter's new value and return a copy on the layer's device."""
         framework = cuda.framework_of(value)
         array = checks.array(name, value) if framework is None else value
         expected = self._parameters[name].shape
@@ -293,17 +293,17 @@ class ParameterStore:
             parameters[name] = self._checked(name, value)
             self._forget_packed()
         elif parameters and (name in _FIXED or name.startswith(_PARAMETERS)):
-            what = (
+            reason = (
                 "is fixed when the layer is made" if name in _FIXED else "is no parameter of it"
             )
-            raise AttributeError(f"{name} {what}: {self!r}")
+            raise AttributeError(f"{name} {reason}: {self!r}")
         else:
             object.__setattr__(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("_spec", "_packed")}
+        rest = {k: v for k, v in self.__dict__.items() if k not in ("_spec", "_packed")}
         parameters = {k: on_host(v) for k, v in self._parameters.items()}
-        return kept | {"_cell": self._cell.name, "_parameters": parameters}
+        return rest | {"_cell": self._cell.name, "_parameters": parameters}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _cell=CELLS[state["_cell"]])
@@ -333,5 +333,5 @@ class ParameterStore:
         ]
 
     def _forget_packed(self) -> None:
-        """Start a new dict: a thread that is packing old parameters fills the old one."""
+        """Drop packed weights; a new dict, as another thread may still fill the old one."""
         self._packed = {}

@@ -1,4 +1,4 @@
-"""A layer one step at a time, its state inside: for speech and control."""
+"""A layer that runs one step at a time and keeps its state, for speech and control."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from .reference import Array
 
 
 class Stream:
-    """Run a layer one step at a time, as `torch.nn.LSTMCell` in a loop but with any layer.
+    """Run a layer one step at a time, like `torch.nn.LSTMCell` in a loop, but with any layer.
 
-    On the CPU steps equal the whole sequence at once bit for bit, on one machine and ISA.
-    zoneout takes its expected value, as in any inference. Not safe from several threads at
-    once.
+    On the CPU, steps give the same bits as one call on the whole sequence, on one machine and
+    ISA. Zoneout takes its expected value, as in any inference. Only one thread at a time may
+    use a stream.
 
     Parameters
     ----------
-    layer: an `LSTM`, `GRU` or `RNN` that goes one way. On a GPU the state stays there; steps
-        never wait for it, while reading ``state`` or saving it does.
+    layer: an `LSTM`, `GRU` or `RNN` in one direction. On a GPU the state stays there; steps
+        never wait for the GPU, but reading ``state`` or saving it does.
     batch_size: B, or None for one sequence without a batch axis.
 
     Attributes
     ----------
-    state: what the layer calls so; assign one to go on from there, None to start anew.
+    state: the layer's state; assign one to continue from it, or None to start from zeros.
 
     Raises
     ------
-    TypeError: layer is none. ValueError: it goes both ways.
+    TypeError: layer is not a layer. ValueError: it is bidirectional.
 
     >>> import numpy as np, fusedrnn as fr
     >>> lstm = fr.LSTM(3, 4, rng=0)
@@ -50,20 +50,23 @@ class Stream:
         if not isinstance(layer, _Layer):
             raise TypeError(f"layer must be an LSTM, GRU or RNN, got {type(layer).__name__}")
         if layer.bidirectional:
-            raise ValueError("layer must go one way: the other needs the end of the sequence")
+            raise ValueError(
+                "layer must have one direction, got a bidirectional one, which needs the end "
+                "of the sequence"
+            )
         self.layer = layer
         self.batch_size = (
             None if batch_size is None else checks.positive("batch_size", batch_size)
         )
-        self._state: tuple[Any, ...] | None = None  # as the layer left it; None for zeros
-        self._fresh: Array | None = None  # (B,) the rows that start anew in the next step
+        self._state: tuple[Any, ...] | None = None  # after the last step; None for zeros
+        self._reset_rows: Array | None = None  # (B,) bool, rows that start from 0 next
 
     def __repr__(self) -> str:
         return f"Stream({self.layer!r}, batch_size={self.batch_size})"
 
     @property
     def _dtype(self) -> np.dtype[Any]:
-        """That of the state."""
+        """The dtype of the state."""
         return np.dtype("float64" if self.layer.dtype == "float64" else "float32")
 
     def _shapes(self) -> list[tuple[int, ...]]:
@@ -77,25 +80,25 @@ class Stream:
             return [np.zeros(shape, self._dtype) for shape in self._shapes()]
         copies = [cuda.on_host(s) for s in self._state]
         for s in copies:
-            if self._fresh is not None:
-                s[:, self._fresh] = 0
+            if self._reset_rows is not None:
+                s[:, self._reset_rows] = 0
         return copies
 
-    def _go_on_from(self, state: tuple[Any, ...] | None) -> None:
-        self._state, self._fresh = state, None
+    def _continue_from(self, state: tuple[Any, ...] | None) -> None:
+        self._state, self._reset_rows = state, None
 
     @property
     def state(self) -> Any:
-        """The state as the layer gives and takes it; a copy."""
-        given = [s[:, 0] if self.batch_size is None else s for s in self._on_host()]
+        """A copy of the state, in the form that the layer takes and returns."""
+        copies = [s[:, 0] if self.batch_size is None else s for s in self._on_host()]
         if self.layer.device != "cpu":
-            given = [placed(s, str(self._dtype), self.layer.device) for s in given]
-        return tuple(given) if len(given) > 1 else given[0]
+            copies = [placed(s, str(self._dtype), self.layer.device) for s in copies]
+        return tuple(copies) if len(copies) > 1 else copies[0]
 
     @state.setter
     def state(self, value: Any) -> None:
         if value is None:
-            self._go_on_from(None)
+            self._continue_from(None)
             return
         split = zip(
             self.layer._cell.states,
@@ -103,7 +106,7 @@ class Stream:
             self._shapes(),
             strict=True,
         )
-        self._go_on_from(tuple([self._checked(*one) for one in split]))
+        self._continue_from(tuple([self._checked(*part) for part in split]))
 
     def _checked(self, letter: str, value: Any, shape: tuple[int, ...]) -> Any:
         name, device = f"state, {letter},", self.layer.device
@@ -126,16 +129,16 @@ class Stream:
 
         Parameters
         ----------
-        x: (B, I), or (I,) without a batch axis, of the layer's dtype and where it is.
+        x: (B, I), or (I,) without a batch axis, of the layer's dtype and on its device.
 
         Returns
         -------
-        y: (B, H) or (H,), of R units with proj_size.
+        y: (B, H) or (H,); with proj_size, of R units.
 
         Raises
         ------
-        TypeError: a wrong dtype. ValueError: a wrong shape or device. The state is then as it
-            was.
+        TypeError: a wrong dtype. ValueError: a wrong shape or device. Neither changes the
+            state.
         """
         layer, batch_first = self.layer, self.layer.batch_first
         if not isinstance(x, np.ndarray) and cuda.framework_of(x) is None:
@@ -145,19 +148,19 @@ class Stream:
             x = x[None]
         else:
             checks.shape("x", x, (self.batch_size, layer.input_size), "(B, I)")
-        state, resets = self._state, self._fresh
+        state, resets = self._state, self._reset_rows
         if state is not None and len(state) == 1:
             state = state[0]
         if resets is not None:
             resets = resets[:, None] if batch_first else resets[None]
-        one = x[:, None] if batch_first else x[None]
-        y, after = layer(one, state, resets=resets)[:2]
-        self._state, self._fresh = after if isinstance(after, tuple) else (after,), None
+        sequence = x[:, None] if batch_first else x[None]
+        y, after = layer(sequence, state, resets=resets)[:2]
+        self._state, self._reset_rows = after if isinstance(after, tuple) else (after,), None
         y = y[:, 0] if batch_first else y[0]
         return y[0] if self.batch_size is None else y
 
     def reset(self, rows: npt.ArrayLike | None = None) -> None:
-        """Start rows anew, their state 0.
+        """Set the state of some rows to 0.
 
         Parameters
         ----------
@@ -165,10 +168,10 @@ class Stream:
 
         Raises
         ------
-        TypeError: rows are neither. IndexError: there is no such row.
+        TypeError: rows are neither integers nor bool. IndexError: a row is out of range.
         """
         if rows is None:
-            self._go_on_from(None)
+            self._continue_from(None)
             return
         chosen = checks.as_array("rows", rows)
         if chosen.size == 0:
@@ -180,9 +183,9 @@ class Stream:
             checks.shape("rows", chosen, (B,), "(B,)")
         elif chosen.min() < 0 or chosen.max() >= B:
             raise IndexError(f"rows must be from 0 to {B - 1}, got {rows}")
-        fresh = np.zeros(B, bool) if self._fresh is None else self._fresh.copy()
-        fresh[chosen] = True
-        self._fresh = fresh
+        reset = np.zeros(B, bool) if self._reset_rows is None else self._reset_rows.copy()
+        reset[chosen] = True
+        self._reset_rows = reset
 
     def save(self, file: str | os.PathLike[str] | Any) -> None:
         """Save the state as an .npz, without pickle.
@@ -199,29 +202,30 @@ class Stream:
             np.savez(file, **names)
 
     def load(self, file: str | os.PathLike[str] | Any) -> None:
-        """Go on from a state that `save` wrote.
+        """Continue from a state that `save` wrote.
 
         Raises
         ------
-        ValueError: it is of another layer or batch, or no such file. The state then stays.
+        ValueError: the state is that of another layer or batch size, or `save` did not write
+            the file. The state does not change then.
         """
         try:
             with np.load(file, allow_pickle=False) as saved:
-                found = {name: saved[name] for name in saved.files}
+                states = {name: saved[name] for name in saved.files}
         except FileNotFoundError:
             raise
         except (ValueError, OSError, EOFError, TypeError, AttributeError, BadZipFile) as error:
             raise ValueError(f"file must be one that Stream.save wrote: {error}") from None
         letters = self.layer._cell.states
-        if set(found) != set(letters):
+        if set(states) != set(letters):
             raise ValueError(
-                f"file must hold {', '.join(letters)}, got {', '.join(found) or 'nothing'}"
+                f"file must hold {', '.join(letters)}, got {', '.join(states) or 'nothing'}"
             )
         for letter, shape in zip(letters, self._shapes(), strict=True):
-            checks.shape(f"{letter} in file", found[letter], shape, "(layers, B, H)")
-            if found[letter].dtype != self._dtype:
+            checks.shape(f"{letter} in file", states[letter], shape, "(layers, B, H)")
+            if states[letter].dtype != self._dtype:
                 raise ValueError(
-                    f"{letter} in file must be {self._dtype}, got {found[letter].dtype}"
+                    f"{letter} in file must be {self._dtype}, got {states[letter].dtype}"
                 )
         where = (str(self._dtype), self.layer.device)
-        self._go_on_from(tuple([placed(found[letter], *where) for letter in letters]))
+        self._continue_from(tuple([placed(states[letter], *where) for letter in letters]))

@@ -1,4 +1,4 @@
-"""Where calls run: what the CPU and GPUs both do for `engine`."""
+"""Backends: the interface through which `engine` runs calls on the CPU or on a GPU."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..reference import Options, Parameters
 
 @dataclass(frozen=True)
 class Spec:
-    """What is called: layers of one cell, in one or both directions.
+    """The layers of a call: one cell, in one or both directions.
 
     Attributes
     ----------
-    I, H, R: the units of x, of a layer and of its h.
-    dropout: the probability with which a layer does not see an element of the y below.
-    layered: whether states have an axis of layers and directions, which an op's have not.
-    reverse: whether a single direction goes from the end.
-    precision: of products on a GPU.
+    I, H, R: the number of features of x, units of a layer, and units of its h.
+    dropout: the probability with which an element of y is dropped between two layers.
+    layered: whether states have an axis of layers and directions; those of an op do not.
+    reverse: whether a single direction runs from the last step to the first.
+    precision: the precision of products on a GPU.
     """
 
     cell: Cell
@@ -36,7 +36,7 @@ class Spec:
 
     @property
     def is_projected(self) -> bool:
-        """Whether h has other units than the layer."""
+        """Whether h is projected to another number of units."""
         return self.R != self.H
 
     def state_shape(self, batch: tuple[int, ...], width: int) -> tuple[int, ...]:
@@ -46,17 +46,17 @@ class Spec:
 
 
 class Tape(Protocol):
-    """What leads back from a training call."""
+    """A training call's record, from which backward computes the gradients."""
 
     def backward(self, dy: Any, d_state: Any, d_cells: Any, /) -> Any:
-        """Return the gradients of x, of the state and a list of those of the parameters.
+        """Return the gradients of x, of the initial state, and of all parameters in a list.
 
         The arguments are the gradients of the results, None for zeros.
         """
 
 
 class Layers(Protocol):
-    """Layers that are ready to be called, their weights packed when a call first needs it."""
+    """Layers that are ready to be called; a call packs their weights when it first needs to."""
 
     def forward(
         self,
@@ -69,10 +69,11 @@ class Layers(Protocol):
         saves: bool,
         /,
     ) -> Any:
-        """Return y, the state, every c and gates, those two where they are asked for.
+        """Return y and the state, and as options request every c and the gates.
 
-        With `saves` return a pair of these and a `Tape`. A state is h, or a pair (h, c). Gates
-        are indexed by the number of a layer and direction, as arrays (T, B, gates, H).
+        With `saves`, return a pair of these results and a `Tape`. A state is h, or a pair
+        (h, c). The gates are a list of arrays (T, B, gates, H), one for each layer and
+        direction.
         """
 
 
@@ -88,7 +89,7 @@ class Backend(Protocol):
     def array(
         self, name: str, value: Any, dtype: Any | None = None, whole: bool = False
     ) -> Any:
-        """Return an array, of `dtype` where that is given, contiguous if `whole`."""
+        """Return an array, of `dtype` unless that is None, contiguous if `whole`."""
 
     def state_dtype(self, dtype: Any) -> Any:
         """Return the dtype of states for x of `dtype`."""
@@ -106,13 +107,12 @@ class Backend(Protocol):
         """Return the array that y is written into; `used` is what the op reads, x first."""
 
     def layers(
-        self, spec: Spec, parameters: list[Parameters], kept: dict[Any, Any] | None = None
+        self, spec: Spec, parameters: list[Parameters], cache: dict[Any, Any] | None = None
     ) -> Layers:
-        """Return layers with these parameters, of each layer and direction.
+        """Return layers with the parameters of each layer and direction.
 
-        `kept` is a dict in which layers called before with the same parameters left what they
-        packed.
+        `cache` keeps packed weights from call to call, as long as the parameters are the same.
         """
 
     def now(self) -> Backend:
-        """Return the backend for a later call: on a GPU, of the stream that is current then."""
+        """Return the backend for a later call, with the GPU stream that is current then."""

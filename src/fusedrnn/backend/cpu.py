@@ -1,7 +1,7 @@
 """The CPU: NumPy's arrays and the compiled kernels.
 
-`_cpu.Layers` does a whole call. `Host` only brings checked arguments into the form that it
-reads, contiguous where it must be.
+`_cpu.Layers` runs a whole call. `Host` only checks arguments and makes them contiguous where
+the kernels need it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Host:
     def array(
         self, name: str, value: Any, dtype: np.dtype[Any] | None = None, whole: bool = False
     ) -> Array:
-        """Return an array, of `dtype` where that is given, contiguous if `whole`."""
-        found = checks.array(name, value, dtype)
-        return contiguous(found) if whole else _rows(found) if found.ndim else found
+        """Return an array, of `dtype` unless that is None, contiguous if `whole`."""
+        a = checks.array(name, value, dtype)
+        return contiguous(a) if whole else _rows(a) if a.ndim else a
 
     def state_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         """Return the dtype of states for x of `dtype`."""
@@ -70,18 +70,18 @@ class Host:
         return y
 
     def layers(
-        self, spec: Spec, parameters: list[Parameters], kept: dict[Any, Any] | None = None
+        self, spec: Spec, parameters: list[Parameters], cache: dict[Any, Any] | None = None
     ) -> Layers:
-        """Return layers with these parameters, of each layer and direction."""
-        if kept is not None and "layers" in kept:
-            found: Layers = kept["layers"]
-            return found
+        """Return layers with the parameters of each layer and direction."""
+        if cache is not None and "layers" in cache:
+            cached: Layers = cache["layers"]
+            return cached
         s = spec
-        where = (s.batch_first, s.layered, s.reverse)
-        made = Layers(s.cell.name, parameters, s.directions, s.dropout, *where)
-        if kept is not None:
-            kept["layers"] = made
-        return made
+        axes = (s.batch_first, s.layered, s.reverse)
+        layers = Layers(s.cell.name, parameters, s.directions, s.dropout, *axes)
+        if cache is not None:
+            cache["layers"] = layers
+        return layers
 
     def now(self) -> Host:
         """Return the backend for a later call."""

@@ -1,6 +1,6 @@
 """NVIDIA GPUs: arrays of any framework, and calls layer by layer.
 
-The kernels read a `_cuda.View` of an array. What the user gets is an array of x's framework.
+The kernels read arrays through a `_cuda.View`. Results are arrays of x's framework.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from .._cuda import Options as KernelOptions
 
 
-# The parameters with a block for each gate, and how many those of peepholes have.
+# The parameters with blocks for gates, and the number of their blocks in a coupled LSTM.
 _BLOCKS = dict.fromkeys(
     ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "gamma_ih", "gamma_hh"), 3
 ) | {"weight_ch": 2}
 
 
 def _with_forget_gate(parameters: Parameters, insert: Callable[[Any, int], Any]) -> Parameters:
-    """Return a coupled LSTM's parameters as an LSTM's, or gradients the other way.
+    """Return a coupled LSTM's parameters with blocks for f, or their gradients without.
 
-    `insert` adds a block of zeros after the first of so many, or removes it. The kernels do not
-    look at the forget gate's.
+    `insert` takes an array and the number of its blocks, and adds a block of zeros after the
+    first one or removes it. The kernels do not read the blocks of f.
     """
     changed = {
         name: insert(p, _BLOCKS[name])
@@ -44,7 +44,7 @@ def _with_forget_gate(parameters: Parameters, insert: Callable[[Any, int], Any])
 
 
 def _h_and_c(state: Sequence[Any]) -> tuple[Any, Any]:
-    """Return h and c of a cell's state or the like, None for the c that it has not."""
+    """Return the two parts of a state or its gradient, None for c if the cell has no c."""
     h, *c = state
     return h, c[0] if c else None
 
@@ -57,13 +57,14 @@ def values_of(o: Options) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Problem:
-    """One layer in one direction, its results yet to be written.
+    """The arguments of one layer in one direction, and the arrays for its results.
 
     Attributes
     ----------
     x: (T, B, I). state: h0 (B, R), and c0 (B, H) of an LSTM. y: (T, B, R).
-    lengths: (B,) int32 or int64. resets: (T, B). final: as state.
-    by_rows: whether steps go row by row; the persistent recurrences do not know all options.
+    lengths: (B,) int32 or int64. resets: (T, B). final: the state after the last step.
+    by_rows: whether a kernel takes each step row by row, because the persistent recurrences do
+        not support all options.
     cells: every c, (T, B, H), or None. trace: every gate, (T, B, gates, H), or None.
     """
 
@@ -87,8 +88,8 @@ class Weights:
 
     cell: Cell
     parameters: Parameters
-    packed: View | None  # none where a step is taken row by row
-    stream: int  # that packs them
+    packed: View | None  # None where steps go row by row
+    stream: int  # the stream that packs them
 
 
 class Device:
@@ -102,8 +103,8 @@ class Device:
         self.framework = framework
         self.device = framework.device(x)
         self.stream = framework.stream(x, self.device)
-        self._seen = framework.view(x, self.stream)
-        self.dtype = self._seen.dtype
+        self._x_view = framework.view(x, self.stream)
+        self.dtype = self._x_view.dtype
         if self.dtype not in cuda.DTYPES:
             known = ", ".join(cuda.DTYPES)
             raise TypeError(f"x must be one of {known} on a GPU, got {self.dtype}")
@@ -116,7 +117,7 @@ class Device:
             )
 
     def now(self) -> Device:
-        """Return this GPU on the stream that is current now, after what is queued here."""
+        """Return this GPU with the stream that is current now, which waits for this one."""
         stream = self.framework.stream(self._x, self.device)
         if stream == self.stream:
             return self
@@ -130,9 +131,9 @@ class Device:
 
     # Arguments
 
-    def _see(self, name: str, value: Any) -> View:
+    def _argument_view(self, name: str, value: Any) -> View:
         if value is self._x:
-            return self._seen
+            return self._x_view
         if value is None:
             raise TypeError(f"{name} must be an array, got None")
         framework = cuda.framework_of(value)
@@ -143,19 +144,19 @@ class Device:
         if device != self.device:
             raise ValueError(f"{name} must be on {self} like x, got cuda:{device}")
         if type(framework) is not type(self.framework):
-            made_on = framework.stream(value, device)
-            if made_on != self.stream:
-                self._cuda.order(device, made_on, self.stream)
+            stream = framework.stream(value, device)
+            if stream != self.stream:
+                self._cuda.order(device, stream, self.stream)
         return framework.view(value, self.stream)
 
     def array(
         self, name: str, value: Any, dtype: str | None = None, whole: bool = False
     ) -> View:
-        """Return an array of `dtype`, where that is given.
+        """Return an array, of `dtype` unless that is None.
 
         Its rows must be contiguous or, if `whole`, all of it.
         """
-        view = self._see(name, value)
+        view = self._argument_view(name, value)
         if dtype is not None and view.dtype != dtype:
             raise TypeError(f"{name} must be {dtype} like x, got {view.dtype}")
         if whole:
@@ -177,7 +178,7 @@ class Device:
 
     def state(self, name: str, value: Any, dtype: str) -> View:
         """Return a state or its gradient; it is not copied."""
-        view = self._see(name, value)
+        view = self._argument_view(name, value)
         if view.dtype != dtype:
             like = " like x" if dtype == self.dtype else f" for x of {self.dtype}"
             raise TypeError(f"{name} must be {dtype}{like}, got {view.dtype}")
@@ -185,11 +186,11 @@ class Device:
         return view
 
     def lengths(self, value: Any, T: int, batch: tuple[int, ...]) -> View:
-        """Return the rows' lengths; those on the GPU are not looked at, which would wait."""
+        """Return the rows' lengths; on a GPU they are not checked, which would wait for it."""
         if cuda.framework_of(value) is None:
             host = checks.lengths(value, T, batch).astype(np.int32)
             return self._upload("lengths", host.reshape(-1), "int32")
-        view = self._see("lengths", value)
+        view = self._argument_view("lengths", value)
         if view.dtype not in ("int32", "int64"):
             raise TypeError(f"lengths must be int32 or int64 on a GPU, got {view.dtype}")
         checks.shape("lengths", view, batch, "(B,)")
@@ -200,7 +201,7 @@ class Device:
         """Return the resets."""
         if cuda.framework_of(value) is None:
             return self._upload("resets", checks.resets(value, expected, axes), "bool")
-        view = self._see("resets", value)
+        view = self._argument_view("resets", value)
         if view.dtype != "bool":
             raise TypeError(f"resets must be bool, got {view.dtype}")
         checks.shape("resets", view, expected, axes)
@@ -209,33 +210,33 @@ class Device:
     def _upload(self, name: str, values: Any, dtype: str) -> View:
         if self._cuda.is_capturing(self.device, self.stream):
             raise RuntimeError(
-                f"{name} must be on {self} while a graph is captured: a graph would copy from "
-                "memory of the host that is gone"
+                f"{name} must be on {self} while a graph is captured, got host memory, which "
+                "is gone when the graph is replayed"
             )
         return cuda._upload(values, dtype, self.device, self.stream)._view
 
     # Results
 
     def output(self, out: Any, shape: tuple[int, ...], axes: str, used: list[Any]) -> Any:
-        """Refuse an array to write y into."""
+        """Raise ValueError: y cannot be written into an array of the user's on a GPU."""
         raise ValueError(f"out must be None for arrays on a GPU, got {type(out).__name__}")
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """Make an uninitialised array of x's framework."""
+        """Return an uninitialised array of x's framework."""
         return self.framework.empty(shape, dtype, self.device, self.stream)
 
-    def see(self, made: Any) -> View:
-        """Return what the kernels see of an array that `empty` made, or of our own."""
-        if isinstance(made, self._cuda.View):
-            view: View = made
+    def see(self, a: Any) -> View:
+        """Return the view of an array, which may be a view itself, that the kernels read."""
+        if isinstance(a, self._cuda.View):
+            view: View = a
             return view
-        framework = cuda.framework_of(made)
+        framework = cuda.framework_of(a)
         assert framework is not None
-        return framework.view(made, self.stream)
+        return framework.view(a, self.stream)
 
-    def give(self, made: Any) -> Any:
-        """Return what the user gets of it."""
-        return self.framework.give(made)
+    def give(self, a: Any) -> Any:
+        """Return an array from `empty` in the form that the user gets."""
+        return self.framework.give(a)
 
     def _bytes(self, count: int) -> View:
         return self.see(self.empty((max(count, 1),), "uint8"))
@@ -243,10 +244,10 @@ class Device:
     # Calls
 
     def layers(
-        self, spec: Spec, parameters: list[Parameters], kept: dict[Any, Any] | None = None
+        self, spec: Spec, parameters: list[Parameters], cache: dict[Any, Any] | None = None
     ) -> Layers:
-        """Return layers with these parameters, of each layer and direction."""
-        return Layers(self, spec, parameters, kept)
+        """Return layers with the parameters of each layer and direction."""
+        return Layers(self, spec, parameters, cache)
 
     def _kernel(self, cell: Cell, precision: str | None = None) -> Kernel:
         kernel: Kernel = self._cuda.Kernel(
@@ -274,46 +275,46 @@ class Device:
         return Weights(cell, parameters, packed, self.stream)
 
     def _insert(self, a: View, blocks: int) -> View:
-        """Add a block of zeros after the first."""
+        """Return a copy with a block of zeros after the first."""
         H = a.shape[0] // blocks
-        made = self.see(self.empty((H * (blocks + 1), *a.shape[1:]), a.dtype))
-        self._cuda.clear(made[H : 2 * H], self.stream)
-        for to, of in ((made[:H], a[:H]), (made[2 * H :], a[H:])):
-            self._cuda.copy_on_device(to, of, self.stream)
+        longer = self.see(self.empty((H * (blocks + 1), *a.shape[1:]), a.dtype))
+        self._cuda.clear(longer[H : 2 * H], self.stream)
+        for to, source in ((longer[:H], a[:H]), (longer[2 * H :], a[H:])):
+            self._cuda.copy_on_device(to, source, self.stream)
         self._keep(a)
-        return made
+        return longer
 
     def _remove(self, a: Any, blocks: int) -> Any:
-        """Leave the second block out."""
-        whole = self.see(a)
-        H = whole.shape[0] // (blocks + 1)
-        made = self.empty((H * blocks, *whole.shape[1:]), whole.dtype)
-        seen = self.see(made)
-        for to, of in ((seen[:H], whole[:H]), (seen[H:], whole[2 * H :])):
-            self._cuda.copy_on_device(to, of, self.stream)
-        return made
+        """Return a copy without the second block."""
+        view = self.see(a)
+        H = view.shape[0] // (blocks + 1)
+        shorter = self.empty((H * blocks, *view.shape[1:]), view.dtype)
+        rest = self.see(shorter)
+        for to, source in ((rest[:H], view[:H]), (rest[H:], view[2 * H :])):
+            self._cuda.copy_on_device(to, source, self.stream)
+        return shorter
 
-    def drop(self, a: View, p: float, seed: int, what: str, where: int, to: View) -> None:
-        """Write (T, B, n), some elements of its rows 0, into `to`, which may be itself."""
-        wide, made = self._widened(a), to if self._is_wide else self._wide(to.shape)
-        self._cuda.drop(wide, p, seed, what, where, made, self.stream)
-        self._finish(made, to)
+    def drop(self, a: View, p: float, seed: int, kind: str, where: int, to: View) -> None:
+        """Write a (T, B, n), with dropout, into `to`, which may be a itself."""
+        wide, output = self._widened(a), to if self._is_wide else self._wide(to.shape)
+        self._cuda.drop(wide, p, seed, kind, where, output, self.stream)
+        self._finish(output, to)
         self._keep(a)
 
     def drop_weights(self, weight: View, options: Options, to: View | None = None) -> View:
-        """Return R as a call sees it, or mask its gradient in place."""
-        made = self.see(self.empty(weight.shape, self.dtype)) if to is None else to
+        """Mask R, or its gradient, into `to` or a new array; return that."""
+        output = self.see(self.empty(weight.shape, self.dtype)) if to is None else to
         o = options
-        self.drop(weight, o.weight_dropout, o.seed, "weights", o.where, made)
-        return made
+        self.drop(weight, o.weight_dropout, o.seed, "weights", o.where, output)
+        return output
 
     def with_weights_dropped(self, parameters: Parameters, options: Options) -> Parameters:
-        """Return parameters as a call sees them."""
+        """Return the parameters, R masked if the call drops weights."""
         if not options.drops_weights:
             return parameters
         return parameters._replace(weight_hh=self.drop_weights(parameters.weight_hh, options))
 
-    # Where a step is taken row by row 16 bits are float32 in between; peepholes always are.
+    # Steps that go row by row compute 16 bits in float32; peepholes are float32 always.
 
     @property
     def _is_wide(self) -> bool:
@@ -326,37 +327,37 @@ class Device:
         """Return an array in float32 or float64."""
         if self._is_wide:
             return a
-        made = self._wide(a.shape)
-        self._cuda.convert(a, made, self.stream)
+        wide = self._wide(a.shape)
+        self._cuda.convert(a, wide, self.stream)
         self._keep(a)
-        return made
+        return wide
 
     def _widens(self, name: str, problem: Problem) -> bool:
         return not self._is_wide and (problem.by_rows or name == "weight_ch")
 
-    def _given(self, name: str, a: View | None, problem: Problem) -> View | None:
-        """Return what the kernels read of an argument."""
+    def _input(self, name: str, a: View | None, problem: Problem) -> View | None:
+        """Return the array that the kernels read for an argument, widened if necessary."""
         if a is None or a.dtype != self.dtype or not self._widens(name, problem):
             return a
         return self._widened(a)
 
-    def _made(self, name: str, to: View, problem: Problem) -> View:
-        """Return where the kernels make what belongs to `name` and is wanted in `to`."""
+    def _output(self, name: str, to: View, problem: Problem) -> View:
+        """Return the array that the kernels write; `_finish` then copies it into `to`."""
         return self._wide(to.shape) if self._widens(name, problem) else to
 
-    def _finish(self, made: View, to: View) -> None:
-        """Copy what was made elsewhere to where it is wanted."""
-        if made is not to:
-            self._cuda.convert(made, to, self.stream)
+    def _finish(self, output: View, to: View) -> None:
+        """Convert an output into its destination unless the kernels wrote there."""
+        if output is not to:
+            self._cuda.convert(output, to, self.stream)
 
     def _call(
         self, weights: Weights, problem: Problem, adds_dx: bool = False
     ) -> tuple[Kernel, dict[str, Any], KernelOptions]:
-        """Return the kernel of a call, what both directions read, and the options."""
+        """Return a call's kernel, the arrays that both directions read, and the options."""
         h0, c0 = _h_and_c(problem.state)
         lengths, resets = problem.lengths, problem.resets
         arrays = {"x": problem.x, "h0": h0, "c0": c0} | weights.parameters._asdict()
-        arrays = {k: self._given(k, a, problem) for k, a in arrays.items()}
+        arrays = {k: self._input(k, a, problem) for k, a in arrays.items()}
         arrays |= {"packed": weights.packed, "lengths": lengths, "resets": resets}
         arrays["cells"] = problem.cells
         precision = "tf32" if problem.by_rows and not self._is_wide else None
@@ -364,48 +365,48 @@ class Device:
         return self._kernel(weights.cell, precision), arrays, options
 
     def forward(self, weights: Weights, problem: Problem, save: bool = False) -> View | None:
-        """Queue y and the final state; return what backward needs beside them, if `save`."""
+        """Queue a forward, which writes y and the final state; return the saved values."""
         self._await(weights)
         kernel, arrays, options = self._call(weights, problem)
         h_n, c_n = _h_and_c(problem.final)
-        y, trace = self._made("y", problem.y, problem), problem.trace
-        gates, made = problem.cell.gates, problem.cell.kernel_gates
-        if trace is not None and made != gates:
+        y, trace = self._output("y", problem.y, problem), problem.trace
+        gates, kernel_gates = problem.cell.gates, problem.cell.kernel_gates
+        if trace is not None and kernel_gates != gates:
             T, B, _, H = trace.shape
             dtype = self.state_dtype(self.dtype) if problem.by_rows else self.dtype
-            trace = self.see(self.empty((T, B, len(made), H), dtype))
+            trace = self.see(self.empty((T, B, len(kernel_gates), H), dtype))
         elif trace is not None:
-            trace = self._made("trace", trace, problem)
+            trace = self._output("trace", trace, problem)
         arrays |= {"h_n": h_n, "c_n": c_n, "y": y, "trace": trace}
         saves = save and not problem.options.recompute
         saved = kernel.forward(arrays, options, problem.reverse, saves, self._bytes)
         self._finish(y, problem.y)
         if trace is not problem.trace:
             for k, gate in enumerate(gates):
-                of_gate = trace[:, :, made.index(gate)]
-                self._cuda.convert(of_gate, problem.trace[:, :, k], self.stream)
+                values = trace[:, :, kernel_gates.index(gate)]
+                self._cuda.convert(values, problem.trace[:, :, k], self.stream)
         self._keep(*arrays.values())
         return saved
 
     def _await(self, weights: Weights) -> None:
-        """Let this stream wait for another that packs the weights."""
+        """Let this stream wait for the one that packs the weights."""
         if weights.stream != self.stream:
             self._cuda.order(self.device, weights.stream, self.stream)
             self._use(weights.packed, *weights.parameters)
 
     def _use(self, *views: View | None) -> None:
-        """Keep what another stream made until this one is done with it."""
+        """Keep arrays of another stream alive until this stream is done with them."""
         for view in views:
             if view is not None:
                 self.framework.used_on(view.owner, self.device, self.stream)
 
     def _keep(self, *views: View | None) -> None:
-        """Keep a call's arrays until it is done, where their framework does not."""
+        """Keep a call's arrays alive until it is done, if their framework does not."""
         if self.framework.keeps_nothing:
             self._use(*views)
 
     def check_may_keep(self) -> None:
-        """Refuse to keep what only a graph would compute."""
+        """Raise RuntimeError while a graph is captured: it would pack only when replayed."""
         if self._cuda.is_capturing(self.device, self.stream):
             raise RuntimeError(
                 "a layer packs its weights in the first call after they changed: make that "
@@ -415,7 +416,7 @@ class Device:
 
 @dataclass(frozen=True)
 class PassTape:
-    """What the training forward of one layer in one direction leaves to its backward."""
+    """The record of a training forward of one layer in one direction, for its backward."""
 
     on: Device
     problem: Problem
@@ -432,9 +433,10 @@ class PassTape:
         adds: bool = False,
         wanted: Collection[str] = Parameters._fields,
     ) -> Parameters:
-        """Queue dx (or add it, if `adds`), if there is one, and the initial state's gradient.
+        """Queue the gradients of x and of the initial state, and return the parameters'.
 
-        Return the gradients of the parameters that are wanted; others cost nothing.
+        With `adds`, the gradient of x is added to dx; if dx is None, it is not computed. Only
+        the gradients of the parameters in `wanted` are computed.
         """
         on = self.on.now()
         problem = self.problem
@@ -452,25 +454,25 @@ class PassTape:
         dh0, dc0 = _h_and_c(d_state)
         on._await(self.weights)
         kernel, arrays, options = on._call(self.weights, problem, adds)
-        arrays |= {k: on._given(k, a, problem) for k, a in (("y", y), ("dy", dy))}
+        arrays |= {k: on._input(k, a, problem) for k, a in (("y", y), ("dy", dy))}
         arrays |= {"dh_n": dh_n, "dc_n": dc_n, "dh0": dh0, "dc0": dc0}
         arrays |= {"saved": self.saved, "dcells": d_cells}
-        asked = {k: on.see(v) for k, v in d._asdict().items() if v is not None}
+        destinations = {k: on.see(v) for k, v in d._asdict().items() if v is not None}
         if dx is not None:
-            asked["x"] = dx
-        made = {k: on._made(k, to, problem) for k, to in asked.items()}
-        if adds and dx is not None and made["x"] is not dx:
-            on._cuda.convert(dx, made["x"], on.stream)
-        arrays |= {f"d{k}": v for k, v in made.items()}
+            destinations["x"] = dx
+        outputs = {k: on._output(k, to, problem) for k, to in destinations.items()}
+        if adds and dx is not None and outputs["x"] is not dx:
+            on._cuda.convert(dx, outputs["x"], on.stream)
+        arrays |= {f"d{k}": v for k, v in outputs.items()}
         kernel.backward(arrays, options, problem.reverse, on._bytes)
-        for name, to in asked.items():
-            on._finish(made[name], to)
+        for name, to in destinations.items():
+            on._finish(outputs[name], to)
         on._keep(*arrays.values())
         if coupled:
             d = _with_forget_gate(d, on._remove)
         if problem.options.drops_weights and d.weight_hh is not None:
-            seen = on.see(d.weight_hh)
-            on.drop_weights(seen, problem.options, seen)
+            view = on.see(d.weight_hh)
+            on.drop_weights(view, problem.options, view)
         return d
 
 
@@ -484,7 +486,7 @@ def _time_major(a: Any, spec: Spec) -> Any:
 
 
 def _part(a: Any, direction: int, width: int, directions: int) -> Any:
-    """Return what one direction has of a sequence that both share, or of None."""
+    """Return one direction's part of a sequence that both share; None stays None."""
     if a is None or directions == 1:
         return a
     return a[..., direction * width : (direction + 1) * width]
@@ -494,24 +496,24 @@ def _part(a: Any, direction: int, width: int, directions: int) -> Any:
 class Layers:
     """Layers in one or both directions on a GPU, called one after the other.
 
-    Weights are packed when a call first needs it, and left in `kept` where there is one.
+    A call packs the weights when it first needs to, and keeps them in `cache` if there is one.
     """
 
     on: Device
     spec: Spec
     parameters: list[Parameters]
-    kept: dict[Any, Any] | None
+    cache: dict[Any, Any] | None
 
-    def _weights(self, at: int, seen: Parameters, options: Options, backward: bool) -> Weights:
+    def _weights(self, at: int, views: Parameters, options: Options, backward: bool) -> Weights:
         on, cell = self.on, self.spec.cell
-        by_rows = bool(asked_of_layer(cell, seen, False))
-        if self.kept is None or options.drops_weights:
-            return on.pack(cell, seen, backward, by_rows)
+        by_rows = bool(asked_of_layer(cell, views, False))
+        if self.cache is None or options.drops_weights:
+            return on.pack(cell, views, backward, by_rows)
         key = ("cuda", at, backward)
-        if key not in self.kept:
+        if key not in self.cache:
             on.check_may_keep()
-            self.kept[key] = on.pack(cell, seen, backward, by_rows)
-        packed: Weights = self.kept[key]
+            self.cache[key] = on.pack(cell, views, backward, by_rows)
+        packed: Weights = self.cache[key]
         return packed
 
     def forward(
@@ -528,14 +530,14 @@ class Layers:
         """Queue a call; see `backend.Layers`."""
         on, spec = self.on, self.spec
         unbatched = x.ndim == 2
-        seen = _time_major(x, spec)
+        sequence = _time_major(x, spec)
         if resets is not None:
             resets = resets[:, None] if unbatched else _time_major_mask(resets, spec)
-        (T, B, _), D = seen.shape, spec.directions
-        letters, of_state = spec.cell.states, on.state_dtype(x.dtype)
+        (T, B, _), D = sequence.shape, spec.directions
+        letters, state_dtype = spec.cell.states, on.state_dtype(x.dtype)
         pair = state if isinstance(state, tuple) else (state,) * len(letters)
         widths = (spec.R, spec.H)[: len(letters)]
-        final = [on.empty((spec.layers * D, B, width), of_state) for width in widths]
+        final = [on.empty((spec.layers * D, B, width), state_dtype) for width in widths]
         ends = [on.see(s) for s in final]
         starts = [_with_axes(s, spec, unbatched) for s in pair]
         keeps_cells = options.recompute and "c" in letters
@@ -544,15 +546,15 @@ class Layers:
             layer, direction = divmod(at, D)
             is_last = layer == spec.layers - 1
             if direction == 0:
-                below = seen if layer == 0 else self._dropped(seen, layer - 1, options)
+                below = sequence if layer == 0 else self._dropped(sequence, layer - 1, options)
                 y = on.empty((T, B, D * spec.R), x.dtype)
-                seen = on.see(y)
+                sequence = on.see(y)
                 if keeps_cells or (options.return_cells and is_last):
-                    cells = on.empty((T, B, D * spec.H), of_state)
+                    cells = on.empty((T, B, D * spec.H), state_dtype)
             if options.trace:
                 traces.append(on.empty((T, B, len(spec.cell.gates), spec.H), x.dtype))
-            of_pass = options._replace(where=options.where + at)
-            dropped = on.with_weights_dropped(self._seen(at), of_pass)
+            pass_options = options._replace(where=options.where + at)
+            parameters = on.with_weights_dropped(self._views(at), pass_options)
             problem = Problem(
                 spec.cell,
                 below,
@@ -560,17 +562,18 @@ class Layers:
                 lengths,
                 resets,
                 spec.reverse or direction == 1,
-                _part(seen, direction, spec.R, D),
+                _part(sequence, direction, spec.R, D),
                 tuple(s[at] for s in ends),
-                of_pass,
-                bool(asked_of_layer(spec.cell, dropped, False)),
+                pass_options,
+                bool(asked_of_layer(spec.cell, parameters, False)),
                 None if cells is None else _part(on.see(cells), direction, spec.H, D),
                 on.see(traces[-1]) if traces else None,
             )
-            saved = on.forward(self._weights(at, dropped, of_pass, False), problem, saves)
+            weights = self._weights(at, parameters, pass_options, False)
+            saved = on.forward(weights, problem, saves)
             if saves:
-                back = self._weights(at, dropped, of_pass, True)
-                tapes.append(PassTape(on, problem, back, saved))
+                backward_weights = self._weights(at, parameters, pass_options, True)
+                tapes.append(PassTape(on, problem, backward_weights, saved))
         results = [self._user_sequence(y, unbatched), self._user_state(final, unbatched)]
         if options.return_cells:
             results.append(self._user_sequence(cells, unbatched))
@@ -580,17 +583,17 @@ class Layers:
             return tuple(results)
         return tuple(results), Tape(self, tapes, options, x.shape, unbatched)
 
-    def _seen(self, at: int) -> Parameters:
+    def _views(self, at: int) -> Parameters:
         return Parameters(*[p if p is None else self.on.see(p) for p in self.parameters[at]])
 
     def _dropped(self, y: View, layer: int, options: Options) -> View:
-        """Return what the layer after one reads of its y."""
+        """Return a layer's y with dropout, as the next layer reads it."""
         on, p = self.on, self.spec.dropout
         if not (p and options.training):
             return y
-        made = on.see(on.empty(y.shape, y.dtype))
-        on.drop(y, p, options.seed, "between", layer, made)
-        return made
+        dropped = on.see(on.empty(y.shape, y.dtype))
+        on.drop(y, p, options.seed, "between", layer, dropped)
+        return dropped
 
     def _user_sequence(self, a: Any, unbatched: bool) -> Any:
         a = self.on.give(a)
@@ -598,8 +601,8 @@ class Layers:
             return a[:, 0]
         return a.swapaxes(0, 1) if self.spec.batch_first else a
 
-    def _user_state(self, made: Sequence[Any], unbatched: bool) -> Any:
-        states = [self.on.give(s) for s in made]
+    def _user_state(self, state: Sequence[Any], unbatched: bool) -> Any:
+        states = [self.on.give(s) for s in state]
         if not self.spec.layered:
             states = [s[0] for s in states]
         if unbatched:
@@ -622,7 +625,7 @@ def _with_axes(state: View | None, spec: Spec, unbatched: bool) -> View | None:
 
 @dataclass(frozen=True)
 class Tape:
-    """What leads back from a training call on a GPU."""
+    """The record of a training call on a GPU, for its backward."""
 
     layers: Layers
     passes: list[PassTape]
@@ -636,11 +639,11 @@ class Tape:
         on, D = self.layers.on.now(), spec.directions
         first = self.passes[0].problem
         T, B, _ = first.x.shape
-        letters, of_state = spec.cell.states, on.state_dtype(first.x.dtype)
+        letters, state_dtype = spec.cell.states, on.state_dtype(first.x.dtype)
         pair = d_state if isinstance(d_state, tuple) else (d_state,) * len(letters)
         ends = [_with_axes(d, spec, self.unbatched) for d in pair]
         widths = (spec.R, spec.H)[: len(letters)]
-        d_start = [on.empty((spec.layers * D, B, width), of_state) for width in widths]
+        d_start = [on.empty((spec.layers * D, B, width), state_dtype) for width in widths]
         d_starts = [on.see(d) for d in d_start]
         dy, d_cells = _time_major(dy, spec), _time_major(d_cells, spec)
         gradients: list[list[Any]] = []
@@ -649,7 +652,7 @@ class Tape:
             tape = self.passes[at]
             if direction == D - 1:
                 dx = on.empty((T, B, tape.problem.x.shape[-1]), tape.problem.x.dtype)
-            of_pass = tape.backward(
+            d_parameters = tape.backward(
                 _part(dy, direction, spec.R, D),
                 tuple(None if d is None else d[at] for d in ends),
                 _part(d_cells, direction, spec.H, D) if layer == spec.layers - 1 else None,
@@ -657,12 +660,11 @@ class Tape:
                 tuple(d[at] for d in d_starts),
                 adds=direction < D - 1,
             )
-            gradients.insert(0, [on.give(d) for d in of_pass if d is not None])
+            gradients.insert(0, [on.give(d) for d in d_parameters if d is not None])
             if direction == 0:
                 dy = on.see(dx)
                 if spec.dropout and options.training and layer > 0:
                     on.drop(dy, spec.dropout, options.seed, "between", layer - 1, dy)
-        user = self.layers
-        flat = [d for of_pass in gradients for d in of_pass]
-        given = user._user_sequence(dx, self.unbatched)
-        return given, user._user_state(d_start, self.unbatched), flat
+        flat = [d for d_parameters in gradients for d in d_parameters]
+        user_dx = self.layers._user_sequence(dx, self.unbatched)
+        return user_dx, self.layers._user_state(d_start, self.unbatched), flat

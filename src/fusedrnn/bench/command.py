@@ -85,7 +85,10 @@ def run(request: Request) -> int:
     if not console.is_terminal:
         console = Console(width=140)
     versions = machine.versions((*names, "numpy"))
-    about = [machine.told(), " · ".join([f"fusedrnn {fr.__version__}", *versions, *commit()])]
+    about = [
+        machine.summary(),
+        " · ".join([f"fusedrnn {fr.__version__}", *versions, *commit()]),
+    ]
     for line in about:
         console.print(line, highlight=False)
     rates: dict[str, Any] | None = None
@@ -93,7 +96,7 @@ def run(request: Request) -> int:
         if request.device == "cpu":
             threads = max((case.threads for case in cases), default=machine.cores())
             rates = floor.rates(threads)
-            about.append(floor.told(rates))
+            about.append(floor.summary(rates))
             seconds = request.seconds or (_suite(request).seconds if cases else 0.0)
             measure: Measure = partial(race.measure, seconds=seconds)
         else:

@@ -1,17 +1,18 @@
 """The definition of every cell and option, in plain NumPy.
 
-The compiled kernels are tested against this module and must agree with it; nothing here is
-fast. It takes any floating or complex dtype, and `x` as (T, B, I) or (T, I). W and R stand
-for `weight_ih` and `weight_hh`, x for the input of a step, h' and c' for the state before
-it, a_x = W x + b_ih for the input part of the pre-activations and a_h = R h' + b_hh for the
+The compiled kernels are tested against this module and must agree with it; it is not fast. It
+takes any floating or complex dtype, and `x` as (T, B, I) or (T, I). W and R stand for
+`weight_ih` and `weight_hh`, x for the input of a step, h' and c' for the state before it,
+a_x = W x + b_ih for the input part of the pre-activations and a_h = R h' + b_hh for the
 recurrent part. Blocks of H rows belong to the gates in torch's order.
 
-A step returns what leads back from it: a function from the gradients of its results to
-those of its arguments, which adds the parameters' to a dict. The gradients written out here
-are proved against complex-step derivatives in tests/test_reference.py.
+A step also returns its pullback, a function from the gradients of its results to those of its
+arguments, which adds the parameters' gradients to a dict. The gradients are tested against
+complex-step derivatives in tests/test_reference.py.
 
-Forward takes PyTorch's tensors, too, of which autograd then sees every operation: that is how
-`fusedrnn.torch` differentiates more than once, or forward. Gradients are written for NumPy.
+The forward also takes PyTorch's tensors, and autograd then records every operation:
+`fusedrnn.torch` computes second and forward-mode derivatives that way. The gradients written
+here are for NumPy alone.
 """
 
 from __future__ import annotations
@@ -68,30 +69,34 @@ def op(
     x: Array,
     weights: Sequence[Array | None],
     state: Sequence[Array | None],
-    **given: Any,
+    **arguments: Any,
 ) -> tuple[tuple[Any, ...], Callable[..., Grads]]:
     """Run a cell with an op's keyword arguments; return its results and its pullback."""
 
     def take(names: Sequence[str]) -> dict[str, Any]:
-        return {n: given.pop(n) for n in names if given.get(n) is not None}
+        return {n: arguments.pop(n) for n in names if arguments.get(n) is not None}
 
     weight_ih, weight_hh, *biases = weights
     assert weight_ih is not None
     assert weight_hh is not None
     parameters = Parameters(weight_ih, weight_hh, *biases, **take(_PARAMETERS))
-    zoneout = given.pop("zoneout", 0.0)
+    zoneout = arguments.pop("zoneout", 0.0)
     pair = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
-    where = given.pop("where", 0)
-    given = {"training": True} | given
+    where = arguments.pop("where", 0)
+    arguments = {"training": True} | arguments
     options = Options(**take(_OPTIONS), **take(["seed"]), zoneout=pair, where=where)
-    extra = [given.pop(name, False) for name in ("return_cells", "trace")]
+    requested = [arguments.pop(name, False) for name in ("return_cells", "trace")]
     masks = take(_MASKS)
-    given.pop("recompute", None)  # it changes no result
-    left = [name for name, value in given.items() if value is not None]
-    if left:
-        raise TypeError(f"no such option: {', '.join(left)}")
-    done = run(cell, x, parameters, state, **masks, options=options)
-    more = [r for r, wanted in zip((done.cells, done.gates), extra, strict=True) if wanted]
+    arguments.pop("recompute", None)  # it changes no result
+    unknown = [name for name, value in arguments.items() if value is not None]
+    if unknown:
+        raise TypeError(f"no such option: {', '.join(unknown)}")
+    result = run(cell, x, parameters, state, **masks, options=options)
+    extra = [
+        value
+        for value, is_requested in zip((result.cells, result.gates), requested, strict=True)
+        if is_requested
+    ]
 
     def pullback(
         dy: Array | None = None,
@@ -99,9 +104,9 @@ def op(
         dc_n: Array | None = None,
         d_cells: Array | None = None,
     ) -> Grads:
-        return done.pullback(dy, (dh_n, dc_n)[: len(cell.states)], d_cells)
+        return result.pullback(dy, (dh_n, dc_n)[: len(cell.states)], d_cells)
 
-    return (done.y, *done.state, *more), pullback
+    return (result.y, *result.state, *extra), pullback
 
 
 def lstm_vjp(
@@ -154,7 +159,7 @@ def rnn_vjp(
 
 
 def lstm(*args: Any, **options: Any) -> tuple[Any, ...]:
-    """Run an LSTM in NumPy: the definition of `fusedrnn.lstm`, which see.
+    """Run an LSTM in NumPy: the definition of `fusedrnn.lstm`, with the same arguments.
 
     >>> y, h_n, c_n = lstm(np.ones((5, 2, 3)), np.ones((16, 3)), np.ones((16, 4)))
     >>> y.shape, c_n.shape
@@ -164,10 +169,10 @@ def lstm(*args: Any, **options: Any) -> tuple[Any, ...]:
 
 
 def gru(*args: Any, **options: Any) -> tuple[Any, ...]:
-    """Run a GRU in NumPy: the definition of `fusedrnn.gru`, which see."""
+    """Run a GRU in NumPy: the definition of `fusedrnn.gru`, with the same arguments."""
     return gru_vjp(*args, **{"training": False} | options)[0]
 
 
 def rnn(*args: Any, **options: Any) -> tuple[Any, ...]:
-    """Run an Elman RNN in NumPy: the definition of `fusedrnn.rnn`, which see."""
+    """Run an Elman RNN in NumPy: the definition of `fusedrnn.rnn`, with the same arguments."""
     return rnn_vjp(*args, **{"training": False} | options)[0]

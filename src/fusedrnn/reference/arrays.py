@@ -1,4 +1,4 @@
-"""Arrays of NumPy and of PyTorch, whose functions have the same names here."""
+"""Functions that work on NumPy's arrays and on PyTorch's tensors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 
 def module_of(a: Any) -> Any:
-    """Return what a is computed with: PyTorch for its tensors, whose names are NumPy's here."""
+    """Return a's module, numpy or torch, whose functions have the same names here."""
     return np if isinstance(a, (np.ndarray, np.generic)) else sys.modules["torch"]
 
 
 def like(a: Any, values: Any, dtype: Any = None) -> Any:
-    """Return values as an array of a's kind, in PyTorch on its device."""
+    """Return values as an array of a's kind, on a's device."""
     if module_of(a) is np:
         return np.asarray(values, dtype)
     return module_of(a).as_tensor(values, dtype=dtype, device=a.device)
@@ -26,6 +26,6 @@ def zeros(a: Any, *shape: int) -> Any:
 
 
 def blocks(a: Any, count: int) -> list[Any]:
-    """Return equal parts of the last axis."""
+    """Split the last axis into equal parts."""
     n = a.shape[-1] // count
     return [a[..., k * n : (k + 1) * n] for k in range(count)]

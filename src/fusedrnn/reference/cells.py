@@ -1,4 +1,4 @@
-"""The cells: what a step computes, and what leads back from it."""
+"""The cells: the equations of a step and of its gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from .arrays import blocks, module_of
 from .types import Array, Gradients, Options, Parameters, State
 
-EPSILON = 1e-5  # of LayerNorm
+EPSILON = 1e-5  # which LayerNorm adds to the variance
 
 
 def sigmoid(a: Array) -> Array:
@@ -21,7 +21,7 @@ def sigmoid(a: Array) -> Array:
 
 
 def _clipped(a: Array, bound: float) -> tuple[Array, Any]:
-    """Return a within [-bound, bound], and whether a gradient passes."""
+    """Return a clipped to [-bound, bound], and where the gradient passes."""
     if np.isinf(bound):
         return a, True
     module = module_of(a)
@@ -30,7 +30,10 @@ def _clipped(a: Array, bound: float) -> tuple[Array, Any]:
 
 
 def mixed(keep: Any, old: Any, new: Any) -> Any:
-    """Return old where a mask says so, or keep·old + (1 - keep)·new; values may be inf."""
+    """Return keep·old + (1 - keep)·new for a number, else old where the mask is true.
+
+    The mask selects and does not multiply, because the values may be infinite.
+    """
     if isinstance(keep, float):
         return keep * old + (1 - keep) * new if keep else new
     return module_of(keep).where(keep, old, new)
@@ -43,15 +46,15 @@ def _sum(a: Array) -> Array:
 
 
 def _normalised(a: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """(a - mean) / sqrt(variance + ε) of each row (Ba et al. 2016), and back."""
+    """Return (a - mean) / sqrt(variance + ε) of each row (Ba et al. 2016), and its pullback."""
     centred = a - a.mean(-1, keepdims=True)
     scale = ((centred**2).mean(-1, keepdims=True) + EPSILON) ** -0.5
     n = centred * scale
 
     def pull(dn: Array) -> Array:
         mean, along = dn.mean(-1, keepdims=True), (dn * n).mean(-1, keepdims=True)
-        back: Array = scale * (dn - mean - n * along)
-        return back
+        da: Array = scale * (dn - mean - n * along)
+        return da
 
     return n, pull
 
@@ -59,7 +62,7 @@ def _normalised(a: Array) -> tuple[Array, Callable[[Array], Array]]:
 def _product(
     x: Array, names: tuple[str, str, str], rows: slice, p: Parameters
 ) -> tuple[Array, Callable[[Array, Gradients], Array]]:
-    """LN(weight x; γ) + b, or without γ weight x + b, for some rows of the weight."""
+    """Return LN(weight x; γ) + b for some rows, or weight x + b without γ, and the pullback."""
     weight, gamma, bias = (getattr(p, name) for name in names)
     a = x @ weight[rows].T
     if gamma is not None:
@@ -75,8 +78,8 @@ def _product(
             into[names[1]][rows] += _sum(da * n)
             da = unnormalise(gamma[rows] * da)
         into[names[0]][rows] += np.atleast_2d(da).T @ np.atleast_2d(x)
-        back: Array = da @ weight[rows]
-        return back
+        dx: Array = da @ weight[rows]
+        return dx
 
     return a, pull
 
@@ -99,10 +102,10 @@ class Step(NamedTuple):
 
     Attributes
     ----------
-    state: what leaves it: h before its projection, and c.
+    state: the new state: h before its projection, and c.
     gates: by their letters, in the order of the weights.
-    pull: (d state, gradients of parameters to add to) -> dx, d of the h' that R saw, what
-        reaches the state before directly.
+    pull: (d state, gradients of parameters to add to) -> dx, the gradient of h' as R reads it,
+        the gradient that reaches the previous state directly.
     """
 
     state: State
@@ -117,10 +120,10 @@ class Cell:
     Attributes
     ----------
     gates: blocks of H rows in the weights, one letter each.
-    states: names of the states it carries.
-    step: (x, h' as R sees it, state, parameters, options) -> Step.
-    jumps: whether a gate's slope jumps, as that of relu does. The gradients of a gate that is
-        near the jump may then differ by more than its rounding.
+    states: names of the states that a step hands to the next.
+    step: (x, h' as R reads it, after dropout; state, parameters, options) -> Step.
+    jumps: whether the derivative of an activation jumps, as relu's does. Near the jump,
+        gradients may differ by more than rounding.
     """
 
     gates: str
@@ -131,22 +134,23 @@ class Cell:
 
 def _lstm(coupled: bool) -> Callable[[Array, Array, State, Parameters, Options], Step]:
     letters = "igo" if coupled else "ifgo"
-    sees_c = "io" if coupled else "ifo"
+    peephole_gates = "io" if coupled else "ifo"
 
-    def step(x: Array, seen: Array, state: State, p: Parameters, o: Options) -> Step:
+    def step(x: Array, h_dropped: Array, state: State, p: Parameters, o: Options) -> Step:
         c_prev = state[1]
         a_x, pull_x = _input_part(x, slice(None), p)
-        a_h, pull_h = _recurrent_part(seen, slice(None), p)
+        a_h, pull_h = _recurrent_part(h_dropped, slice(None), p)
         xp = module_of(a_x)
         a = dict(zip(letters, blocks(a_x + a_h, len(letters)), strict=True))
         peephole: dict[str, Array] = {}
         if p.weight_ch is not None:
-            peephole = dict(zip(sees_c, blocks(p.weight_ch, len(sees_c)), strict=True))
+            parts = blocks(p.weight_ch, len(peephole_gates))
+            peephole = dict(zip(peephole_gates, parts, strict=True))
         passes, gates = {}, {}
 
         def activate(letter: str, c: Array) -> None:
-            sum_of = a[letter] + peephole[letter] * c if letter in peephole else a[letter]
-            bounded, passes[letter] = _clipped(sum_of, o.clip)
+            total = a[letter] + peephole[letter] * c if letter in peephole else a[letter]
+            bounded, passes[letter] = _clipped(total, o.clip)
             gates[letter] = xp.tanh(bounded) if letter == "g" else sigmoid(bounded)
 
         for letter in letters[:-1]:
@@ -155,21 +159,21 @@ def _lstm(coupled: bool) -> Callable[[Array, Array, State, Parameters, Options],
         f = 1 - i if coupled else gates["f"]
         c, c_passes = _clipped(f * c_prev + i * g, o.cell_clip)
         activate("o", c)
-        seen_c = c
+        c_normalised = c
         if p.gamma_c is not None:
             n, unnormalise = _normalised(c)
-            seen_c = p.gamma_c * n + p.beta_c
-        tanh_c = xp.tanh(seen_c)
+            c_normalised = p.gamma_c * n + p.beta_c
+        tanh_c = xp.tanh(c_normalised)
 
         def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
             dh, dc = d
-            d_seen = dh * gates["o"] * (1 - tanh_c**2)
+            dc_of_h = dh * gates["o"] * (1 - tanh_c**2)
             if p.gamma_c is not None:
-                into["gamma_c"] += _sum(d_seen * n)
-                into["beta_c"] += _sum(d_seen)
-                d_seen = unnormalise(p.gamma_c * d_seen)
+                into["gamma_c"] += _sum(dc_of_h * n)
+                into["beta_c"] += _sum(dc_of_h)
+                dc_of_h = unnormalise(p.gamma_c * dc_of_h)
             da = {"o": dh * tanh_c * gates["o"] * (1 - gates["o"]) * passes["o"]}
-            dc = (dc + d_seen + da["o"] * peephole.get("o", 0)) * c_passes
+            dc = (dc + dc_of_h + da["o"] * peephole.get("o", 0)) * c_passes
             di, df = dc * g, dc * c_prev
             if coupled:
                 di = di - df
@@ -182,10 +186,10 @@ def _lstm(coupled: bool) -> Callable[[Array, Array, State, Parameters, Options],
                 if letter != "o":
                     dc_prev = dc_prev + da[letter] * peephole[letter]
             if peephole:
-                sees = [_sum(da[k] * (c if k == "o" else c_prev)) for k in sees_c]
-                into["weight_ch"] += np.concatenate(sees)
-            whole = np.concatenate([da[letter] for letter in letters], -1)
-            return pull_x(whole, into), pull_h(whole, into), (np.zeros_like(dh), dc_prev)
+                d_peephole = [_sum(da[k] * (c if k == "o" else c_prev)) for k in peephole_gates]
+                into["weight_ch"] += np.concatenate(d_peephole)
+            da_all = np.concatenate([da[letter] for letter in letters], -1)
+            return pull_x(da_all, into), pull_h(da_all, into), (np.zeros_like(dh), dc_prev)
 
         return Step((gates["o"] * tanh_c, c), gates, pull)
 
@@ -193,20 +197,20 @@ def _lstm(coupled: bool) -> Callable[[Array, Array, State, Parameters, Options],
 
 
 def _gru(reset_after: bool) -> Callable[[Array, Array, State, Parameters, Options], Step]:
-    def step(x: Array, seen: Array, state: State, p: Parameters, o: Options) -> Step:
+    def step(x: Array, h_dropped: Array, state: State, p: Parameters, o: Options) -> Step:
         (h_prev,) = state
         H = h_prev.shape[-1]
         rz, new = slice(0, 2 * H), slice(2 * H, 3 * H)
         x_rz, pull_x_rz = _input_part(x, rz, p)
         x_n, pull_x_n = _input_part(x, new, p)
-        h_rz, pull_h_rz = _recurrent_part(seen, rz, p)
+        h_rz, pull_h_rz = _recurrent_part(h_dropped, rz, p)
         bounded, passes_rz = _clipped(x_rz + h_rz, o.clip)
         r, z = blocks(sigmoid(bounded), 2)
         if reset_after:
-            h_n, pull_h_n = _recurrent_part(seen, new, p)
+            h_n, pull_h_n = _recurrent_part(h_dropped, new, p)
             bounded, passes_n = _clipped(x_n + r * h_n, o.clip)
         else:
-            h_n, pull_h_n = _recurrent_part(r * seen, new, p)
+            h_n, pull_h_n = _recurrent_part(r * h_dropped, new, p)
             bounded, passes_n = _clipped(x_n + h_n, o.clip)
         n = module_of(bounded).tanh(bounded)
 
@@ -214,14 +218,14 @@ def _gru(reset_after: bool) -> Callable[[Array, Array, State, Parameters, Option
             (dh,) = d
             da_n = dh * (1 - z) * (1 - n**2) * passes_n
             if reset_after:
-                d_seen, dr = pull_h_n(da_n * r, into), da_n * h_n
+                dh_dropped, dr = pull_h_n(da_n * r, into), da_n * h_n
             else:
                 d_reset = pull_h_n(da_n, into)
-                d_seen, dr = d_reset * r, d_reset * seen
+                dh_dropped, dr = d_reset * r, d_reset * h_dropped
             dz = dh * (h_prev - n)
             da_rz = np.concatenate([dr * r * (1 - r), dz * z * (1 - z)], -1) * passes_rz
             dx = pull_x_rz(da_rz, into) + pull_x_n(da_n, into)
-            return dx, d_seen + pull_h_rz(da_rz, into), (dh * z,)
+            return dx, dh_dropped + pull_h_rz(da_rz, into), (dh * z,)
 
         return Step(((1 - z) * n + z * h_prev,), {"r": r, "z": z, "n": n}, pull)
 
@@ -231,9 +235,9 @@ def _gru(reset_after: bool) -> Callable[[Array, Array, State, Parameters, Option
 def _rnn(
     value: Callable[[Array], Array], slope: Callable[[Array], Array]
 ) -> Callable[[Array, Array, State, Parameters, Options], Step]:
-    def step(x: Array, seen: Array, state: State, p: Parameters, o: Options) -> Step:
+    def step(x: Array, h_dropped: Array, state: State, p: Parameters, o: Options) -> Step:
         a_x, pull_x = _input_part(x, slice(None), p)
-        a_h, pull_h = _recurrent_part(seen, slice(None), p)
+        a_h, pull_h = _recurrent_part(h_dropped, slice(None), p)
         bounded, passes = _clipped(a_x + a_h, o.clip)
         h = value(bounded)
 

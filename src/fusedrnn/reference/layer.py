@@ -1,4 +1,4 @@
-"""A layer in one direction: steps over time, masks, options of whole sequences."""
+"""A layer in one direction: steps over time, masks, options of a whole sequence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .types import Array, Gradients, Grads, Options, Parameters, State
 
 @dataclass
 class Run:
-    """What `run` computed.
+    """The results of `run`.
 
     Attributes
     ----------
@@ -45,9 +45,9 @@ def run(
 ) -> Run:
     """Run `cell` over x.
 
-    A row takes the steps of times below its length; at the others its state stays, y, cells
-    and gates are 0, and what x, dy and d cells hold is not looked at. The state that enters a
-    step is 0 where resets is true.
+    A row takes the steps t < length. At the other times its state does not change, y, cells and
+    gates are 0, and x, dy and d_cells are ignored. Where resets is true, the state is set to 0
+    before the step.
     """
     p, o = parameters, options or Options()
     where = module_of(x).where
@@ -61,23 +61,23 @@ def run(
     zero = 0.0
     times = range(T)[:: -1 if reverse else 1]
     times_of_rows = like(x, np.arange(T).reshape(T, *[1] * (x.ndim - 1)))
-    until = like(x, T if lengths is None else lengths)[..., None]
-    taken = times_of_rows < until
-    fresh = taken & (False if resets is None else like(x, resets)[..., None])
-    cut = fresh
+    ends = like(x, T if lengths is None else lengths)[..., None]
+    taken = times_of_rows < ends
+    reset = taken & (False if resets is None else like(x, resets)[..., None])
+    cut = reset  # where no gradient of the state passes
     if o.bptt:
         boundary = times_of_rows + reverse
-        cut = fresh | ((boundary % o.bptt == 0) & (boundary > 0) & (boundary < until))
+        cut = reset | ((boundary % o.bptt == 0) & (boundary > 0) & (boundary < ends))
     x = where(taken, x, zero)
 
     rows = np.arange(B).reshape(batch)
-    seen_mask: Any = 1.0
+    h_mask: Any = 1.0
     weight_mask: Any = 1.0
     if o.training and o.recurrent_dropout:
-        seen_mask = dropped(RECURRENT, 0, rows, R, o.recurrent_dropout, o, x)
+        h_mask = dropped(RECURRENT, 0, rows, R, o.recurrent_dropout, o, x)
     if o.training and o.weight_dropout:
-        of_weights = np.arange(len(p.weight_hh))
-        weight_mask = dropped(WEIGHTS, 0, of_weights, R, o.weight_dropout, o, x)
+        weight_rows = np.arange(len(p.weight_hh))
+        weight_mask = dropped(WEIGHTS, 0, weight_rows, R, o.weight_dropout, o, x)
         p = p._replace(weight_hh=p.weight_hh * weight_mask)
 
     def keep(t: int) -> tuple[Any, ...]:
@@ -89,29 +89,29 @@ def run(
             for n, (_, width) in enumerate(zip(cell.states, (R, H), strict=False))
         )
 
-    now = start
+    current = start
     steps: list[tuple[State, Step]] = []
-    made: dict[str, list[Any]] = {}
+    outputs: dict[str, list[Any]] = {}
     for t in times:
-        old = tuple(where(fresh[t], zero, s) for s in now)
-        if o.bptt and not isinstance(x, np.ndarray):  # autograd must not pass
+        old = tuple(where(reset[t], zero, s) for s in current)
+        if o.bptt and not isinstance(x, np.ndarray):  # stops the gradients of autograd
             old = tuple(where(cut[t], s.detach(), s) for s in old)
-        step = cell.step(x[t], old[0] * seen_mask, old, p, o)
-        (h, *c), kept = step.state, keep(t)
+        step = cell.step(x[t], old[0] * h_mask, old, p, o)
+        (h, *c), keeps = step.state, keep(t)
         if p.weight_hr is not None:
             h = h @ p.weight_hr.T
-        new = tuple(mixed(k, s, n) for k, s, n in zip(kept, old, (h, *c), strict=False))
-        now = tuple(where(taken[t], n, s) for n, s in zip(new, now, strict=True))
+        new = tuple(mixed(k, s, n) for k, s, n in zip(keeps, old, (h, *c), strict=False))
+        current = tuple(where(taken[t], n, s) for n, s in zip(new, current, strict=True))
         steps.append((old, step))
-        of_step = dict(zip(("y", "cells"), now, strict=False)) | step.gates
-        for name, value in of_step.items():
-            made.setdefault(name, []).append(where(taken[t], value, zero))
+        step_outputs = dict(zip(("y", "cells"), current, strict=False)) | step.gates
+        for name, value in step_outputs.items():
+            outputs.setdefault(name, []).append(where(taken[t], value, zero))
     by_time = slice(None, None, -1 if reverse else 1)
 
     def over_time(name: str, width: int) -> Any:
-        steps_of = made.get(name)
+        values = outputs.get(name)
         stack = module_of(x).stack
-        return stack(steps_of[by_time]) if steps_of else zeros(x, T, *batch, width)
+        return stack(values[by_time]) if values else zeros(x, T, *batch, width)
 
     y = over_time("y", R)
     cells = over_time("cells", H) if "c" in cell.states else None
@@ -122,41 +122,41 @@ def run(
         d_final: Sequence[Array | None] | None = None,
         d_cells: Array | None = None,
     ) -> Grads:
-        ends = d_final or [None] * len(start)
+        d_ends = d_final or [None] * len(start)
         d: State = tuple(
-            np.zeros_like(s) if g is None else g for s, g in zip(start, ends, strict=True)
+            np.zeros_like(s) if g is None else g for s, g in zip(start, d_ends, strict=True)
         )
         dx = np.zeros(x.shape, dtype)
         into = {k: np.zeros_like(v) for k, v in p._asdict().items() if v is not None}
         for n, t in reversed(list(enumerate(times))):
             old, step = steps[n]
-            given = (dy, d_cells if cells is not None else None)
+            d_outputs = (dy, d_cells if cells is not None else None)
             d_new = tuple(
                 g if more is None else g + np.where(taken[t], more[t], zero)
-                for g, more in zip(d, given, strict=False)
+                for g, more in zip(d, d_outputs, strict=False)
             )
-            kept = keep(t)
+            keeps = keep(t)
             dh, *dc = (
                 np.where(taken[t], mixed(k, zero, g), zero)
-                for k, g in zip(kept, d_new, strict=False)
+                for k, g in zip(keeps, d_new, strict=False)
             )
             if p.weight_hr is not None:
                 m = step.state[0]
                 into["weight_hr"] += np.atleast_2d(dh).T @ np.atleast_2d(m)
                 dh = dh @ p.weight_hr
-            dx[t], d_seen, direct = step.pull((dh, *dc), into)
-            first = np.zeros_like(old[0]) if p.weight_hr is not None else direct[0]
-            d_old = (first + d_seen * seen_mask, *direct[1:])
+            dx[t], dh_dropped, direct = step.pull((dh, *dc), into)
+            dh_direct = np.zeros_like(old[0]) if p.weight_hr is not None else direct[0]
+            d_old = (dh_direct + dh_dropped * h_mask, *direct[1:])
             d_old = tuple(
                 mixed(k, g, zero) + before
-                for k, g, before in zip(kept, d_new, d_old, strict=False)
+                for k, g, before in zip(keeps, d_new, d_old, strict=False)
             )
             d_old = tuple(np.where(cut[t], zero, g) for g in d_old)
             d = tuple(np.where(taken[t], g, same) for g, same in zip(d_old, d, strict=True))
         into["weight_hh"] = into["weight_hh"] * weight_mask
         return Grads(dx, h0=d[0], c0=d[1] if len(d) > 1 else None, **_by_name(into))
 
-    return Run(y, now, pullback, cells, gates)
+    return Run(y, current, pullback, cells, gates)
 
 
 def _by_name(into: Gradients) -> dict[str, Any]:

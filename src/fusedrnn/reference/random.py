@@ -1,4 +1,4 @@
-"""Random numbers that depend on a place and a seed alone: the masks of zoneout and dropout."""
+"""The masks of zoneout and dropout, random numbers that depend on seed and position alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from .arrays import like
 from .types import Array, Options
 
-ZONEOUT, RECURRENT, WEIGHTS, BETWEEN = range(4)  # what they are for
+ZONEOUT, RECURRENT, WEIGHTS, BETWEEN = range(4)  # the kinds of masks
 
 
 def philox(counter: Sequence[Any], seed: int) -> list[Array]:
@@ -31,28 +31,28 @@ def philox(counter: Sequence[Any], seed: int) -> list[Array]:
 
 
 def drawn(
-    what: int, words: int, first: int, i: Any, j: Any, n: int, p: float, o: Options
+    kind: int, words: int, first: int, i: Any, j: Any, n: int, p: float, o: Options
 ) -> Array:
-    """Whether each of n elements of row (i, j) is drawn, which has the probability p.
+    """Return whether each of n elements of row (i, j) is drawn, with the probability p.
 
-    Blocks of 16 elements lie side by side in the counter, `words` of them in the words of
-    one from the word `first` on.
+    A block of 16 elements takes one word of each of 16 successive counters. `words` blocks
+    share the same counters and take their words from `first` on.
     """
     e = np.arange(n)
     block, word = e // 16 // words, e // 16 % words + first
-    counter = [block * 16 + e % 16, i[..., None], j[..., None], what | o.where << 8]
+    counter = [block * 16 + e % 16, i[..., None], j[..., None], kind | o.where << 8]
     threshold = min(int(p * 2**32 + 0.5), 2**32 - 1)
     return np.asarray(np.choose(word, philox(counter, o.seed)) < threshold)
 
 
-def dropped(what: int, i: Any, j: Any, n: int, p: float, o: Options, a: Any) -> Array:
-    """Return 0 for the elements that are dropped and 1/(1-p) for the others, as a is."""
-    is_dropped = drawn(what, 4, 0, np.asarray(i), np.asarray(j), n, p, o)
+def dropped(kind: int, i: Any, j: Any, n: int, p: float, o: Options, a: Any) -> Array:
+    """Return 0 for dropped elements and 1/(1-p) for the others, as an array like a."""
+    is_dropped = drawn(kind, 4, 0, np.asarray(i), np.asarray(j), n, p, o)
     mask: Array = like(a, np.where(is_dropped, 0, 1 / (1 - p)), a.dtype)
     return mask
 
 
 def dropout(y: Array, p: float, seed: int, where: int) -> Array:
-    """Return the mask of the dropout after layer `where`, whose y is (T, B, …)."""
+    """Return the dropout mask for y (T, B, …) of layer `where`."""
     i, j = np.ogrid[: y.shape[0], : y.shape[1]]
     return dropped(BETWEEN, i, j, y.shape[-1], p, Options(seed=seed, where=where), y)

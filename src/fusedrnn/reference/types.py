@@ -9,12 +9,12 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 State = tuple[Array, ...]
-Nonlinearity = Literal["tanh", "relu", "identity"]  # the rows of RNN
+Nonlinearity = Literal["tanh", "relu", "identity"]  # the keys of RNN
 Gradients = dict[str, Array]
 
 
 class Grads(NamedTuple):
-    """Gradients of an op's arguments; one that was None or that the cell has not has None."""
+    """Gradients of an op's arguments; None if that was None or the cell does not have it."""
 
     x: Array
     weight_ih: Array
@@ -40,7 +40,7 @@ class Parameters(NamedTuple):
     weight_hr: the projection of h (R, H), or None: then R = H.
     weight_ch: peephole weights (3*H,) of i, f and o, or (2*H,) of i and o, or None.
     gamma_ih, gamma_hh: the scales of LayerNorm (gates*H,), or None for no LayerNorm.
-    gamma_c, beta_c: those of the cell state (H,), for an LSTM with LayerNorm.
+    gamma_c, beta_c: scale and shift of the cell state's LayerNorm (H,), of an LSTM.
     """
 
     weight_ih: Any
@@ -56,20 +56,21 @@ class Parameters(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a call is asked for beside its arrays.
+    """The options of a call that are not arrays.
 
     Attributes
     ----------
-    clip: bounds every pre-activation to [-clip, clip].
-    cell_clip: bounds c.
-    zoneout: the probabilities with which h and c keep their values before the step.
-    recurrent_dropout: the probability with which R does not see an element of h'.
-    weight_dropout: that with which an element of R is 0.
-    training: draw those at random; else take the expected value.
-    seed, where: what the random numbers depend on, `where` telling layers and directions apart.
-    bptt: no gradient of the state passes from one chunk of so many times to another; 0: one.
-    return_cells, trace: return every c, every gate. recompute: keep them not for backward.
-        The reference, which does all of that, does not look at these three.
+    clip: every pre-activation is clipped to [-clip, clip].
+    cell_clip: c is clipped to [-cell_clip, cell_clip].
+    zoneout: the probabilities with which h and c keep their previous values.
+    recurrent_dropout: the probability with which an element of h' is dropped before R.
+    weight_dropout: the probability with which an element of R is dropped.
+    training: draw these masks at random; else take the expected values.
+    seed, where: determine the masks; `where` is the number of the layer and direction.
+    bptt: the steps of a chunk, beyond which no gradient of the state passes; 0 for one chunk.
+    return_cells, trace: also return every c, every gate.
+    recompute: compute the gates again for backward instead of saving them. The reference
+        ignores this and the last two, because it always keeps everything.
     """
 
     clip: float = np.inf
@@ -87,11 +88,11 @@ class Options(NamedTuple):
 
     @property
     def is_random(self) -> bool:
-        """Whether random numbers decide."""
+        """Whether results depend on the seed."""
         drops = self.recurrent_dropout + self.weight_dropout > 0
         return self.training and (drops or any(self.zoneout))
 
     @property
     def drops_weights(self) -> bool:
-        """Whether R is another in this call."""
+        """Whether this call masks R."""
         return self.training and self.weight_dropout > 0
