@@ -14,7 +14,7 @@ import pytest
 
 import fusedrnn as fr
 from fusedrnn import cli
-from fusedrnn.bench import cases, contenders, forms, properties, race, tables
+from fusedrnn.bench import cases, contenders, forms, properties, race, tables, worker
 
 pytest.importorskip("rich", reason="the command shows its tables with rich")
 pytest.importorskip("matplotlib", reason="the page has plots of matplotlib's")
@@ -314,3 +314,16 @@ def test_no_gpu_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(
         r"fusedrnn bench: --device cuda: there is no GPU.*\n", capsys.readouterr().err
     )
+
+
+@pytest.mark.skipif(fr.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_process_reports_what_failed() -> None:
+    pytest.importorskip("torch", reason="a GPU is timed through PyTorch")
+    process = worker.Worker()
+    try:
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            process.ask("latency", 128)
+        with pytest.raises(RuntimeError, match=r"no answer in 0 s|the process ended"):
+            process.ask("latency", 128, seconds=0.0)
+    finally:
+        process.stop()
