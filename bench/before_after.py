@@ -1,8 +1,8 @@
-"""Times two builds of fusedrnn in turn: a table of time before / time now.
+"""Time two builds of fusedrnn alternately: a table of time before / time now.
 
     python bench/before_after.py BEFORE NOW            everything, some 30 minutes
     python bench/before_after.py BEFORE NOW --quick    some shapes, 3 minutes: LSTM and GRU,
-                                                       float32, one thread unless told
+                                                       float32, one thread by default
     python bench/before_after.py BEFORE NOW --options  what options cost in both, 10 minutes
 
 BEFORE and NOW are the Python interpreters of two environments in which fusedrnn is installed
@@ -57,7 +57,7 @@ def work() -> None:
     from fusedrnn.bench.contenders import Inputs, ours
     from fusedrnn.bench.race import seconds_of
 
-    # Of this checkout, since an older build has none.
+    # The forms of this checkout, because an older build has none.
     path = Path(__file__).parents[1] / "src/fusedrnn/bench/forms.py"
     spec = importlib.util.spec_from_file_location("forms", path)
     assert spec
@@ -144,7 +144,7 @@ class Build:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.told = self._receive()
+        self.about = self._receive()
 
     def ask(self, **asked: Any) -> Any:
         assert self._process.stdin
@@ -200,14 +200,14 @@ class Times(NamedTuple):
 
 
 def take_turns(builds: Sequence[Build], asked: Asked, rounds: int, seconds: float) -> Times:
-    """Time a case's runs in both builds in turn."""
+    """Time a case's runs alternately in both builds."""
     prepared = [build.ask(**asked) for build in builds]
     runs = range(len(prepared[0]["seconds"]))
     slowest = [max(prepared[b]["seconds"][run] for b in BUILDS) for run in runs]
     calls = [math.ceil(TURN_SECONDS / once) for once in slowest]
     rest = REST_SECONDS if asked.get("threads", 1) > 1 else 0.0
     turns = [(build, run) for build in BUILDS for run in runs]
-    begin, found = time.monotonic(), []
+    begin, rounds_taken = time.monotonic(), []
     for n in range(rounds):
         if n >= FEWEST_ROUNDS and time.monotonic() - begin > seconds:
             break
@@ -215,8 +215,8 @@ def take_turns(builds: Sequence[Build], asked: Asked, rounds: int, seconds: floa
         for build, run in turns if n % 2 == 0 else reversed(turns):
             taken[build][run] = builds[build].ask(turn=run, calls=calls[run])
             time.sleep(rest)
-        found.append(taken)
-    return Times(found, prepared[0]["bits"] == prepared[1]["bits"])
+        rounds_taken.append(taken)
+    return Times(rounds_taken, prepared[0]["bits"] == prepared[1]["bits"])
 
 
 def take_turns_again(builds: Sequence[Build], asked: Asked, *limits: Any) -> Times:
@@ -264,14 +264,14 @@ class Figure(NamedTuple):
 
 def speeds(builds: Sequence[Build], arguments: argparse.Namespace) -> Iterator[str]:
     """Yield a table for each mode, count of threads and dtype, and what they come to."""
-    told, figures = builds[1].told, []
+    about, figures = builds[1].about, []
     groups = itertools.product(arguments.modes, arguments.threads, arguments.dtypes)
     for mode, threads, dtype in groups:
         yield f"### {mode}, {threads} thread{'s' * (threads > 1)}, {dtype}"
         yield ""
         yield f"| T, B, I, H | {' | '.join(arguments.cells)} |"
         yield "|---" * (len(arguments.cells) + 1) + "|"
-        shapes = told["shapes"] | (told["steps"] if mode == "streaming" else {})
+        shapes = about["shapes"] | (about["steps"] if mode == "streaming" else {})
         of_table = []
         for name, (T, B, I, H) in shapes.items():
             sizes = [1 if mode == "streaming" else T, B, I, H]
@@ -378,9 +378,9 @@ def main() -> None:
     before, now = arguments.commits or ("unknown", commit())
     builds = [Build(command) for command in (arguments.before, arguments.now)]
     lines = [
-        "# Two builds in turn",
+        "# Two builds, alternately",
         "",
-        f"{builds[1].told['machine']} · before {before} · now {now}",
+        f"{builds[1].about['machine']} · before {before} · now {now}",
         "",
     ]
     print("\n".join(lines), flush=True)

@@ -166,7 +166,7 @@ def test_a_comparison_resolves_what_is_outside_of_both_spreads() -> None:
     }
 
 
-def test_a_wrong_result_is_told_and_not_timed(
+def test_a_wrong_result_is_reported_and_not_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def wrong(case: cases.Case, inputs: contenders.Inputs) -> contenders.Run:
@@ -225,7 +225,7 @@ def test_an_interrupted_run_keeps_what_was_measured(
         (["--compare", "nowhere.json"], "--compare nowhere.json: No such file"),
     ],
 )
-def test_bad_input_is_told_in_one_line(
+def test_bad_input_is_reported_in_one_line(
     arguments: list[str],
     message: str,
     tmp_path: pathlib.Path,
@@ -237,12 +237,12 @@ def test_bad_input_is_told_in_one_line(
         status: Any = cli.main(["bench", *arguments])
     except SystemExit as stop:
         status = stop.code
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert status == 2
-    assert message in told.err
-    assert told.err.startswith("fusedrnn bench: ")
-    assert told.err.count("\n") == 1
-    assert told.out == ""
+    assert message in printed.err
+    assert printed.err.startswith("fusedrnn bench: ")
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
     assert not list(tmp_path.iterdir())
 
 
@@ -303,13 +303,13 @@ def test_a_page_without_matplotlib_is_refused_before_any_work(
     monkeypatch.delattr("fusedrnn.bench.page", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main([*SMALL, "--html", str(tmp_path / "run.html")]) == 2
-    told = capsys.readouterr()
-    assert told.err.endswith('pip install "fusedrnn[bench]"\n')
-    assert told.out == ""
+    printed = capsys.readouterr()
+    assert printed.err.endswith('pip install "fusedrnn[bench]"\n')
+    assert printed.out == ""
 
 
 @pytest.mark.skipif(fr.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--device", "cuda"]) == 2
     assert re.fullmatch(
         r"fusedrnn bench: --device cuda: there is no GPU.*\n", capsys.readouterr().err

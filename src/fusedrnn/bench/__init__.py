@@ -1,1 +1,1 @@
-"""The command `fusedrnn bench`: ours against the installed peers, by turns in one run."""
+"""The command `fusedrnn bench`: our kernels and the installed peers, timed alternately in one run."""

@@ -45,7 +45,7 @@ Measure = Callable[[Case, Sequence[str]], Result]
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for, None where it does not say."""
+    """The options of the command line, None where one is not given."""
 
     suite: str
     device: str
@@ -79,7 +79,7 @@ def run(request: Request) -> int:
             check_output(f"--{option}", path, {"report": ".md"}.get(option, f".{option}"))
     earlier = _earlier(request.compare) if request.compare else None
     if request.html:
-        from . import page  # noqa: F401  what it needs is asked for before any work
+        from . import page  # noqa: F401  a missing package is reported before any work
 
     console = Console()
     if not console.is_terminal:
@@ -104,7 +104,7 @@ def run(request: Request) -> int:
             about.append(card)
         console.print(about[-1], highlight=False)
 
-        made: dict[str, Any] = {
+        measured: dict[str, Any] = {
             "format": FORMAT,
             "when": time.strftime("%Y-%m-%d %H:%M"),
             "suite": request.suite,
@@ -115,7 +115,7 @@ def run(request: Request) -> int:
             "tables": [],
             "left out": {},
         }
-        done = _measure(cases, names, made, console, measure, request.budget)
+        done = _measure(cases, names, measured, console, measure, request.budget)
     for name in properties if done else ():
         try:
             table = run_property(name, request.seconds)
@@ -123,17 +123,17 @@ def run(request: Request) -> int:
             done = False
             break
         _print(table, console)
-        made["tables"].append(asdict(table))
-    made["interrupted"] = not done
-    _show(made, earlier, console)
-    _keep(made, earlier, request, console)
-    if made["interrupted"]:
+        measured["tables"].append(asdict(table))
+    measured["interrupted"] = not done
+    _show(measured, earlier, console)
+    _keep(measured, earlier, request, console)
+    if measured["interrupted"]:
         return 130
-    return 1 if any(result["wrong"] for result in made["cases"]) else 0
+    return 1 if any(result["wrong"] for result in measured["cases"]) else 0
 
 
 def commit() -> list[str]:
-    """Return "commit X" where this is run in a checkout of the project, else nothing."""
+    """Return ["commit X"] if the working directory is a checkout of the project."""
     project = Path("pyproject.toml")
     if not project.is_file() or 'name = "fusedrnn"' not in project.read_text("utf-8"):
         return []
@@ -214,7 +214,7 @@ def _cases(request: Request) -> list[Case]:
         threads = sorted({1, machine.cores()})
     elif max(threads) > machine.cores():
         raise UserError(
-            f"--threads must be at most the {machine.cores()} cores that there are, "
+            f"--threads must be at most the {machine.cores()} available cores, "
             f"got {max(threads)}"
         )
     shapes = {text: _sizes(text) for text in request.shapes or ()}
@@ -262,7 +262,7 @@ def _sizes(text: str) -> Sizes:
 
 
 def _contenders(request: Request) -> list[str]:
-    """Those named, else the suite's, else the peers that are installed and the reference."""
+    """Return the named contenders, or the suite's, or the installed peers and reference."""
     if request.suite == "properties":
         return []
     suite = _suite(request).against
@@ -288,26 +288,26 @@ def _contenders(request: Request) -> list[str]:
 
 def _earlier(path: Path) -> dict[str, Any]:
     try:
-        made = json.loads(path.read_text("utf-8"))
-        if made["format"] != FORMAT:
-            raise UserError(f"--compare {path}: has format {made['format']}, not {FORMAT}")
-        comparison(made["cases"], made["cases"])
+        measured = json.loads(path.read_text("utf-8"))
+        if measured["format"] != FORMAT:
+            raise UserError(f"--compare {path}: has format {measured['format']}, not {FORMAT}")
+        comparison(measured["cases"], measured["cases"])
     except OSError as error:
         raise UserError(f"--compare {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, UnicodeDecodeError):
         raise UserError(f"--compare {path}: is not what --json of this command wrote") from None
-    return dict(made)
+    return dict(measured)
 
 
 def _measure(
     cases: Sequence[Case],
     names: Sequence[str],
-    made: dict[str, Any],
+    measured: dict[str, Any],
     console: Console,
     measure: Measure,
     budget: float | None,
 ) -> bool:
-    """Add each case's result as it is there; return whether nobody interrupted it."""
+    """Append each result when it is known; return False if the run was interrupted."""
     columns = (
         TextColumn("{task.description:<34}"),
         BarColumn(),
@@ -322,16 +322,18 @@ def _measure(
         try:
             for n, case in enumerate(cases):
                 if budget and time.monotonic() - begin > budget:
-                    made["left out"] |= dict.fromkeys(map(str, cases[n:]), "the time was over")
+                    measured["left out"] |= dict.fromkeys(
+                        map(str, cases[n:]), "the time was over"
+                    )
                     console.print(f"Left out {len(cases) - n} cases: the time was over.")
                     break
                 progress.update(task, description=str(case))
                 if disable:
                     console.print(f"{n + 1}/{len(cases)} {case}", highlight=False)
                 try:
-                    made["cases"].append(measure(case, names))
+                    measured["cases"].append(measure(case, names))
                 except (MemoryError, TimeoutError, RuntimeError) as failure:
-                    made["left out"][str(case)] = str(failure)
+                    measured["left out"][str(case)] = str(failure)
                     console.print(f"Left out {case}: {failure}", highlight=False)
                 progress.advance(task)
         except KeyboardInterrupt:
@@ -341,10 +343,10 @@ def _measure(
     return True
 
 
-def _show(made: dict[str, Any], earlier: dict[str, Any] | None, console: Console) -> None:
-    for table in tables(made["cases"]):
+def _show(measured: dict[str, Any], earlier: dict[str, Any] | None, console: Console) -> None:
+    for table in tables(measured["cases"]):
         _print(table, console)
-    if any(result["ratios"] for result in made["cases"]):
+    if any(result["ratios"] for result in measured["cases"]):
         console.print(
             "\n×: a contender's time over ours, ± half the distance of the quartiles over "
             "rounds, ~ where 1 lies between them; floor: the least time possible over ours.",
@@ -352,22 +354,22 @@ def _show(made: dict[str, Any], earlier: dict[str, Any] | None, console: Console
             style="dim",
         )
     if earlier:
-        _print(comparison(earlier["cases"], made["cases"]), console)
-        if earlier["about"][0] != made["about"][0]:
+        _print(comparison(earlier["cases"], measured["cases"]), console)
+        if earlier["about"][0] != measured["about"][0]:
             console.print(
                 f"The earlier run was on another machine or build: {earlier['about'][0]}",
                 highlight=False,
             )
-    if made["interrupted"]:
-        console.print(f"Interrupted after {len(made['cases'])} cases.", highlight=False)
+    if measured["interrupted"]:
+        console.print(f"Interrupted after {len(measured['cases'])} cases.", highlight=False)
 
 
-def _tables(made: dict[str, Any]) -> list[Table]:
-    return [*tables(made["cases"]), *(Table(**table) for table in made["tables"])]
+def _tables(measured: dict[str, Any]) -> list[Table]:
+    return [*tables(measured["cases"]), *(Table(**table) for table in measured["tables"])]
 
 
 def _print(table: Table, console: Console) -> None:
-    """Show it, without its last columns where the terminal is too narrow for them."""
+    """Print a table, without its last columns if the terminal is too narrow."""
     for dropped in range(3):
         shown = RichTable(
             title=table.title,
@@ -393,7 +395,7 @@ def _print(table: Table, console: Console) -> None:
 
 
 def _short(cell: str) -> str:
-    """A ratio and its spread: ± half the distance of the quartiles, ~ where not resolved."""
+    """Shorten a ratio: ± half the distance of its quartiles, ~ if it is not resolved."""
     found = re.fullmatch(r"(\S+) \((\S+)–(\S+)\)( not resolved)?", cell)
     if not found:
         return cell
@@ -402,22 +404,22 @@ def _short(cell: str) -> str:
 
 
 def _keep(
-    made: dict[str, Any], earlier: dict[str, Any] | None, request: Request, console: Console
+    measured: dict[str, Any], earlier: dict[str, Any] | None, request: Request, console: Console
 ) -> None:
     texts = {}
     if request.json:
-        texts[request.json] = json.dumps(made, indent=1) + "\n"
+        texts[request.json] = json.dumps(measured, indent=1) + "\n"
     if request.report:
         lines = [
-            *made["about"],
-            *(line for t in _tables(made) for line in t.markdown()),
+            *measured["about"],
+            *(line for t in _tables(measured) for line in t.markdown()),
         ]
         texts[request.report] = "\n".join(lines) + "\n"
     if request.html:
         from .page import page
 
-        compared = comparison(earlier["cases"], made["cases"]) if earlier else None
-        texts[request.html] = page(made, compared)
+        compared = comparison(earlier["cases"], measured["cases"]) if earlier else None
+        texts[request.html] = page(measured, compared)
     for path, text in texts.items():
         with replacing(path) as temporary:
             temporary.write_text(text, "utf-8")

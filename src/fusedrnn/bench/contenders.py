@@ -30,7 +30,7 @@ class Inputs:
 
     @classmethod
     def of(cls, case: Case, form: str | None = None) -> Inputs:
-        """Draw them, the same for the same sizes, for the case's form or another one."""
+        """Draw the inputs of a case, in its form or another; equal sizes give equal values."""
         form = case.form if form is None else form
         T, B, I, H = case.sizes
         rng = np.random.default_rng(0)
@@ -45,17 +45,17 @@ class Inputs:
 
     @property
     def parameters(self) -> list[Array]:
-        """All of them, in the order of `fusedrnn.lstm` for one layer and direction."""
+        """All parameters; those of a layer and direction are in the order of `fusedrnn.lstm`."""
         return list(self.layer.state_dict().values())
 
     @property
     def lengths(self) -> Array | None:
-        """Where rows differ in length."""
+        """The lengths of the rows, None if all take T steps."""
         return self.masks.get("lengths")
 
 
 def ours(case: Case, inputs: Inputs) -> Run:
-    """Run this package's layer; its op for a plain layer in training, which packs anew."""
+    """Run this package's layer, or its op to train a plain layer, which packs the weights."""
     fr.set_num_threads(case.threads)
     if case.interface == "torch":
         import fusedrnn.torch
@@ -79,7 +79,7 @@ def ours(case: Case, inputs: Inputs) -> Run:
 
 
 def plain(case: Case, inputs: Inputs) -> Run:
-    """Run this package's layer without the form: what a form costs is the inverse ratio."""
+    """Run this package's layer without the form; the cost of the form is the inverse ratio."""
     fr.set_num_threads(case.threads)
     without = Inputs.of(case, "")
     if case.training:
@@ -134,7 +134,7 @@ def exact(case: Case, inputs: Inputs) -> Results:
 def _define(
     case: Case, inputs: Inputs, x: Array, dy: Array, parameters: list[Array]
 ) -> Results:
-    """Compute layers and directions by the cell's definition, which has one of each."""
+    """Compute the layers and directions, each by the definition of its cell."""
     layer = inputs.layer
     vjp = getattr(fr.reference, f"{case.cell.lower()}_vjp")
     order = (1, 0, 2) if layer.batch_first else (0, 1, 2)
@@ -250,12 +250,12 @@ def _run_module(
     return train
 
 
-# Which of our blocks of gates stands where in ONNX: i o f c and z r h.
+# ONNX orders the gates i o f c and z r h; the numbers are the positions of ours.
 ONNX_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 
 
 def onnx_model(case: Case, inputs: Inputs) -> bytes:
-    """The layers as a model, the state of all in and out; x and y are (T, B, ·)."""
+    """Return a model of the layers; x and y are (T, B, ·), and all states go in and out."""
     import onnx
 
     T, B, I, H = case.sizes
@@ -274,12 +274,12 @@ def onnx_model(case: Case, inputs: Inputs) -> bytes:
     for n in range(layer.num_layers):
 
         def gates(name: str, n: int = n) -> list[Array]:
-            """A parameter of both directions, its gates in ONNX' order."""
-            found = []
+            """Return a parameter of each direction with its gates in ONNX's order."""
+            blocks_of = []
             for suffix in ("", "_reverse")[:D]:
                 blocks = np.split(weights[f"{name}_l{n}{suffix}"], len(order))
-                found.append(np.concatenate([blocks[i] for i in order]))
-            return found
+                blocks_of.append(np.concatenate([blocks[i] for i in order]))
+            return blocks_of
 
         biases = zip(gates("bias_ih"), gates("bias_hh"), strict=True)
         constants |= {
@@ -288,9 +288,9 @@ def onnx_model(case: Case, inputs: Inputs) -> bytes:
             f"B{n}": np.stack([np.concatenate(pair) for pair in biases]),
         }
         ends = [f"{s}_n{n}" for s in states]
-        given = [read, f"W{n}", f"R{n}", f"B{n}"]
-        given += ["lengths" if "lengths" in constants else "", *(f"{s}0{n}" for s in states)]
-        nodes.append(make_node(case.cell, given, [f"Y{n}", *ends], **options))
+        reads = [read, f"W{n}", f"R{n}", f"B{n}"]
+        reads += ["lengths" if "lengths" in constants else "", *(f"{s}0{n}" for s in states)]
+        nodes.append(make_node(case.cell, reads, [f"Y{n}", *ends], **options))
         read = f"Y{n}"  # (T, D, B, H)
         if D > 1:
             nodes.append(make_node("Transpose", [read], [f"P{n}"], perm=[0, 2, 1, 3]))
@@ -328,7 +328,7 @@ def _states(case: Case, layer: Any, suffix: str) -> list[str]:
 def _with_state(
     case: Case, inputs: Inputs, run: Callable[[dict[str, Any]], Sequence[Array]]
 ) -> Run:
-    """Feed the model, which run(feed) takes through one call: y and the final states."""
+    """Return a call of the model; run(feed) returns y and the final states."""
     _, B, _, H = case.sizes
     names = _states(case, inputs.layer, "0")
     zeros = np.zeros((1 + inputs.layer.bidirectional, B, H), np.float32)
@@ -390,7 +390,7 @@ def openvino(case: Case, inputs: Inputs) -> Run | None:
     return _with_state(case, inputs, run)
 
 
-# Ours first. The reference, and ours compiled or without the form, are yardsticks, not peers.
+# "reference", "compiled" and "plain" are yardsticks and not peers.
 CONTENDERS: dict[str, Callable[[Case, Inputs], Run | None]] = {
     "ours": ours,
     "torch": torch,
@@ -400,7 +400,7 @@ CONTENDERS: dict[str, Callable[[Case, Inputs], Run | None]] = {
     "compiled": compiled,
     "plain": plain,
 }
-# What each needs to be installed.
+# The packages that a contender needs.
 NEEDS = {
     "torch": ("torch",),
     "onnxruntime": ("onnxruntime", "onnx"),

@@ -8,12 +8,12 @@ batches of calls, alternating. A layer with an option is timed against the plain
 
 The floor of a call is the largest of
 
-    latency     turns · l(H), where a turn is a step forward or backward, and l what the
-                meeting of the blocks, the matrix units and the cell leave of a step at best:
-                LATENCY, between its entries linear in log H, 1.5 times that in float32
+    latency     steps · l(H), counting forward and backward steps. l is the least time of a
+                step that the meeting of the blocks, the matrix units and the cell allow:
+                LATENCY, interpolated linearly in log H, and 1.5 times that in float32
     bytes       x and y, in training x, y and dy again and dx, and the weights, at the
-                measured rate of device memory; and in every turn what of R no register and
-                no shared memory has room for, at that of the L2 cache
+                measured rate of device memory; and in every step the part of R that does
+                not fit registers and shared memory, at the rate of the L2 cache
     arithmetic  2·G·H·(I+H)·B·T FLOP, three times that in training, at the measured rate of
                 the library's matrix product in this precision
 """
@@ -95,14 +95,14 @@ def floor_seconds(case: Case, card: Card) -> float:
     """The floor that this file's head defines."""
     T, B, I, H = case.sizes
     size = case.item
-    turns = T * (2 if case.training else 1)
-    waits = turns * latency(H) * (1.5 if size == 4 else 1)
+    steps = T * (2 if case.training else 1)
+    waits = steps * latency(H) * (1.5 if size == 4 else 1)
 
     R = case.gates * H * H * size
     sequences = T * B * (I + H) * size * (3 if case.training else 1)
     weights = R + case.gates * H * I * size
     moves = (sequences + weights * (2 if case.training else 1)) / card.memory_rate
-    moves += turns * max(0, R - card.chip_bytes) / card.l2_rate
+    moves += steps * max(0, R - card.chip_bytes) / card.l2_rate
 
     return max(waits, moves, case.flops / card.matmul_rates[case.dtype])
 
@@ -230,9 +230,9 @@ def errors(case: Case) -> dict[str, tuple[float, float]]:
     return {k: (error(actual[k], e), error(their[k], e)) for k, e in expected.items()}
 
 
-def beyond(found: dict[str, float], limit: float) -> str:
-    """Tell what of it is not below the limit, as NaN never is."""
-    return ", ".join(f"{k} off by {e:.0e}" for k, e in found.items() if not e < limit)
+def beyond(errors: dict[str, float], limit: float) -> str:
+    """Return the errors that are not below the limit in words; NaN never is below it."""
+    return ", ".join(f"{k} off by {e:.0e}" for k, e in errors.items() if not e < limit)
 
 
 def timed(run: Callable[[], Any], calls: int = 1) -> float:
@@ -307,15 +307,15 @@ _checked: dict[Case, dict[str, tuple[float, float]]] = {}
 
 def plan_of(case: Case) -> str:
     """Return how the recurrence runs (in training, backward): exchange, blocks, threads."""
-    found = fr.cuda.explain(
+    plan = fr.cuda.explain(
         case.cell.lower(),
         *case.sizes,
         dtype=str(DTYPES[case.dtype]).removeprefix("torch."),
         backward=case.training,
         precision=precision(case),
     )
-    parts = [f"{found[key]} {key}" for key in ("blocks", "threads") if found.get(key)]
-    return ", ".join([str(found["exchange"]), *parts])
+    parts = [f"{plan[key]} {key}" for key in ("blocks", "threads") if plan.get(key)]
+    return ", ".join([str(plan["exchange"]), *parts])
 
 
 def layer_of(case: Case, form: str) -> Run:
@@ -366,9 +366,9 @@ def measure(case: Case, names: Sequence[str], seconds: float) -> Result:
     same = replace(case, shape="", sizes=(CHECKED_STEPS, *case.sizes[1:]))
     if same not in _checked:
         _checked[same] = errors(case)
-    found = result["errors"] = _checked[same]
+    pairs = result["errors"] = _checked[same]
     limit = LIMITS[case.dtype]
-    wrong = beyond({name: mine for name, (mine, _) in found.items()}, limit)
+    wrong = beyond({name: mine for name, (mine, _) in pairs.items()}, limit)
     if wrong:
         return result | {"wrong": {"ours": wrong}}
 

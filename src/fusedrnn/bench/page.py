@@ -95,7 +95,7 @@ def _table(table: Table) -> Iterator[str]:
 
 
 def _figures(run: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Every plot that there are enough results for."""
+    """Yield every plot for which there are enough results."""
     results = [r for r in run["cases"] if "ours" in r["seconds"]]
     with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}):
         for title, axis, curves in (
@@ -134,40 +134,40 @@ def _curves(
     results: list[Result], split: Callable[[Result], tuple[Hashable, int, str] | None]
 ) -> dict[str, list[tuple[str, Curve]]]:
     """By what a figure is about, its panels: a title and the results along the axis."""
-    found: dict[tuple[Any, ...], Curve] = {}
+    curves: dict[tuple[Any, ...], Curve] = {}
     for r in results:
         parts = split(r)
         if parts:
-            constant, at, told = parts
-            key = (Group.of(r), constant, told)
-            found.setdefault(key, []).append((at, r))
+            constant, at, text = parts
+            key = (Group.of(r), constant, text)
+            curves.setdefault(key, []).append((at, r))
     figures: dict[str, list[tuple[str, Curve]]] = {}
-    for (group, _, told), curve in found.items():
+    for (group, _, text), curve in curves.items():
         if len({at for at, _ in curve}) >= ENOUGH:
             title = f": {group.mode}, {group.where}, {group.dtype}"
-            panel = (f"{group.cell}, {told}", sorted(curve, key=lambda point: point[0]))
+            panel = (f"{group.cell}, {text}", sorted(curve, key=lambda point: point[0]))
             figures.setdefault(title, []).append(panel)
     return figures
 
 
 def _scaling(results: list[Result]) -> dict[str, list[tuple[str, Curve]]]:
-    found: dict[tuple[Any, ...], Curve] = {}
+    curves: dict[tuple[Any, ...], Curve] = {}
     for r in results:
         if r["form"]:
             continue
         key = (r["mode"], r["dtype"], r["cell"], *r["sizes"])
-        found.setdefault(key, []).append((r["threads"], r))
+        curves.setdefault(key, []).append((r["threads"], r))
     # The largest of those that ran with the most counts tell most.
-    most = max((len(curve) for curve in found.values()), default=0)
+    most = max((len(curve) for curve in curves.values()), default=0)
     figures: dict[str, list[tuple[str, Curve]]] = {}
     if most < 2:
         return figures
-    for key, curve in sorted(found.items(), key=lambda item: -item[1][0][1]["flops"]):
+    for key, curve in sorted(curves.items(), key=lambda item: -item[1][0][1]["flops"]):
         mode, dtype, cell, *sizes = key
         panels = figures.setdefault(f": {mode}, {dtype}", [])
         if len(curve) == most and len(panels) < 4:
-            told = ", ".join(f"{n} = {size}" for n, size in zip("TBIH", sizes, strict=True))
-            panels.append((f"{cell}, {told}", sorted(curve, key=lambda point: point[0])))
+            text = ", ".join(f"{n} = {size}" for n, size in zip("TBIH", sizes, strict=True))
+            panels.append((f"{cell}, {text}", sorted(curve, key=lambda point: point[0])))
     return {title: panels for title, panels in figures.items() if panels}
 
 

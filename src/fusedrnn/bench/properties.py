@@ -235,7 +235,7 @@ def calls() -> Rows:
 
 
 def small_calls(name: str, H: int = 64) -> dict[str, Callable[[], Any]]:
-    """Return calls of one row and step, by what they are."""
+    """Return calls of one row and step, by name."""
     rng, cell = np.random.default_rng(0), getattr(fr, name)
     x = rng.normal(size=(1, 1, H)).astype(np.float32)
     layer, op = cell(H, H, rng=0), getattr(fr, name.lower())
@@ -251,7 +251,7 @@ def small_calls(name: str, H: int = 64) -> dict[str, Callable[[], Any]]:
         stream.step(x[0])
 
     parameters = list(layer.state_dict().values())
-    found: dict[str, Callable[[], Any]] = {
+    calls: dict[str, Callable[[], Any]] = {
         "plain": partial(layer, x),
         "with its state": partial(layer, x, state),
         "two layers": of(2),
@@ -269,11 +269,11 @@ def small_calls(name: str, H: int = 64) -> dict[str, Callable[[], Any]]:
         "op": partial(op, x, *parameters),
     }
     if name == "LSTM":
-        found |= {"peephole": of(peephole=True), "proj_size": of(proj_size=H // 2)}
+        calls |= {"peephole": of(peephole=True), "proj_size": of(proj_size=H // 2)}
     if H == 64:
         wide = small_calls(name, 256)
-        found |= {f"{call}, H = 256": wide[call] for call in ("plain", "op")}
-    return found
+        calls |= {f"{call}, H = 256": wide[call] for call in ("plain", "op")}
+    return calls
 
 
 def modules() -> Rows:

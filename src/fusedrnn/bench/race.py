@@ -26,7 +26,7 @@ BATCH_SECONDS = 0.004
 REST_SECONDS = {"onnxruntime": 0.06}
 USUAL_REST_SECONDS = 0.015
 REFERENCE_ROUNDS = 3
-# What a result may be off by, relative to one more than the largest value expected.
+# The largest error, relative to one more than the largest expected value.
 LIMITS = {"float32": 1e-3, "float64": 1e-9}
 CHECKED = ("", *STRUCTURES)
 
@@ -47,7 +47,7 @@ def quartiles(values: Sequence[float] | np.ndarray[Any, Any]) -> list[float]:
 
 
 def _deviation(actual: Results, expected: Results, limit: float) -> str:
-    """What of the result is not within the limit, as NaN never is; "" if nothing."""
+    """Return the results beyond the limit in words, "" if none is; NaN always is."""
     wrong = []
     for name, values in actual.items():
         scale = 1 + np.abs(expected[name]).max()
@@ -58,10 +58,10 @@ def _deviation(actual: Results, expected: Results, limit: float) -> str:
 
 
 def described(case: Case) -> Result:
-    """Return what a result says of its case."""
-    told = asdict(case) | {"sizes": list(case.sizes)}
+    """Return the fields of a result that describe its case."""
+    description = asdict(case) | {"sizes": list(case.sizes)}
     more = {"label": case.label, "flops": case.flops, "bytes": case.bytes_read}
-    return {"case": str(case), **told, **more}
+    return {"case": str(case), **description, **more}
 
 
 def summed_up(times: Mapping[str, Sequence[float]]) -> Result:
@@ -76,12 +76,12 @@ def summed_up(times: Mapping[str, Sequence[float]]) -> Result:
 
 
 class Race:
-    """One case, its contenders checked and ready; who computes something else is not timed.
+    """One case with its contenders; a contender with a wrong result is not timed.
 
     Attributes
     ----------
-    wrong: by contender, what it computes otherwise than the definition.
-    rounds: how many make about the seconds given.
+    wrong: by contender, the results that differ from the definition.
+    rounds: the number of rounds that take about `seconds`.
     """
 
     def __init__(self, case: Case, names: Iterable[str], seconds: float) -> None:
@@ -133,7 +133,7 @@ class Race:
         return seconds_of(self._runs[name], self._calls[name])
 
     def time_peers(self) -> None:
-        """Take the peers' turns of a round, and warm ours."""
+        """Time the peers in a round, and warm ours up."""
         for name in self._runs:
             if name != "ours":
                 self._batch(name)
@@ -142,7 +142,7 @@ class Race:
         self._batch("ours")
 
     def time_ours(self) -> None:
-        """Take our turn, which ends a round."""
+        """Time ours, which ends a round."""
         self._times["ours"].append(self._batch("ours"))
 
     def rest(self) -> None:
@@ -150,12 +150,12 @@ class Race:
         time.sleep(self._rest("ours"))
 
     def result(self) -> Result:
-        """Return what came of it, ready for JSON."""
+        """Return the result, ready for JSON."""
         case = self.case
         how = (case.gates, case.training, case.threads, case.dtype == "float32")
         least = sum(floor.seconds(sizes, *how) for sizes in case.passes)
-        told = described(case) | summed_up(self._times)
-        return told | {"floor": least, "wrong": self.wrong}
+        description = described(case) | summed_up(self._times)
+        return description | {"floor": least, "wrong": self.wrong}
 
 
 def measure(case: Case, names: Iterable[str], seconds: float) -> Result:

@@ -16,7 +16,7 @@ UNRESOLVED = "not resolved"
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text below a title, and lines that say more."""
+    """Rows of text below a title, and notes."""
 
     title: str
     columns: list[str]
@@ -58,7 +58,7 @@ def best(result: Result) -> float | None:
 
 
 class Group(NamedTuple):
-    """What the results of one table have in common."""
+    """The properties that all results of a table share."""
 
     cell: str
     mode: str
@@ -81,7 +81,7 @@ class Group(NamedTuple):
 
 
 def grouped(results: Iterable[Result]) -> dict[Group, list[Result]]:
-    """Results by what their tables are about, in their order."""
+    """Return the results of each table, in order."""
     groups: dict[Group, list[Result]] = {}
     for result in results:
         groups.setdefault(Group.of(result), []).append(result)
@@ -181,10 +181,10 @@ def tables(results: Iterable[Result]) -> list[Table]:
 def comparison(before: Iterable[Result], now: Iterable[Result]) -> Table:
     """Compare our times of two runs, by the peers that both have.
 
-    A machine's clock and neighbours change from run to run, for the peers as well: so ratios
-    to a peer are compared, the earlier one with the later, and only what all peers agree on
-    counts. Where there are none, times are, which is worth little. The spread is from the
-    farthest quartiles, and what contains 1 is not resolved.
+    A machine's clock and neighbours change from run to run, also for the peers. So the ratios
+    to a peer are compared, and a case counts only if all peers agree. Without peers, times are
+    compared, which is worth little. The spread is that of the farthest quartiles; a case whose
+    spread contains 1 is not resolved.
     """
     old = {r["case"]: r for r in before if "ours" in r["seconds"]}
     table = Table(
