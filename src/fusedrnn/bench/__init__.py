@@ -1,1 +1,1 @@
-"""The command `fusedrnn bench`: our kernels and the installed peers, timed alternately in one run."""
+"""The command `fusedrnn bench` times our kernels and the installed peers in one run."""

@@ -45,7 +45,7 @@ class Inputs:
 
     @property
     def parameters(self) -> list[Array]:
-        """All parameters; those of a layer and direction are in the order of `fusedrnn.lstm`."""
+        """All parameters; those of a layer and direction in the order of `fusedrnn.lstm`."""
         return list(self.layer.state_dict().values())
 
     @property
