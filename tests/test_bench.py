@@ -19,7 +19,7 @@ from fusedrnn.bench import cases, contenders, forms, properties, race, tables, w
 pytest.importorskip("rich", reason="the command shows its tables with rich")
 pytest.importorskip("matplotlib", reason="the page has plots of matplotlib's")
 
-SMALL = ["bench", "--shapes", "3,2,4,8", "--threads", "1"]
+SMALL = ["bench", "--shapes", "3,2,4,8", "--threads", "1", "--seconds", "0.01"]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -117,7 +117,8 @@ def test_a_run_is_shown_kept_and_compared(
 ) -> None:
     paths = {name: tmp_path / f"run.{name}" for name in ("json", "html", "md")}
     shapes = ["--shapes", "3,2,4,4", "3,2,8,8", "3,2,16,16", "--cells", "LSTM", "RNN"]
-    arguments = ["bench", *shapes, "--threads", "1", "--against", "reference"]
+    arguments = ["bench", *shapes, "--threads", "1", "--seconds", "0.01"]
+    arguments += ["--against", "reference"]
     keep = ["--json", str(paths["json"]), "--html", str(paths["html"])]
     assert cli.main([*arguments, *keep, "--markdown", str(paths["md"])]) == 0
     shown = capsys.readouterr().out
