@@ -328,3 +328,10 @@ def test_a_gpu_process_reports_what_failed() -> None:
             process.ask("latency", 128, seconds=0.0)
     finally:
         process.stop()
+
+
+def test_the_same_build_before_gives_the_same_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*SMALL, "--cells", "GRU", "--before", sys.executable]) == 0
+    shown = capsys.readouterr().out
+    assert "× before" in shown
+    assert "Other bits" not in shown

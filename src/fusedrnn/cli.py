@@ -120,6 +120,13 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="any of torch onnxruntime openvino reference, compiled (our module under "
         "torch.compile), plain (our layer without the form), or none; default: the suite's",
     )
+    bench.add_argument(
+        "--before",
+        default="",
+        metavar="PYTHON",
+        help="time the build of fusedrnn that this interpreter imports as well, in place of "
+        "the peers",
+    )
     for options, what in (
         (["--json"], "write the results, for --compare"),
         (["--html"], "write a page with tables and plots"),

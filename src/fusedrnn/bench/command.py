@@ -59,6 +59,7 @@ class Request:
     budget: float | None
     threads: Sequence[int] | None
     against: Sequence[str] | None
+    before: str
     json: Path | None
     html: Path | None
     report: Path | None
@@ -98,7 +99,7 @@ def run(request: Request) -> int:
             rates = floor.rates(threads)
             about.append(floor.summary(rates))
             seconds = request.seconds or (_suite(request).seconds if cases else 0.0)
-            measure: Measure = partial(race.measure, seconds=seconds)
+            measure: Measure = partial(race.measure, seconds=seconds, before=request.before)
         else:
             card, measure = _on_gpu(request, stack)
             about.append(card)
@@ -266,6 +267,10 @@ def _contenders(request: Request) -> list[str]:
     if request.suite == "properties":
         return []
     suite = _suite(request).against
+    if request.before and request.device == "cuda":
+        raise UserError("--before: two builds are compared on the cpu alone")
+    if request.before and request.against is None:
+        return ["plain"] if suite == ("plain",) else []
     if request.device == "cpu":
         offered = tuple(name for name in CONTENDERS if name != "ours")
     else:

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from .. import floor
+from .before import OtherBuild, bits_of
 from .cases import Case
-from .contenders import CONTENDERS, Inputs, Results, Run, exact
+from .contenders import CONTENDERS, Inputs, Results, exact
 from .forms import STRUCTURES
 
 BATCH_SECONDS = 0.004
@@ -81,24 +82,35 @@ class Race:
     Attributes
     ----------
     wrong: by contender, the results that differ from the definition.
+    same_bits: whether the other build's results are equal, bit for bit.
     rounds: the number of rounds that take about `seconds`.
     """
 
-    def __init__(self, case: Case, names: Iterable[str], seconds: float) -> None:
+    def __init__(
+        self, case: Case, names: Iterable[str], seconds: float, before: str = ""
+    ) -> None:
         self.case = case
         inputs = Inputs.of(case)
         expected = exact(case, inputs) if case.form in CHECKED else {}
         self.wrong: dict[str, str] = {}
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, Callable[[], Any]] = {}
         for name in ("ours", *names):
             run = CONTENDERS[name](case, inputs)
             if run is None:
                 continue
-            deviation = _deviation(run(), expected, LIMITS[case.dtype]) if expected else ""
+            results = run()
+            if name == "ours":
+                bits = bits_of(results)
+            is_checked = expected and name != "plain"
+            deviation = _deviation(results, expected, LIMITS[case.dtype]) if is_checked else ""
             if deviation:
                 self.wrong[name] = deviation
             else:
                 self._runs[name] = run
+        self._other: OtherBuild | None = None
+        if before and "ours" in self._runs:
+            self._other = self._runs["before"] = OtherBuild(before, case)
+            self.same_bits = self._other.bits == bits
         self._times: dict[str, list[float]] = {}
         self.rounds = 0
         if "ours" in self.wrong:
@@ -125,12 +137,16 @@ class Race:
         once = np.inf
         for _ in range(4):
             calls = int(np.clip(BATCH_SECONDS / once, 1, 10_000))
-            once = min(once, seconds_of(self._runs[name], calls))
+            once = min(once, self._seconds_of(name, calls))
         time.sleep(self._rest(name))
         return once
 
+    def _seconds_of(self, name: str, calls: int) -> float:
+        run = self._runs[name]
+        return run.seconds_of(calls) if isinstance(run, OtherBuild) else seconds_of(run, calls)
+
     def _batch(self, name: str) -> float:
-        return seconds_of(self._runs[name], self._calls[name])
+        return self._seconds_of(name, self._calls[name])
 
     def time_peers(self) -> None:
         """Time the peers in a round, and warm ours up."""
@@ -155,14 +171,24 @@ class Race:
         how = (case.gates, case.training, case.threads, case.dtype == "float32")
         least = sum(floor.seconds(sizes, *how) for sizes in case.passes)
         description = described(case) | summed_up(self._times)
+        if self._other:
+            description["same bits"] = self.same_bits
         return description | {"floor": least, "wrong": self.wrong}
 
+    def end(self) -> None:
+        """End the process of the other build, if there is one."""
+        if self._other:
+            self._other.end()
 
-def measure(case: Case, names: Iterable[str], seconds: float) -> Result:
-    """Return the result of a whole race."""
-    race = Race(case, names, seconds)
-    for _ in range(race.rounds):
-        race.time_peers()
-        race.time_ours()
-        race.rest()
-    return race.result()
+
+def measure(case: Case, names: Iterable[str], seconds: float, before: str = "") -> Result:
+    """Return the result of a whole race, also against the build of the interpreter `before`."""
+    race = Race(case, names, seconds, before)
+    try:
+        for _ in range(race.rounds):
+            race.time_peers()
+            race.time_ours()
+            race.rest()
+        return race.result()
+    finally:
+        race.end()

@@ -12,6 +12,7 @@ from .contenders import PEERS
 from .race import Result
 
 UNRESOLVED = "not resolved"
+SLOWER = 0.95  # a ratio to an earlier build that matters
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,17 @@ def table_of(group: Group, results: list[Result]) -> Table:
             row += [_optional(slow and slow[0] / ours, 0)] * has_reference
             row += [result.get("plan", "–")] * has_plan
             table.rows.append(row)
+        if not result.get("same bits", True):
+            table.notes.append(f"Other bits than before: {result['case']}")
         table.notes.extend(
             f"WRONG {result['case']}: {name}, {what}" for name, what in result["wrong"].items()
         )
     medians = {
         name: [r["ratios"][name][0] for r in results if name in r["ratios"]] for name in peers
     }
+    if "before" in medians:
+        slower = sum(r["ratios"]["before"][2] < SLOWER for r in results)
+        table.notes.append(f"Slower than before by more than 5%, resolved: {slower}")
     medians["best peer"] = [ratio for r in results if (ratio := best(r)) is not None]
     means = [
         f"× {name} {geometric_mean(values):.2f} (least {min(values):.2f})"
@@ -172,8 +178,8 @@ def _inverse(quartiles: Sequence[float]) -> list[float]:
 def tables(results: Iterable[Result]) -> list[Table]:
     """Return the tables of a run."""
     results = list(results)
-    costs = [r for r in results if list(r["ratios"]) == ["plain"]]
-    races = [r for r in results if r not in costs]
+    costs = [r for r in results if "plain" in r["ratios"]]
+    races = [r for r in results if r not in costs or "before" in r["ratios"]]
     found = [table_of(group, members) for group, members in grouped(races).items()]
     return [*found, *cost_tables(costs)]
 
