@@ -1,4 +1,4 @@
-"""The model of characters.py, and how it writes: in NumPy, one character at a time."""
+"""The model of characters.py, and text generation in NumPy, one character at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALPHABET = {c: i for i, c in enumerate(sorted(set(TEXT)))}
 
 
 class CharacterModel(nn.Module):
-    """The next character from all before it."""
+    """A model that predicts the next character from all before it."""
 
     def __init__(self, cell: str, hidden: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class CharacterModel(nn.Module):
         self.head = nn.Linear(hidden, len(ALPHABET))
 
     def forward(self, text: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """text: (T, B) of characters. Returns scores (T, B, characters) and the state."""
+        """Map text (T, B), as numbers, to scores (T, B, characters) and the state."""
         y, state = self.rnn(self.embedding(text), state)
         return self.head(y), state
 
@@ -35,7 +35,7 @@ class CharacterModel(nn.Module):
 def write(
     model: CharacterModel, prompt: str, count: int, temperature: float, seed: int
 ) -> float:
-    """Print what follows the prompt as it comes; return the characters per second."""
+    """Continue the prompt, printing each character at once; return characters per second."""
     weights = {name: w.detach().cpu().numpy() for name, w in model.state_dict().items()}
     embedding, head = weights["embedding.weight"], weights["head.weight"]
     layer = getattr(fr, type(model.rnn).__name__)(64, model.rnn.hidden_size, num_layers=2)
@@ -47,7 +47,7 @@ def write(
     begin, characters = time.perf_counter(), list(ALPHABET)
     for _ in range(count):
         scores = (head @ y + weights["head.bias"]) / temperature
-        # The greatest of scores with Gumbel's noise is a draw from their softmax.
+        # The argmax of the scores plus Gumbel noise is a draw from their softmax.
         chosen = int((scores + rng.gumbel(size=len(scores))).argmax())
         print(characters[chosen], end="", flush=True)
         y = stream.step(embedding[chosen])

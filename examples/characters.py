@@ -1,13 +1,13 @@
-"""Train a character model on Python's own documentation, and let it write.
+"""Train a character model on Python's own documentation, and generate text.
 
     pip install "fusedrnn[examples]"
     python examples/characters.py --cell GRU --prompt "The "
     torchrun --nproc-per-node 2 examples/characters.py
 
-The text is that of `pydoc_data.topics`, which comes with Python. Each process reads its own
-part of every batch and DistributedDataParallel adds the gradients up, over gloo on CPUs and
-nccl on GPUs: the losses are those of one process on the whole batch. At the end NumPy's layer
-takes the weights over, and a `Stream` writes one character at a time.
+The text is `pydoc_data.topics`, which is a part of Python. Each process reads its own part of
+every batch and DistributedDataParallel averages the gradients, over gloo on CPUs and nccl on
+GPUs, so the losses are those of one process on the whole batch. At the end a NumPy layer loads
+the weights, and a `Stream` generates one character at a time.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from common import COLOURS, Outcome, keep, outcome, parse, parser
 from torch import Tensor, distributed, nn
 
 RANKS, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-LENGTH, CHARACTERS = 100, 300  # read at a training step, written at the end
+LENGTH, CHARACTERS = 100, 300  # characters read in a training step, generated at the end
 
 
 def loss_of(model: nn.Module, text: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Return the mean of the bits that a character takes, and the state, without its past."""
+    """Return the mean bits per character, and the state without its gradient."""
     scores, state = model(text[:-1], state)
     nats = nn.functional.cross_entropy(scores.flatten(0, 1), text[1:].flatten())
     past = state.detach() if isinstance(state, Tensor) else tuple(s.detach() for s in state)
@@ -41,7 +41,8 @@ def train(
 ) -> tuple[CharacterModel, list[list[float]], Outcome]:
     """Train on the first 95% of the text, in `batch` rows.
 
-    Returns the model, (epochs, steps + 1) bits a character, held out last, and the outcome.
+    Returns the model, the bits per character (epochs, steps + 1), in each epoch that of the
+    held-out text last, and the outcome.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -56,7 +57,7 @@ def train(
     torch.manual_seed(seed)
     model = CharacterModel(cell, hidden).to(device)
     module = nn.parallel.DistributedDataParallel(model) if RANKS > 1 else model
-    torch.manual_seed(seed + RANK)  # another dropout in each
+    torch.manual_seed(seed + RANK)  # each process draws its own dropout masks
     all_steps = (len(text) - held_out) // LENGTH
     steps = min(all_steps, steps or all_steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -64,7 +65,7 @@ def train(
 
     curve, seconds = [], []
     for epoch in range(epochs):
-        begin, state, told = time.perf_counter(), None, torch.zeros(steps + 1, device=device)
+        begin, state, losses = time.perf_counter(), None, torch.zeros(steps + 1, device=device)
         module.train()
         for step in range(steps):
             part = text[step * LENGTH : (step + 1) * LENGTH + 1]
@@ -74,17 +75,18 @@ def train(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            told[step] = loss.detach()
+            losses[step] = loss.detach()
         module.eval()
         with torch.no_grad():
-            told[-1], _ = loss_of(module, text[-held_out:], None)
+            losses[-1], _ = loss_of(module, text[-held_out:], None)
         if RANKS > 1:
-            distributed.all_reduce(told)
-            told /= RANKS
-        curve.append(told.tolist())
+            distributed.all_reduce(losses)
+            losses /= RANKS
+        curve.append(losses.tolist())
         seconds.append(time.perf_counter() - begin)
         if RANK == 0:
-            bits = f"training {told[:-1].mean():.3f} bits a character  held out {told[-1]:.3f}"
+            training, unseen = losses[:-1].mean(), losses[-1]
+            bits = f"training {training:.3f} bits a character  held out {unseen:.3f}"
             print(f"epoch {epoch + 1}/{epochs}  {bits}  {seconds[-1]:.1f} s", flush=True)
     return model, curve, outcome(model.rnn, seconds, curve[-1][-1])
 
@@ -106,30 +108,30 @@ def draw(curve: list[list[float]], cell: str, output: Path) -> None:
 
 
 def main() -> None:
-    """Train, tell the losses, draw, and write."""
-    made = parser(__doc__, "characters.png", epochs=(5, 1))
-    made.add_argument("--batch", type=int, default=32, help="rows, of all processes")
-    made.add_argument("--hidden", type=int, default=256)
-    made.add_argument("--steps", type=int, help="stop each epoch after so many; short: 15")
-    made.add_argument("--prompt", default="The ", help="what it goes on from")
-    made.add_argument("--temperature", type=float, default=0.6, help="smaller: more certain")
-    given = parse(made, "batch", "hidden", "steps")
-    if given.batch % RANKS or given.batch > 1000:
-        told = f"a multiple of the {RANKS} processes" if RANKS > 1 else "1000 at most"
-        made.error(f"--batch must be {told}, got {given.batch}")
-    if not given.prompt or set(given.prompt) - set(ALPHABET):
-        made.error(f"--prompt must have characters of the text alone, got {given.prompt!r}")
-    if not given.temperature > 0:
-        made.error(f"--temperature must be above 0, got {given.temperature}")
-    steps = given.steps or (15 if given.short else None)
-    sizes = (given.batch, given.hidden, steps)
-    model, curve, _ = train(given.cell, given.epochs, given.seed, *sizes)
+    """Train, print the losses, draw them, and generate text."""
+    arg_parser = parser(__doc__, "characters.png", epochs=(5, 1))
+    arg_parser.add_argument("--batch", type=int, default=32, help="rows, of all processes")
+    arg_parser.add_argument("--hidden", type=int, default=256)
+    arg_parser.add_argument("--steps", type=int, help="at most so many an epoch; short: 15")
+    arg_parser.add_argument("--prompt", default="The ", help="the text to continue")
+    arg_parser.add_argument("--temperature", type=float, default=0.6, help="low: more certain")
+    args = parse(arg_parser, "batch", "hidden", "steps")
+    if args.batch % RANKS or args.batch > 1000:
+        expected = f"a multiple of the {RANKS} processes" if RANKS > 1 else "1000 at most"
+        arg_parser.error(f"--batch must be {expected}, got {args.batch}")
+    if not args.prompt or set(args.prompt) - set(ALPHABET):
+        arg_parser.error(f"--prompt must use only characters of the text, got {args.prompt!r}")
+    if not args.temperature > 0:
+        arg_parser.error(f"--temperature must be above 0, got {args.temperature}")
+    steps = args.steps or (15 if args.short else None)
+    sizes = (args.batch, args.hidden, steps)
+    model, curve, _ = train(args.cell, args.epochs, args.seed, *sizes)
     if RANK == 0:
-        speed = write(model, given.prompt, CHARACTERS, given.temperature, given.seed)
+        speed = write(model, args.prompt, CHARACTERS, args.temperature, args.seed)
         print(f"\n\n{speed:.0f} characters a second")
-        draw(curve, given.cell, given.output)
+        draw(curve, args.cell, args.output)
     if RANKS > 1:
-        distributed.barrier()  # while the first writes: one that leaves early may end badly
+        distributed.barrier()  # processes that exit while the first writes may end in errors
         distributed.destroy_process_group()
 
 

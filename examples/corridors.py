@@ -1,4 +1,4 @@
-"""The environment of recall.py: corridors whose end asks for a cue from their beginning."""
+"""The environment of recall.py: corridors with a cue at the start that matters at the end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ AHEAD, LEFT, RIGHT = range(3)  # actions; the last two are cues, too
 
 
 class Corridors:
-    """Many corridors at once, of longest / 4 to longest steps; after one comes another."""
+    """Many corridors at once, of longest / 4 to longest steps; a new one follows each."""
 
     def __init__(self, count: int, longest: int, seed: int) -> None:
         self.longest = longest
@@ -18,7 +18,7 @@ class Corridors:
         self.begin(torch.ones(count, dtype=torch.bool))
 
     def draw(self, low: int, high: int) -> Tensor:
-        """(B,) from low to high."""
+        """Draw integers (B,) from low to high."""
         return torch.randint(low, high + 1, self.cue.shape, generator=self.random)
 
     def begin(self, rows: Tensor) -> None:
@@ -28,12 +28,12 @@ class Corridors:
         self.fresh = rows
 
     def see(self) -> Tensor:
-        """(B, 3): an arrow to the left, one to the right, the junction."""
+        """Return observations (B, 3): an arrow to the left, one to the right, a junction."""
         arrows = [self.fresh & (self.cue == turn) for turn in (LEFT, RIGHT)]
         return torch.stack([*arrows, self.left == 0], dim=1).float()
 
     def act(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Take a step; return the rewards and whether each episode ended: (B,)."""
+        """Take a step; return the rewards (B,) and whether each episode ended (B,)."""
         junction, ahead = self.left == 0, action == AHEAD
         ended = junction & ~ahead
         turned = torch.where(action == self.cue, 1.0, -1.0)

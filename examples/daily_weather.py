@@ -5,8 +5,9 @@
 
 The data are the days of 2012 to 2015 in the package `vega_datasets`. Each day the layer reads
 how far its maximum and minimum are from their seasonal curves, precipitation, wind and the time
-of the year; a linear head says how far the next seven maxima will be from theirs. It is trained
-on all before the year held out; sizes, rate and epochs were chosen with --held-out 2014.
+of the year; a linear head predicts how far the next seven maxima will be from theirs. It is
+trained on the years before the held-out one; sizes, rate and epochs were args with
+--held-out 2014.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ COLUMNS = ("temp_max", "temp_min", "precipitation", "wind")
 
 
 def read_days(held_out: int) -> tuple[list[datetime], np.ndarray, int]:
-    """Return the days up to a year's end, what was observed, and where the year begins."""
+    """Return the days up to a year's end, the observations, and the year's first index."""
     path = data_file("vega_datasets", "_data/seattle-weather.csv", "examples")
     with path.open(newline="", encoding="utf-8") as file:
         records = list(csv.DictReader(file))
@@ -42,21 +43,21 @@ def read_days(held_out: int) -> tuple[list[datetime], np.ndarray, int]:
 
 
 def seasons(days: list[datetime]) -> np.ndarray:
-    """(days, 5): a constant and two waves of the year."""
+    """Return (days, 5): a constant and two waves of the year."""
     angle = 2 * np.pi * np.array([day.timetuple().tm_yday for day in days]) / 365.25
     waves = [f(k * angle) for k in (1, 2) for f in (np.cos, np.sin)]
     return np.column_stack([np.ones(len(days)), *waves])
 
 
 def ahead(series: np.ndarray) -> np.ndarray:
-    """(days, 7): what follows each day; the last days have no answer and are left out."""
+    """Return (days, 7), the week after each day; the last days have none and are left out."""
     return np.lib.stride_tricks.sliding_window_view(series[1:], HORIZON)
 
 
 def train(
     cell: str, epochs: int, seed: int, held_out: int = 2015
 ) -> tuple[dict[str, np.ndarray], Outcome]:
-    """Train a cell; return all forecasts (days of the year held out, 7), and the outcome."""
+    """Train a cell; return all forecasts (days of the held-out year, 7), and the outcome."""
     days, table, first = read_days(held_out)
     waves = seasons(days)
     curve = waves @ np.linalg.lstsq(waves[:first], table[:first, :2], rcond=None)[0]
@@ -67,8 +68,8 @@ def train(
     target = (ahead(above[:, 0]) / scale).astype(np.float32)
 
     rng = np.random.default_rng(seed)
-    kept = {"zoneout": 0.1, "recurrent_dropout": 0.3}  # three years are few: it would overfit
-    layer = getattr(fr, cell)(x.shape[1], HIDDEN, rng=rng, **kept)
+    regularisation = {"zoneout": 0.1, "recurrent_dropout": 0.3}  # three years: it would overfit
+    layer = getattr(fr, cell)(x.shape[1], HIDDEN, rng=rng, **regularisation)
     model, seconds = Forecaster(layer, rng, HORIZON, WARM_UP), []
     known = np.ones((WINDOW - WARM_UP, BATCH, HORIZON), bool)
     for epoch in range(epochs):
@@ -79,22 +80,22 @@ def train(
             model.train_step(x[read], target[read[WARM_UP:]], known, rate)
         seconds.append(time.perf_counter() - begin)
 
-    made = np.arange(first, len(days) - HORIZON)  # the days on which forecasts are made
-    season, anomaly = ahead(curve[:, 0])[made], above[:, 0]
+    starts = np.arange(first, len(days) - HORIZON)  # the days of the forecasts
+    season, anomaly = ahead(curve[:, 0])[starts], above[:, 0]
     past = anomaly[: first - HORIZON]
     fading = past @ ahead(anomaly)[: len(past)] / (past @ past)
-    # The year is one sequence with all before it: the state goes on from the training years.
-    predicted = model.predict(x[:, None])[made, 0]
+    # All years are one sequence, so the state continues from the training years.
+    predicted = model.predict(x[:, None])[starts, 0]
     dates = np.array([day.strftime("%m%d") for day in days])
     mean = {d: table[:first, 0][dates[:first] == d].mean() for d in set(dates[:first])}
     forecasts = {
-        "today's temperature": np.repeat(table[made, :1], HORIZON, axis=1),
-        "mean of the day, years before": ahead(np.array([mean[d] for d in dates]))[made],
+        "today's temperature": np.repeat(table[starts, :1], HORIZON, axis=1),
+        "mean of the day, years before": ahead(np.array([mean[d] for d in dates]))[starts],
         "seasonal curve": season,
-        "seasonal curve, today's anomaly fading": season + fading * anomaly[made, None],
+        "seasonal curve, today's anomaly fading": season + fading * anomaly[starts, None],
         cell: season + predicted * scale,
     }
-    error = np.abs(forecasts[cell] - ahead(table[:, 0])[made]).mean()
+    error = np.abs(forecasts[cell] - ahead(table[:, 0])[starts]).mean()
     return forecasts, outcome(layer, seconds, error)
 
 
@@ -111,7 +112,7 @@ def draw(forecasts: dict[str, np.ndarray], held_out: int, cell: str, output: Pat
         dates = [days[first + i] + timedelta(days=k + 1) for k in range(HORIZON)]
         name = None if i > begin else f"{cell}, a forecast every seventh day"
         left.plot(dates, forecasts[cell][i], color=COLOURS[cell], marker=".", label=name)
-    after = days[shown][1:]  # the first value of a forecast is that of the day after
+    after = days[shown][1:]  # the first value of a forecast belongs to the next day
     left.plot(after, season[begin : begin + 69, 0], "k:", label="seasonal curve")
     left.set(title=f"Maximum temperature in Seattle, {held_out}", ylabel="temperature, °C")
     left.xaxis.set_major_formatter(mdates.DateFormatter("%d %b"))
@@ -128,22 +129,22 @@ def draw(forecasts: dict[str, np.ndarray], held_out: int, cell: str, output: Pat
 
 def main() -> None:
     """Train, print the errors in °C, and draw."""
-    made = parser(__doc__, "daily-weather.png", epochs=(10, 3))
-    made.add_argument("--held-out", type=int, choices=(2014, 2015), default=2015)
-    given = parse(made)
+    arg_parser = parser(__doc__, "daily-weather.png", epochs=(10, 3))
+    arg_parser.add_argument("--held-out", type=int, choices=(2014, 2015), default=2015)
+    args = parse(arg_parser)
     try:
-        forecasts, came_to = train(given.cell, given.epochs, given.seed, given.held_out)
+        forecasts, result = train(args.cell, args.epochs, args.seed, args.held_out)
     except UserError as error:
-        made.error(str(error))
-    _, table, first = read_days(given.held_out)
+        arg_parser.error(str(error))
+    _, table, first = read_days(args.held_out)
     truth = ahead(table[:, 0])[first:]
-    print(f"Seattle, {given.held_out}, {len(truth)} forecasts, mean absolute error in °C:")
+    print(f"Seattle, {args.held_out}, {len(truth)} forecasts, mean absolute error in °C:")
     print(f"{'':40}{'next 7 days':>12}{'tomorrow':>10}{'day 7':>8}")
     for name, forecast in forecasts.items():
         error = np.abs(forecast - truth).mean(0)
         print(f"{name:40}{error.mean():12.2f}{error[0]:10.2f}{error[-1]:8.2f}")
-    print(f"{came_to.parameters} parameters, {came_to.epoch_seconds:.3f} s an epoch")
-    draw(forecasts, given.held_out, given.cell, given.output)
+    print(f"{result.parameters} parameters, {result.epoch_seconds:.3f} s an epoch")
+    draw(forecasts, args.held_out, args.cell, args.output)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python examples/digits.py --cell LSTM
 
 The data are the 1797 images, 8 × 8, of scikit-learn's `load_digits`; a quarter of each digit is
-held out. After each row a linear head says how probable each digit is. Each row counts in the
-loss, the later the more, so the network learns to guess from what it has read so far.
+held out. After each row a linear head predicts the probability of each digit. Each row counts
+in the loss, later rows more, so the network learns to guess from the rows read so far.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HIDDEN, BATCH = 96, 64
 
 
 class Reader(nn.Module):
-    """The digit, from the rows read so far."""
+    """A network that predicts the digit from the rows read so far."""
 
     def __init__(self, cell: str) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Reader(nn.Module):
         self.head = nn.Linear(HIDDEN, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (T, B, 8), rows of images. Returns scores after each row, (T, B, 10)."""
+        """Map x (T, B, 8), the rows of images, to scores after each row (T, B, 10)."""
         return self.head(self.rnn(x)[0])
 
 
@@ -65,9 +65,9 @@ def train(cell: str, epochs: int, seed: int) -> tuple[Reader, Outcome]:
         model.train()
         for chosen in torch.randperm(len(y)).split(BATCH):
             scores = model(x[:, chosen])
-            told = scores.log_softmax(-1)[:, torch.arange(len(chosen)), y[chosen]].mean(1)
+            logs = scores.log_softmax(-1)[:, torch.arange(len(chosen)), y[chosen]].mean(1)
             optimizer.zero_grad()
-            (-told @ weights).backward()
+            (-logs @ weights).backward()
             optimizer.step()
         schedule.step()
         seconds.append(time.perf_counter() - begin)
@@ -77,17 +77,17 @@ def train(cell: str, epochs: int, seed: int) -> tuple[Reader, Outcome]:
 
 @torch.no_grad()
 def probabilities(model: Reader, x: Tensor) -> Tensor:
-    """Return those of each digit after each row: (T, B, 10)."""
+    """Return the probability of each digit after each row, (T, B, 10)."""
     model.eval()
     return model(x).softmax(-1)
 
 
-def draw(told: Tensor, images: Tensor, answers: Tensor, output: Path) -> None:
-    """Draw some images beside the probabilities as their rows are read."""
-    right = (told.argmax(-1) == answers).float().mean(1)
-    wrong = torch.nonzero(told[-1].argmax(-1) != answers).flatten().tolist()
+def draw(predicted: Tensor, images: Tensor, answers: Tensor, output: Path) -> None:
+    """Draw some images beside the probabilities after each row."""
+    right = (predicted.argmax(-1) == answers).float().mean(1)
+    wrong = torch.nonzero(predicted[-1].argmax(-1) != answers).flatten().tolist()
     first = [int(torch.nonzero(answers == digit)[0]) for digit in (0, 3, 4, 7, 9)]
-    shown = (first + wrong[:1])[:6]  # and one that it gets wrong, if there is one
+    shown = (first + wrong[:1])[:6]  # with one wrong prediction, if there is any
     figure = plt.figure(figsize=(12, 5.4), layout="constrained")
     left, side = figure.subfigures(1, 2, width_ratios=(2.2, 1))
     panels = left.subplots(3, 4, width_ratios=(1, 1.3, 1, 1.3))
@@ -96,12 +96,12 @@ def draw(told: Tensor, images: Tensor, answers: Tensor, output: Path) -> None:
     for n, i in enumerate(shown):
         image, heat = panels[n // 2, 2 * (n % 2) : 2 * (n % 2) + 2]
         image.imshow(images[:, i], cmap="gray_r", vmin=0, vmax=1)
-        last = int(told[-1, i].argmax())
+        last = int(predicted[-1, i].argmax())
         image.set(title=f"a {answers[i]}" + f", read as {last}" * bool(last != answers[i]))
         image.set(
             xticks=[], yticks=range(8), yticklabels=range(1, 9), ylabel="row", visible=True
         )
-        drawn = heat.imshow(told[:, i], cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        drawn = heat.imshow(predicted[:, i], cmap="viridis", vmin=0, vmax=1, aspect="auto")
         heat.set(xticks=range(10), yticks=range(8), yticklabels=range(1, 9), visible=True)
         heat.set(xlabel="digit")
     left.colorbar(drawn, ax=panels, label="probability once the row is read", shrink=0.8)
@@ -115,15 +115,15 @@ def draw(told: Tensor, images: Tensor, answers: Tensor, output: Path) -> None:
 
 def main() -> None:
     """Train, print the accuracy after each row, and draw."""
-    given = parse(parser(__doc__, "digits.png", epochs=(40, 6)))
-    model, came_to = train(given.cell, given.epochs, given.seed)
-    _, _, images, answers = split(given.seed)
-    told = probabilities(model, images)
-    right = (told.argmax(-1) == answers).float().mean(1)
-    print(f"{given.cell}, {len(answers)} held-out images, right after each row:")
+    args = parse(parser(__doc__, "digits.png", epochs=(40, 6)))
+    model, result = train(args.cell, args.epochs, args.seed)
+    _, _, images, answers = split(args.seed)
+    predicted = probabilities(model, images)
+    right = (predicted.argmax(-1) == answers).float().mean(1)
+    print(f"{args.cell}, {len(answers)} held-out images, right after each row:")
     print("  ".join(f"{100 * share:.1f}%" for share in right))
-    print(f"{came_to.parameters} parameters, {came_to.epoch_seconds:.3f} s an epoch")
-    draw(told, images, answers, given.output)
+    print(f"{result.parameters} parameters, {result.epoch_seconds:.3f} s an epoch")
+    draw(predicted, images, answers, args.output)
 
 
 if __name__ == "__main__":

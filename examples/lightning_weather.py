@@ -3,9 +3,9 @@
     pip install "fusedrnn[demo,lightning]"
     python examples/lightning_weather.py
 
-A GRU reads four days of an airport's observations; at each hour a linear head says how each of
-the next 24 temperatures will differ from the present one. Trained on January to October, told
-of November and December, beside the guess that nothing changes.
+A GRU reads four days of an airport's observations; at each hour a linear head predicts how each
+of the next 24 temperatures will differ from the present one. It is trained on January to
+October; the errors are those of November and December, beside those of a forecast of no change.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WINDOW, HORIZON, HELD_OUT = 96, 24, 61 * 24  # hours
 
 
 class Forecaster(lightning.LightningModule):
-    """A GRU with layer normalisation and zoneout, which stay on the fused kernels."""
+    """A GRU with layer normalisation and zoneout, which the fused kernels compute, too."""
 
     def __init__(self, features: int, hidden: int = 48) -> None:
         super().__init__()
@@ -35,11 +35,11 @@ class Forecaster(lightning.LightningModule):
         self.head = nn.Linear(hidden, HORIZON)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, features). Returns the changes, (B, T, HORIZON)."""
+        """Map x (B, T, features) to the predicted changes (B, T, HORIZON)."""
         return self.head(self.rnn(x)[0])
 
     def error(self, batch: list[Tensor]) -> Tensor:
-        """Return the mean absolute error in °F, once a day has been read."""
+        """Return the mean absolute error in °F, from the second day of a window on."""
         x, change = batch
         return (self(x) - change)[:, 24:].abs().mean()
 
@@ -50,7 +50,7 @@ class Forecaster(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch: list[Tensor], _: int) -> None:
-        """Log the error, and that of no change at all."""
+        """Log the error, and that of a forecast of no change."""
         self.log_dict(
             {"held out": self.error(batch), "no change": batch[1][:, 24:].abs().mean()}
         )
@@ -61,7 +61,7 @@ class Forecaster(lightning.LightningModule):
 
 
 def windows(weather: Weather, first: int, last: int) -> TensorDataset:
-    """Return overlapping windows of the hours [first, last), and what follows each hour."""
+    """Return overlapping windows of the hours [first, last), and each hour's targets."""
     features = torch.tensor(weather.features, dtype=torch.float32)
     features = (features - features.mean(0)) / features.std(0)
     temperature = torch.tensor(weather.temperature, dtype=torch.float32)
@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--precision", default="32-true", help='or "bf16-mixed" and so on')
-    given = parser.parse_args()
+    args = parser.parse_args()
     try:
         airports = read_weather(weather_file())
     except UserError as error:
@@ -91,8 +91,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers")
     lightning.seed_everything(0)
     trainer = lightning.Trainer(
-        max_epochs=given.epochs,
-        precision=given.precision,
+        max_epochs=args.epochs,
+        precision=args.precision,
         gradient_clip_val=1.0,
         logger=False,
         enable_checkpointing=False,

@@ -3,11 +3,11 @@
     pip install "fusedrnn[examples]"
     python examples/recall.py --cell GRU
 
-At the first step an agent sees an arrow to the left or right, and never again. It walks a
-corridor of 8 to 32 steps that looks alike everywhere; at the junction it turns, which gives +1
-if the arrow said so, else -1. A step that the place does not allow costs 0.1. Actor and critic
+At the first step only, an agent sees an arrow to the left or right. It walks through a corridor
+of 8 to 32 steps that looks the same everywhere; at the junction it turns, which gives +1 in the
+arrow's direction and -1 in the other. An impossible action costs 0.1. Actor and critic
 share a recurrent layer and learn by clipped policy gradients (Schulman et al. 2017). Episodes
-begin anywhere in a rollout: `resets` says where the state starts at zero. The same policy
+begin anywhere in a rollout; `resets` is true where the state starts from zero. The same policy
 without memory, reset at every step, cannot do better than chance.
 """
 
@@ -37,40 +37,40 @@ class Policy(nn.Module):
         self.has_memory = has_memory
 
     def forward(self, x: Tensor, resets: Tensor, state: tuple | Tensor | None = None) -> tuple:
-        """x: (T, B, 3), resets: (T, B). Returns scores, values and the state."""
+        """Map x (T, B, 3) and resets (T, B) to scores, values and the state."""
         resets = resets if self.has_memory else torch.ones_like(resets)
         y, state = self.rnn(x, state, resets=resets)
         return self.actor(y), self.critic(y)[..., 0], state
 
 
 def advantages(rewards: Tensor, ended: Tensor, values: Tensor) -> Tensor:
-    """(T, B), generalised (Schulman et al. 2016); values: (T + 1, B)."""
-    found, ahead = torch.zeros_like(rewards), torch.zeros(ENVIRONMENTS)
+    """Return generalised advantages (T, B) (Schulman et al. 2016); values: (T + 1, B)."""
+    result, ahead = torch.zeros_like(rewards), torch.zeros(ENVIRONMENTS)
     for t in reversed(range(STEPS)):
         on = 0.95 * (~ended[t]).float()
         ahead = rewards[t] + on * values[t + 1] - values[t] + 0.9 * on * ahead
-        found[t] = ahead
-    return found
+        result[t] = ahead
+    return result
 
 
 def train(
     cell: str, updates: int, seed: int, longest: int = 32, has_memory: bool = True
 ) -> tuple[list[float], Outcome]:
-    """Return the mean reward of the turns in each update; the error is that of wrong turns."""
+    """Return the mean reward of the turns in each update, and the outcome, in % wrong turns."""
     torch.manual_seed(seed)
     policy, corridors = Policy(cell, has_memory), Corridors(ENVIRONMENTS, longest, seed)
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
     state, turns, seconds = None, [], []
     for _ in range(updates):
-        begin, start, told = time.perf_counter(), state, []
+        begin, start, steps = time.perf_counter(), state, []
         with torch.no_grad():
             for _ in range(STEPS):
                 x, resets = corridors.see(), corridors.fresh
                 scores, value, state = policy(x[None], resets[None], state)
                 action = torch.multinomial(scores[0].softmax(-1), 1)[:, 0]
-                told.append((x, resets, action, value[0], scores[0], *corridors.act(action)))
+                steps.append((x, resets, action, value[0], scores[0], *corridors.act(action)))
             last = policy(corridors.see()[None], corridors.fresh[None], state)[1]
-        rollout = (torch.stack(part) for part in zip(*told, strict=True))
+        rollout = (torch.stack(part) for part in zip(*steps, strict=True))
         x, resets, action, values, scores, rewards, ended = rollout
         gain = advantages(rewards, ended, torch.cat([values, last]))
         goal, gain = values + gain, (gain - gain.mean()) / (gain.std() + 1e-8)
@@ -110,19 +110,20 @@ def draw(curves: dict[str, list[float]], cell: str, longest: int, output: Path) 
 
 def main() -> None:
     """Train with and without memory, print the turns, and draw."""
-    made = parser(__doc__, "recall.png", epochs=(150, 35))
-    made.add_argument("--longest", type=int, help="steps of a corridor; default: 32; short: 6")
-    given = parse(made, "longest")
-    longest = given.longest or (6 if given.short else 32)
+    arg_parser = parser(__doc__, "recall.png", epochs=(150, 35))
+    longest_help = "steps of the longest corridor; default: 32; short: 6"
+    arg_parser.add_argument("--longest", type=int, help=longest_help)
+    args = parse(arg_parser, "longest")
+    longest = args.longest or (6 if args.short else 32)
     if not 4 <= longest < STEPS:
-        made.error(f"--longest must be from 4 to {STEPS - 1}, got {longest}")
+        arg_parser.error(f"--longest must be from 4 to {STEPS - 1}, got {longest}")
     curves = {}
     for has_memory in (True, False):
-        name = given.cell + ("" if has_memory else " without memory")
-        curves[name], came_to = train(given.cell, given.epochs, given.seed, longest, has_memory)
-        print(f"{name:20} {came_to.error:5.1f}% wrong turns at the end", end="  ")
-        print(f"{came_to.parameters} parameters, {came_to.epoch_seconds:.3f} s an update")
-    draw(curves, given.cell, longest, given.output)
+        name = args.cell + ("" if has_memory else " without memory")
+        curves[name], result = train(args.cell, args.epochs, args.seed, longest, has_memory)
+        print(f"{name:20} {result.error:5.1f}% wrong turns at the end", end="  ")
+        print(f"{result.parameters} parameters, {result.epoch_seconds:.3f} s an update")
+    draw(curves, args.cell, longest, args.output)
 
 
 if __name__ == "__main__":

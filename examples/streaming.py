@@ -1,12 +1,12 @@
-"""Forecast New York's temperature while the hours come in, one at a time.
+"""Forecast New York's temperature from hours that arrive one at a time.
 
     pip install "fusedrnn[examples]"
     python examples/streaming.py --cell LSTM
 
 A cell is trained as by `fusedrnn demo` on the hourly weather of January to September 2013. Then
-a `Stream` takes the hours of the rest of the year one by one, the state inside, and forecasts
-the next 24 after each. It says how long a step takes, and whether what the layer gave is, bit
-for bit, what one call over all these hours gives.
+a `Stream`, which keeps the state, reads the hours of the rest of the year one by one, and after
+each the next 24 are forecast. The example prints how long a step takes, and whether the layer's
+results are, bit for bit, those of one call over all these hours.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def train(
 ) -> tuple[demo.Forecaster, demo.Samples, float, Outcome]:
     """Train on all airports; return the model, JFK's samples, their scale, and the outcome.
 
-    The error is the mean absolute one of the next 24 hours in the days held out, in °F.
+    The error is the mean absolute error of the next 24 hours in the held-out days, in °F.
     """
     weather = demo.read_weather(demo.weather_file())
     hours = len(weather[AIRPORT].temperature)
@@ -44,7 +44,7 @@ def train(
     samples, scale = prepared[AIRPORT]
     rng = np.random.default_rng(seed)
     model = demo.Forecaster(getattr(fr, cell)(samples.x.shape[1], HIDDEN, rng=rng), rng)
-    everyone = [one for one, _ in prepared.values()]
+    everyone = [s for s, _ in prepared.values()]
     with Progress(console=Console(width=100), disable=True) as progress:
         seconds = demo.train(model, everyone, hours - FIRST, epochs, rng, progress, scale)
     held_out = slice(-24 * demo.HELD_OUT_DAYS, None)
@@ -54,10 +54,10 @@ def train(
 
 
 def stream(model: demo.Forecaster, x: Array) -> tuple[Array, Array, Array]:
-    """Take x, (hours, F), one hour at a time.
+    """Run the model over x (hours, F), one hour at a time.
 
-    Returns the layer's results (hours, H), the changes told (hours, 24), scaled, and the
-    nanoseconds that the layer's step and the head took (hours, 2).
+    Returns the layer's results (hours, H), the predicted changes (hours, 24), scaled, and the
+    nanoseconds of the layer's step and of the head (hours, 2).
     """
     steps = fr.Stream(model.layer, batch_size=None)
     results, changes, times = [], [], []
@@ -72,7 +72,7 @@ def stream(model: demo.Forecaster, x: Array) -> tuple[Array, Array, Array]:
 
 
 def draw(cell: str, weather: demo.Weather, forecast: Array, times: Array, output: Path) -> None:
-    """Draw ten days as they were told 6 and 24 hours before, and how long steps took."""
+    """Draw ten days with their forecasts 6 and 24 hours before, and the times of steps."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 4.4), width_ratios=(2, 1), layout="constrained"
     )
@@ -81,9 +81,9 @@ def draw(cell: str, weather: demo.Weather, forecast: Array, times: Array, output
     dates = [weather.start + timedelta(hours=int(hour)) for hour in shown]
     left.plot(dates, weather.temperature[shown], "k", lw=1.6, label="observed")
     for before, style in ((6, "-"), (24, ":")):
-        told = forecast[shown - before, before - 1]  # forecast[t, k - 1] is of hour t + k
+        predicted = forecast[shown - before, before - 1]  # forecast[t, k - 1] is for hour t + k
         label = f"{cell}, {before} hours before"
-        left.plot(dates, told, style, color=COLOURS[cell], label=label)
+        left.plot(dates, predicted, style, color=COLOURS[cell], label=label)
     left.set(
         title=f"Temperature at {AIRPORT}, forecast after each hour", ylabel="temperature, °F"
     )
@@ -107,32 +107,32 @@ def draw(cell: str, weather: demo.Weather, forecast: Array, times: Array, output
 
 def main() -> None:
     """Train, stream the rest of the year, print errors and times, and draw."""
-    made = parser(__doc__, "streaming.png", epochs=(3, 1))
-    given = parse(made)
+    arg_parser = parser(__doc__, "streaming.png", epochs=(3, 1))
+    args = parse(arg_parser)
     try:
-        model, samples, scale, _ = train(given.cell, given.epochs, given.seed)
+        model, samples, scale, _ = train(args.cell, args.epochs, args.seed)
     except UserError as error:
-        made.error(str(error))
+        arg_parser.error(str(error))
     weather = demo.read_weather(demo.weather_file())[AIRPORT]
     x = samples.x[-FIRST:]
     results, changes, times = stream(model, x)
     whole, _ = model.layer(x[:, None])
     same = np.array_equal(results, whole[:, 0])
-    told = "equal bit for bit" if same else "DIFFER FROM"
-    print(f"{len(x)} hours streamed from 1 October; the results {told} one call over all.")
+    verdict = "equal bit for bit" if same else "DIFFER FROM"
+    print(f"{len(x)} hours streamed from 1 October; the results {verdict} one call over all.")
 
     held_out = slice(-24 * demo.HELD_OUT_DAYS, None)
     known, change = samples.known[held_out], samples.change[held_out]
     error = scale * np.abs(changes[held_out] - change)[known].mean()
-    same = scale * np.abs(change)[known].mean()
+    unchanged = scale * np.abs(change)[known].mean()
     print("November and December, mean absolute error of the next 24 hours: ", end="")
-    print(f"{error:.2f} °F (no change: {same:.2f} °F)")
+    print(f"{error:.2f} °F (no change: {unchanged:.2f} °F)")
     for name, took in (("layer", times[:, 0]), ("head", times[:, 1])):
         at = "  ".join(f"{p}%: {np.percentile(took, p) / 1000:.1f}" for p in (50, 90, 99, 99.9))
         print(f"µs a step, {name:5}  {at}")
     forecast = np.full((len(samples.x), demo.HORIZON), np.nan)
     forecast[-FIRST:] = weather.temperature[-FIRST:, None] + scale * changes
-    draw(given.cell, weather, forecast, times[:, 0], given.output)
+    draw(args.cell, weather, forecast, times[:, 0], args.output)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Tell which chapter a paragraph of Python's documentation is from, word by word.
+"""Classify paragraphs of Python's documentation by their chapter, word by word.
 
     pip install "fusedrnn[examples]"
     python examples/topics.py --cell GRU
 
-The texts are the ten largest topics of `pydoc_data.topics`, which comes with Python. Paragraphs
-that stand in two topics are left out, a quarter of the rest is held out. A two-way layer reads
-each to its own end (`lengths`). Two baselines: the most frequent topic, and logistic regression
-on which words there are.
+The texts are the ten largest topics of `pydoc_data.topics`, a part of Python. Paragraphs that
+occur in two topics are left out; a quarter of the rest is held out. A bidirectional layer reads
+each up to its own length (`lengths`). The baselines are the most frequent topic and a logistic
+regression on the bag of words.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import fusedrnn.torch as ft
 
 TOPICS, EMBEDDING, HIDDEN, BATCH = 10, 64, 48, 32
-SHORTEST, LONGEST = 6, 100  # words of a paragraph, signs too; how far it is read
+SHORTEST, LONGEST = 6, 100  # tokens: of the shortest paragraph; at most read of each
 
 
 Paragraph = tuple[tuple[str, ...], int]  # its words, and its topic
@@ -37,14 +37,14 @@ Paragraph = tuple[tuple[str, ...], int]  # its words, and its topic
 
 def read(seed: int) -> tuple[list[str], list[Paragraph], list[Paragraph]]:
     """Return the topics' names, and the paragraphs to train on and those held out."""
-    found = {
+    by_topic = {
         name: {tuple(re.findall(r"\w+|[^\w\s]", p.lower())) for p in text.split("\n\n")}
         for name, text in pydoc_data.topics.topics.items()
     }
-    seen = Counter(p for paragraphs in found.values() for p in paragraphs)
+    counts = Counter(p for paragraphs in by_topic.values() for p in paragraphs)
     own = {
-        name: sorted(p for p in paragraphs if seen[p] == 1 and len(p) >= SHORTEST)
-        for name, paragraphs in found.items()
+        name: sorted(p for p in paragraphs if counts[p] == 1 and len(p) >= SHORTEST)
+        for name, paragraphs in by_topic.items()
     }
     names = sorted(own, key=lambda name: len(own[name]), reverse=True)[:TOPICS]
     pairs = [(p, i) for i, name in enumerate(names) for p in own[name]]
@@ -53,7 +53,7 @@ def read(seed: int) -> tuple[list[str], list[Paragraph], list[Paragraph]]:
 
 
 class Classifier(nn.Module):
-    """A topic from the mean of what a two-way layer says at the words."""
+    """A classifier on the mean of a bidirectional layer's outputs."""
 
     def __init__(self, cell: str, vocabulary: int) -> None:
         super().__init__()
@@ -63,21 +63,21 @@ class Classifier(nn.Module):
         self.head = nn.Linear(2 * HIDDEN, TOPICS)
 
     def forward(self, text: Tensor, lengths: Tensor) -> Tensor:
-        """text: (T, B) of words, (B,) of them to read. Returns scores (B, topics)."""
+        """Map text (T, B), words as numbers, with lengths (B,), to scores (B, topics)."""
         y, _ = self.rnn(self.dropout(self.embedding(text)), lengths=lengths)
-        # y is zero beyond the lengths, so the sum is that of the words read.
+        # y is 0 beyond the lengths, so the sum is over the words that were read.
         return self.head(self.dropout(y.sum(0) / lengths[:, None].clamp(min=1)))
 
 
 def numbered(texts: list[Paragraph], index: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return words as (T, N) numbers, 0 for unknown ones, the lengths and the topics."""
+    """Return words as numbers (T, N), 0 for unknown words, the lengths and the topics."""
     rows = [torch.tensor([index.get(w, 0) for w in words[:LONGEST]]) for words, _ in texts]
     lengths = torch.tensor([len(row) for row in rows])
     return nn.utils.rnn.pad_sequence(rows), lengths, torch.tensor([i for _, i in texts])
 
 
 def train(cell: str, epochs: int, seed: int) -> tuple[Tensor, Tensor, Outcome]:
-    """Return the held-out topics as told and as they are; the error is in per cent."""
+    """Return the predicted and the true held-out topics, and the outcome, in per cent."""
     _, known, unseen = read(seed)
     counts = Counter(word for words, _ in known for word in words)
     index = {w: i + 1 for i, w in enumerate(sorted(w for w in counts if counts[w] > 1))}
@@ -98,28 +98,31 @@ def train(cell: str, epochs: int, seed: int) -> tuple[Tensor, Tensor, Outcome]:
         seconds.append(time.perf_counter() - begin)
     text, lengths, answers = numbered(unseen, index)
     with torch.no_grad():
-        told = model.eval()(text, lengths).argmax(-1)
-    return told, answers, outcome(model.rnn, seconds, 100 * (told != answers).float().mean())
+        predicted = model.eval()(text, lengths).argmax(-1)
+    wrong = (predicted != answers).float().mean()
+    return predicted, answers, outcome(model.rnn, seconds, 100 * wrong)
 
 
 def bag_of_words(known: list[Paragraph], unseen: list[Paragraph]) -> float:
-    """Return the share of held-out paragraphs that logistic regression gets right."""
+    """Return the accuracy of a logistic regression on the held-out paragraphs."""
     vectors = TfidfVectorizer(analyzer=lambda paragraph: paragraph[0], sublinear_tf=True)
     model = LogisticRegression(C=30, max_iter=1000)
     model.fit(vectors.fit_transform(known), [i for _, i in known])
     return model.score(vectors.transform(unseen), [i for _, i in unseen])
 
 
-def draw(names: list[str], told: Tensor, answers: Tensor, title: str, output: Path) -> None:
-    """Draw which topics are taken for which."""
-    table = confusion_matrix(answers, told, labels=range(TOPICS))
+def draw(
+    names: list[str], predicted: Tensor, answers: Tensor, title: str, output: Path
+) -> None:
+    """Draw the confusion matrix."""
+    table = confusion_matrix(answers, predicted, labels=range(TOPICS))
     share = table / table.sum(1, keepdims=True)
     figure, axes = plt.subplots(figsize=(8, 6.4), layout="constrained")
     drawn = axes.imshow(100 * share, cmap="Blues", vmin=0, vmax=100)
     for i, j in zip(*table.nonzero(), strict=True):
         colour = "w" if share[i, j] > 0.5 else "k"
         axes.text(j, i, table[i, j], ha="center", va="center", color=colour)
-    axes.set(title=title, xlabel="told", ylabel="is")
+    axes.set(title=title, xlabel="predicted topic", ylabel="true topic")
     axes.set_xticks(range(TOPICS), names, rotation=40, ha="right")
     axes.set_yticks(range(TOPICS), names)
     figure.colorbar(drawn, label="% of the topic's paragraphs (in the cells: how many)")
@@ -128,22 +131,22 @@ def draw(names: list[str], told: Tensor, answers: Tensor, title: str, output: Pa
 
 def main() -> None:
     """Train, print the accuracies, and draw."""
-    given = parse(parser(__doc__, "topics.png", epochs=(25, 8)))
-    names, known, unseen = read(given.seed)
-    told, answers, came_to = train(given.cell, given.epochs, given.seed)
+    args = parse(parser(__doc__, "topics.png", epochs=(25, 8)))
+    names, known, unseen = read(args.seed)
+    predicted, answers, result = train(args.cell, args.epochs, args.seed)
     right = {  # topics are sorted: the first has the most paragraphs
         "most frequent topic": float((answers == 0).float().mean()),
         "bag of words": bag_of_words(known, unseen),
-        given.cell: 1 - came_to.error / 100,
+        args.cell: 1 - result.error / 100,
     }
     print(f"{len(known)} paragraphs of {TOPICS} topics to train on, {len(unseen)} held out")
     for name, share in right.items():
         print(f"{name:20}{100 * share:6.1f}% right")
-    verdict = "beats" if right[given.cell] > right["bag of words"] else "DOES NOT BEAT"
-    print(f"{given.cell} {verdict} the bag of words.")
-    print(f"{came_to.parameters} parameters, {came_to.epoch_seconds:.2f} s an epoch")
-    title = f"{given.cell}: {100 * right[given.cell]:.0f}% of {len(answers)} paragraphs right"
-    draw(names, told, answers, title, given.output)
+    verdict = "beats" if right[args.cell] > right["bag of words"] else "DOES NOT BEAT"
+    print(f"{args.cell} {verdict} the bag of words.")
+    print(f"{result.parameters} parameters, {result.epoch_seconds:.2f} s an epoch")
+    title = f"{args.cell}: {100 * right[args.cell]:.0f}% of {len(answers)} paragraphs right"
+    draw(names, predicted, answers, title, args.output)
 
 
 if __name__ == "__main__":

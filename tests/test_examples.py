@@ -153,7 +153,7 @@ def test_lightning_weather(tmp_path: Path) -> None:
         ("streaming", "--cell=MLP", "invalid choice: 'MLP'"),
         ("streaming", "--seed=-1", "--seed must be 0 or more, got -1"),
         ("recall", "--longest=64", "--longest must be from 4 to 63, got 64"),
-        ("characters", "--prompt=Łódź", "--prompt must have characters of the text alone"),
+        ("characters", "--prompt=Łódź", "--prompt must use only characters of the text"),
         ("characters", "--temperature=0", "--temperature must be above 0, got 0.0"),
     ],
 )

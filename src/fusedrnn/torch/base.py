@@ -1,4 +1,4 @@
-"""What PyTorch's modules of ours share: a cell's parameters, options and calls."""
+"""The base of our PyTorch modules: a cell's parameters, options and calls."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _OPTIONS = DEFAULTS | {"forget_bias": None, "orthogonal": False, "precision": "e
 
 
 def of_cell(kind: Any) -> dict[str, Any]:
-    """Return the options that a cell has, and what they are unless given."""
+    """Return the options that a cell has, with their defaults."""
     return {n: value for n, value in _OPTIONS.items() if n in kind.__optional_keys__}
 
 
@@ -59,12 +59,12 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 def _as_floats(value: Any) -> Any:
-    """Return a number or numbers, NumPy's or not, as JSON has them."""
+    """Return a number or numbers, perhaps NumPy's, as floats for JSON."""
     return list(map(float, value)) if isinstance(value, (tuple, list)) else float(value)
 
 
 def check_kind(name: str, value: Any, kind: type) -> None:
-    """Refuse an argument of another type, as torch.nn does."""
+    """Raise TypeError for an argument of another type, as torch.nn does."""
     if not isinstance(value, kind):
         raise TypeError(
             f"{name} should be of type {kind.__name__}, got: {type(value).__name__}"
@@ -72,15 +72,15 @@ def check_kind(name: str, value: Any, kind: type) -> None:
 
 
 class Recurrent(nn.Module):
-    """What layers and single steps share: a cell's parameters and options."""
+    """The base of layers and single steps: a cell's parameters and options."""
 
     input_size: int
     hidden_size: int
     bias: bool
-    _shown: ClassVar[dict[str, Any]]  # defaults of arguments of torch.nn's
-    _defaults: ClassVar[dict[str, Any]]  # of the options that the cell has
-    _names: list[str]  # of all parameters
-    _together: str  # describes what a call runs
+    _shown: ClassVar[dict[str, Any]]  # torch.nn's arguments, with their defaults
+    _defaults: ClassVar[dict[str, Any]]  # the cell's options, with their defaults
+    _names: list[str]  # the names of all parameters
+    _together: str  # describes all layers to an operator
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class Recurrent(nn.Module):
 
     @property
     def _width(self) -> int:
-        """How many units h has."""
+        """The number of units of h."""
         return self.proj_size or self.hidden_size
 
     def _add_parameters(self, suffix: str, I: int, **factory: Any) -> list[str]:
@@ -154,7 +154,7 @@ class Recurrent(nn.Module):
         return [kind + suffix for kind in shapes]
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew, uniform in ±1/√H, by the same numbers as torch.nn."""
+        """Draw new parameters, uniform in ±1/√H, from the same random numbers as torch.nn."""
         bound, H = self.hidden_size**-0.5, self.hidden_size
         forget_bias = self._options.get("forget_bias")
         for name, p in self.named_parameters():
@@ -170,7 +170,7 @@ class Recurrent(nn.Module):
                 init.constant_(p.detach()[H : 2 * H], forget_bias * kind.startswith("bias_ih"))
 
     def _get(self, name: str) -> Tensor:
-        """Return what an attribute is now: others may have put a tensor in its place."""
+        """Return a parameter, or the tensor that other code has put in its place."""
         p = self._parameters.get(name)
         if p is None:
             p = getattr(self, name)
@@ -179,7 +179,7 @@ class Recurrent(nn.Module):
         return p
 
     def extra_repr(self) -> str:
-        """Return the arguments that were not left out."""
+        """Return the sizes and the arguments that differ from their defaults."""
         shown = [f"{self.input_size}, {self.hidden_size}"]
         defaults = self._shown | {"nonlinearity": "tanh"} | self._defaults
         for name, default in defaults.items():
@@ -192,20 +192,20 @@ class Recurrent(nn.Module):
 
     @functools.cached_property
     def _saving(self) -> Call:
-        """A plain call that backward follows."""
+        """The description of a call without options that saves values for backward."""
         return parse(self._together, "save")
 
     @functools.cached_property
     def _plain(self) -> tuple[Call, _cpu.TensorLayers]:
-        """What runs a call that is asked for nothing more on the CPU."""
+        """The description and the compiled layers of a call without options on the CPU."""
         call = parse(self._together)
         return call, call.on_cpu(self.input_size, self.hidden_size, self._width)
 
     def _infer(self, input: Any, hx: Any, axes: int) -> Any:
-        """Run a call as it comes, where nothing is drawn.
+        """Run a call without options or random masks on unchecked tensors.
 
-        None where an argument, or who looks at the call, needs a look; False where autograd
-        looks and nothing else is in the way.
+        Return False if autograd must record the call, and None if an argument needs checks or
+        a mode, transform or tracer must record it.
         """
         follow_threads()
         call, layers = self._plain
@@ -234,7 +234,7 @@ class Recurrent(nn.Module):
             )
 
     def _weights(self, names: Sequence[str]) -> list[Tensor]:
-        """Return parameters, which are where and of the type that the first is."""
+        """Return parameters, which must have the device and dtype of the first."""
         weights = [self._get(name) for name in names]
         first = weights[0]
         dtype, device = first.dtype, first.device
@@ -244,7 +244,7 @@ class Recurrent(nn.Module):
         return weights
 
     def _split(self, hx: Any) -> dict[str, Any]:
-        """Return the states that a user gave, by their names."""
+        """Return the user's states by their names in error messages."""
         if hx is None:
             return {}
         if not self._is_pair:
@@ -257,7 +257,7 @@ class Recurrent(nn.Module):
         return {"hx[0]": hx[0], "hx[1]": hx[1]}
 
     def _seed(self, seed: int | None) -> Tensor | None:
-        """Return what random numbers depend on, drawn from PyTorch's for None."""
+        """Return the seed of random masks as a tensor; None draws one from PyTorch."""
         given = checks.seed(seed)
         if not (self._is_random and self.training):
             return None
@@ -274,7 +274,7 @@ class Recurrent(nn.Module):
         bptt: int | None = None,
         recompute: bool = False,
     ) -> str:
-        """Return the words for what a call is asked for."""
+        """Return the words that describe a call's options to an operator."""
         asked = "save" if _saves(tensors, self.training) else ""
         if self.training and self._is_random:
             asked += " training"
@@ -287,7 +287,7 @@ class Recurrent(nn.Module):
         return asked
 
     def _compute(self, layers: str, asked: str, *tensors: Any) -> tuple[Tensor, ...]:
-        """Run described layers over x (T, B, I), the first of the tensors of `ops.Inputs`."""
+        """Run the layers that `layers` describes on the tensors of `ops.Inputs`, x first."""
         x = tensors[0]
         dtype = _computed_in(x)
         if dtype is None:
@@ -304,28 +304,28 @@ class Recurrent(nn.Module):
 
 
 def _run(layers: str, asked: str, *tensors: Any) -> tuple[Tensor, ...]:
-    if torch.compiler.is_compiling():  # strings go into the graph
+    if torch.compiler.is_compiling():  # a graph holds strings, not a `Call`
         made: tuple[Tensor, ...] = ops.forward(layers, asked, *tensors)
         return made
     return ops.run_forward(parse(layers, asked), *tensors)
 
 
 def _saves(tensors: Iterable[Any], training: bool) -> bool:
-    """Whether backward may be asked for."""
+    """Return whether backward may follow."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled() and (training or not _is_exporting())
     return torch.is_grad_enabled() if ops.is_transformed() else ops.has_gradient(tensors)
 
 
 def _is_cast(kind: str) -> bool:
-    """Whether autocast is at work on a kind of device."""
+    """Return whether autocast is enabled on a kind of device."""
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
 def _computed_in(x: Tensor) -> torch.dtype | None:
-    """Return the dtype to compute in if it may be another than that of all tensors."""
+    """Return the dtype to compute in, or None if it is the dtype of all tensors."""
     kind = x.device.type
-    if _is_cast(kind) and x.dtype != torch.float64:  # which autocast leaves alone
+    if _is_cast(kind) and x.dtype != torch.float64:  # autocast does not change float64
         return torch.float32 if kind == "cpu" else torch.get_autocast_dtype(kind)
     if x.dtype in _HALVES:
         return torch.float32 if kind == "cpu" else x.dtype

@@ -1,7 +1,7 @@
-"""Modules in the place of torch.nn's: the same names, arguments, parameters and results.
+"""Replacements of torch.nn's modules: the same names, arguments, parameters and results.
 
-What is not said here is as PyTorch's documentation says of the module of the same name. Options
-of ours stay on the fused kernels, forward and backward.
+Unless stated here, PyTorch's documentation of the module of the same name applies. Additional
+options run on the fused kernels, too, forward and backward.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class _Made(NamedTuple):
-    """What layers made, time-major; every c and gate only if asked for."""
+    """The results of layers, time-major; cells and gates only if requested."""
 
     y: Tensor
     final: list[Tensor]
@@ -126,24 +126,24 @@ class _Layers(Recurrent):
         Parameters
         ----------
         input: (T, B, I), (B, T, I) if batch_first, (T, I), or a PackedSequence.
-        hx: h_0 or, of an LSTM, (h_0, c_0), each (layers*directions, B, H) or without B; None
+        hx: h_0 or, for an LSTM, (h_0, c_0), each (layers*directions, B, H) or without B; None
             for zeros.
         lengths: (B,) integers 0 to T in any order, or None for T; not with a PackedSequence.
-        resets: bool, shaped like input without its last axis, true where the state that enters
-            the step is 0; not with a PackedSequence.
+        resets: bool, shaped like input without its last axis, true where the state is set to 0
+            before the step; not with a PackedSequence.
         return_cells, trace, bptt, recompute: as for `fusedrnn.lstm_vjp`.
-        seed: what zoneout, recurrent and weight dropout depend on in training, 0 to 2**64 - 1;
-            None draws it from PyTorch's generator.
+        seed: 0 to 2**64 - 1, determines the masks of zoneout, recurrent and weight dropout in
+            training; None draws it from PyTorch's generator.
 
         Returns
         -------
-        output, h_n or (h_n, c_n): as of torch.nn; then every c of the last layer and a dict of
-        every gate by names as "i_l0", if asked for.
+        output, h_n or (h_n, c_n): as from torch.nn; then, with return_cells, every c of the
+        last layer and, with trace, a dict of every gate by names such as "i_l0".
 
         Raises
         ------
-        RuntimeError, ValueError, TypeError: what torch.nn refuses, with the same type; each
-            names the argument, what was expected and what came.
+        RuntimeError, ValueError, TypeError: the same type as torch.nn raises; each names the
+            argument, what was expected and what came.
         """
         asks = return_cells or trace or recompute or not (lengths is resets is bptt is None)
         if not (asks or (self.training and (self._is_random or self.dropout))):
@@ -197,7 +197,7 @@ class _Layers(Recurrent):
         return self._results(give, made, kept, unbatched)
 
     def _as_it_comes(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
-        """Run a call that asks for nothing more, or return None where it needs a look."""
+        """Run a call without options on unchecked tensors; return None if it needs checks."""
         if torch.compiler.is_compiling():
             return None
         results: Any = self._infer(input, hx, int(self.batch_first))
@@ -227,7 +227,7 @@ class _Layers(Recurrent):
     def _results(
         self, give: Callable[[Tensor], Any], made: _Made, kept: dict[str, Any], unbatched: bool
     ) -> tuple[Any, ...]:
-        """Return what the user gets, sequences as `give` makes them of (T, B, …)."""
+        """Return the user's results; `give` converts sequences (T, B, …)."""
         views = [a.squeeze(1) if unbatched else a for a in made.final]
         results: list[Any] = [give(made.y), tuple(views) if self._is_pair else views[0]]
         if kept["return_cells"]:
@@ -244,7 +244,7 @@ class _Layers(Recurrent):
             )
 
     def _state(self, hx: Any, B: Any, unbatched: bool, like: Tensor) -> tuple[Any, ...]:
-        """Check h_0, and c_0, and return them with B."""
+        """Check h_0 and c_0, and return them with an axis of B."""
         given = self._split(hx)
         if not given:
             return (None,) * (1 + self._is_pair)
@@ -317,7 +317,7 @@ class _Layers(Recurrent):
         return _Made(y, final, every_c, self._gates(traces) if kept["trace"] else {})
 
     def _gates(self, traces: list[Tensor]) -> dict[str, Tensor]:
-        """Return every gate by names as "i_l0"."""
+        """Return every gate by names such as "i_l0"."""
         each = [one for trace in traces for one in trace.unbind()]
         D, letters = 1 + self.bidirectional, CELLS[self._cell].gates
         return {
@@ -327,7 +327,7 @@ class _Layers(Recurrent):
         }
 
     def _dropped(self, y: Tensor, layout: Layout | None) -> Tensor:
-        """Return what the layer after sees of y; in packed data PyTorch drops what is there."""
+        """Return y with dropout, for the next layer; masks of packed data skip the padding."""
         if layout is None:
             return dropout(y, self.dropout, True)
         return layout.pad(dropout(layout.pack(y), self.dropout, True))
@@ -402,10 +402,10 @@ class LSTM(_Layers):
 
     Parameters
     ----------
-    input_size … dtype: as of torch.nn, in its order.
+    input_size … dtype: as for torch.nn, in its order.
     peephole, coupled_gates, layer_norm, clip, cell_clip, zoneout, recurrent_dropout,
-        weight_dropout, forget_bias, orthogonal: as of `fusedrnn.LSTM`, by keyword. Parameters
-        that they bring follow those of a layer's direction: weight_ch_l0, gamma_ih_l0, ….
+        weight_dropout, forget_bias, orthogonal: as for `fusedrnn.LSTM`, by keyword. Their
+        parameters follow the others of a layer's direction: weight_ch_l0, gamma_ih_l0, ….
     precision: "tf32" lets a GPU's matrix units multiply float32, rounded to 10 bits; without
         effect on other types and on the CPU.
 
@@ -459,8 +459,8 @@ class GRU(_Layers):
         h = (1 - z) n + z h'
 
     The options reset_after, layer_norm, clip, zoneout, recurrent_dropout, weight_dropout,
-    orthogonal are those of `fusedrnn.GRU`; all else, shapes and errors, is as for `LSTM`.
-    Source: Cho et al. 2014, in the form of cuDNN and PyTorch.
+    orthogonal are those of `fusedrnn.GRU`; everything else, with shapes and errors, is as for
+    `LSTM`. Source: Cho et al. 2014, in the form of cuDNN and PyTorch.
 
     >>> import torch, fusedrnn.torch as ft
     >>> gru = ft.GRU(3, 4, bidirectional=True)
@@ -498,8 +498,8 @@ class RNN(_Layers):
         h = φ(weight_ih x_t + bias_ih + weight_hh h' + bias_hh)
 
     nonlinearity is φ, "tanh", "relu" or "identity". The options clip, zoneout,
-    recurrent_dropout, weight_dropout, orthogonal are those of `fusedrnn.RNN`; all else, shapes
-    and errors, is as for `LSTM`. Source: Elman 1990.
+    recurrent_dropout, weight_dropout, orthogonal are those of `fusedrnn.RNN`; everything else,
+    with shapes and errors, is as for `LSTM`. Source: Elman 1990.
 
     >>> import torch, fusedrnn.torch as ft
     >>> output, h_n = ft.RNN(3, 4, nonlinearity="relu")(torch.zeros(7, 5, 3))

@@ -1,4 +1,4 @@
-"""Sequences packed without padding, `torch.nn.utils.rnn.PackedSequence`, and padded again."""
+"""Conversion of a `torch.nn.utils.rnn.PackedSequence` to a padded batch and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 
 class _Take(torch.autograd.Function):
-    """Rows of a matrix, no row twice: its derivative is `_Place`, which adds nothing up."""
+    """Select rows of a matrix, none of them twice, so that the derivative needs no sums."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, rows: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ class _Take(torch.autograd.Function):
 
 
 class _Place(torch.autograd.Function):
-    """A matrix of so many rows, those named given and the others 0."""
+    """Place rows in a matrix of `count` rows, the others 0."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -41,12 +41,12 @@ _place: Any = _Place.apply
 
 
 class Layout(NamedTuple):
-    """Where the rows of packed data lie in a padded batch.
+    """The positions of packed data's rows in a padded batch.
 
     Attributes
     ----------
-    T, B: the longest length, and how many sequences there are, the longest first.
-    lengths: (B,). rows: of (T*B, …), in the order of packed data.
+    T, B: the longest length, and the number of sequences, which are sorted longest first.
+    lengths: (B,). rows: the indices into (T*B, …), in the order of the packed data.
     """
 
     T: int
@@ -56,7 +56,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, packed: PackedSequence) -> Layout:
-        """Read it off the batch sizes."""
+        """Return the layout of packed data, from its batch sizes."""
         sizes = packed.batch_sizes
         T, B = len(sizes), int(sizes[0])
         is_there = sizes[:, None] > torch.arange(B, device=sizes.device)
@@ -64,11 +64,11 @@ class Layout(NamedTuple):
         return cls(T, B, is_there.sum(0), rows.to(packed.data.device))
 
     def pad(self, data: Tensor) -> Tensor:
-        """Return (T, B, …), 0 where there is nothing."""
+        """Return packed data as a padded batch (T, B, …), padding being 0."""
         placed: Tensor = _place(data, self.rows, self.T * self.B)
         return placed.view(self.T, self.B, *placed.shape[1:])
 
     def pack(self, padded: Tensor) -> Tensor:
-        """Return the rows that are there."""
+        """Return the rows of a padded batch as packed data."""
         taken: Tensor = _take(padded.flatten(0, 1), self.rows)
         return taken

@@ -1,4 +1,4 @@
-"""Single steps of a cell, for loops that are written out."""
+"""Modules that run a single step of a cell, for the user's own loops over time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class _Step(Recurrent):
-    """One step of a cell, for loops that are written out."""
+    """A single step of a cell, for the user's own loop over time."""
 
     _shown: ClassVar[dict[str, Any]] = {"bias": True}
 
@@ -41,21 +41,22 @@ class _Step(Recurrent):
         self.reset_parameters()
 
     def forward(self, input: Tensor, hx: Any = None, *, seed: int | None = None) -> Any:
-        """Take a step.
+        """Run a step.
 
         Parameters
         ----------
         input: (B, I) or (I,).
-        hx: the state before, h or, of an LSTM, (h, c), each (B, H) or (H,); None for zeros.
-        seed: what zoneout, recurrent and weight dropout depend on in training; None draws it.
+        hx: the previous state, h or, for an LSTM, (h, c), each (B, H) or (H,); None for zeros.
+        seed: determines the masks of zoneout, recurrent and weight dropout in training; None
+            draws a seed.
 
         Returns
         -------
-        The state after, in the form of hx.
+        The new state, in the form of hx.
 
         Raises
         ------
-        RuntimeError, ValueError, TypeError: what torch.nn refuses, with the same type.
+        RuntimeError, ValueError, TypeError: the same type as torch.nn raises.
         """
         if not (torch.compiler.is_compiling() or (self.training and self._is_random)):
             state = self._as_it_comes(input, hx)
@@ -89,7 +90,7 @@ class _Step(Recurrent):
         return tuple(ends) if self._is_pair else ends[0]
 
     def _as_it_comes(self, input: Any, hx: Any) -> Any:
-        """Take a step that asks for nothing more, or return None where it needs a look."""
+        """Run a step without options on unchecked tensors; return None if it needs checks."""
         state = self._infer(input, hx, 2)
         if state is not False:
             return state
@@ -104,7 +105,7 @@ class _Step(Recurrent):
 class LSTMCell(_Step):
     """`torch.nn.LSTMCell` on our kernels: one step of `LSTM`, its equations and options.
 
-    Takes x (B, I) and the state (h, c), each (B, H), or without B; returns the state after.
+    It takes x (B, I) and the state (h, c), each (B, H), or without B; it returns the new state.
 
     >>> import torch, fusedrnn.torch as ft
     >>> h, c = ft.LSTMCell(3, 4)(torch.zeros(5, 3))
@@ -130,7 +131,7 @@ class LSTMCell(_Step):
 class GRUCell(_Step):
     """`torch.nn.GRUCell` on our kernels: one step of `GRU`, its equations and options.
 
-    Takes x (B, I) and the state h, (B, H), or without B; returns the state after.
+    It takes x (B, I) and the state h, (B, H), or without B; it returns the new state.
 
     >>> import torch, fusedrnn.torch as ft
     >>> ft.GRUCell(3, 4)(torch.zeros(5, 3)).shape
@@ -155,7 +156,7 @@ class GRUCell(_Step):
 class RNNCell(_Step):
     """`torch.nn.RNNCell` on our kernels: one step of `RNN`, its equations and options.
 
-    Takes x (B, I) and the state h, (B, H), or without B; returns the state after.
+    It takes x (B, I) and the state h, (B, H), or without B; it returns the new state.
 
     >>> import torch, fusedrnn.torch as ft
     >>> ft.RNNCell(3, 4, nonlinearity="relu")(torch.zeros(5, 3)).shape

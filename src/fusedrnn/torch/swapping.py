@@ -1,4 +1,4 @@
-"""Our modules in the place of those that a model has."""
+"""Replacing the recurrent modules of a model by ours."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _OF_TORCH = ("_flat_weight", "_all_weights")
 
 
 class Swapped(NamedTuple):
-    """What `swap` did; prints as text.
+    """The result of `swap`; it prints as text.
 
     Attributes
     ----------
-    replaced: the modules that took the place of others, by their names in the model.
-    kept: why a recurrent module of torch.nn was left as it is, by its name.
+    replaced: the new modules, by their names in the model.
+    kept: the reasons why recurrent modules of torch.nn were not replaced, by their names.
     """
 
     replaced: dict[str, nn.Module]
@@ -54,11 +54,11 @@ class Swapped(NamedTuple):
 
 
 def swap(model: nn.Module) -> Swapped:
-    """Put ours in the place of every nn.LSTM, nn.GRU, nn.RNN and their cells in a model.
+    """Replace every nn.LSTM, nn.GRU, nn.RNN and their cells in a model by ours.
 
-    Parameters are shared, not copied, so that optimizers made before go on to work; hooks,
-    parametrizations and the mode (training or not) move, too. A module used twice is replaced
-    by one.
+    Parameters are shared, not copied, so existing optimizers continue to work; hooks,
+    parametrizations and the mode (training or not) are transferred, too. A module that is used
+    twice is replaced by one module.
 
     Parameters
     ----------
@@ -66,11 +66,11 @@ def swap(model: nn.Module) -> Swapped:
 
     Returns
     -------
-    What was replaced and what was not; print it.
+    The replaced modules and those that were not; print it.
 
     Raises
     ------
-    TypeError: model is no module, or itself one to be replaced, which cannot be done in place.
+    TypeError: model is not a module, or is one to replace, which cannot be done in place.
 
     >>> import torch, fusedrnn.torch as ft
     >>> from torch import nn
@@ -103,7 +103,7 @@ def swap(model: nn.Module) -> Swapped:
 
 
 def _kind(module: nn.Module) -> Any:
-    """Return which of ours replaces a module, None for none."""
+    """Return the class of ours that replaces a module, or None."""
     kind = type(module)
     if parametrize.is_parametrized(module):
         kind = kind.__bases__[0]
@@ -115,7 +115,7 @@ def _replacement(old: nn.Module, kind: Any) -> nn.Module:
     given = {name: getattr(old, name) for name in _ARGUMENTS if hasattr(old, name)}
     if kind is not LSTM:
         given.pop("proj_size", None)
-    dropout = given.pop("dropout", None)  # that of one layer would warn again
+    dropout = given.pop("dropout", None)  # with one layer, it would warn again
     new: nn.Module = kind(**given, device="meta")
     if dropout is not None:
         new.dropout = dropout
@@ -125,7 +125,7 @@ def _replacement(old: nn.Module, kind: Any) -> nn.Module:
     for name, module in old._modules.items():
         if name != "parametrizations":
             new._modules[name] = module
-    # Weights that are attributes, and what a user put there, not what torch.nn keeps.
+    # Copy weights that are plain attributes, and the user's own, but not torch.nn's caches.
     own = [n for n in old.__dict__ if n not in new.__dict__]
     new.__dict__.update({n: old.__dict__[n] for n in own if not n.startswith(_OF_TORCH)})
     parametrize.transfer_parametrizations_and_params(old, new)
