@@ -65,7 +65,7 @@ struct BlockWalk {
   FUSEDRNN_DEVICE V keep_c(const A*, index u) const {
     return {kept_bits ? static_cast<A>(kept_bits[u] >> 1 & 1) : keeps_c};
   }
-  FUSEDRNN_DEVICE static V kept(V x) { return x; }
+  FUSEDRNN_DEVICE static V rounded(V x) { return x; }
   FUSEDRNN_DEVICE A* scratch(int) const { return own_scratch; }
   FUSEDRNN_DEVICE static void bounds(double clip, V (&to)[4]) {
     device::clip_bounds(clip, to);
@@ -376,7 +376,7 @@ struct RowBackward : RowKernel<CellOf, A> {
           nullptr};
       if (part == 0) {
         Walk::each(R, [&](index u) {
-          row.dh[u] = rows.before(row, u, Walk::load(row.dh, u)).value;
+          row.dh[u] = rows.zoneout_backward(row, u, Walk::load(row.dh, u)).value;
         });
         if (model.projects) {
           Walk::each(R, [&](index u) { da[at.dh + u] = row.dh[u]; });
@@ -818,8 +818,8 @@ class RowLayer {
     }
     if constexpr (Cell::has_c) {
       for (int k = 0; k < peepholes; ++k) {
-        const auto [slot, sees_new] = blocks.peepholes[k];
-        const index seen = sees_new ? at.c : at.c_prev;
+        const auto [slot, reads_new_c] = blocks.peepholes[k];
+        const index seen = reads_new_c ? at.c : at.c_prev;
         add(v.weight_ch, k, slot * H, room.gradients + seen, gradient);
       }
       add(v.gamma_c, 0, at.squashed, room.gradients + at.normal_c, gradient);

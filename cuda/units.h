@@ -110,7 +110,7 @@ struct UnitWalk {
   FUSEDRNN_DEVICE static void bounds(double clip, V (&to)[4]) {
     device::clip_bounds(clip, to);
   }
-  FUSEDRNN_DEVICE V kept(V x) const {
+  FUSEDRNN_DEVICE V rounded(V x) const {
     if constexpr (sizeof(A) == 4) {
       if (rounds) return {from_half(to_half(x.value, bfloat), bfloat)};
     }
@@ -167,7 +167,7 @@ FUSEDRNN_DEVICE void step_unit_back(const UnitOptions<A>& o, index b, index unit
       nullptr, nullptr, &dh,     &dc,
       &direct, da,      false,   nullptr,
       nullptr, nullptr};
-  rows.backward(row, in, 0, rows.before(row, 0, {dh}));
+  rows.backward(row, in, 0, rows.zoneout_backward(row, 0, {dh}));
   for (int k = 0; k < slots; ++k) at.v[k] = {da[k]};
   at.state = {{direct}, {dc}};
   if constexpr (Cell::has_c) {
@@ -176,8 +176,8 @@ FUSEDRNN_DEVICE void step_unit_back(const UnitOptions<A>& o, index b, index unit
     constexpr Shape shape = fusedrnn::shape_of<Cell>(0);
     A* const to = o.dweight_ch + b * Cell::peephole_count * o.H + unit;
     for (int k = 0; k < Cell::peephole_count; ++k) {
-      const auto [slot, sees_new] = shape.peepholes[k];
-      add_to(to + k * o.H, da[slot] * da[sees_new ? in.c : in.c_prev]);
+      const auto [slot, reads_new_c] = shape.peepholes[k];
+      add_to(to + k * o.H, da[slot] * da[reads_new_c ? in.c : in.c_prev]);
     }
   }
 }
