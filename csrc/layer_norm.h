@@ -36,7 +36,7 @@ struct ForwardRow {
   S *cells, *trace;          // or null
   S* next_h_dropped;         // h · mask, which R reads in the next step; or null
   const S* mask;             // or null
-  const S *keep_h, *keep_c;  // what zoneout keeps, where the walk does not know
+  const S *keep_h, *keep_c;  // what zoneout keeps, unless the walk has it
   S* saved_slots;            // the record, where backward needs the slots; or null
 };
 
@@ -52,7 +52,7 @@ struct BackwardRow {
   S* da;                // a row of gradients
   bool is_cut;
   const S* mask;             // of h_dropped, or null
-  const S *keep_h, *keep_c;  // what zoneout keeps, where the walk does not know
+  const S *keep_h, *keep_c;  // what zoneout keeps, unless the walk has it
 };
 
 // NormalisedRows has the arguments of a call and applies LayerNorm (Ba et al. 2016) to

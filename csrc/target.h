@@ -1,5 +1,4 @@
-// This header has what differs in the language between host code, CPU kernels and GPU
-// kernels.
+// This header defines what differs between host code, CPU kernels and GPU kernels.
 #pragma once
 
 #include <cstddef>

@@ -106,7 +106,7 @@ class Worker {
       if (state_.compare_exchange_strong(state, asleep)) state_.wait(asleep);
       if (state_.load(std::memory_order_acquire) == stop) return;
 #if defined(__linux__)
-      if (bound_) sched_setaffinity(0, sizeof allowed_, &allowed_);  // it has moved
+      if (bound_) sched_setaffinity(0, sizeof allowed_, &allowed_);  // free again
       bound_ = false;
 #endif
       team_.barrier->keep_apart(team_.rank, team_.count);
@@ -286,7 +286,7 @@ void Barrier::keep_apart([[maybe_unused]] int rank, [[maybe_unused]] int count) 
   }
   if (CPU_COUNT(&free) == 0) return;
   if (sched_setaffinity(0, sizeof free, &free) != 0) return;
-  sched_setaffinity(0, sizeof allowed, &allowed);  // it has moved
+  sched_setaffinity(0, sizeof allowed, &allowed);  // moved, and free again
   cpu_[rank].store(sched_getcpu() + 1, std::memory_order_relaxed);
 #endif
 }
