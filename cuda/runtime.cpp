@@ -39,11 +39,11 @@ namespace {
 Device read_device(int ordinal) {
   const auto fact = [&](cudaDeviceAttr attribute) {
     int value = 0;
-    check(cudaDeviceGetAttribute(&value, attribute, ordinal), "facts of a device");
+    check(cudaDeviceGetAttribute(&value, attribute, ordinal), "attributes of a device");
     return value;
   };
   cudaDeviceProp properties;
-  check(cudaGetDeviceProperties(&properties, ordinal), "facts of a device");
+  check(cudaGetDeviceProperties(&properties, ordinal), "attributes of a device");
   Device d;
   d.name = properties.name;
   d.capability = properties.major * 10 + properties.minor;
@@ -119,7 +119,7 @@ void clear(void* memory, index bytes, Stream stream) {
   if (!memory || bytes == 0) return;
   check(cudaMemsetAsync(memory, 0, static_cast<std::size_t>(bytes),
                         static_cast<cudaStream_t>(stream)),
-        "zeros");
+        "clearing of memory");
 }
 void synchronize(Stream stream) {
   check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "stream");

@@ -173,7 +173,7 @@ Plan search(const Sizes& p, int ordinal, const Work& work,
     };
     for_each_candidate(p, work, gpu, instance.tiles, instance.resident, consider);
   }
-  if (best.tiles == 0) throw Error("no plan for this layer meets what was wished");
+  if (best.tiles == 0) throw Error("no plan for this layer meets the plan override");
   return best;
 }
 
