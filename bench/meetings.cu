@@ -1,33 +1,35 @@
-// What it costs thread blocks to meet: the time of a step that is nothing but a meeting.
+// This program measures what it costs thread blocks to meet: the time of a step that is
+// nothing but a meeting.
 //
 //   nvcc -O3 -std=c++20 -gencode arch=compute_90a,code=sm_90a -o meetings meetings.cu
 //   ./meetings        one line of JSON: nanoseconds a meeting, median and quartiles
 //
-// A recurrence's blocks meet once per step, and what a meeting costs bounds the step from
-// below. Here blocks of 256 threads, one on each multiprocessor, do nothing else: in step
-// n every block has 128 bytes (a tile of 8 rows × 8 units of 16 bits) for all others, and
-// the step ends when it has read theirs. The ways, each with what its time holds:
+// A recurrence's blocks meet once per step, and a step takes at least as long as a
+// meeting. Here blocks of 256 threads, one on each multiprocessor, do nothing else: in
+// step n every block sends 128 bytes (a tile of 8 rows × 8 units of 16 bits) to all
+// others, and the step ends when it has read theirs. The ways, each with what its time
+// includes:
 //
-//   block barrier      one block, through its own shared memory: the base, as every way
-//                      below has such a barrier or a dearer one in its step
+//   block barrier      one block, through its own shared memory: the base, because every
+//                      way below has such a barrier or a more expensive one in its step
 //   cluster barrier    stores into the peers' shared memory, then barrier.cluster; also
 //                      with nothing sent
 //   cluster mbarrier   st.async into the peers' shared memory, which completes bytes of a
 //                      transaction barrier there
-//   grid flags         stores to memory, a flag released by one thread of each block, all
-//                      flags acquired by all blocks, each warp those whose data it reads
+//   grid flags         stores to memory, a flag released by one thread of each block; all
+//                      flags are acquired by all blocks, each warp those of its data
 //   grid sentinel      no flags: the data itself is polled until none of it is the
-//                      sentinel. With 3 buffers a place is cleared and written again with
-//                      nothing but time between, as such schemes are found in practice;
-//                      with 4 there is room for a fence that has nothing to wait for
+//                      sentinel. With 3 buffers only time separates clearing a place from
+//                      writing it again, as in schemes found in practice; with 4 a fence
+//                      fits in between that has nothing to wait for
 //   grid.sync          that of cooperative groups
-//   graph launch       a launch for each step, in a CUDA graph, of a kernel that does
+//   graph launch       one launch per step, in a CUDA graph, of a kernel that does
 //                      nothing or adds one to a number in memory
 //
-// Every word received is compared with what its sender must have written in that step of
-// that launch: `wrong` counts the threads that saw another one. A launch of 2 × N steps
-// less one of N gives the time of N, without what a launch costs. A wait of seconds ends
-// the program with an error; what could not be run says so in `note`.
+// Every received word is compared with what its sender must have written in that step of
+// that launch: `wrong` counts the threads that read another value. A launch of 2 × N
+// steps minus one of N gives the time of N without the cost of a launch. A wait of
+// seconds ends the program with an error; `note` says what could not be run.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -43,24 +45,25 @@ namespace {
 
 constexpr int threads = 256, warps = threads / 32;
 constexpr int meetings = 2000, repetitions = 11, warm_ups = 2;
-constexpr int quads = 8;  // of 16 bytes, that a block has for the others
+constexpr int quads = 8;  // of 16 bytes, that a block sends to the others
 constexpr int largest_cluster = 16;
-// What a warp reads at once: 4 blocks, in as many rounds as the largest grid asks for.
+// A warp reads 4 blocks at once, in as many rounds as the largest grid needs.
 constexpr int most_blocks = 256, rounds = most_blocks / warps / 4;
 constexpr int most_buffers = 4;
 constexpr int reserved_bytes = 128 * 1024;  // so that a multiprocessor has one block
 constexpr unsigned sentinel = ~0u;
 
-// What a launch is given. data: (most_buffers, most_blocks, quads), flags: (most_blocks,)
+// Exchange has the arguments of a launch. data: (most_buffers, most_blocks, quads),
+// flags: (most_blocks,)
 struct Exchange {
   int steps;
-  unsigned salt;  // of the launch, above all other bits of a word
+  unsigned salt;  // of the launch, in the highest bits of a word
   uint4* data;
   unsigned* flags;
   unsigned* wrong;
 };
 
-// Below 2³¹, so never the sentinel.
+// Words are below 2³¹, so never the sentinel.
 __device__ uint4 payload(const Exchange& e, int n, int block, int quad) {
   const unsigned word = e.salt | static_cast<unsigned>(n << 13 | block << 5 | quad << 2);
   return {word, word | 1, word | 2, word | 3};
@@ -71,8 +74,8 @@ __device__ unsigned difference(const uint4& a, const uint4& b) {
 __device__ void report(const Exchange& e, unsigned wrong) {
   if (wrong != 0) atomicAdd(e.wrong, 1u);
 }
-// Ends the program where a wait has no end.
-__device__ void tire(int& polls) {
+// Ends the program if a wait does not end.
+__device__ void count_poll(int& polls) {
   if (++polls > 1 << 22) __trap();
 }
 
@@ -182,7 +185,7 @@ __global__ void __launch_bounds__(threads) cluster_mbarrier(Exchange e) {
     }
     const unsigned parity = static_cast<unsigned>(n >> 1 & 1);
     unsigned done = 0;
-    for (int polls = 0; done == 0; tire(polls)) {
+    for (int polls = 0; done == 0; count_poll(polls)) {
       asm volatile(
           "{\n\t"
           ".reg .pred complete;\n\t"
@@ -204,8 +207,8 @@ __global__ void __launch_bounds__(threads) cluster_mbarrier(Exchange e) {
   report(e, wrong);
 }
 
-// Round k of a warp's reading: the block and quad of this lane. Warp w reads what blocks
-// w, w + 8, … sent.
+// Returns the block that this lane reads in a round; source_quad() is its quad. Warp w
+// reads what blocks w, w + 8, … sent.
 __device__ int source(int round) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   return static_cast<int>(threadIdx.x) / 32 + warps * (lane / quads + 4 * round);
@@ -216,7 +219,7 @@ __device__ uint4* place(const Exchange& e, int buffer, int block, int quad) {
   return e.data + (buffer * most_blocks + block) * quads + quad;
 }
 
-// What all blocks sent in step n, which is there.
+// Reads what all blocks sent in step n, which has arrived.
 __device__ unsigned receive(const Exchange& e, int n) {
   const int blocks = static_cast<int>(gridDim.x);
   uint4 got[rounds];
@@ -240,27 +243,27 @@ __global__ void __launch_bounds__(threads) grid_flags(Exchange e) {
   const int watched = thread / 32 + warps * lane;
   unsigned wrong = 0;
   for (int n = 0; n < e.steps; ++n) {
-    const unsigned turn = static_cast<unsigned>(n + 1);
+    const unsigned next = static_cast<unsigned>(n + 1);
     if (thread < 32) {
       if (lane < quads) *place(e, n & 1, own, lane) = payload(e, n, own, lane);
       __syncwarp();
       if (lane == 0) {
-        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(e.flags + own), "r"(turn)
+        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(e.flags + own), "r"(next)
                      : "memory");
       }
     }
     if (watched < blocks) {
-      unsigned seen = 0;
-      for (int polls = 0; seen < turn; tire(polls)) {
+      unsigned flag = 0;
+      for (int polls = 0; flag < next; count_poll(polls)) {
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                     : "=r"(seen)
+                     : "=r"(flag)
                      : "l"(e.flags + watched)
                      : "memory");
       }
     }
     __syncwarp();
     wrong |= receive(e, n);
-    __syncthreads();  // all is read before the next flag tells so
+    __syncthreads();  // all data is read before the next flag is released
   }
   report(e, wrong);
 }
@@ -284,9 +287,9 @@ __device__ bool has_sentinel(const uint4& value) {
 }
 
 // When a block has all of step n, all blocks have read step n - 1, and each clears its
-// own place of that step. With 4 buffers the next fence stands between this and the data
-// of step n + 2, which a reader has before it polls the place again for step n + 3; that
-// fence follows a wait longer than a store takes. Buffers are the sentinel at the start.
+// own place of that step. With 4 buffers the next fence is between this and the data of
+// step n + 2, which a reader has before it polls the place again for step n + 3; that
+// fence follows a wait longer than a store takes. Buffers hold the sentinel at the start.
 template <int buffers, bool fenced>
 __global__ void __launch_bounds__(threads) grid_sentinel(Exchange e) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -298,7 +301,7 @@ __global__ void __launch_bounds__(threads) grid_sentinel(Exchange e) {
     }
     uint4 got[rounds];
     bool waits = true;
-    for (int polls = 0; waits; tire(polls)) {
+    for (int polls = 0; waits; count_poll(polls)) {
 #pragma unroll
       for (int k = 0; k < rounds; ++k) {
         if (source(k) < blocks) {
@@ -388,12 +391,12 @@ struct Bench {
     return count;
   }
 
-  // milliseconds(steps) of one launch; adds a row.
+  // Measures milliseconds(steps) of launches, and adds a row.
   void measure(const std::string& meeting, int blocks, int groups,
                const std::function<float(int)>& milliseconds) {
     std::array<float, repetitions> ns{};
     std::string note;
-    unsigned seen_wrong = 0;
+    unsigned wrong_count = 0;
     try {
       wrong.fill(0);
       for (int i = -warm_ups; i < repetitions; ++i) {
@@ -403,17 +406,17 @@ struct Bench {
         }
       }
       std::sort(ns.begin(), ns.end());
-      seen_wrong = read_wrong();
-      failed = failed || seen_wrong > 0;
+      wrong_count = read_wrong();
+      failed = failed || wrong_count > 0;
     } catch (const std::runtime_error& error) {
       note = error.what();
       failed = true;
     }
-    add(meeting, blocks, groups, note.empty() ? &ns : nullptr, seen_wrong, note);
+    add(meeting, blocks, groups, note.empty() ? &ns : nullptr, wrong_count, note);
   }
 
   void add(const std::string& meeting, int blocks, int groups,
-           const std::array<float, repetitions>* ns, unsigned seen_wrong,
+           const std::array<float, repetitions>* ns, unsigned wrong_count,
            const std::string& note) {
     char numbers[160] = "\"ns\": null, \"quartiles\": null";
     if (ns) {
@@ -424,7 +427,7 @@ struct Bench {
     rows += (rows.empty() ? "" : ", ") + std::string("{\"meeting\": \"") + meeting +
             "\", \"blocks\": " + std::to_string(blocks) +
             ", \"groups\": " + std::to_string(groups) + ", " + numbers +
-            ", \"wrong\": " + std::to_string(seen_wrong) + ", \"note\": \"" + note +
+            ", \"wrong\": " + std::to_string(wrong_count) + ", \"note\": \"" + note +
             "\"}";
   }
 
@@ -462,7 +465,7 @@ struct Bench {
           "shared memory");
   }
 
-  // One cluster alone, then as many as run at once.
+  // Measures one cluster alone, then as many as run at once.
   void measure_cluster(const std::string& meeting, Kernel kernel, int size) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -506,7 +509,7 @@ struct Bench {
   void measure_graph(const std::string& meeting, void (*kernel)(unsigned*), int blocks,
                      bool adds) {
     cudaStream_t stream{};
-    cudaGraphExec_t graphs[2] = {};  // of `meetings` launches and of twice as many
+    cudaGraphExec_t graphs[2] = {};  // with `meetings` launches and with twice as many
     const auto capture = [&](int count) {
       cudaGraph_t graph;
       check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");

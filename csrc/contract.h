@@ -1,9 +1,9 @@
-// A call of one layer in one direction, as plain sizes and pointers, for both backends.
+// This header describes a call of one layer in one direction, as plain sizes and
+// pointers, for both backends.
 //
-// The type S is that of the elements; strides count elements, and bytes where S is char
-// (the CPU's time loop, which is compiled once for all types). The last axis is always
-// contiguous. "Step s" is the s-th step in the direction of travel: time s forward, time
-// T-1-s in reverse.
+// The element type is S. Strides count elements, or bytes where S is char (the CPU's time
+// loop, which is compiled once for all types). The last axis is always contiguous. "Step
+// s" is the s-th step in the direction of travel: time s forward, time T-1-s in reverse.
 //
 //   x        (T, B, I)  input, strides x_t, x_b
 //   y        (T, B, R)  every h, strides y_t, y_b; R = H unless h is projected
@@ -17,13 +17,12 @@
 //   lengths  (B,)       0 to T: row b takes the steps of times below lengths[b]. At the
 //                       others its state stays, y and dx are 0, and x, dy and saved are
 //                       not read
-//   resets   (T, B)     the state that enters the step of that time and row is 0,
-//                       whatever the direction; without effect where none is taken
+//   resets   (T, B)     true: the state that enters the step of that time and row is 0,
+//                       in either direction; ignored where the row takes no step
 //
-// Gradients carry the name of what they belong to with a prefix d. A null pointer among
-// dy, dh_n, dc_n, dcells stands for zeros, that of a mask for none, and among dx and the
-// gradients of parameters for one that nobody wants and that costs nothing. Outputs alias
-// nothing.
+// A gradient has the name of its array with the prefix d. A null pointer stands for zeros
+// among dy, dh_n, dc_n and dcells, and for no mask among the masks. A null dx or
+// parameter gradient is not wanted and costs nothing. Outputs alias nothing.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +40,7 @@ struct Sizes {
   }
 };
 
-// Properties of a layer that decide how its weights and saved values lie in memory.
+// These properties of a layer decide how its weights and saved values lie in memory.
 struct Model {
   index I, H, R;
   int variant;    // of the cell
@@ -53,13 +52,13 @@ struct Model {
 struct Options {
   double clip, cell_clip;  // infinite for none
   double zoneout_h, zoneout_c, recurrent_dropout;
-  bool training;  // draw at random, else take what is expected
+  bool training;  // draw random masks; else use their expectation
   std::uint64_t seed;
   std::uint32_t where;
   index bptt;  // 0: gradients pass everywhere
 };
-// Whether R multiplies another h' than the cell reads, and whether zoneout changes a
-// state.
+// drops() says whether R multiplies another h' than the cell reads, zones_out() whether
+// zoneout changes a state.
 FUSEDRNN_SHARED constexpr bool drops(const Options& o) {
   return o.training && o.recurrent_dropout > 0;
 }
@@ -67,14 +66,14 @@ FUSEDRNN_SHARED constexpr bool zones_out(const Options& o) {
   return o.zoneout_h > 0 || o.zoneout_c > 0;
 }
 
-// The parts of a cell that options change, as bits, for functions that are compiled for
-// some of them: its gates (clips, peepholes) or its states (zoneout, recurrent dropout, a
+// These bits name the parts of a cell that options change. Functions are compiled for
+// some of them: the gates (clips, peepholes) or the states (zoneout, recurrent dropout, a
 // projection, cells and gates that are returned).
 namespace changes {
 enum : int { nothing = 0, gates = 1, states = 2, all = 3 };
 }
 
-// Parameters that belong to options, contiguous as the user has them, or null.
+// The parameters of options are contiguous as the user has them, or null.
 template <class S>
 struct Vectors {
   S* weight_ch;            // (peepholes, H)
@@ -82,7 +81,7 @@ struct Vectors {
   S *gamma_c, *beta_c;     // (H,)
 };
 
-// Parameters as the user has them, contiguous; biases and weight_hr may be null.
+// The parameters are as the user has them, contiguous; biases and weight_hr may be null.
 template <class S>
 struct Parameters {
   Model model;
@@ -101,7 +100,7 @@ struct ForwardOf : Sizes {
   S* y;
   index y_t, y_b;
   S *h_n, *c_n;
-  S* saved;  // null in inference, and where backward computes it again
+  S* saved;  // null in inference, and where backward recomputes it
   S* cells;  // or null
   index cells_t, cells_b;
   S* trace;  // or null
@@ -122,12 +121,12 @@ struct GradientsOf {
   S *dh0, *dc0;
 };
 
-// What a forward was called with and made, and the gradients. Where `saved` is null
-// backward computes it again, from `cells` where the cell has c.
+// A backward call has the arguments and results of its forward call, and the gradients.
+// Where `saved` is null backward recomputes it, from `cells` where the cell has c.
 template <class S>
 struct BackwardOf : ForwardOf<S>, GradientsOf<S> {};
 
-// Dropout of an array (T, B, N): to = from with elements set to 0 with probability p, the
+// Dropout copies an array (T, B, N) with elements set to 0 with probability p and the
 // others divided by 1 - p. `to` may be `from`.
 template <class S>
 struct Dropout {

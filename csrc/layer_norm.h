@@ -1,22 +1,22 @@
-// Rows of a step, the walk along them, and LayerNorm over whole rows: what pointwise.h
-// builds the steps of the cells on. Written once for the CPU, where a thread walks along
-// rows in vectors, and for GPUs, where the threads of a block share a row or one thread
-// has a unit of it. E, the walk, is:
+// This header has the rows of a step, the walk along them, and LayerNorm over whole rows;
+// pointwise.h builds the steps of the cells on it. It is written once for the CPU, where
+// a thread walks along rows in vectors, and for GPUs, where the threads of a block share
+// a row or one thread has a unit of it. The walk, E, provides:
 //
 //   V, S, lanes            the cell's vector, its scalar, elements of a vector
-//   parts                  what options may change, in bits of `changes`
-//   norm(model)            whether there is LayerNorm, constant where the walk knows
-//   most_rows              how many rows at most are taken together
-//   each(units, f)         f(u) for units, several at a time if V has lanes
-//   sums(n, H, f, to)      to[r] = Σ f(r, u) over whole rows, for all who share one
-//   load(p, u), store      of rows that are padded
-//   upto(p, u, n), put     of rows that end at n
-//   keep_h(row, u), keep_c how much of a unit's state zoneout keeps
-//   scratch(r)             (2 + slots, P) for a row, each unit's values its owner's
-//   once(f), all(n)        f by one of those who share a row; the units of a whole row
-//   kept(x)                x as a record rounds it
+//   parts                  the bits of `changes` that options may have
+//   norm(model)            whether there is LayerNorm, a constant where the walk knows it
+//   most_rows              the most rows that are taken together
+//   each(units, f)         calls f(u) for units, several at a time if V has lanes
+//   sums(n, H, f, to)      to[r] = Σ f(r, u) over whole rows, for all threads of a row
+//   load(p, u), store      access rows that are padded
+//   upto(p, u, n), put     access rows that end at n
+//   keep_h(row, u), keep_c return how much of a unit's state zoneout keeps
+//   scratch(r)             (2 + slots, P) for a row; each thread uses its own units only
+//   once(f), all(n)        calls f in one of a row's threads; the units of a whole row
+//   rounded(x)             x as a record rounds it
 //   bounds(clip, to)       to[4]: ±clip and the activations there (clip_bounds)
-//   bias_is_in             whether sums start at the bias
+//   bias_is_in             whether the product's sums start at the bias
 //   vectors_are_padded     whether the blocks of `vectors` have P elements, or H
 #pragma once
 
@@ -24,38 +24,39 @@
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// Arrays of a row that a step forward reads and writes.
+// A forward step reads and writes these arrays of a row.
 template <class S>
 struct ForwardRow {
   S* record;
-  const S* sums;  // pre-activations, those of slot k from k * sums_apart on
+  const S* sums;  // pre-activations; slot k begins at k * sums_apart
   index sums_apart;
-  const S *h_prev, *c_prev, *seen;  // where the cell needs them; seen is h' for R
+  const S *h_prev, *c_prev, *h_dropped;  // where the cell needs them; R reads h_dropped
   S* c;
-  S* h;                      // or, where h is projected, what the projection multiplies
+  S* h;                      // or the operand of the projection
   S *cells, *trace;          // or null
-  S* next_seen;              // or null: h for R in the next step, which is h times
-  const S* mask;             // this, or null
-  const S *keep_h, *keep_c;  // what zoneout keeps, where the walk does not know
-  S* kept;                   // the record, where the slots are kept; or null
+  S* next_h_dropped;         // h · mask, which R reads in the next step; or null
+  const S* mask;             // or null
+  const S *keep_h, *keep_c;  // what zoneout keeps, unless the walk has it
+  S* saved_slots;            // the record, where backward needs the slots; or null
 };
 
-// Arrays of a row that a step backward reads and writes.
+// A backward step reads and writes these arrays of a row.
 template <class S>
 struct BackwardRow {
-  const S* record;  // or h, for a cell whose h tells its slot
+  const S* record;  // or h, for a cell whose slot follows from h
   const S *h_prev, *c_prev;
-  const S* c;  // before zoneout, or null: from the gates
-  const S* seen;
+  const S* c;  // before zoneout, or null: computed from the gates
+  const S* h_dropped;
   const S* dcells;      // or null
-  S *dh, *dc, *direct;  // padded; dh becomes that of h before zoneout
+  S *dh, *dc, *direct;  // padded; dh becomes the gradient of h before zoneout
   S* da;                // a row of gradients
   bool is_cut;
-  const S* mask;             // of `seen`, or null
-  const S *keep_h, *keep_c;  // what zoneout keeps, where the walk does not know
+  const S* mask;             // of h_dropped, or null
+  const S *keep_h, *keep_c;  // what zoneout keeps, unless the walk has it
 };
 
-// The arguments of a call, and LayerNorm (Ba et al. 2016) of its rows.
+// NormalisedRows has the arguments of a call and applies LayerNorm (Ba et al. 2016) to
+// its rows.
 template <class Cell, class E>
 class NormalisedRows {
  protected:
@@ -99,7 +100,8 @@ class NormalisedRows {
   FUSEDRNN_DEVICE bool has_second() const { return variant.second >= 0; }
   FUSEDRNN_DEVICE bool norm() const { return E::norm(model); }
 
-  // The groups of W x, and those of R h' that wait for no second product.
+  // normalise_inputs takes the groups of W x, normalise_recurrent those of R h' in the
+  // first product, normalise_second those in a second product.
   FUSEDRNN_DEVICE void normalise_inputs(const Row* rows, int n) const {
     e.once([&] {
       for (int r = 0; r < count(n); ++r) {
@@ -119,18 +121,20 @@ class NormalisedRows {
     normalise_groups(rows, n, true);
   }
 
-  // LayerNorm: da of the sums to da of W x and R h', over whole rows; of a second
-  // product's slot before that product, of all others at last.
+  // The backward functions turn da of the sums into da of W x and R h', over whole rows:
+  // the first one for the slot of a second product, before that product, the other for
+  // all other slots, last.
   FUSEDRNN_DEVICE void normalise_second_backward(const BackRow* rows, int n,
                                                  const GradientRow& at) const {
-    back_to_recurrent(rows, n, at, true);
+    recurrent_backward(rows, n, at, true);
   }
   FUSEDRNN_DEVICE void normalise_backward(const BackRow* rows, int n,
                                           const GradientRow& at) const {
     each_group<true>([&]<index size>(Range of, int group) {
-      back<size>(rows, n, record.input(0), at.input - first_input * P, of, group, true);
+      group_backward<size>(rows, n, record.input(0), at.input - first_input * P, of,
+                           group, true);
     });
-    back_to_recurrent(rows, n, at, false);
+    recurrent_backward(rows, n, at, false);
   }
 
  protected:
@@ -147,7 +151,7 @@ class NormalisedRows {
     return false;
   }();
 
-  // A GPU cannot index an array of the host.
+  // The recursion replaces an index: a GPU cannot index an array of the host.
   template <int at = 0>
   FUSEDRNN_DEVICE static constexpr Variant variant_of(int which) {
     constexpr Variant here = Cell::variants[at];
@@ -157,14 +161,14 @@ class NormalisedRows {
       return here;
     }
   }
-  // The number of rows to loop over: a walk of one row need not loop.
+  // Returns the number of rows to loop over, a constant for a walk of one row.
   FUSEDRNN_DEVICE static constexpr int count(int n) { return E::most_rows == 1 ? 1 : n; }
 
-  // Values of units from u on in a block of one of `vectors`.
+  // Loads the values of the units from u on of one block of a parameter vector.
   FUSEDRNN_DEVICE V vector(const S* of, int block, index u) const {
     return e.load(of + block * (E::vectors_are_padded ? P : H), u);
   }
-  // The mean and 1/sigma of some rows.
+  // Moments holds the mean and 1/σ of some rows.
   struct Moments {
     S mean[E::most_rows], scale[E::most_rows];
 
@@ -172,8 +176,8 @@ class NormalisedRows {
       return (x - V::broadcast(mean[r])) * V::broadcast(scale[r]);
     }
   };
-  // f<number of its slots>(its slots, its place) for each group of W x, or of R h'; <0>
-  // in small code, which has one function for all.
+  // Calls f<size>(slots, group) for each group of W x, or of R h'. Code compiled for size
+  // has <0>, one function for all sizes.
   template <bool of_input, int group = 0, class F>
   FUSEDRNN_DEVICE static void each_group(const F& f) {
     constexpr Groups all = of_input ? Groups(Cell::input_group, first_input)
@@ -184,15 +188,16 @@ class NormalisedRows {
       each_group<of_input, group + 1>(f);
     }
   }
-  // Whether a group is the slot of a second product.
+  // Returns whether a group is the slot of a second product.
   FUSEDRNN_DEVICE bool is_second(Range of) const {
     return has_parts && has_second() && of.begin == variant.second;
   }
-  // Whether a slot has a pre-activation.
+  // Returns whether a slot has a pre-activation.
   FUSEDRNN_DEVICE bool exists(int k) const {
     return !may_lack_slots || k != variant.absent;
   }
-  // f(slot) for those of a group of `size` slots; of any number where that is 0.
+  // Calls f(slot) for each slot of a group of `size` slots, or of any size if `size` is
+  // 0.
   template <index size, class F>
   FUSEDRNN_DEVICE static void each_slot(Range of, const F& f) {
     const int first = static_cast<int>(of.begin);
@@ -200,7 +205,7 @@ class NormalisedRows {
     FUSEDRNN_UNROLL
     for (int i = 0; i < slots_in; ++i) f(first + i);
   }
-  // to[r] = Σ f(r, slot, u) over some slots of n rows.
+  // Sums some slots of n rows: to[r] = Σ f(r, slot, u).
   template <index size, class F>
   FUSEDRNN_DEVICE void sums(int n, Range of, const F& f, S* to) const {
     e.sums(
@@ -219,7 +224,7 @@ class NormalisedRows {
     for (index k = of.begin; k < of.end; ++k) slots_in += exists(static_cast<int>(k));
     return static_cast<S>(slots_in * H);
   }
-  // Moments of n rows of so many values each: value(r, …), which sum(f, to) adds up.
+  // Computes the moments of n rows of `values` values each; sum(f, to) adds f(r, …) up.
   template <class Sum, class F>
   FUSEDRNN_DEVICE void moments(int n, S values, const Sum& sum, const F& value,
                                Moments& of) const {
@@ -235,25 +240,25 @@ class NormalisedRows {
     for_rows(n, of.scale,
              [&](V total) { return one / root(total / V::broadcast(values) + epsilon); });
   }
-  // Values of n rows, one of each, as vectors.
+  // Applies f to one value of each of n rows, in vectors.
   template <class F>
   FUSEDRNN_DEVICE static void for_rows(int n, S* of, const F& f) {
     for (int r = 0; r < count(n); r += E::lanes) E::store(f(E::load(of, r)), of, r);
   }
-  // Moments of n rows of one value for each unit.
+  // Computes the moments of n rows with one value for each unit.
   template <class F>
   FUSEDRNN_DEVICE void moments_of(int n, const F& value, Moments& of) const {
     const auto sum = [&](const auto& f, S* to) { e.sums(count(n), H, f, to); };
     moments(n, static_cast<S>(H), sum, value, of);
   }
-  // The recurrent groups of the first product, or of the second.
+  // Normalises the recurrent groups of the first product, or of the second.
   FUSEDRNN_DEVICE void normalise_groups(const Row* rows, int n, bool of_second) const {
     each_group<false>([&]<index size>(Range of, int group) {
       if (is_second(of) != of_second) return;
       normalise<size>(rows, n, record.recurrent(0), of, Shape::most_groups + group);
     });
   }
-  // Slots of those that stand from `part` of a record on as if it began with slot 0.
+  // Normalises a group of slots. Slot 0 would begin at `part` of a record.
   template <index size>
   FUSEDRNN_LONG void normalise(const Row* rows, int n, index part, Range of_slots,
                                int group) const {
@@ -301,18 +306,20 @@ class NormalisedRows {
       }
     }
   }
-  FUSEDRNN_DEVICE void back_to_recurrent(const BackRow* rows, int n,
-                                         const GradientRow& at, bool of_second) const {
+  FUSEDRNN_DEVICE void recurrent_backward(const BackRow* rows, int n,
+                                          const GradientRow& at, bool of_second) const {
     each_group<false>([&]<index size>(Range of, int group) {
       if (is_second(of) != of_second) return;
-      back<size>(rows, n, record.recurrent(0), at.recurrent, of,
-                 Shape::most_groups + group, false);
+      group_backward<size>(rows, n, record.recurrent(0), at.recurrent, of,
+                           Shape::most_groups + group, false);
     });
   }
-  // Slots of a group, in a record and in a row of gradients from where slot 0 would be.
+  // Takes the slots of a group backward. Slot 0 would begin at `normal_at` of a record
+  // and at `to_at` of a row of gradients.
   template <index size>
-  FUSEDRNN_LONG void back(const BackRow* rows, int n, index normal_at, index to_at,
-                          Range of, int group, bool of_input) const {
+  FUSEDRNN_LONG void group_backward(const BackRow* rows, int n, index normal_at,
+                                    index to_at, Range of, int group,
+                                    bool of_input) const {
     const auto normal = [&](int r, int k, index u) {
       return e.load(rows[r].record + normal_at + k * P, u);
     };
@@ -334,8 +341,8 @@ class NormalisedRows {
       const V scale = V::broadcast(rows[r].record[record.scale() + group]);
       e.each(e.all(H), [&](index u) {
         each_slot<size>(of, [&](int k) {
-          const V back = scale * (d(r, k, u) - middle - normal(r, k, u) * slope);
-          e.put(exists(k) ? back : V::broadcast(0), rows[r].da + to_at + k * P, u, H);
+          const V d_a = scale * (d(r, k, u) - middle - normal(r, k, u) * slope);
+          e.put(exists(k) ? d_a : V::broadcast(0), rows[r].da + to_at + k * P, u, H);
         });
       });
     }

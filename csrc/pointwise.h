@@ -1,21 +1,22 @@
-// What a step does after its product, forward and backward, with any option: of some
-// units of a row, or of whole rows. Written once for the CPU, where a thread takes the
-// units of a tile or of whole rows in vectors, and for GPUs, where the threads of a block
-// share a row or one thread has a unit of it.
+// This header is what a step does after its product, forward and backward, with any
+// option: to some units of a row, or to whole rows. It is written once for the CPU, where
+// a thread takes the units of a tile or of whole rows in vectors, and for GPUs, where the
+// threads of a block share a row or one thread has a unit of it.
 //
 //   forward   [LayerNorm]  the cell  zoneout of c | [projection]  zoneout of h
 //   backward  zoneout of h | [projection]  zoneout of c  the cell  [LayerNorm]
 //
-// and a cell with a second product is taken in two parts, on either side of it. A bar is
-// where a thread may need what others have computed. Records and rows of gradients are as
-// record.h says. E is a walk along rows (layer_norm.h).
+// A cell with a second product runs in two parts, one on either side of that product. At
+// a bar a thread may need what others have computed. Records and rows of gradients are as
+// in record.h. E is a walk along rows (layer_norm.h).
 #pragma once
 
 #include "layer_norm.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// The highest pre-activation, σ of the lowest and of the highest, tanh of the highest.
+// Computes the highest pre-activation, σ of the lowest and of the highest, and tanh of
+// the highest.
 template <class V>
 FUSEDRNN_DEVICE void clip_bounds(double clip, V (&to)[4]) {
   using S = typename V::scalar;
@@ -68,7 +69,7 @@ class RowWise : public NormalisedRows<Cell, E> {
           const V c = Cell::forward_c(v, prev.c, extras_at(u));
           const V kept = zones_out() ? mix(e.keep_c(row.keep_c, u), prev.c, c) : c;
           e.store(kept, row.c, u);
-          if (shows(row.cells)) e.put(kept, row.cells, u, H);
+          if (is_returned(row.cells)) e.put(kept, row.cells, u, H);
           if (norm_c) {
             e.store(c, e.scratch(r), u);
             e.store(v[Cell::hidden_gate], e.scratch(r) + P, u);
@@ -78,7 +79,7 @@ class RowWise : public NormalisedRows<Cell, E> {
         } else {
           put_h(row, u, Cell::forward(v, prev, extras_at(u)).h);
         }
-        keep_gates(row, u, v);
+        store_gates(row, u, v);
       });
     }
     if constexpr (Cell::has_c) {
@@ -95,7 +96,7 @@ class RowWise : public NormalisedRows<Cell, E> {
     }
   }
 
-  // The part before a second product, whose operand goes to `to`.
+  // Runs the part before a second product, and writes that product's operand to `to`.
   template <class Units>
   FUSEDRNN_DEVICE void open(const Row* rows, int n, S* const* to, Units units) const {
     if constexpr (has_parts) {
@@ -105,19 +106,19 @@ class RowWise : public NormalisedRows<Cell, E> {
           V v[slots];
           read(row, u, v);
           Cell::open(v, extras_at(u));
-          const V seen = e.upto(row.seen, u, H);
-          e.put(Cell::operand(v[variant.factor], seen), to[r], u, H);
+          const V h_dropped = e.upto(row.h_dropped, u, H);
+          e.put(Cell::operand(v[variant.factor], h_dropped), to[r], u, H);
           if (norm()) return;
           FUSEDRNN_UNROLL
           for (int k = 0; k < slots; ++k) {
-            const bool is_kept = k < gates || E::bias_is_in;  // else it stays as it is
+            const bool is_kept = k < gates || E::bias_is_in;  // else it has not changed
             if (k != variant.second && is_kept) e.store(v[k], row.record + k * P, u);
           }
         });
       }
     }
   }
-  // The part after it; row.sums are its results.
+  // Runs the part after a second product, whose results are row.sums.
   template <class Units>
   FUSEDRNN_DEVICE void close(const Row* rows, int n, Units units) const {
     if constexpr (has_parts) {
@@ -128,7 +129,7 @@ class RowWise : public NormalisedRows<Cell, E> {
           if (norm()) {
             read(row, u, v);
             Cell::open(v, extras_at(u));
-          } else {  // open has added the bias to the slots that it activated
+          } else {  // open() has added the bias to the slots that it activated
             FUSEDRNN_UNROLL
             for (int k = 0; k < slots; ++k) {
               const bool is_second = k == variant.second;
@@ -140,24 +141,27 @@ class RowWise : public NormalisedRows<Cell, E> {
           }
           const State<V> prev{e.upto(row.h_prev, u, H), {}};
           put_h(row, u, Cell::close(v, prev, extras_at(u)).h);
-          keep_gates(row, u, v);
+          store_gates(row, u, v);
         });
       }
     }
   }
 
-  // h, as a projection leaves it, through zoneout, and what R sees of it next.
+  // Takes h of the cell or of a projection through zoneout, and stores it and what R
+  // reads of it in the next step.
   FUSEDRNN_DEVICE void finish(const Row& row, index u, V h) const {
     if (zones_out()) h = mix(e.keep_h(row.keep_h, u), e.upto(row.h_prev, u, R), h);
     e.put(h, row.h, u, R);
-    if (!shows(row.next_seen)) return;
-    e.put(row.mask ? h * e.load(row.mask, u) : h, row.next_seen, u, R);
+    if (!is_returned(row.next_h_dropped)) return;
+    e.put(row.mask ? h * e.load(row.mask, u) : h, row.next_h_dropped, u, R);
   }
 
   // Backward
 
-  // dh before zoneout; the rest goes past the cell, and is zero where it is not stored.
-  FUSEDRNN_DEVICE V before(const BackRow& row, index u, V dh, bool stores = true) const {
+  // Returns dh of h before zoneout. The rest of dh goes past the cell into `direct`, and
+  // is zero if it is not stored.
+  FUSEDRNN_DEVICE V zoneout_backward(const BackRow& row, index u, V dh,
+                                     bool stores = true) const {
     const V zero = V::broadcast(0), one = V::broadcast(1);
     V direct = zero;
     if (zones_out()) {
@@ -169,7 +173,7 @@ class RowWise : public NormalisedRows<Cell, E> {
     return dh;
   }
 
-  // From dm, the gradient of what the cell made, to da, of one unit.
+  // Computes da of one unit from dm, the gradient of the cell's output.
   FUSEDRNN_DEVICE void backward(const BackRow& row, const GradientRow& at, index u,
                                 V dm) const {
     V v[slots];
@@ -191,7 +195,7 @@ class RowWise : public NormalisedRows<Cell, E> {
     }
   }
 
-  // The same of whole rows with LayerNorm.
+  // Does the same for whole rows with LayerNorm.
   FUSEDRNN_DEVICE void backward_normalised(const BackRow* rows, int n,
                                            const GradientRow& at,
                                            const S* const* dm) const {
@@ -205,8 +209,8 @@ class RowWise : public NormalisedRows<Cell, E> {
     normalise_backward(rows, n, at);
   }
 
-  // A second product's part before it, of one unit. da of its slot goes to where R reads
-  // it, and what comes back is the gradient of `operand`.
+  // open_backward computes da of the slot of a second product, of one unit, which Rᵀ
+  // multiplies; close_backward takes the result, which is the gradient of `operand`.
   FUSEDRNN_DEVICE void open_backward(const BackRow& row, const GradientRow& at, index u,
                                      V dh) const {
     if constexpr (has_parts) {
@@ -216,7 +220,7 @@ class RowWise : public NormalisedRows<Cell, E> {
       const State<V> prev{e.upto(row.h_prev, u, H), {}};
       add_direct(row, u, Cell::open_backward(v, prev, dh, extras_at(u)));
       put_gradients(row, u, v);
-      const V operand = Cell::operand(factor, e.upto(row.seen, u, H));
+      const V operand = Cell::operand(factor, e.upto(row.h_dropped, u, H));
       e.put(operand, row.da + at.operand, u, H);
     }
   }
@@ -224,7 +228,7 @@ class RowWise : public NormalisedRows<Cell, E> {
     if constexpr (has_parts) {
       S* const da = row.da + variant.factor * P;
       const V factor = e.load(da, u);
-      const V d_factor = d_operand * e.upto(row.seen, u, H);
+      const V d_factor = d_operand * e.upto(row.h_dropped, u, H);
       e.put(Cell::factor_backward(factor, d_factor, extras_at(u)), da, u, H);
       const V direct = Cell::operand(d_operand, factor);
       add_direct(row, u, row.mask ? direct * e.load(row.mask, u) : direct);
@@ -237,7 +241,7 @@ class RowWise : public NormalisedRows<Cell, E> {
 
   FUSEDRNN_DEVICE bool zones_out() const { return has_states && any_zoneout; }
   FUSEDRNN_DEVICE bool projects() const { return has_states && model.projects; }
-  FUSEDRNN_DEVICE static bool shows(const S* row) { return has_states && row; }
+  FUSEDRNN_DEVICE static bool is_returned(const S* row) { return has_states && row; }
 
   template <class Problem>
   FUSEDRNN_DEVICE static Extras<V> extras_of(const Problem& p, const E& e) {
@@ -250,18 +254,18 @@ class RowWise : public NormalisedRows<Cell, E> {
     if (x.clips) {
       V bounds[4];
       e.bounds(p.options.clip, bounds);
-      x.clip = e.kept(bounds[0]);
-      x.sigmoid_low = e.kept(bounds[1]);
-      x.sigmoid_high = e.kept(bounds[2]);
-      x.tanh_high = e.kept(bounds[3]);
+      x.clip = e.rounded(bounds[0]);
+      x.sigmoid_low = e.rounded(bounds[1]);
+      x.sigmoid_high = e.rounded(bounds[2]);
+      x.tanh_high = e.rounded(bounds[3]);
     } else {
       x.clip = V::broadcast(static_cast<S>(none));
     }
     x.cell_clip = V::broadcast(static_cast<S>(p.options.cell_clip));
     return x;
   }
-  // The extras of a unit: those of the call, and the unit's peepholes. By reference:
-  // copied for each unit they took half of the time of a step backward.
+  // UnitExtras has the options of the call and the peepholes of a unit. It refers to the
+  // options: copying them for each unit took half of the time of a backward step.
   struct UnitExtras {
     const RowWise& rows;
     index u;
@@ -310,14 +314,15 @@ class RowWise : public NormalisedRows<Cell, E> {
   FUSEDRNN_DEVICE void add_direct(const BackRow& row, index u, V dh) const {
     if (!row.is_cut) e.store(e.load(row.direct, u) + dh, row.direct, u);
   }
-  // Padding of da stays zero.
+  // Writes da. Its padding stays zero.
   FUSEDRNN_DEVICE void put_gradients(const BackRow& row, index u,
                                      const V (&v)[slots]) const {
     FUSEDRNN_UNROLL
     for (int k = 0; k < slots; ++k) e.put(v[k], row.da + k * P, u, H);
   }
 
-  // Pre-activations: sums or, with LayerNorm, from a record.
+  // Reads the pre-activations from the product's sums or, with LayerNorm, from the
+  // record.
   FUSEDRNN_DEVICE void read(const Row& row, index u, V (&v)[slots]) const {
     if (norm()) return read_normalised(row.record, u, v);
     FUSEDRNN_UNROLL
@@ -326,19 +331,19 @@ class RowWise : public NormalisedRows<Cell, E> {
       if (!E::bias_is_in) v[k] = v[k] + e.load(bias + k * P, u);
     }
   }
-  // What a record and a trace keep of them after the cell.
-  FUSEDRNN_DEVICE void keep_gates(const Row& row, index u, const V (&v)[slots]) const {
-    if (row.kept && !norm()) {
+  // Stores the gates in the record and in the trace.
+  FUSEDRNN_DEVICE void store_gates(const Row& row, index u, const V (&v)[slots]) const {
+    if (row.saved_slots && !norm()) {
       FUSEDRNN_UNROLL
-      for (int k = 0; k < slots; ++k) e.store(v[k], row.kept + k * P, u);
+      for (int k = 0; k < slots; ++k) e.store(v[k], row.saved_slots + k * P, u);
     }
-    if (!shows(row.trace)) return;
+    if (!is_returned(row.trace)) return;
     FUSEDRNN_UNROLL
     for (int k = first_input; k < slots; ++k) {
       e.put(v[k], row.trace + (k - first_input) * H, u, H);
     }
   }
-  // The gates again.
+  // Computes or reads the activated gates.
   FUSEDRNN_DEVICE void activated(const BackRow& row, index u, V (&v)[slots]) const {
     if (!norm()) {
       FUSEDRNN_UNROLL
@@ -365,11 +370,12 @@ class RowWise : public NormalisedRows<Cell, E> {
     }
   }
 
-  // dc through the later steps, past which `direct` goes.
+  // Returns dc from the later steps; `direct` becomes the part that zoneout passes on to
+  // c'.
   FUSEDRNN_DEVICE V dc_of(const BackRow& row, index u, V& direct) const {
     V dc = e.load(row.dc, u);
     direct = V::broadcast(0);
-    if (shows(row.dcells)) dc = dc + e.upto(row.dcells, u, H);
+    if (is_returned(row.dcells)) dc = dc + e.upto(row.dcells, u, H);
     if (zones_out()) {
       const V keeps = e.keep_c(row.keep_c, u);
       direct = dc * keeps;
@@ -395,8 +401,8 @@ class RowWise : public NormalisedRows<Cell, E> {
   FUSEDRNN_DEVICE void backward_normalised_c(const BackRow* rows, int n,
                                              const GradientRow& at,
                                              const S* const* dm) const {
-    // The parts of a row: c and then what it is squashed to, the gradient of c
-    // normalised, the gates.
+    // A row's scratch memory holds c (later squash(c)), the gradient of the normalised c,
+    // and the gates.
     const auto c_at = [&](int r) { return e.scratch(r); };
     const auto d_normal_at = [&](int r) { return e.scratch(r) + P; };
     const auto gates_at = [&](int r) { return e.scratch(r) + 2 * P; };
@@ -417,7 +423,7 @@ class RowWise : public NormalisedRows<Cell, E> {
         const V n_c = of.normal(r, e.load(c_at(r), u));
         const V squashed = Cell::squash(scaled_cell(n_c, u));
         const V gate = e.load(gates_at(r) + Cell::hidden_gate * P, u);
-        // -0 is what changes nothing that is added to it.
+        // Adding -0 changes no value, not even the sign of a zero.
         const V d = Cell::hidden_backward(gate, squashed, e.load(dm[r], u),
                                           V::broadcast(static_cast<S>(-0.0)));
         e.put(n_c, rows[r].da + at.normal_c, u, H);

@@ -1,10 +1,11 @@
-// Random numbers from a counter: Philox4x32-10 (Salmon et al. 2011). Element e of a row
-// (i, j) knows its number from those alone, so nothing is stored and the same seed gives
-// the same masks for any number of threads and on every backend.
+// Random numbers come from a counter: Philox4x32-10 (Salmon et al. 2011). The number of
+// element e of row (i, j) depends on those alone, so nothing is stored and the same seed
+// gives the same masks for any number of threads and on every backend.
 //
-// The elements of a row are taken in blocks of 16, which share the counters 16 n to 16 n
-// + 15 of blocks n: word w of these is the number of their elements. With `words` words
-// to what is drawn, the blocks b stand in the counters of b / words, in word b % words.
+// The elements of a row are taken in blocks of 16. A block shares its 16 counters, from
+// 16 n on, with up to three others: each takes one of the four words of every counter. If
+// a draw has `words` words of each counter, block b takes word b % words of the counters
+// of n = b / words.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,8 @@ namespace fusedrnn {
 
 enum class Draw : std::uint32_t { zoneout, recurrent, weights, between };
 
-// Words of 32 bits in the lower halves of 64, as an ISA's Words (vec.h), alone.
+// OneWord is one 32-bit word in the lower half of 64 bits, the scalar form of an ISA's
+// Words (vec.h).
 struct OneWord {
   std::uint64_t v;
 
@@ -32,14 +34,14 @@ struct Generator {
   static constexpr int block = 16;
 
   std::uint32_t key[2];
-  std::uint32_t what;  // the draw, and where
+  std::uint32_t what;  // the draw, and its place in the layers
 
   FUSEDRNN_DEVICE Generator(std::uint64_t seed, std::uint32_t draw, std::uint32_t where)
       : key{static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)},
         what(draw | where << 8) {}
 
-  // The words of counters (w[0], i, j) in w. The upper halves are of no meaning: products
-  // do not look at them.
+  // Writes the words of counters (w[0], i, j) to w. Their upper halves hold no meaning;
+  // products ignore them.
   template <class W>
   FUSEDRNN_DEVICE void run(W (&w)[4], std::uint32_t i, std::uint32_t j) const {
     const W m0 = W::broadcast(0xD2511F53), m1 = W::broadcast(0xCD9E8D57);
@@ -61,7 +63,7 @@ struct Generator {
     }
   }
 
-  // The words of one counter.
+  // Writes the words of one counter.
   FUSEDRNN_DEVICE void words(std::uint32_t counter, std::uint32_t i, std::uint32_t j,
                              std::uint32_t (&to)[4]) const {
     OneWord w[4] = {{counter}, {}, {}, {}};
@@ -69,7 +71,7 @@ struct Generator {
     for (int n = 0; n < 4; ++n) to[n] = static_cast<std::uint32_t>(w[n].v);
   }
 
-  // A number below it is drawn with probability p < 1.
+  // A 32-bit number is below the threshold with probability p < 1.
   FUSEDRNN_SHARED static constexpr std::uint32_t threshold(double p) {
     const double of = p * 4294967296.0 + 0.5;
     return of < 4294967295.0 ? static_cast<std::uint32_t>(of) : 4294967295u;

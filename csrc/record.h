@@ -1,6 +1,7 @@
-// Where the parts of a saved row and of a row of gradients lie, for both backends.
+// This header says where the parts of a saved row and of a row of gradients lie, for both
+// backends.
 //
-// A record holds of a row and step
+// The record of a row and step holds
 //
 //   slots (slots, P), then c (P) where the cell has c
 //
@@ -15,9 +16,9 @@
 //   da (slots, P)
 //   da_x, da_h (gates, P)  with LayerNorm: of W x and R h'; da itself is of their sum
 //   d_squashed, n_c (P)    with LayerNorm of c: of what is squashed, and c normalised
-//   c_prev, c (P)          with peepholes: what the gates saw
-//   operand (P)            of a second product: what it multiplied
-//   dh (R), m (P)          with a projection: of h, and what is projected
+//   c_prev, c (P)          with peepholes: the c that the gates read
+//   operand (P)            with a second product: its operand
+//   dh (R), m (P)          with a projection: dh, and the operand of the projection
 //
 // P is H, rounded up where rows are padded.
 #pragma once
@@ -27,8 +28,10 @@
 
 namespace fusedrnn {
 
-// Whether backward needs a record of the slots, h not telling them: where zoneout draws,
-// a unit that keeps its h gives its slots no gradient, whatever they are.
+// Returns whether backward needs the slots because h does not determine them. That is so
+// for a cell that saves, and where zoneout takes its expectation, which mixes h. Where
+// zoneout draws, a unit that keeps its h gives its slots no gradient, whatever their
+// values.
 FUSEDRNN_SHARED constexpr bool saves_slots(bool cell_saves, const Options& o) {
   return cell_saves || (!o.training && zones_out(o));
 }
@@ -42,7 +45,7 @@ struct Record {
   FUSEDRNN_SHARED constexpr Record(const Shape& s, bool has_norm, index padded)
       : gates(s.gates), slots(s.slots), has_c(s.has_c), norm(has_norm), P(padded) {}
 
-  // The input part of slot k, and its recurrent part.
+  // The input part of slot k begins at input(k), its recurrent part at recurrent(k).
   FUSEDRNN_SHARED constexpr index input(int k) const {
     return (norm ? k - (slots - gates) : k) * P;
   }
@@ -55,7 +58,7 @@ struct Record {
 };
 
 struct GradientRow {
-  index input, recurrent;  // what W and R are multiplied by
+  index input, recurrent;  // the operands of Wᵀ and Rᵀ
   index squashed, normal_c, c_prev, c, operand, dh, m, values;
 
   GradientRow() = default;

@@ -1,10 +1,10 @@
-// What host code, CPU kernels and GPU kernels share of the language.
+// This header defines what differs between host code, CPU kernels and GPU kernels.
 #pragma once
 
 #include <cstddef>
 
-// Marks a function that a GPU may run, too. FUSEDRNN_CALLED is for functions that are not
-// worth a copy at each place, FUSEDRNN_LONG for those of which that is true on a CPU.
+// FUSEDRNN_DEVICE marks a function that a GPU may run, too. FUSEDRNN_CALLED marks one
+// that is not worth inlining, FUSEDRNN_LONG one that is not worth inlining on a CPU.
 #ifdef __CUDACC__
 #define FUSEDRNN_DEVICE __device__ __forceinline__
 #define FUSEDRNN_CALLED __device__ __noinline__ inline
@@ -15,11 +15,11 @@
 #define FUSEDRNN_LONG [[gnu::noinline]] inline
 #endif
 
-// Marks a small function outside of an instruction set's namespace that its code may
-// call: a copy of its own in each instruction set's object would be a weak symbol, of
-// which the linker keeps one for every machine. FUSEDRNN_CONSTANT is for functions of
-// which a GPU knows only what the compiler computes: they read a cell's arrays, which it
-// lacks.
+// FUSEDRNN_SHARED marks a small function outside an instruction set's namespace that
+// kernel code may call. It is always inlined: a copy in each instruction set's object
+// would be a weak symbol, of which the linker keeps one for every machine.
+// FUSEDRNN_CONSTANT marks a function that reads a cell's arrays, which a GPU lacks, so a
+// GPU has only the values that the compiler computes.
 #ifdef __CUDACC__
 #define FUSEDRNN_SHARED __host__ __device__ __forceinline__
 #define FUSEDRNN_CONSTANT
@@ -28,15 +28,16 @@
 #define FUSEDRNN_CONSTANT FUSEDRNN_SHARED
 #endif
 
-// Whether a CPU's code is compiled to be small: then one function serves many cases.
+// FUSEDRNN_SMALL is 1 in CPU code that is compiled for size: then one function serves
+// many cases.
 #if defined(__OPTIMIZE_SIZE__) && !defined(__CUDACC__)
 #define FUSEDRNN_SMALL 1
 #else
 #define FUSEDRNN_SMALL 0
 #endif
 
-// Stands before a loop over the slots of a cell, which it must unroll for them to stay in
-// registers.
+// FUSEDRNN_UNROLL stands before a loop over the slots of a cell, which stay in registers
+// only if the loop is unrolled.
 #ifdef __CUDACC__
 #define FUSEDRNN_UNROLL _Pragma("unroll")
 #elif FUSEDRNN_SMALL

@@ -1,7 +1,7 @@
-// The part of cuBLASLt that is used, loaded when it is first needed: from the wheel
-// nvidia-cublas beside this package, or from the system. Its C interface is stable within
-// version 13; what stands here replaces a header that comes with a 440 MB wheel.
-// https://docs.nvidia.com/cuda/cublas/#using-the-cublaslt-api
+// This header declares the part of cuBLASLt that is used. The library is loaded when it
+// is first needed, from the wheel nvidia-cublas beside this package or from the system.
+// Its C interface is stable within version 13. The declarations replace a header that
+// comes with a 440 MB wheel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -56,14 +56,14 @@ struct Library {
   int (*preference_destroy)(Preference);
   int (*preference_set)(Preference, int attribute, const void*, std::size_t);
   int (*heuristic)(Handle, Description, Layout a, Layout b, Layout c, Layout d,
-                   Preference, int asked, Heuristic*, int* found);
+                   Preference, int requested, Heuristic*, int* found);
   int (*matmul)(Handle, Description, const void* alpha, const void* a, Layout,
                 const void* b, Layout, const void* beta, const void* c, Layout, void* d,
                 Layout, const Algorithm*, void* workspace, std::size_t workspace_bytes,
                 cudaStream_t);
 };
 
-// Throws Error, which says what to install, where there is none.
+// Returns the library, or throws an Error that says what to install.
 const Library& library();
 
 }  // namespace fusedrnn::cuda::blas

@@ -1,5 +1,5 @@
-// The kernels of one cell in every precision. CMake compiles this file once for each
-// cell, FUSEDRNN_CELL, so that they compile side by side.
+// This file has the kernels of one cell in every precision. CMake compiles it once for
+// each cell, FUSEDRNN_CELL, so that cells compile side by side.
 #include <array>
 
 #include "layer.h"
@@ -38,7 +38,7 @@ Kernels kernels_of(Precision precision) {
 template <template <class> class CellOf>
 auto make_entries() {
   using Cell = CellOf<device::Vec<float>>;
-  // A cell of one gate has nothing whose units need each other.
+  // A cell of one gate has no option whose units need each other.
   Runs<float> rows32{};
   Runs<double> rows64{};
   if constexpr (Cell::gates > 1) {

@@ -1,27 +1,29 @@
-// The kernels' questions to a GPU: who a thread is, memory that others see, barriers,
-// matrix units. Kernels use nothing else of CUDA, so that they also compile for the host,
-// where emulator/device.h defines the same names over fibers.
+// This header is all that the kernels use of CUDA: thread numbers, memory that others
+// read, barriers, matrix units. So they also compile for the host, where
+// emulator/device.h defines the same names over fibers.
 //
 //   thread(), block_x(), blocks_x(), …  the thread in its block, the block in its grid
 //   shared()                 the block's dynamic shared memory
 //   sync_warp(), sync_block(), sync_cluster()
-//                            barriers; what was written before is seen after. A cluster
-//                            is all blocks of one y
+//                            barriers, which order memory. A cluster is all blocks of
+//                            one y
 //   store_in_peer(p, rank, value, arrivals)
-//                            16 bytes at the same place of shared memory in block `rank`
-//                            of the cluster, some time, and then 16 to its `arrivals`
-//   clear(arrivals)          by one thread, before a sync_cluster()
-//   expect(arrivals, bytes)  by one thread, once in each round: a round ends when it has
-//                            been told how much must come and all that has come
-//   wait_for(arrivals, odd)  the end of a round, numbered from 0, by whole warps
-//   load_constant(p)         16 bytes that nobody writes
+//                            stores 16 bytes at the same place of shared memory in block
+//                            `rank` of the cluster, at some time, and then counts 16 in
+//                            its `arrivals`
+//   clear(arrivals)          called by one thread, before a sync_cluster()
+//   expect(arrivals, bytes)  called by one thread, once in each round: a round ends when
+//                            the expected bytes are known and have arrived
+//   wait_for(arrivals, odd)  waits for the end of a round, numbered from 0; called by
+//                            whole warps
+//   load_constant(p)         loads 16 bytes that no kernel writes meanwhile
 //   load_exchanged(p), store_exchanged(p, value)
-//                            16 bytes that blocks exchange through L2, each 8 of them at
-//                            once, in no order with others but that of fence()
-//   fence()                  what the thread read and wrote before is before what it
-//                            reads and writes after, for all blocks that keep to this
-//   add_to(p, x)             *p += x of memory, for which nobody waits
-//   wait_until(ready)        asks ready() until it is true in the whole warp, which it
+//                            16 bytes that blocks exchange through L2. Each 8 bytes are
+//                            atomic; only fence() orders them with others
+//   fence()                  orders what the thread read and wrote before it and what it
+//                            reads and writes after it, for all blocks that use fences
+//   add_to(p, x)             *p += x in memory, without waiting for the result
+//   wait_until(ready)        calls ready() until it is true in the whole warp, which it
 //                            synchronizes
 //   MmaTensorFloat32, MmaBFloat16, MmaFloat16
 //                            (d, a, b): d += a·b of one warp, 16 rows × 8 columns, 32
@@ -39,16 +41,16 @@ struct alignas(16) Quad {
   std::uint32_t word[4];
 };
 
-// A bfloat16 or a float16: the code for both is one, and told which by a flag.
+// Half is a bfloat16 or a float16: both share their code, which a flag distinguishes.
 struct Half {
   std::uint16_t bits;
 };
-// float32 as the matrix units see it: 10 bits of mantissa.
+// TensorFloat32 is float32 as the matrix units read it, with 10 bits of mantissa.
 struct TensorFloat32 {
   float value;
 };
 
-// Bytes that the peers of a cluster send, counted in shared memory.
+// Arrivals counts, in shared memory, the bytes that the peers of a cluster send.
 struct alignas(8) Arrivals {
   std::uint32_t state[2];
 };
@@ -148,7 +150,7 @@ FUSEDRNN_DEVICE Quad load_exchanged(const Quad* p) {
   __builtin_memcpy(&quad, &v, sizeof(quad));
   return quad;
 }
-// By value: of memory that it was given, nvcc would copy single bytes.
+// The value is passed by value: from a reference nvcc would copy single bytes.
 FUSEDRNN_DEVICE void store_exchanged(Quad* p, Quad value) {
   ulonglong2 v;
   __builtin_memcpy(&v, &value, sizeof(v));
@@ -165,7 +167,8 @@ FUSEDRNN_DEVICE void wait_until(const F& ready) {
   __syncwarp();
 }
 
-// The multiplications of two fragments, as types so that a product takes one of them.
+// The multiplications of two fragments are types, so that a product can take one as an
+// argument.
 #define FUSEDRNN_MMA(Name, shape, type)                                         \
   struct Name {                                                                 \
     FUSEDRNN_DEVICE void operator()(float (&d)[4], const std::uint32_t (&a)[4], \
@@ -199,13 +202,15 @@ FUSEDRNN_DEVICE TensorFloat32 to_tensor_float32(float x) {
 FUSEDRNN_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 FUSEDRNN_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 FUSEDRNN_DEVICE float exp_of(float x) { return __expf(x); }
-// Functions of doubles are long, and are called: inlined they were a third of the code.
+// Functions of doubles are long, so they are called: inlined they were a third of the
+// code.
 __device__ __noinline__ inline double exp_of(double x) { return exp(x); }
 FUSEDRNN_DEVICE float tanh_of(float x) { return tanhf(x); }
 __device__ __noinline__ inline double tanh_of(double x) { return tanh(x); }
 FUSEDRNN_DEVICE float root_of(float x) { return sqrtf(x); }
 FUSEDRNN_DEVICE double root_of(double x) { return sqrt(x); }
-// Not __frcp_rn, which calls a function for denormals: 1 ULP, 0 for inf.
+// This is not __frcp_rn, which calls a function for denormals. The error is 1 ULP, the
+// result 0 for inf.
 FUSEDRNN_DEVICE float reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -1,6 +1,5 @@
-// The structures of DLPack that an exchange of arrays needs, version 0.8 and older: the
-// form without a version, which every library still speaks.
-// https://dmlc.github.io/dlpack/latest/c_api.html
+// This header has the structures of DLPack that an exchange of arrays needs, in the form
+// without a version (0.8 and older), which every library still supports.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// The table of layers: one entry per cell, with kernels for each precision.
+// This header is the table of layers: one entry per cell, with kernels for each
+// precision.
 #pragma once
 
 #include <span>
@@ -12,9 +13,10 @@ namespace fusedrnn::cuda {
 
 enum class Precision { float32, float64, tf32, bfloat16, float16 };
 
-// A call (csrc/contract.h) on a GPU: memory of the device throughout, of S or, where that
-// is void, of what the precision stores and states in. h0 and c0 may be null: zeros. x
-// has any strides but its last, y and dx have rows y_b and dx_b apart.
+// ForwardOf is a call (csrc/contract.h) on a GPU. All memory is the device's. S is the
+// element type or, if void, the precision's storage and state types. h0 and c0 may be
+// null for zeros. The last axis of x is contiguous, its other strides are free; rows of y
+// and dx are y_b and dx_b apart.
 template <class S>
 struct ForwardOf : fusedrnn::ForwardOf<S> {
   Precision precision;
@@ -22,7 +24,7 @@ struct ForwardOf : fusedrnn::ForwardOf<S> {
   Stream stream;
   void* workspace;
   const S *bias_ih, *bias_hh, *weight_hr;
-  const void* packed;   // of the direction, or null where steps go row by row
+  const void* packed;   // of this direction, or null if steps go row by row
   const void* lengths;  // (B,) int32 or int64, or null
   bool wide_lengths;
   const bool* resets;  // (T, B) at any strides, or null
@@ -31,14 +33,14 @@ struct ForwardOf : fusedrnn::ForwardOf<S> {
 
 template <class S>
 struct BackwardOf : ForwardOf<S>, GradientsOf<S> {
-  bool adds_dx;  // to what is there
+  bool adds_dx;  // whether dx is added to
 };
 
 using ForwardCall = ForwardOf<void>;
 using BackwardCall = BackwardOf<void>;
 
-// Elements from one row of x to the next, by time and then by batch; 0 where that is no
-// constant.
+// Returns the elements from one row of x to the next, by time and then by batch, or 0 if
+// they are not constant.
 template <class S>
 index row_stride(const ForwardOf<S>& call) {
   const index stride = call.B > 1 ? call.x_b : call.T > 1 ? call.x_t : call.I;
@@ -56,7 +58,8 @@ struct PackCall {
   void* packed;
 };
 
-// The way a layer runs: layer.h, or rowwise.h in float32 or float64.
+// Runs has the functions of a layer: those of layer.h, or of rowwise.h in float32 or
+// float64.
 template <class S>
 struct Runs {
   index (*saved_bytes)(const ForwardOf<S>&);
@@ -76,21 +79,22 @@ struct CellEntry {
   std::string_view name;
   int gates;
   bool has_c;
-  int peepholes;  // gates that may see c
+  int peepholes;  // gates that may read c
   int variant;    // of cells that share their kernels
   Kernels (*kernels)(Precision);
-  Runs<float> rows32;  // empty for a cell that needs none
+  Runs<float> rows32;  // empty for a cell without options that need rowwise.h
   Runs<double> rows64;
 };
 
-// The type of states and sums.
+// state_element is the type of states and sums.
 template <class A>
 constexpr Element state_element = sizeof(A) == 8 ? Element::float64 : Element::float32;
 
-// Hands out parts of one piece of memory; of none, to learn how large it must be.
-class Carver {
+// An Arena hands out parts of one block of memory. Without memory it only counts how many
+// bytes are needed.
+class Arena {
  public:
-  explicit Carver(void* memory) : memory_(static_cast<char*>(memory)) {}
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
   template <class E>
   E* take(index count) {
     E* const part = memory_ ? reinterpret_cast<E*>(memory_ + used_) : nullptr;
@@ -104,13 +108,14 @@ class Carver {
   index used_ = 0;
 };
 
-// A cell's entries, one for each of its variants; cell.cu defines it.
+// Returns a cell's entries, one for each of its variants; cell.cu defines it.
 template <template <class> class CellOf>
 std::span<const CellEntry> entries_of();
-// Those of all cells.
+// Returns the entries of all cells.
 std::span<const CellEntry* const> cells();
 
-// (T, B, N) of one element in another, where one of the two is float32 or both are alike.
+// A Conversion copies (T, B, N) of one element type to another, of which one is float32
+// or both are alike.
 struct Conversion {
   const void* from;
   index from_t, from_b;
@@ -119,7 +124,7 @@ struct Conversion {
   Element from_element, to_element;
 };
 void convert(const Conversion&, int device, Stream);
-// rows.h, for those who are not compiled as a kernel is.
+// drop_out is that of rows.h, for code that is not compiled as a kernel.
 template <class S>
 void drop_out(const Dropout<S>&, int device, Stream);
 

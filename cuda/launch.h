@@ -1,5 +1,5 @@
-// The launch of a kernel with the CUDA runtime: the part of runtime.h that is a template,
-// and small, because it is compiled for each kernel.
+// This header launches kernels with the CUDA runtime. It is the part of runtime.h that is
+// a template, and small, because it is compiled for each kernel.
 #pragma once
 
 #include "launcher.h"
@@ -24,7 +24,7 @@ void launch(const Kernel& kernel, const Launch& shape, Stream stream) {
 }
 
 template <class F>
-void launch_in_turn(index count, const F& of, const Launch& shape, Stream stream) {
+void launch_in_order(index count, const F& of, const Launch& shape, Stream stream) {
   using Kernel = decltype(of(0));
   struct List {
     const F& of;
@@ -35,7 +35,7 @@ void launch_in_turn(index count, const F& of, const Launch& shape, Stream stream
     list.kernel = list.of(i);
     return &list.kernel;
   };
-  launch_in_turn(function_of<Kernel>(), count, {at, &list}, shape, stream);
+  launch_in_order(function_of<Kernel>(), count, {at, &list}, shape, stream);
 }
 
 template <class Kernel>

@@ -42,10 +42,10 @@ cudaLaunchConfig_t configuration(const Launch& shape, Stream stream,
   return config;
 }
 
-// Launches, each after the end of the one before, as a graph: the driver is handed all of
-// them at once. A stream keeps its graph and gives it other arguments for each use, which
-// what is queued already does not see. (Uses of a graph wait for each other, so streams
-// must not share one.)
+// A Chain is a graph of launches, each after the end of the one before, which the driver
+// gets all at once. Each stream keeps its graph and sets other arguments for each use,
+// which do not affect launches that are already queued. Uses of a graph wait for each
+// other, so streams must not share one.
 struct Chain {
   static constexpr int length = 64;
 
@@ -71,7 +71,7 @@ struct Chain {
   }
 };
 
-// The facts of a function.
+// Function has what is known of a device function.
 struct Function {
   std::mutex allowing, chaining;
   std::map<int, cudaError_t> allowed;  // by device
@@ -84,8 +84,8 @@ Function& known(const void* function) {
   return all[function];
 }
 
-// Lets a kernel have all of a device's shared memory and its largest clusters; once,
-// since the attributes are the kernel's and not a launch's.
+// Allows a kernel all of a device's shared memory and its largest clusters. This is done
+// once, because the attributes belong to the kernel and not to a launch.
 cudaError_t allow(const void* function, int ordinal) {
   Function& own = known(function);
   const std::lock_guard lock(own.allowing);
@@ -114,11 +114,12 @@ void launch(const void* function, const void* kernel, const Launch& shape,
   check(cudaLaunchKernelExC(&config, function, &argument), "launch of a kernel");
 }
 
-void launch_in_turn(const void* function, index count, const KernelList& kernels,
-                    const Launch& shape, Stream stream) {
+void launch_in_order(const void* function, index count, const KernelList& kernels,
+                     const Launch& shape, Stream stream) {
   const auto at = [&](index i) { return kernels.at(kernels.list, i); };
-  // In a graph of the caller's they are nodes like all others. What does not fill a chain
-  // goes first, so that the device has work while the host fills one.
+  // While the caller captures a graph, the launches become ordinary nodes of it. Launches
+  // that do not fill a chain go first, so that the device has work while the host fills
+  // one.
   const index alone = is_capturing(stream) ? count : count % Chain::length;
   for (index i = 0; i < alone; ++i) launch(function, at(i), shape, stream);
   if (alone == count) return;
@@ -129,7 +130,7 @@ void launch_in_turn(const void* function, index count, const KernelList& kernels
   Chain& chain = own.chains[{ordinal, stream}];
   for (index first = alone; first < count; first += Chain::length) {
     if (!chain.ready) {
-      if (chain.graph) cudaGraphDestroy(chain.graph);  // of a try that failed
+      if (chain.graph) cudaGraphDestroy(chain.graph);  // of an attempt that failed
       chain.graph = nullptr;
       check(cudaGraphCreate(&chain.graph, 0), "graph");
     }

@@ -1,5 +1,5 @@
-// The launch of a kernel with the CUDA runtime, whatever its type: compiled once. A
-// function is one of the device's, and its one argument is what it runs.
+// This header launches a kernel of any type with the CUDA runtime; it is compiled once. A
+// `function` is a device function, and `kernel` its one argument.
 #pragma once
 
 #include "runtime.h"
@@ -8,14 +8,15 @@ namespace fusedrnn::cuda {
 
 void launch(const void* function, const void* kernel, const Launch& shape, Stream stream);
 
-// The i-th of some kernels of one type: what `at` points to until it is asked again.
+// KernelList has kernels of one type: at(list, i) returns the i-th, which is valid until
+// the next call.
 struct KernelList {
   const void* (*at)(void* list, index i);
   void* list;
 };
-// The first so many of them, each after the end of the one before.
-void launch_in_turn(const void* function, index count, const KernelList& kernels,
-                    const Launch& shape, Stream stream);
+// Launches the first `count` of them, each after the end of the one before.
+void launch_in_order(const void* function, index count, const KernelList& kernels,
+                     const Launch& shape, Stream stream);
 
 int clusters_at_once(const void* function, const Launch& shape);
 

@@ -1,4 +1,4 @@
-// The launch of a kernel, on a GPU or as fibers.
+// This header launches a kernel on a GPU or as fibers.
 #pragma once
 
 #ifdef __CUDACC__

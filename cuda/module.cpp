@@ -1,6 +1,6 @@
-// fusedrnn._cuda: arrays of a GPU in and out. src/fusedrnn/cuda.py checks what users pass
-// and allocates what they get; here a wrong array is a programming error and only
-// refused.
+// This is the module fusedrnn._cuda: arrays of a GPU in and out. src/fusedrnn/cuda.py
+// checks the user's arguments and allocates the results; a wrong array here is a bug and
+// only refused.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -42,8 +42,8 @@ const Dtype& find_dtype(const std::string& name) {
   throw py::type_error("_cuda: no dtype " + name);
 }
 
-// An array on a device: where, how large, from one element to the next along each axis.
-// `owner` keeps its memory.
+// A View is an array on a device: its address, shape and strides in elements. `owner`
+// keeps its memory alive.
 struct View {
   std::uintptr_t pointer;
   std::vector<index> shape, strides;
@@ -71,7 +71,7 @@ struct View {
   }
   bool is_contiguous() const { return size() == 0 || same_steps(contiguous_strides()); }
 
-  // Indexes as NumPy does, with integers, slices of step 1, None and one Ellipsis.
+  // Indexes like NumPy, with integers, slices of step 1, None and one Ellipsis.
   View at(const py::object& key) const {
     const py::tuple keys =
         py::isinstance<py::tuple>(key) ? key.cast<py::tuple>() : py::make_tuple(key);
@@ -141,7 +141,7 @@ struct View {
 
 using MaybeView = std::optional<View>;
 
-// Memory of ours on a device, given back on the stream it was made on.
+// Memory is our own memory on a device, freed on the stream on which it was allocated.
 class Memory {
  public:
   Memory(index bytes, int ordinal, std::uintptr_t stream)
@@ -161,7 +161,7 @@ class Memory {
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
   std::uintptr_t pointer() const { return reinterpret_cast<std::uintptr_t>(memory_); }
-  // Another stream reads it, and is waited for before it is given back.
+  // Records another stream that reads the memory, which is waited for before it is freed.
   void used_on(std::uintptr_t stream) { users_.insert(reinterpret_cast<Stream>(stream)); }
 
  private:
@@ -171,7 +171,7 @@ class Memory {
   void* memory_;
 };
 
-// Copies between a contiguous view and the host's memory, of the same number of bytes.
+// These copy between a contiguous view and host memory of the same number of bytes.
 void copy_from_host(const View& to, const py::array& from, std::uintptr_t stream) {
   const bool fits = to.is_contiguous() && (from.flags() & py::array::c_style) &&
                     from.nbytes() == to.size() * to.dtype->bytes;
@@ -232,14 +232,14 @@ ElementNames elements_of(Precision precision) {
   }
 }
 
-// The wishes of a call beside its arrays.
+// CallOptions has the options of a call beside its arrays.
 struct CallOptions {
   Options values;
   bool adds_dx;
 };
 using Arrays = std::map<std::string, const View*>;
 
-// The setting of a layer's call: a cell in a precision, on a device and stream.
+// A Kernel is a cell in a precision, on a device and stream.
 class Kernel {
  public:
   Kernel(const std::string& cell, const std::string& precision, int ordinal,
@@ -272,8 +272,8 @@ class Kernel {
     kernels_.pack(call);
   }
 
-  // Arrays by their names in kernels.h, those that there are; without packed weights
-  // steps go row by row. Returns what was saved, if anything.
+  // Takes the arrays that exist by their names in kernels.h; without packed weights steps
+  // go row by row. Returns what was saved, or None.
   py::object forward(const Arrays& arrays, const CallOptions& options, bool reverse,
                      bool saves, const py::function& allocate) const {
     py::object saved = py::none();
@@ -291,7 +291,8 @@ class Kernel {
     });
     return saved;
   }
-  // The values that a forward of these arrays, whose values do not matter, would save.
+  // Returns the bytes that a forward of these arrays, whose values do not matter, would
+  // save.
   index saved_bytes(const Arrays& arrays, const CallOptions& options) const {
     index needed = 0;
     with_runs(arrays, [&]<class S>(const Runs<S>& runs) {
@@ -319,18 +320,20 @@ class Kernel {
   py::dict explain(index T, index B, index I, index H, bool backward) const {
     const Plan plan = kernels_.choose({T, B, I, H, H, false}, device_, backward);
     constexpr const char* exchanges[] = {"cluster", "grid", "step"};
-    py::dict told;
-    told["exchange"] = exchanges[static_cast<int>(plan.exchange)];
-    told["rows"] = 8 * plan.tiles;
-    told["row groups"] = plan.row_groups;
-    told["blocks"] = py::make_tuple(plan.blocks_x, plan.blocks_y);
-    told["threads"] = plan.threads();
-    told["warps to a group of units"] = plan.splits;
-    told["weights"] = plan.resident ? "registers" : plan.on_chip ? "shared memory" : "L2";
-    told["operand"] = plan.shares_operand() ? "shared memory" : "L2";
-    told["shared bytes"] = plan.shared_bytes;
-    told["launches"] = plan.exchange == Exchange::step ? T + (backward ? 1 : 0) : 1;
-    return told;
+    py::dict summary;
+    summary["exchange"] = exchanges[static_cast<int>(plan.exchange)];
+    summary["rows"] = 8 * plan.tiles;
+    summary["row groups"] = plan.row_groups;
+    summary["blocks"] = py::make_tuple(plan.blocks_x, plan.blocks_y);
+    summary["threads"] = plan.threads();
+    summary["warps to a group of units"] = plan.splits;
+    summary["weights"] = plan.resident  ? "registers"
+                         : plan.on_chip ? "shared memory"
+                                        : "L2";
+    summary["operand"] = plan.shares_operand() ? "shared memory" : "L2";
+    summary["shared bytes"] = plan.shared_bytes;
+    summary["launches"] = plan.exchange == Exchange::step ? T + (backward ? 1 : 0) : 1;
+    return summary;
   }
 
  private:
@@ -346,7 +349,7 @@ class Kernel {
     if (v.dtype->name != dtype || v.shape != shape || v.device != device_) refuse(name);
     return reinterpret_cast<void*>(v.pointer);
   }
-  // An array of what is stored, and contiguous.
+  // Returns the address of a contiguous array of the storage type.
   void* whole(const View& v, const char* name, const std::vector<index>& shape) const {
     if (!v.is_contiguous()) refuse(name);
     return checked(v, name, shape, elements_.storage);
@@ -363,7 +366,7 @@ class Kernel {
     return reinterpret_cast<void*>(v.pointer);
   }
 
-  // An array by name, or null.
+  // Returns an array by name, or null.
   static const View* find(const Arrays& arrays, const char* name) {
     const auto found = arrays.find(name);
     return found == arrays.end() ? nullptr : found->second;
@@ -373,8 +376,9 @@ class Kernel {
     if (!v || v->ndim() != ndim) refuse(name);
     return *v;
   }
-  // Of which all must be contiguous or, if strides are asked for, the last axis. Returns
-  // whether there is one: that of no element may be null.
+  // Sets `to` to an array, which must be contiguous or, with strides, contiguous in its
+  // last axis. Returns whether there is one; an array without elements may have a null
+  // address.
   template <class E>
   bool set(E*& to, const Arrays& arrays, const char* name,
            const std::vector<index>& shape, const std::string& dtype,
@@ -390,7 +394,8 @@ class Kernel {
     return true;
   }
 
-  // One that must be there, its rows by time and then by batch at one distance.
+  // Sets `to` to a required array, whose rows by time and then by batch have a constant
+  // distance.
   template <class E>
   void set_rows(E*& to, const Arrays& arrays, const char* name,
                 const std::vector<index>& shape, index* stride) const {
@@ -417,13 +422,13 @@ class Kernel {
   template <class C>
   void run_in(const py::function& allocate, index needed, void (*run)(const C&),
               C& call) const {
-    const auto room = allocate(needed).template cast<View>();
-    call.workspace = bytes(room, "workspace", needed);
+    const auto workspace = allocate(needed).template cast<View>();
+    call.workspace = bytes(workspace, "workspace", needed);
     const py::gil_scoped_release release;
     run(call);
   }
 
-  // The arguments of both directions.
+  // Fills in the arguments of both directions.
   template <class S, class C>
   void fill(C& call, const Arrays& arrays, const CallOptions& options,
             bool reverse) const {
@@ -522,7 +527,7 @@ class Kernel {
   const Stream stream_;
 };
 
-// Three axes, those that are missing of length 1.
+// A Cube is an array of three axes; missing ones have length 1.
 struct Cube {
   index T = 1, B = 1, N = 1, t = 0, b = 0;
   explicit Cube(const View& v) {
@@ -559,7 +564,7 @@ void drop_as(const View& from, double p, std::uint64_t seed, std::uint32_t draw,
   const OnDevice current(to.device);
   drop_out(problem, to.device, stream);
 }
-// Dropout of (T, B, n) in float32 or float64, of "weights" or "between" layers.
+// Applies dropout to (T, B, n) in float32 or float64, of "weights" or "between" layers.
 void drop(const View& from, double p, std::uint64_t seed, const std::string& what,
           std::uint32_t where, const View& to, std::uintptr_t stream) {
   if (from.shape != to.shape || from.dtype != to.dtype) refuse("drop");
@@ -587,7 +592,7 @@ Element element_of(const View& v) {
   refuse("array");
 }
 
-// Copies from one element to another, where one of the two is float32 or both are alike.
+// Copies from one element type to another, of which one is float32 or both are alike.
 void convert_view(const View& from, const View& to, std::uintptr_t stream) {
   const Element in = element_of(from), out = element_of(to);
   const bool known = in == out || in == Element::float32 || out == Element::float32;
@@ -616,7 +621,7 @@ void clear_view(const View& to, std::uintptr_t stream) {
         reinterpret_cast<Stream>(stream));
 }
 
-// DLPack (https://dmlc.github.io/dlpack): how libraries hand each other arrays.
+// Libraries exchange arrays by DLPack (https://dmlc.github.io/dlpack).
 
 constexpr const char* capsule_name = "dltensor";
 
@@ -626,7 +631,7 @@ const std::pair<DLDataType, const char*> dlpack_dtypes[] = {
     {{kDLInt, 32, 1}, "int32"},       {{kDLInt, 64, 1}, "int64"},
     {{kDLBool, 8, 1}, "bool"},        {{kDLUInt, 8, 1}, "uint8"}};
 
-// Takes the array over: its deleter is called when the view's owner goes.
+// Takes over the array: its deleter is called when the view's owner goes.
 View from_dlpack(const py::capsule& capsule) {
   if (std::string(capsule.name()) != capsule_name) {
     throw py::value_error("must be a capsule named \"dltensor\"");
@@ -657,37 +662,38 @@ View from_dlpack(const py::capsule& capsule) {
 }
 
 py::capsule to_dlpack(const View& view) {
-  struct Lent {
+  struct Exported {
     DLManagedTensor managed;
     std::vector<std::int64_t> shape, strides;
     View view;
   };
-  auto lent = std::make_unique<Lent>(Lent{{},
+  auto exported =
+      std::make_unique<Exported>(Exported{{},
                                           {view.shape.begin(), view.shape.end()},
                                           {view.strides.begin(), view.strides.end()},
                                           view});
-  DLTensor& tensor = lent->managed.dl_tensor;
+  DLTensor& tensor = exported->managed.dl_tensor;
   tensor.data = reinterpret_cast<void*>(view.pointer);
   tensor.device = {kDLCUDA, view.device};
   tensor.ndim = static_cast<int>(view.ndim());
   for (const auto& [known, name] : dlpack_dtypes) {
     if (view.dtype->name == name) tensor.dtype = known;
   }
-  tensor.shape = lent->shape.data();
-  tensor.strides = lent->strides.data();
-  lent->managed.manager_ctx = lent.get();
-  lent->managed.deleter = [](DLManagedTensor* self) {
+  tensor.shape = exported->shape.data();
+  tensor.strides = exported->strides.data();
+  exported->managed.manager_ctx = exported.get();
+  exported->managed.deleter = [](DLManagedTensor* self) {
     const py::gil_scoped_acquire gil;
-    delete static_cast<Lent*>(self->manager_ctx);
+    delete static_cast<Exported*>(self->manager_ctx);
   };
-  // A capsule that nobody took over still owns the array.
-  py::capsule capsule(&lent->managed, capsule_name, [](PyObject* object) {
+  // A capsule that was not consumed still owns the array.
+  py::capsule capsule(&exported->managed, capsule_name, [](PyObject* object) {
     if (!PyCapsule_IsValid(object, capsule_name)) return;
     auto* const managed =
         static_cast<DLManagedTensor*>(PyCapsule_GetPointer(object, capsule_name));
     managed->deleter(managed);
   });
-  lent.release();
+  exported.release();
   return capsule;
 }
 
@@ -769,7 +775,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
       "wish",
       [](int exchange, int tiles, int resident, int staged, int groups, int splits,
          int blocks_x) {
-        wish = {exchange, tiles, resident, staged, groups, splits, blocks_x};
+        plan_override = {exchange, tiles, resident, staged, groups, splits, blocks_x};
       },
       py::arg("exchange") = -1, py::arg("tiles") = 0, py::arg("resident") = -1,
       py::arg("staged") = -1, py::arg("groups") = 0, py::arg("splits") = 0,

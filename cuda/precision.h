@@ -1,6 +1,6 @@
-// The precisions a layer may compute in: the type of x, y and the weights in memory
-// (Storage), that of the products' operands, and that of states and sums. A value is an
-// object because bfloat16 and float16 share their code.
+// These are the precisions that a layer may compute in: the type of x, y and the weights
+// in memory (Storage), of the products' operands, and of states and sums. A precision is
+// an object because bfloat16 and float16 share their code.
 #pragma once
 
 #include "device.h"
@@ -8,15 +8,16 @@
 
 namespace fusedrnn::cuda {
 
-// A NaN becomes the usual one: what has all bits set stands for nothing (product.h).
+// Turns any NaN into the canonical one, because all bits set mean "not written"
+// (product.h).
 template <class A>
-FUSEDRNN_DEVICE A with_usual_nan(A x) {
+FUSEDRNN_DEVICE A with_canonical_nan(A x) {
   return x == x ? x : static_cast<A>(__builtin_nanf(""));
 }
 
 template <class S>
 struct Exact {
-  using Stored = Exact;  // what kernels are compiled for that know no product
+  using Stored = Exact;  // the precision of kernels without a product
   using Storage = S;
   using Operand = S;
   using State = S;
@@ -25,8 +26,8 @@ struct Exact {
   static Exact of(Precision) { return {}; }
   FUSEDRNN_DEVICE S state(S x) const { return x; }
   FUSEDRNN_DEVICE S storage(S x) const { return x; }
-  FUSEDRNN_DEVICE S operand(S x) const { return with_usual_nan(x); }
-  // f(what multiplies fragments): nothing does here.
+  FUSEDRNN_DEVICE S operand(S x) const { return with_canonical_nan(x); }
+  // Calls f with the matrix instruction; here there is none.
   template <class F>
   FUSEDRNN_DEVICE void with_mma(const F& f) const {
     f(0);
@@ -44,7 +45,7 @@ struct OnTensorFloat32 {
   FUSEDRNN_DEVICE float state(float x) const { return x; }
   FUSEDRNN_DEVICE float storage(float x) const { return x; }
   FUSEDRNN_DEVICE TensorFloat32 operand(float x) const {
-    return to_tensor_float32(with_usual_nan(x));
+    return to_tensor_float32(with_canonical_nan(x));
   }
   template <class F>
   FUSEDRNN_DEVICE void with_mma(const F& f) const {

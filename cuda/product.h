@@ -1,21 +1,24 @@
-// The product of a step: a block's slice of the recurrent weights times the operand,
-// which is h' forward and da backward. Eight rows of the weights that belong to eight
-// hidden units are an octet: one gate of the units forward, Rᵀ for the units backward. A
-// warp sums some octets of a group of units for `tiles` × 8 rows of the batch.
+// This is the product of a step: a block's slice of the recurrent weights times the
+// operand, which is h' forward and da backward. An octet is eight rows of the weights
+// that belong to eight hidden units: one gate of the units forward, Rᵀ for the units
+// backward. A warp sums some octets of a group of units for `tiles` × 8 rows of the
+// batch.
 //
-// The depth is cut into blocks of 64 bytes for the matrix units, 16 bytes without them.
-// Weights are packed (PackWeights in rows.h) as
+// The depth is divided into blocks of 64 bytes for the matrix units, of 16 bytes without
+// them. Weights are packed (PackWeights in rows.h) as
 //
 //   [group][block of depth][octet][unit of 8][bytes of the block]
 //
-// so that each lane reads 16 consecutive bytes of a row: with the matrix units lane 4u+q
-// the quarter q of unit u's, whose words are its fragments of two mma, the order of depth
-// within a block being free as long as both factors agree. Operand rows are plain. Two
-// octets that share their mma lie interleaved, so that a lane's quad is the fragment as
-// it is: the first octet's has the words 0, 1 of both, the second's 2, 3 (packed_source).
+// so that each lane reads 16 consecutive bytes of a row. With the matrix units lane 4u+q
+// reads quarter q of unit u, whose words are its fragments of two mma; the order of depth
+// within a block is free as long as both factors agree. Operand rows are plain. Two
+// octets that share their mma are interleaved, so that a lane's quad is its fragment: the
+// first octet's quad has words 0, 1 of both octets, the second's words 2, 3
+// (packed_source).
 //
-// A lane's sums are those of mma's fragments in both forms: of unit lane/4, rows
-// 2(lane%4) and one more, for an even octet in [0], [1] and for the odd in [2], [3].
+// A lane's sums are those of mma's fragments, also without matrix units: unit lane/4,
+// rows 2(lane%4) and the next, in [0], [1] for the even octet and [2], [3] for the odd
+// one.
 #pragma once
 
 #include "precision.h"
@@ -31,7 +34,7 @@ struct DepthBlock {
 };
 
 FUSEDRNN_DEVICE int lane() { return thread() % 32; }
-// The unit of an octet and the first of the two rows of a tile that are a lane's.
+// These are a lane's unit of an octet, and the first of its two rows of a tile.
 FUSEDRNN_DEVICE int lane_unit() { return lane() / 4; }
 FUSEDRNN_DEVICE int lane_row() { return lane() % 4 * 2; }
 
@@ -47,11 +50,12 @@ FUSEDRNN_DEVICE Elements<E> elements(const Quad& quad) {
   return e;
 }
 
-// Operands that blocks exchange lie in memory in turn. Where one is not written yet,
-// words have all bits set, which is a NaN that no precision makes; a double has both.
-constexpr int operands_in_turn = 4;
-constexpr std::uint32_t nothing = 0xffffffff;
-// Is nothing where an element is not written, else less.
+// Blocks exchange operands through this many buffers in rotation. An element that is not
+// yet written has all bits set, a NaN that no precision produces; a double has both words
+// set.
+constexpr int operand_buffers = 4;
+constexpr std::uint32_t unwritten = 0xffffffff;
+// Returns `unwritten` if any element is not written, else less.
 template <class E>
 FUSEDRNN_DEVICE std::uint32_t fullest_word(const Quad& quad) {
   const auto larger = [](std::uint32_t a, std::uint32_t b) { return a > b ? a : b; };
@@ -60,8 +64,8 @@ FUSEDRNN_DEVICE std::uint32_t fullest_word(const Quad& quad) {
   return larger(larger(a, b), larger(c, d));
 }
 
-// The octet and the element in a lane's 16 bytes that stand packed at element e of octet
-// o of so many.
+// Returns the octet and the element within a lane's 16 bytes that are packed at element e
+// of octet o, of `octets` octets.
 struct Source {
   int octet, element;
 };
@@ -84,7 +88,8 @@ struct Product {
   static constexpr int pairs = (octets + 1) / 2;
   static constexpr int rows = P::on_matrix_units ? 1 : 2;  // operand rows a lane reads
 
-  // A warp that has but one sum for the matrix units, which take long, has it in two.
+  // A warp with only one sum splits it in two, because the matrix units take long to add
+  // to a sum.
   static constexpr int chains = P::on_matrix_units && pairs * tiles == 1 ? 2 : 1;
 
   A sums[chains][pairs][tiles][4] = {};
@@ -96,11 +101,12 @@ struct Product {
     return sum;
   }
 
-  // The lane's quad of a block's first octet in packed weights of one group.
+  // Returns the lane's quad of a block's first octet in packed weights of one group.
   FUSEDRNN_DEVICE static int weight_quad(int block) {
     return block * octets * Block::quads + (P::on_matrix_units ? lane() : lane_unit());
   }
-  // The lane's first row of a tile, and its bytes of the block there.
+  // Returns the lane's first row of a tile, and operand_byte() its bytes of the block
+  // there.
   FUSEDRNN_DEVICE static int operand_row() {
     return P::on_matrix_units ? lane_unit() : lane_row();
   }
@@ -108,7 +114,7 @@ struct Product {
     return P::on_matrix_units ? lane() % 4 * 16 : 0;
   }
 
-  // One block of depth: tiles × rows quads of the operand.
+  // Adds one block of depth: tiles × rows quads of the operand.
   template <class Mma>
   FUSEDRNN_DEVICE void add([[maybe_unused]] const Mma& mma, const Quad (&weights)[octets],
                            const Quad* operand) {

@@ -1,5 +1,5 @@
-// The work that both ways of a layer (layer.h, rowwise.h) do before and after its steps:
-// x as a matrix, W x and R h' of some times, and from da the gradients of x, W and R.
+// This header has what layer.h and rowwise.h both do before and after the steps: x as a
+// matrix, W x and R h' of some times, and from da the gradients of x, W and R.
 #pragma once
 
 #include "recurrence.h"
@@ -20,7 +20,8 @@ inline Element element_of(Precision precision) {
   }
 }
 
-// The weights' products for a cell whose slots from `first_slot` on R multiplies with h'.
+// LayerProducts has the products of a layer's weights, for a cell whose slots from
+// `first_slot` on multiply R with h'.
 template <class Cell, class S>
 struct LayerProducts {
   static constexpr int gates = Cell::gates, first_input = Cell::slots - Cell::gates;
@@ -48,17 +49,18 @@ struct LayerProducts {
                 bool adds = false) const {
     if (to.data) matmul(left, right, to, adds, tf32, workspace, stream);
   }
-  // Blocks of H rows of W or R.
+  // Returns `count` blocks of H rows of W or R.
   Matrix blocks(const S* weight, index K, int first, int count, bool transposed) const {
     const S* const at = weight + first * sizes.H * K;
     return {at, element, count * sizes.H, K, K, transposed};
   }
 
-  // W x of rows of x.
+  // Computes W x for rows of x.
   void multiply_inputs(const Matrix& x, const Matrix& to) const {
     multiply(x, blocks(weight_ih, sizes.I, 0, gates, true), to);
   }
-  // R h' of rows of h' to slots: to(slot, count), added to what is there or not.
+  // Computes R h' for rows of h' into to(slot, count), added to its content if
+  // adds(slot).
   template <class To, class Adds>
   void multiply_recurrent(const Matrix& h, const To& to, const Adds& adds) const {
     each_recurrent_block<Cell>(first_slot, [&](int slot, int block, int count) {
@@ -66,7 +68,7 @@ struct LayerProducts {
                adds(slot));
     });
   }
-  // dx, dW and dR, from da of the input parts and of the recurrent ones:
+  // Computes dx, dW and dR from da of the input parts and of the recurrent parts;
   // of_recurrent(slot, count) is transposed.
   template <class Call, class F>
   void write_gradients(const Call& call, const Matrix& of_input, const Matrix& x,
@@ -85,7 +87,7 @@ struct LayerProducts {
   }
 };
 
-// x as a matrix of rows by time and then by batch: as it is, or its copy.
+// Returns x as a matrix of rows by time and then by batch: x itself, or a copy.
 template <class P, class Call>
 Matrix matrix_of_x(const Call& call, Element element, const void* copy,
                    const Masks& masks) {
@@ -105,7 +107,7 @@ Matrix matrix_of_x(const Call& call, Element element, const void* copy,
   return {copy, element, rows, call.I, call.I, false};
 }
 
-// The blocks of weights behind each slot, or -1.
+// Sets the blocks of weights that feed each slot, or -1.
 template <class Cell>
 void blocks_of_slots(int (&input)[4], int (&recurrent)[4]) {
   constexpr Shape blocks = fusedrnn::shape_of<Cell>(0);
@@ -116,7 +118,7 @@ void blocks_of_slots(int (&input)[4], int (&recurrent)[4]) {
   }
 }
 
-// The bias of each slot of a cell, (slots, H).
+// Packs the bias of each slot of a cell, (slots, H).
 template <class Cell, class P>
 void pack_bias(Precision precision, const void* bias_ih, const void* bias_hh,
                typename P::State* to, index H, int device, Stream stream) {
@@ -133,7 +135,7 @@ void pack_bias(Precision precision, const void* bias_ih, const void* bias_hh,
   launch_each(bias, Cell::slots * H, device, stream);
 }
 
-// The gradients of parameters where no step is taken.
+// Clears the gradients of parameters if no step is taken.
 template <class Cell, class S, class A, class Call>
 void clear_gradients(const Call& call) {
   const index H = call.H, GH = Cell::gates * H;

@@ -1,27 +1,26 @@
-// The recurrence of one layer in one direction, forward and backward, for turns
-// [begin, end) of T: as one launch, in stretches, or one launch a turn. Turn n is step n
-// forward and step T-1-n backward.
+// This header is the recurrence of one layer in one direction, forward and backward, for
+// iterations [begin, end) of T: in one launch, in one for each time block, or in one for
+// each iteration. Iteration n is step n forward and step T-1-n backward.
 //
 // A step is a pipeline: before (rows whose state is reset, units that dropout hides), the
 // product, the cell (with options, that of units.h), after (rows past their length, whose
-// state stays). Who makes a part of the next step's operand applies its before, so the
-// product needs to know of nothing.
+// state stays). The thread that computes a part of the next step's operand also applies
+// its before, so the product knows nothing of masks.
 //
-//   operand   (4, rows, segments, P), rows padded to whole row groups: turn n reads
-//             [n % 4] and writes the next. Forward one segment, h'; backward one for
-//             each gate, da of the recurrent part. Padding is finite. In a grid a warp
-//             waits for what it reads to be written (product.h), and makers take back
-//             in turn n what they wrote for turn n - 1: all of the operand of turn n has
-//             come, so nobody reads that any more.
-//   state     h and c forward, the gradients that pass the product by backward, (B, H),
-//             in place from launch to launch
-//   a_x       (times, B, gates, H) W x for the times of these turns, the earliest first
+//   operand   (4, rows, segments, P), rows padded to whole row groups: iteration n reads
+//             buffer n % 4 and writes the next. Forward has one segment, h'; backward one
+//             for each gate, da of the recurrent part. Padding is finite. In a grid a
+//             warp polls what it reads until it is written (product.h). In iteration n
+//             writers mark their part of n - 1 as unwritten again: all of the operand of
+//             n has arrived, so no thread reads that of n - 1 any more.
+//   state     h and c forward, the gradients that bypass the product backward, (B, H),
+//             updated in place from launch to launch
+//   a_x       (times, B, gates, H) W x for the times of these iterations, by time
 //   bias      (slots, H)
 //   saved     (T, B, slots, H), cells (T, B, H) and da (T, B, slots, H), by time, as x
 //             and dx are
 //
-// Sums run in an order that a plan fixes, and nothing that two threads have is added
-// atomically.
+// Sums run in an order that a plan fixes, and atomics never add values of two threads.
 #pragma once
 
 #include "../csrc/contract.h"
@@ -37,8 +36,8 @@ struct alignas(16) Four {
   A at[4];
 };
 
-// Product and exchange of a plan, seen by one thread. A group of units has `octets`
-// octets of weights and `unit_octets` × 8 units.
+// An Engine is the product and exchange of a plan, in one thread. A group of units has
+// `octets` octets of weights and `unit_octets` × 8 units.
 template <class P, int octets_, int segments_, int unit_octets, int tiles, bool resident>
 class Engine {
   using E = typename P::Operand;
@@ -50,13 +49,14 @@ class Engine {
  public:
   static constexpr int octets = octets_, segments = segments_, pairs = Sums::pairs;
   static constexpr int group_units = 8 * unit_octets;
-  static constexpr int chunks = segments * unit_octets;  // that a group makes for a row
+  static constexpr int chunks = segments * unit_octets;  // of a row's operand, per group
   static constexpr int rows = 8 * tiles;
-  static constexpr int own_quads = chunks * 8 * chunk_quads;  // that a warp makes
-  // Blocks of depth whose weights a warp can keep in half of its registers.
+  static constexpr int own_quads = chunks * 8 * chunk_quads;  // that a warp writes
+  // This is how many blocks of depth a warp can keep the weights of, in half of its
+  // registers.
   static constexpr int held = 32 / octets / 8 * 8;
 
-  // Quads of packed weights, per group of units and in all.
+  // Returns the quads of packed weights, per group of units and in all.
   static constexpr index weight_quads(index padded) {
     return segments * (padded / Block::depth) * octets * Block::quads;
   }
@@ -64,10 +64,10 @@ class Engine {
     return ceil_div(H, group_units) * weight_quads(padded_units(H));
   }
 
-  // A block's shared memory: its weights, one or two operands, two sets of partial sums,
-  // staging, what has arrived of two operands. Rows of an operand lie so that the lanes'
-  // 16 bytes fall on different banks; one operand is enough where all warps meet after
-  // the product.
+  // Lays out a block's shared memory: its weights, one or two operands, two sets of
+  // partial sums, staging, the arrivals of two operands. Rows of an operand are padded so
+  // that the lanes' 16 bytes are in different banks. One operand is enough if all warps
+  // meet after the product.
   static constexpr void lay_out(Plan& plan) {
     const bool has_one = plan.exchange != Exchange::cluster && plan.splits > 1;
     const index sums = plan.splits > 1 ? index{plan.groups} * plan.splits * pairs : 0;
@@ -130,12 +130,12 @@ class Engine {
   }
 
   FUSEDRNN_DEVICE bool has_units() const { return unit_group_ < plan_.unit_groups; }
-  // Whether the thread has an item: two rows of a tile, of each octet's unit.
+  // Returns whether the thread has an item: two rows of a tile, of each octet's unit.
   FUSEDRNN_DEVICE bool has_item() const { return split_ < tiles && has_units(); }
   FUSEDRNN_DEVICE index unit(int unit_octet) const {
     return index{unit_group_} * group_units + unit_octet * 8 + lane_unit();
   }
-  // The first of its two rows.
+  // Returns the first of its two rows.
   FUSEDRNN_DEVICE index row() const {
     return index{row_group_} * rows + split_ * 8 + lane_row();
   }
@@ -145,8 +145,8 @@ class Engine {
     begin_ = begin;
     end_ = end;
     if (clustered_) {
-      // Nobody reads or sends any more of the row group before. The operand after the
-      // first is written over, but for its padding.
+      // After the barrier no thread reads or sends the operand of the row group before.
+      // The operand of begin + 1 is overwritten later, except for its padding.
       sync_cluster();
 #pragma unroll 1
       for (int row = 0; row < rows; ++row) {
@@ -164,7 +164,8 @@ class Engine {
     }
   }
 
-  // The thread's item of the product of turn n; every thread of the block takes part.
+  // Computes the thread's item of the product of iteration n; every thread of the block
+  // takes part.
   FUSEDRNN_DEVICE void multiply(index n, A (&sum)[pairs][4]) {
     Sums product;
     sync_warp();
@@ -175,8 +176,9 @@ class Engine {
     } else if constexpr (!resident) {
       add_blocks<true>(product, global_operand(n, 0), row_quads() * 16);
     }
-    // Between what others wrote and what they shall see; and between what was taken back
-    // in the turn before and what is sent, so that nobody finds what was there.
+    // The fence orders what others wrote before what they read next. It also orders what
+    // was marked as unwritten in the iteration before it before what is sent next, so
+    // that no reader finds the old content.
     if (plan_.exchange == Exchange::grid) fence();
     if (plan_.splits == 1) {
 #pragma unroll
@@ -218,13 +220,13 @@ class Engine {
     }
   }
 
-  // Puts an element of the next turn's operand ready: row r of the item, in a segment.
+  // Stages an element of the next iteration's operand: row r of the item, in a segment.
   FUSEDRNN_DEVICE void stage(int segment, int unit_octet, int r, A value) {
     E* const to = staging() + (segment * unit_octets + unit_octet) * 64;
     to[(lane_row() + r) * 8 + lane_unit()] = precision_.operand(value);
   }
 
-  // Sends what the warp staged in turn n to those who need it in the next.
+  // Sends what the warp staged in iteration n to the readers of the next one.
   FUSEDRNN_DEVICE void send(index n) {
     sync_warp();
     const Quad* const from = reinterpret_cast<const Quad*>(staging());
@@ -246,14 +248,15 @@ class Engine {
         }
       }
     } else {
-      const bool takes_back = plan_.exchange == Exchange::grid;
+      const bool clears_previous = plan_.exchange == Exchange::grid;
 #pragma unroll 1
       for (int i = lane(); i < own_quads; i += 32) {
         const int row = own_row(i), byte = own_byte(i);
         store_exchanged(at_byte(global_operand(n + 1, row), byte), from[i]);
-        if (takes_back) {
-          char* const before = global_operand(n - 1 + operands_in_turn, row);
-          store_exchanged(at_byte(before, byte), {nothing, nothing, nothing, nothing});
+        if (clears_previous) {
+          char* const before = global_operand(n - 1 + operand_buffers, row);
+          store_exchanged(at_byte(before, byte),
+                          {unwritten, unwritten, unwritten, unwritten});
         }
       }
     }
@@ -262,7 +265,7 @@ class Engine {
  private:
   FUSEDRNN_DEVICE static int odd(index n) { return static_cast<int>(n) & 1; }
   FUSEDRNN_DEVICE char* global_operand(index n, int row_in_group) const {
-    static_assert(operands_in_turn == 4);
+    static_assert(operand_buffers == 4);
     const int first_row = (static_cast<int>(n) & 3) * plan_.row_groups + row_group_;
     const index quads = index{first_row * rows + row_in_group} * row_quads();
     return reinterpret_cast<char*>(operand_) + quads * 16;
@@ -273,8 +276,8 @@ class Engine {
   FUSEDRNN_DEVICE static Quad* at_byte(char* p, int byte) {
     return reinterpret_cast<Quad*>(p + byte);
   }
-  // The quads of an operand that the warp makes: their row in the row group, their place
-  // in the row.
+  // These are the row in the row group, and the byte in the row, of quad i of those that
+  // the warp writes.
   FUSEDRNN_DEVICE int own_row(int i) const { return split_ * 8 + i / chunk_quads % 8; }
   FUSEDRNN_DEVICE int own_byte(int i) const {
     const int chunk = i / (8 * chunk_quads);
@@ -285,8 +288,9 @@ class Engine {
   FUSEDRNN_DEVICE Arrivals* arrivals(index n) const {
     return reinterpret_cast<Arrivals*>(shared() + plan_.arrivals_at) + odd(n);
   }
-  // Waits for all of the operand of turn n, for every thread. A warp without units, which
-  // nobody waits for, could come so late that it took one round for another.
+  // Waits for the whole operand of iteration n, for every thread. A warp without units
+  // does not wait: no warp waits for it, so it could come so late that it took one round
+  // for another.
   FUSEDRNN_DEVICE void receive(index n) {
     if (!has_peers_) return sync_block();
     if (thread() == 0) expect(arrivals(n), plan_.unit_groups * tiles * own_quads * 16);
@@ -299,7 +303,7 @@ class Engine {
     return all + (group_ * tiles + split_) * chunks * 64;
   }
 
-  // Goes through the warp's blocks of depth, segment after segment.
+  // DepthWalk visits the warp's blocks of depth, segment by segment.
   struct DepthWalk {
     int block;       // among all of a group
     int in_segment;  // among the warp's
@@ -316,8 +320,8 @@ class Engine {
     for (int o = 0; o < octets; ++o) to[o] = block[o * Block::quads];
   }
 
-  // Reads from(i) of an operand that others write, where it is not null, into zeros,
-  // until all is written.
+  // Loads from(i), unless it is null, of an operand that others write, repeatedly until
+  // all of it is written. `to` must be zeros.
   template <int count, class F>
   FUSEDRNN_DEVICE static void load_written(Quad (&to)[count], const F& from) {
     wait_until([&] {
@@ -331,14 +335,15 @@ class Engine {
         const std::uint32_t word = fullest_word<E>(to[i]);
         fullest = word > fullest ? word : fullest;
       }
-      return fullest != nothing;
+      return fullest != unwritten;
     });
   }
 
   FUSEDRNN_DEVICE int row_quads() const {
     return segments * plan_.P * static_cast<int>(sizeof(E)) / 16;
   }
-  // Brings the operand of turn n from L2 into shared memory, where all groups read it.
+  // Copies the operand of iteration n from L2 into shared memory, where all groups read
+  // it.
   FUSEDRNN_DEVICE void fetch(index n) const {
     constexpr int at_once = 4;  // rows
 #pragma unroll 1
@@ -363,8 +368,8 @@ class Engine {
     sync_block();
   }
 
-  // product += weights · operand over the warp's blocks of depth. As much of the operand
-  // as registers have room for is asked for before the first product waits.
+  // Computes product += weights · operand over the warp's blocks of depth. As much of the
+  // operand as fits in registers is loaded before the first product waits for it.
   template <bool exchanged>
   FUSEDRNN_DEVICE void add_blocks(Sums& product, char* operand, int row_size) const {
     constexpr int most_quads = exchanged ? 8 : 4;
@@ -388,15 +393,15 @@ class Engine {
         block[b] = at.block;
         advance(at);
       }
-      // Weights are asked for a block ahead.
-      constexpr int quads = tiles * Sums::rows;  // of the operand in a block
+      // Weights are loaded one block ahead.
+      constexpr int quads = tiles * Sums::rows;  // of the operand, per block
       Quad weights[2][octets], h[together * quads] = {};
-      const auto ask = [&](int b) {
+      const auto load_ahead = [&](int b) {
         if (!resident && b < together && block[b] >= 0) {
           load_weights(slice + Sums::weight_quad(block[b]), weights[b % 2]);
         }
       };
-      ask(0);
+      load_ahead(0);
       const auto from = [&](int i) -> const Quad* {
         const int row = i % quads / Sums::rows * 8 + i % Sums::rows, b = i / quads;
         if (block[b] < 0) return nullptr;
@@ -413,7 +418,7 @@ class Engine {
       precision_.with_mma([&](const auto& mma) {
 #pragma unroll
         for (int b = 0; b < together; ++b) {
-          ask(b + 1);
+          load_ahead(b + 1);
           if (block[b] < 0) continue;
           if constexpr (resident) {
             product.add(mma, held_[first + b], h + b * quads);
@@ -434,11 +439,11 @@ class Engine {
   int first_, depth_blocks_;  // of a segment
   int row_group_ = 0;
   index begin_ = 0, end_ = 0;
-  unsigned rounds_ = 0;  // of arrivals: bit n % 2 is whether that of turn n is odd
+  unsigned rounds_ = 0;  // bit n % 2: whether the arrival round of iteration n is odd
   Quad held_[resident ? held : 1][octets] = {};
 };
 
-// The facts of a layer that both directions know.
+// Recurrence has what both directions know of a layer.
 template <class P>
 struct Recurrence : Sizes {
   using S = typename P::Storage;
@@ -463,8 +468,8 @@ struct Recurrence : Sizes {
   }
 };
 
-// Whether the blocks of weight_ih stand in the order of the slots they feed, so that W x
-// and the input part of da are as a product reads or writes them.
+// Returns whether the blocks of weight_ih have the order of the slots they feed, so that
+// a product can write W x and read the input part of da directly.
 template <class Cell>
 constexpr bool feeds_in_order() {
   for (int k = 0; k < Cell::gates; ++k) {
@@ -473,8 +478,8 @@ constexpr bool feeds_in_order() {
   return true;
 }
 
-// f(first slot, first block of weight_hh, how many) for slots from `first` on whose
-// blocks follow one another.
+// Calls f(first slot, first block of weight_hh, count) for each run of slots from `first`
+// on whose blocks are contiguous.
 template <class Cell, class F>
 void each_recurrent_block(int first, const F& f) {
   for (int k = first; k < Cell::gates;) {
@@ -488,16 +493,16 @@ void each_recurrent_block(int first, const F& f) {
   }
 }
 
-// Every c, and that before the first step.
+// Cells has every c, and c0.
 template <class A>
 struct Cells {
   const A* c0;  // or null: zeros
-  const A* c;   // (T, B, H); at times without a step anything
+  const A* c;   // (T, B, H), unspecified at times without a step
   index c_t, c_b;
 
-  // That from which a row takes the step of a time, if it is not reset.
-  FUSEDRNN_DEVICE A before(const Sizes& p, const Masks& masks, index t, int length,
-                           index b, index unit) const {
+  // Returns the c from which a row takes the step of a time, if it is not reset.
+  FUSEDRNN_DEVICE A c_before(const Sizes& p, const Masks& masks, index t, int length,
+                             index b, index unit) const {
     const index time = masks.time_before(p, t, length);
     if (time >= 0) return c[time * c_t + b * c_b + unit];
     return c0 ? c0[b * p.H + unit] : A{0};
@@ -534,15 +539,16 @@ struct ForwardRecurrence : Recurrence<P> {
  private:
   FUSEDRNN_DEVICE void run(Engine& engine) const {
     const index unit = engine.unit(0), first_row = engine.row();
-    const bool mine = engine.has_item() && unit < H;
-    const bool real[2] = {mine && first_row < B, mine && first_row + 1 < B};
-    // A step's masks are read before they are needed: nobody waits for them.
+    const bool has_unit = engine.has_item() && unit < H;
+    const bool real[2] = {has_unit && first_row < B, has_unit && first_row + 1 < B};
+    // A step's masks are loaded one step before they are used, so that no thread waits
+    // for them.
     int length[2] = {0, 0};
     bool resets[2] = {false, false};
     A of_bias[slots], h_now[2] = {0, 0}, c_now[2] = {0, 0};
-    unsigned hidden = 0, kept = 0;  // bits of rows: of units.h
+    unsigned dropped = 0, zoneout_bits = 0;  // bits of items (units.h)
 #pragma unroll
-    for (int k = 0; k < slots; ++k) of_bias[k] = mine ? bias[k * H + unit] : 0;
+    for (int k = 0; k < slots; ++k) of_bias[k] = has_unit ? bias[k * H + unit] : 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (!real[r]) continue;
@@ -551,13 +557,13 @@ struct ForwardRecurrence : Recurrence<P> {
       h_now[r] = h[(first_row + r) * H + unit];
       if constexpr (Cell::has_c) c_now[r] = c[(first_row + r) * H + unit];
     }
-    if (units.mask && mine) hidden = hidden_items<2>(units, first_row, unit);
+    if (units.mask && has_unit) dropped = dropped_items<2>(units, first_row, unit);
     const index earliest = this->reverse ? T - end : begin;
-    // W x of a turn, asked for before its product, which waits for others.
+    // W x of an iteration is loaded before its product, which waits for other blocks.
     A ahead[2][gates] = {};
-    const auto ask = [&](index n) {
-      if (units.kept && mine) {
-        kept = kept_items<2>(units, this->time(n), first_row, unit);
+    const auto load_ahead = [&](index n) {
+      if (units.zoneout_bits && has_unit) {
+        zoneout_bits = zoneout_items<2>(units, this->time(n), first_row, unit);
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -569,7 +575,7 @@ struct ForwardRecurrence : Recurrence<P> {
       }
     };
     for (index n = begin; n < end; ++n) {
-      ask(n);
+      load_ahead(n);
       const index t = this->time(n);
       Items<Cell, V, 2> own;
       bool active[2];
@@ -595,8 +601,9 @@ struct ForwardRecurrence : Recurrence<P> {
           own.at[r].state = {{h_now[r]}, {c_now[r]}};
         }
         if (units.any) {
-          auto all = own;  // which the function called finds in memory
-          step_items(units, t, first_row, unit, active[0] | active[1] << 1, kept, all);
+          auto all = own;  // in memory, for the function call
+          step_items(units, t, first_row, unit, active[0] | active[1] << 1, zoneout_bits,
+                     all);
           own = all;
         } else {
 #pragma unroll
@@ -611,8 +618,8 @@ struct ForwardRecurrence : Recurrence<P> {
             h_now[r] = own.at[r].state.h.value;
             c_now[r] = own.at[r].state.c.value;
           }
-          const bool shows = !resets[r] && !(hidden >> r & 1);
-          engine.stage(0, 0, r, shows ? h_now[r] * units.shown : A{0});
+          const bool is_visible = !resets[r] && !(dropped >> r & 1);
+          engine.stage(0, 0, r, is_visible ? h_now[r] * units.dropout_scale : A{0});
         }
         if (n + 1 < T) engine.send(n);
       }
@@ -662,7 +669,7 @@ struct BackwardRecurrence : Recurrence<P> {
   Cells<A> cells;  // where the cell has c
   const S* dy;     // or null
   index dy_t, dy_b;
-  A *dh, *dc;  // what reaches the state before past the product; at the end dh0, dc0
+  A *dh, *dc;  // gradients that bypass the product; at the end dh0, dc0
   S* da;
   int bptt;  // 0: gradients pass everywhere
 
@@ -671,43 +678,44 @@ struct BackwardRecurrence : Recurrence<P> {
   }
 
  private:
-  // The values of a row and unit that a step reads.
+  // Inputs has the values of a row and unit that a step reads.
   struct Inputs {
     A slots_[slots], prev_h, prev_c, c, dy;
   };
 
   FUSEDRNN_DEVICE void run(Engine& engine) const {
     const index first_row = engine.row();
-    const bool mine = engine.has_item();
+    const bool has_unit = engine.has_item();
     int length[2];
     bool resets[2] = {false, false}, cuts[2] = {false, false};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      length[r] = mine && first_row + r < B ? masks.length(first_row + r) : 0;
+      length[r] = has_unit && first_row + r < B ? masks.length(first_row + r) : 0;
     }
     bool real[octets][2];
-    A past[octets][2], dc_now[octets][2];
-    // Of units.h: what zoneout keeps of items, two bits each, and from hides on what
-    // dropout hides of them.
-    constexpr int hides = 4 * octets;
-    unsigned drawn = 0;
+    A dh_now[octets][2], dc_now[octets][2];
+    // The low bits are what zoneout keeps of items, two bits each; from bit dropped_shift
+    // on they are what dropout hides (units.h).
+    constexpr int dropped_shift = 4 * octets;
+    unsigned mask_bits = 0;
 #pragma unroll
     for (int o = 0; o < octets; ++o) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const index unit = engine.unit(o), b = first_row + r;
-        real[o][r] = mine && unit < H && b < B;
-        past[o][r] = real[o][r] ? dh[b * H + unit] : 0;
+        real[o][r] = has_unit && unit < H && b < B;
+        dh_now[o][r] = real[o][r] ? dh[b * H + unit] : 0;
         dc_now[o][r] = Cell::has_c && real[o][r] ? dc[b * H + unit] : 0;
       }
     }
-    if (units.mask && mine) {
-      drawn = hidden_items<2 * octets>(units, first_row, engine.unit(0)) << hides;
+    if (units.mask && has_unit) {
+      mask_bits = dropped_items<2 * octets>(units, first_row, engine.unit(0))
+                  << dropped_shift;
     }
-    // The values that a turn reads, asked for before its product. Turn T is that of the
-    // initial state, which is left the product of step 0.
+    // The values that an iteration reads are loaded before its product. Iteration T is
+    // that of the initial state, to which the product of step 0 is added.
     Inputs ahead[octets][2] = {};
-    const auto ask = [&](index n) {
+    const auto load_ahead = [&](index n) {
       if (n == T) return;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -715,10 +723,10 @@ struct BackwardRecurrence : Recurrence<P> {
         resets[r] = real[0][r] && masks.is_reset(t, first_row + r);
         cuts[r] = resets[r] || masks.begins_chunk(*this, bptt, t, length[r]);
       }
-      if (units.kept && mine) {
+      if (units.zoneout_bits && has_unit) {
         const index t = this->time(T - 1 - n);
-        drawn = drawn >> hides << hides |
-                kept_items<2 * octets>(units, t, first_row, engine.unit(0));
+        mask_bits = mask_bits >> dropped_shift << dropped_shift |
+                    zoneout_items<2 * octets>(units, t, first_row, engine.unit(0));
       }
 #pragma unroll
       for (int o = 0; o < octets; ++o) {
@@ -731,7 +739,7 @@ struct BackwardRecurrence : Recurrence<P> {
       }
     };
     for (index n = begin; n < end; ++n) {
-      ask(n);
+      load_ahead(n);
       const bool is_step = n < T;
       const index t = is_step ? this->time(T - 1 - n) : 0;
       A sum[Engine::pairs][4] = {};
@@ -740,19 +748,21 @@ struct BackwardRecurrence : Recurrence<P> {
       if (engine.has_item()) {
 #pragma unroll
         for (int i = 0; i < own.count; ++i) {
-          past[i / 2][i % 2] += drawn >> (hides + i) & 1 ? A{0} : sum[0][i] * units.shown;
+          dh_now[i / 2][i % 2] += mask_bits >> (dropped_shift + i) & 1
+                                      ? A{0}
+                                      : sum[0][i] * units.dropout_scale;
         }
         const bool active[2] = {is_step && masks.is_within(t, length[0]),
                                 is_step && masks.is_within(t, length[1])};
         if (units.any) {
-          Items<Cell, V, 2 * octets> all;  // which the function called finds in memory
+          Items<Cell, V, 2 * octets> all;  // in memory, for the function call
 #pragma unroll
           for (int i = 0; i < own.count; ++i) {
-            enter(ahead[i / 2][i % 2], resets[i % 2], past[i / 2][i % 2],
-                  dc_now[i / 2][i % 2], all, i);
+            load_item(ahead[i / 2][i % 2], resets[i % 2], dh_now[i / 2][i % 2],
+                      dc_now[i / 2][i % 2], all, i);
           }
           step_items_back(units, t, first_row, engine.unit(0), active[0] | active[1] << 1,
-                          drawn, all);
+                          mask_bits, all);
           own = all;
         }
 #pragma unroll
@@ -764,12 +774,13 @@ struct BackwardRecurrence : Recurrence<P> {
             if (real[o][r] && active[r]) {
               passes = !cuts[r];
               if (!units.any) {
-                enter(ahead[o][r], resets[r], past[o][r], dc_now[o][r], own, o * 2 + r);
+                load_item(ahead[o][r], resets[r], dh_now[o][r], dc_now[o][r], own,
+                          o * 2 + r);
                 at.state =
                     Cell::backward(at.v, own.prev[o * 2 + r], own.c[o * 2 + r],
                                    at.state.h, at.state.c, Plain<V, true>{units.variant});
               }
-              past[o][r] = passes ? at.state.h.value : A{0};
+              dh_now[o][r] = passes ? at.state.h.value : A{0};
               dc_now[o][r] = passes ? at.state.c.value : A{0};
             }
 #pragma unroll
@@ -799,7 +810,7 @@ struct BackwardRecurrence : Recurrence<P> {
       for (int r = 0; r < 2; ++r) {
         if (!real[o][r]) continue;
         const index at = (first_row + r) * H + engine.unit(o);
-        dh[at] = past[o][r];
+        dh[at] = dh_now[o][r];
         if constexpr (Cell::has_c) dc[at] = dc_now[o][r];
       }
     }
@@ -818,17 +829,17 @@ struct BackwardRecurrence : Recurrence<P> {
     }
     if constexpr (Cell::has_c) {
       in.c = cells.c[t * cells.c_t + b * cells.c_b + unit];
-      in.prev_c = cells.before(*this, masks, t, length, b, unit);
+      in.prev_c = cells.c_before(*this, masks, t, length, b, unit);
     }
     in.dy = dy ? precision.state(dy[t * dy_t + b * dy_b + unit]) : 0;
   }
 
-  // The start of a step: the item's values, and the gradient of the state after.
-  FUSEDRNN_DEVICE static void enter(const Inputs& in, bool is_reset, A dh_past, A dc_past,
-                                    Items<Cell, V, 2 * octets>& own, int item) {
+  // Loads the start of a step: the item's values, and the gradient of the state after it.
+  FUSEDRNN_DEVICE static void load_item(const Inputs& in, bool is_reset, A dh_in, A dc_in,
+                                        Items<Cell, V, 2 * octets>& own, int item) {
 #pragma unroll
     for (int k = 0; k < slots; ++k) own.at[item].v[k] = {in.slots_[k]};
-    own.at[item].state = {{dh_past + in.dy}, {dc_past}};
+    own.at[item].state = {{dh_in + in.dy}, {dc_in}};
     if constexpr (Cell::has_direct) own.prev[item].h = {in.prev_h};
     if constexpr (Cell::has_c) {
       own.prev[item].c = {is_reset ? A{0} : in.prev_c};
@@ -837,9 +848,9 @@ struct BackwardRecurrence : Recurrence<P> {
   }
 };
 
-// The slots of all times again, from their sums without bias.
+// Recomputes the slots of all times from their sums without bias.
 template <template <class> class CellOf, class A>
-struct SlotsAgain : Sizes {
+struct RecomputeSlots : Sizes {
   using V = device::Vec<A>;
   using Cell = CellOf<V>;
   static constexpr int slots = Cell::slots;
@@ -858,7 +869,7 @@ struct SlotsAgain : Sizes {
       Unit<Cell, V> at{};
       for (int k = 0; k < slots; ++k) at.v[k] = {own[k * H] + bias[k * H + unit]};
       if (Cell::has_c && !masks.is_reset(t, b)) {
-        at.state.c = {cells.before(*this, masks, t, length, b, unit)};
+        at.state.c = {cells.c_before(*this, masks, t, length, b, unit)};
       }
       step_unit(units, unit, 0, at);
       for (int k = 0; k < slots; ++k) own[k * H] = at.v[k].value;

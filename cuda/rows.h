@@ -1,5 +1,6 @@
-// Kernels beside the recurrence: packing, what a recurrence starts from, rows gathered
-// for the products of the gradients, sums of columns. They are compiled once, in rows.cu.
+// This header has the kernels beside the recurrence: packing, the initial operand and
+// state, rows gathered for the products of the gradients, sums of columns. They are
+// compiled once, in rows.cu.
 #pragma once
 
 #include "../csrc/contract.h"
@@ -11,7 +12,7 @@
 
 namespace fusedrnn::cuda {
 
-// 0 where element n of row (i, j) is dropped, else 1 / (1 - p).
+// Returns 0 if element n of row (i, j) is dropped, else 1 / (1 - p).
 FUSEDRNN_DEVICE double dropout_factor(std::uint64_t seed, std::uint32_t draw,
                                       std::uint32_t where, double p, index i, index j,
                                       index n) {
@@ -23,8 +24,8 @@ FUSEDRNN_DEVICE double dropout_factor(std::uint64_t seed, std::uint32_t draw,
   return words[n / block % 4] < Generator::threshold(p) ? 0 : 1 / (1 - p);
 }
 
-// The launch of a kernel of so many independent elements: a few to a thread of a full
-// device.
+// Returns the launch of a kernel of `count` independent elements: a few to a thread of a
+// full device.
 inline Launch shape_of_each(index count, int ordinal) {
   const index most = index{device(ordinal).multiprocessors} * 8;
   const index blocks = ceil_div(count, most_threads);
@@ -32,25 +33,25 @@ inline Launch shape_of_each(index count, int ordinal) {
   return {static_cast<int>(used), 1, most_threads, 0, false, false};
 }
 
-// Queues such a kernel.
+// Queues a kernel of `count` independent elements.
 template <class Kernel>
 void launch_each(const Kernel& kernel, index count, int device, Stream stream);
 
-// f(i) for every i below count, shared out among all threads of a grid of one row.
+// Calls f(i) for every i below count, shared among all threads of a grid of one row.
 template <class F>
 FUSEDRNN_DEVICE void for_each(index count, const F& f) {
   const index step = index{blocks_x()} * threads();
 #pragma unroll 1
   for (index i = index{block_x()} * threads() + thread(); i < count; i += step) f(i);
 }
-// f(t, b, n, i) for every element of (T, B, N), the i-th.
+// Calls f(t, b, n, i) for every element of (T, B, N); i is its number.
 template <class F>
 FUSEDRNN_DEVICE void for_each(index T, index B, index N, const F& f) {
   for_each(T * B * N, [&](index i) { f(i / N / B, i / N % B, i % N, i); });
 }
 
-// weight_hh (gates·H, H) as Product reads it: for the forward, where an octet is a gate,
-// or for the backward, transposed, where the depth has a segment for each gate.
+// Packs weight_hh (gates·H, H) as Product reads it: for forward, where an octet is a
+// gate, or for backward, transposed, where the depth has a segment for each gate.
 template <class P>
 struct PackWeights {
   using E = typename P::Operand;
@@ -94,7 +95,8 @@ struct PackWeights {
   }
 };
 
-// bias (slots, H): both where an input and a recurrent part meet in one sum.
+// Packs the bias (slots, H), the sum of both biases where an input and a recurrent part
+// meet in one sum.
 template <class P>
 struct PackBias {
   using S = typename P::Storage;
@@ -122,9 +124,9 @@ struct PackBias {
   }
 };
 
-// The inputs of turn 0: its operand (the state that enters it, or nothing backward),
-// those of the turns after it, unwritten but for padding that nobody writes, and the
-// state where the recurrence keeps it.
+// Prepares the operand buffers and the state for iteration 0. The operand of iteration 0
+// is the state that enters it, or zeros backward. The other buffers are marked as
+// unwritten, except padding that no thread writes.
 template <class P>
 struct Prepare : Sizes {
   using E = typename P::Operand;
@@ -133,19 +135,19 @@ struct Prepare : Sizes {
   P precision;
   const A *from, *c_from;  // h0, c0 or their like; null: zeros
   A *state, *c_state;      // null where the cell has none
-  E* operand;              // (operands_in_turn, rows, segments, padded)
+  E* operand;              // (operand_buffers, rows, segments, padded)
   index rows, segments, padded;
-  index made;       // units of a segment that are written
-  bool with_state;  // whether the operand of turn 0 is that state
+  index written_units;  // of a segment
+  bool with_state;      // whether the operand of iteration 0 is that state
   Masks masks;
-  const A* mask;  // (B, H) of what R sees, or null
+  const A* mask;  // (B, H) of recurrent dropout, or null
 
   FUSEDRNN_DEVICE void operator()() const {
     const index width = segments * padded, size = rows * width;
-    for_each(operands_in_turn * size, [&](index i) {
+    for_each(operand_buffers * size, [&](index i) {
       const index row = i / width, unit = i % padded;
-      if (i >= size && unit < made) {
-        __builtin_memset(operand + i, nothing & 0xff, sizeof(E));
+      if (i >= size && unit < written_units) {
+        __builtin_memset(operand + i, unwritten & 0xff, sizeof(E));
         return;
       }
       const bool real = i < size && with_state && from && row < B && unit < H;
@@ -161,8 +163,8 @@ struct Prepare : Sizes {
   }
 };
 
-// lengths as the recurrences read them. What lies beyond [0, T] is taken as its end: the
-// host cannot look without waiting.
+// Copies lengths as the recurrences read them, clamped to [0, T], because the host cannot
+// check them without waiting.
 struct ReadLengths {
   const void* from;  // int64 if wide, else int32
   bool wide;
@@ -178,8 +180,8 @@ struct ReadLengths {
   }
 };
 
-// (T, B, H) the state that entered the step at each time, or what R sees of it: zero
-// after a reset, and where no step was taken.
+// Writes (T, B, H), the state that entered the step at each time, or what R reads of it:
+// zero after a reset, and where no step was taken.
 template <class P>
 struct Previous : Sizes {
   using S = typename P::Storage;
@@ -191,7 +193,7 @@ struct Previous : Sizes {
   const A* h0;  // or null: zeros
   S* to;
   Masks masks;
-  const A* mask;  // (B, H) of what R sees, or null
+  const A* mask;  // (B, H) of recurrent dropout, or null
 
   FUSEDRNN_DEVICE void operator()() const {
     for_each(T, B, H, [&](index t, index b, index unit, index i) {
@@ -211,7 +213,8 @@ struct Previous : Sizes {
   }
 };
 
-// (T, B, width), contiguous; zero past a row's length, where anything may stand.
+// Gathers (T, B, width) contiguously, with zeros past a row's length, where the source
+// may hold anything.
 template <class P>
 struct GatherRows {
   using S = typename P::Storage;
@@ -229,7 +232,7 @@ struct GatherRows {
   }
 };
 
-// Dropout of (T, B, N), as Dropout in csrc/contract.h says.
+// Applies the Dropout of csrc/contract.h to (T, B, N).
 template <class S>
 struct DropOut : Dropout<S> {
   FUSEDRNN_DEVICE void operator()() const {
@@ -242,7 +245,8 @@ struct DropOut : Dropout<S> {
   }
 };
 
-// The part of h that R sees: (B, n) of factors, one draw for a whole call.
+// Draws the recurrent dropout: (B, n) factors of the h that R reads, one draw for a whole
+// call.
 template <class A>
 struct DrawRecurrent {
   Options options;
@@ -258,7 +262,7 @@ struct DrawRecurrent {
   }
 };
 
-// The states that zoneout keeps of each unit, (T, B, H): of h in bit 0, of c in bit 1.
+// Draws which states of each unit zoneout keeps, (T, B, H): bit 0 for h, bit 1 for c.
 struct DrawZoneout {
   Options options;
   bool has_c;
@@ -267,7 +271,7 @@ struct DrawZoneout {
 
   FUSEDRNN_DEVICE void operator()() const {
     constexpr index block = Generator::block;
-    const index words = has_c ? 2 : 4;  // of a counter for h
+    const index words = has_c ? 2 : 4;  // of each counter, for h
     const Generator generator(options.seed, static_cast<std::uint32_t>(Draw::zoneout),
                               options.where);
     const std::uint32_t h = Generator::threshold(options.zoneout_h);
@@ -284,26 +288,27 @@ struct DrawZoneout {
   }
 };
 
-// The arrays that a call's kernels look at to mask rows and units, in its scratch memory.
+// MaskArrays has the arrays by which a call's kernels mask rows and units, in its scratch
+// memory.
 template <class A>
-struct Drawn {
-  int* lengths;        // or null
-  A* mask;             // (B, R) of what R sees of h, or null
-  std::uint8_t* kept;  // (T, B, H) where zoneout draws, or null
+struct MaskArrays {
+  int* lengths;                // or null
+  A* mask;                     // (B, R) factors of the h that R reads, or null
+  std::uint8_t* zoneout_bits;  // (T, B, H) where zoneout draws, or null
 
   template <class S>
-  Drawn(const ForwardOf<S>& call, Carver& carver)
-      : lengths(call.lengths ? carver.take<int>(call.B) : nullptr),
-        mask(drops(call.options) ? carver.take<A>(call.B * call.R) : nullptr),
-        kept(zones_out(call.options) && call.options.training
-                 ? carver.take<std::uint8_t>(call.T * call.B * call.H)
-                 : nullptr) {}
+  MaskArrays(const ForwardOf<S>& call, Arena& arena)
+      : lengths(call.lengths ? arena.take<int>(call.B) : nullptr),
+        mask(drops(call.options) ? arena.take<A>(call.B * call.R) : nullptr),
+        zoneout_bits(zones_out(call.options) && call.options.training
+                         ? arena.take<std::uint8_t>(call.T * call.B * call.H)
+                         : nullptr) {}
 
   template <class S>
   Masks masks(const ForwardOf<S>& call) const {
     return {lengths, call.resets, call.resets_t, call.resets_b};
   }
-  // Queues what fills it.
+  // Queues the kernels that fill the arrays.
   template <class S>
   void draw(const ForwardOf<S>& call, bool has_c) const {
     const index T = call.T, B = call.B, H = call.H, R = call.R;
@@ -312,7 +317,8 @@ struct Drawn {
     };
     if (lengths) queue(ReadLengths{call.lengths, call.wide_lengths, lengths, T, B}, B);
     if (mask) queue(DrawRecurrent<A>{call.options, mask, B, R}, B * R);
-    if (kept) queue(DrawZoneout{call.options, has_c, kept, T, B, H}, T * B * H);
+    if (zoneout_bits)
+      queue(DrawZoneout{call.options, has_c, zoneout_bits, T, B, H}, T * B * H);
   }
 };
 
@@ -337,8 +343,8 @@ struct Convert : Conversion {
   }
 };
 
-// The sums of each column of (rows, slots·H), to the biases that a slot belongs to. A
-// block sums 32 columns: each warp some rows, in order, then all warps' sums in order.
+// Sums each column of (rows, slots·H) into the biases of its slot. A block sums 32
+// columns: each warp some rows, in order, then all warps' sums in order.
 template <class P>
 struct BiasGradients {
   using S = typename P::Storage;
@@ -380,7 +386,7 @@ struct BiasGradients {
 template <class P>
 void launch_columns(const BiasGradients<P>& kernel, Stream stream);
 
-// Σ a b over the rows of columns of H, for each job.
+// Computes Σ a b over the rows of H columns, for each job.
 template <class A>
 struct RowSums {
   static constexpr int most = 24;

@@ -1,15 +1,16 @@
-// A layer in one direction on a GPU whose units need each other within a step (LayerNorm,
-// a projection, a GRU that is reset before its matmul), which the recurrences of
-// recurrence.h do not know: each step is its products by cuBLASLt and what
-// csrc/pointwise.h does between them, a block to a row. In float32 and float64; arrays of
+// This header runs a layer whose units need each other within a step (LayerNorm, a
+// projection, a GRU that is reset before its matmul), which recurrence.h cannot do, in
+// one direction on a GPU. Each step is its products by cuBLASLt and, between them,
+// csrc/pointwise.h with a block for each row. It runs in float32 and float64; arrays of
 // 16 bits are converted before and after.
 //
 //   records    (T, B, values)  by time: csrc/record.h; saved for backward
 //   gradients  (T, B, values)  by time, of a backward
-//   seen       (B, R)          h' as R sees it: masked, and 0 where a row is reset next
+//   h_dropped  (B, R)          h' as R reads it: masked, and 0 if the row is reset next
 //
-// Products read and write records and gradients where they lie, so W x comes to all times
-// at once, R h' is added to it step by step, and dx, dW and dR are one product each.
+// Products read and write records and gradients in place. So W x is computed for all
+// times at once, R h' is added to it step by step, and dx, dW and dR are one product
+// each.
 #pragma once
 
 #include "vec.h"
@@ -24,7 +25,7 @@ namespace fusedrnn::cuda {
 
 using device::RowWise;
 
-// The threads of a block along a row.
+// BlockWalk is the walk of a block's threads along a row.
 template <class A>
 struct BlockWalk {
   using S = A;
@@ -34,8 +35,8 @@ struct BlockWalk {
   static constexpr bool bias_is_in = false;
   FUSEDRNN_DEVICE static constexpr bool norm(const Model& model) { return model.norm; }
 
-  const std::uint8_t* kept_bits;  // of the row where zoneout draws (rows.h), or null:
-  A keeps_h, keeps_c;             // what is expected
+  const std::uint8_t* zoneout_bits;  // of the row, if zoneout draws (rows.h); or null,
+  A keeps_h, keeps_c;                // and these are the expectation
   A* own_scratch;
 
   template <class F>
@@ -48,7 +49,7 @@ struct BlockWalk {
   FUSEDRNN_DEVICE static void once(const F& f) {
     if (thread() == 0) f();
   }
-  // In an order that the number of threads fixes.
+  // The order of the sum depends on the number of threads only.
   template <class F>
   FUSEDRNN_DEVICE static void sums(int, index n, const F& f, A* to) {
     A own = 0;
@@ -60,12 +61,12 @@ struct BlockWalk {
   FUSEDRNN_DEVICE static V upto(const A* p, index u, index) { return {p[u]}; }
   FUSEDRNN_DEVICE static void put(V x, A* p, index u, index) { p[u] = x.value; }
   FUSEDRNN_DEVICE V keep_h(const A*, index u) const {
-    return {kept_bits ? static_cast<A>(kept_bits[u] & 1) : keeps_h};
+    return {zoneout_bits ? static_cast<A>(zoneout_bits[u] & 1) : keeps_h};
   }
   FUSEDRNN_DEVICE V keep_c(const A*, index u) const {
-    return {kept_bits ? static_cast<A>(kept_bits[u] >> 1 & 1) : keeps_c};
+    return {zoneout_bits ? static_cast<A>(zoneout_bits[u] >> 1 & 1) : keeps_c};
   }
-  FUSEDRNN_DEVICE static V kept(V x) { return x; }
+  FUSEDRNN_DEVICE static V rounded(V x) { return x; }
   FUSEDRNN_DEVICE A* scratch(int) const { return own_scratch; }
   FUSEDRNN_DEVICE static void bounds(double clip, V (&to)[4]) {
     device::clip_bounds(clip, to);
@@ -88,7 +89,7 @@ struct BlockWalk {
   }
 };
 
-// The facts that the kernels of a layer know, by value.
+// RowKernel has what all kernels of a layer know, by value.
 template <template <class> class CellOf, class A>
 struct RowKernel : Sizes {
   using V = device::Vec<A>;
@@ -103,16 +104,16 @@ struct RowKernel : Sizes {
   Masks masks;
   index record_values;
   const A *h0, *c0;
-  const A* bias;             // (slots, H)
-  const A* zeros;            // (max(R, H),)
-  const A* mask;             // (B, R) of what R sees, or null
-  const std::uint8_t* kept;  // (T, B, H) where zoneout draws, or null
-  A* scratch;                // (B, 2 + slots, H)
+  const A* bias;                     // (slots, H)
+  const A* zeros;                    // (max(R, H),)
+  const A* mask;                     // (B, R) of recurrent dropout, or null
+  const std::uint8_t* zoneout_bits;  // (T, B, H) where zoneout draws, or null
+  A* norm_rows;                      // (B, 2 + slots, H)
 
   FUSEDRNN_DEVICE Rows rows(index t, index b) const {
-    const Walk walk{kept ? kept + (t * B + b) * H : nullptr,
+    const Walk walk{zoneout_bits ? zoneout_bits + (t * B + b) * H : nullptr,
                     static_cast<A>(options.zoneout_h), static_cast<A>(options.zoneout_c),
-                    scratch + b * (2 + slots) * H};
+                    norm_rows + b * (2 + slots) * H};
     return Rows(*this, H, bias, walk);
   }
   FUSEDRNN_DEVICE bool is_active(index t, index b) const { return masks.is_active(t, b); }
@@ -121,15 +122,17 @@ struct RowKernel : Sizes {
     return masks.is_reset(t, b) ||
            masks.begins_chunk(*this, bptt, static_cast<int>(t), masks.length(b));
   }
-  // A state before the step of time t, of what the steps left at `left`.
-  FUSEDRNN_DEVICE const A* before(index t, index b, const A* given, const A* left,
-                                  index time_apart, index row_apart, index width) const {
+  // Returns the state before the step of time t; `previous` has the states after the
+  // steps.
+  FUSEDRNN_DEVICE const A* state_before(index t, index b, const A* initial,
+                                        const A* previous, index time_apart,
+                                        index row_apart, index width) const {
     if (masks.is_reset(t, b)) return zeros;
     const index time = masks.time_before(*this, t, masks.length(b));
-    if (time >= 0) return left + time * time_apart + b * row_apart;
-    return given ? given + b * width : zeros;
+    if (time >= 0) return previous + time * time_apart + b * row_apart;
+    return initial ? initial + b * width : zeros;
   }
-  // The values of a row that takes no step, for sums over all rows.
+  // Clears the record of a row that takes no step, because sums run over all rows.
   FUSEDRNN_DEVICE void clear_record(A* at) const {
     Walk::each(record_values, [&](index i) { at[i] = 0; });
   }
@@ -140,13 +143,13 @@ struct RowKernel : Sizes {
   }
 };
 
-// The state and what R sees of it before the first step.
+// Sets the state before the first step, and what R reads of it.
 template <template <class> class CellOf, class A>
 struct RowStart : RowKernel<CellOf, A> {
   using Base = RowKernel<CellOf, A>;
   using Base::B, Base::H, Base::R, Base::T, Base::mask, Base::masks, Base::model;
   A* zeros_to;
-  A *h, *c, *seen;  // null in backward
+  A *h, *c, *h_dropped;  // null in backward
 
   FUSEDRNN_DEVICE void operator()() const {
     for_each(H > R ? H : R, [&](index i) { zeros_to[i] = 0; });
@@ -155,7 +158,7 @@ struct RowStart : RowKernel<CellOf, A> {
       if (!h) return;
       h[i] = this->h0 ? this->h0[i] : A{0};
       const bool is_reset = T > 0 && masks.is_reset(this->time(0), b);
-      seen[i] = is_reset ? A{0} : mask ? h[i] * mask[i] : h[i];
+      h_dropped[i] = is_reset ? A{0} : mask ? h[i] * mask[i] : h[i];
     });
     for_each(B * H, [&](index i) {
       if (c) c[i] = this->c0 ? this->c0[i] : A{0};
@@ -163,8 +166,8 @@ struct RowStart : RowKernel<CellOf, A> {
   }
 };
 
-// A step from its sums on; in two parts where there is a second product, whose operand
-// the first leaves in `operand` and whose result is in `fresh`, or in a record's first
+// Runs a step after its product. With a second product it has two parts: the first writes
+// the operand to `operand`, the second reads the result in h_new or in a record's first
 // slot.
 template <template <class> class CellOf, class A>
 struct RowForward : RowKernel<CellOf, A> {
@@ -175,7 +178,7 @@ struct RowForward : RowKernel<CellOf, A> {
   using typename Base::Walk;
   index step;
   int part;
-  A *records, *h, *c, *seen, *fresh, *operand;
+  A *records, *h, *c, *h_dropped, *h_new, *operand;
   A* y;
   index y_b;
   A *cells, *trace;
@@ -184,8 +187,8 @@ struct RowForward : RowKernel<CellOf, A> {
   FUSEDRNN_DEVICE void operator()() const {
     this->for_rows(B, [&](index b) {
       const index t = this->time(step);
-      const bool twice = Base::Rows::has_second(model);
-      const bool is_last_part = part == 1 || !(twice || model.projects);
+      const bool cell_has_second = Base::Rows::has_second(model);
+      const bool is_last_part = part == 1 || !(cell_has_second || model.projects);
       if (this->is_active(t, b)) {
         const auto rows = this->rows(t, b);
         const bool is_reset = masks.is_reset(t, b);
@@ -195,9 +198,9 @@ struct RowForward : RowKernel<CellOf, A> {
                                      H,
                                      is_reset ? this->zeros : h + b * R,
                                      is_reset || !Cell::has_c ? this->zeros : c + b * H,
-                                     seen + b * R,
+                                     h_dropped + b * R,
                                      record + rows.record.cell(),
-                                     model.projects ? operand + b * H : fresh + b * R,
+                                     model.projects ? operand + b * H : h_new + b * R,
                                      cells ? cells + t * cells_t + b * cells_b : nullptr,
                                      trace ? trace + (t * B + b) * gates * H : nullptr,
                                      nullptr,
@@ -208,23 +211,23 @@ struct RowForward : RowKernel<CellOf, A> {
         if (part == 0) {
           if (model.norm) rows.normalise_inputs(&row, 1);
           if (model.norm) rows.normalise_recurrent(&row, 1);
-          if (twice) {
+          if (cell_has_second) {
             A* const to = operand + b * H;
             rows.open(&row, 1, &to, H);
           } else {
             rows.forward(&row, 1, H);
           }
-        } else if (twice) {
+        } else if (cell_has_second) {
           if (model.norm) rows.normalise_second(&row, 1);
           rows.close(&row, 1, H);
         } else {
-          row.h = fresh + b * R;
+          row.h = h_new + b * R;
           Walk::each(R, [&](index u) { rows.finish(row, u, Walk::load(row.h, u)); });
         }
         if (is_last_part) {
           Walk::each(R, [&](index u) {
-            h[b * R + u] = fresh[b * R + u];
-            y[(t * B + b) * y_b + u] = fresh[b * R + u];
+            h[b * R + u] = h_new[b * R + u];
+            y[(t * B + b) * y_b + u] = h_new[b * R + u];
           });
           if constexpr (Cell::has_c) {
             Walk::each(H, [&](index u) { c[b * H + u] = row.c[u]; });
@@ -245,26 +248,26 @@ struct RowForward : RowKernel<CellOf, A> {
       const bool resets_next = masks.is_reset(this->time(step + 1), b);
       Walk::each(R, [&](index u) {
         const A factor = mask ? mask[b * R + u] : A{1};
-        seen[b * R + u] = resets_next ? A{0} : h[b * R + u] * factor;
+        h_dropped[b * R + u] = resets_next ? A{0} : h[b * R + u] * factor;
       });
     });
   }
 };
 
-// The records of all times again, from their sums; in two parts as before. Rows of all
-// times run at once on the scratch of their b, so nothing here may need it: with
-// LayerNorm of c the gates are computed again only later.
+// Recomputes the records of all times from their sums, in two parts as RowForward. Rows
+// of all times run at once and share norm_rows of their b, so nothing here may use it:
+// with LayerNorm of c the gates are recomputed in the backward step.
 template <template <class> class CellOf, class A>
-struct RowAgain : RowKernel<CellOf, A> {
+struct RowRecompute : RowKernel<CellOf, A> {
   using Base = RowKernel<CellOf, A>;
   using Base::B, Base::H, Base::R, Base::T, Base::mask, Base::masks, Base::model;
   using typename Base::Cell;
   using typename Base::Walk;
   int part;
   A* records;
-  const A *y, *seen, *cells;  // seen (T, B, R)
+  const A *y, *h_dropped, *cells;  // h_dropped (T, B, R)
   index y_b, cells_t, cells_b;
-  A *operand, *fresh;  // (T, B, H)
+  A *operand, *h_new;  // (T, B, H)
 
   FUSEDRNN_DEVICE void operator()() const {
     this->for_rows(T * B, [&](index i) {
@@ -282,12 +285,12 @@ struct RowAgain : RowKernel<CellOf, A> {
           record,
           record,
           H,
-          this->before(t, b, this->h0, y, B * y_b, y_b, R),
-          Cell::has_c ? this->before(t, b, this->c0, cells, cells_t, cells_b, H)
+          this->state_before(t, b, this->h0, y, B * y_b, y_b, R),
+          Cell::has_c ? this->state_before(t, b, this->c0, cells, cells_t, cells_b, H)
                       : nullptr,
-          seen + i * R,
-          fresh + i * H,
-          fresh + i * H,
+          h_dropped + i * R,
+          h_new + i * H,
+          h_new + i * H,
           nullptr,
           nullptr,
           nullptr,
@@ -295,11 +298,11 @@ struct RowAgain : RowKernel<CellOf, A> {
           nullptr,
           nullptr,
           record};
-      const bool twice = Base::Rows::has_second(model), norm = model.norm;
+      const bool cell_has_second = Base::Rows::has_second(model), norm = model.norm;
       if (part == 0) {
         if (norm) rows.normalise_inputs(&row, 1);
         if (norm) rows.normalise_recurrent(&row, 1);
-        if (twice) {
+        if (cell_has_second) {
           A* const to = operand + i * H;
           rows.open(&row, 1, &to, H);
         } else if (!norm) {
@@ -319,9 +322,9 @@ struct RowAgain : RowKernel<CellOf, A> {
   }
 };
 
-// A step backward, in parts: dh and, unless that is projected, the cell; the cell, from
-// what the projection gives; the rest of a GRU that is reset before. Step -1 is the state
-// before the first.
+// Runs a step backward in parts: 0 is dh and, without a projection, the cell; 1 is the
+// cell, after the projection; 2 is the rest of a GRU that is reset before its matmul.
+// Step -1 is the initial state.
 template <template <class> class CellOf, class A>
 struct RowBackward : RowKernel<CellOf, A> {
   using Base = RowKernel<CellOf, A>;
@@ -333,7 +336,7 @@ struct RowBackward : RowKernel<CellOf, A> {
   index step;
   int part;
   GradientRow at;
-  const A *records, *y, *seen;  // seen (T, B, R)
+  const A *records, *y, *h_dropped;  // h_dropped (T, B, R)
   index y_b;
   A* gradients;
   const A* from_product;     // (B, R) Rᵀ da of the step after
@@ -356,15 +359,16 @@ struct RowBackward : RowKernel<CellOf, A> {
       }
       const auto rows = this->rows(t, b);
       const index cell_at = rows.record.cell();
-      const bool twice = Base::Rows::has_second(model);
+      const bool cell_has_second = Base::Rows::has_second(model);
       const typename Base::Rows::BackRow row{
           records + row_at * this->record_values,
-          this->before(t, b, this->h0, y, B * y_b, y_b, R),
-          Cell::has_c ? this->before(t, b, this->c0, records + cell_at,
-                                     B * this->record_values, this->record_values, H)
-                      : nullptr,
+          this->state_before(t, b, this->h0, y, B * y_b, y_b, R),
+          Cell::has_c
+              ? this->state_before(t, b, this->c0, records + cell_at,
+                                   B * this->record_values, this->record_values, H)
+              : nullptr,
           nullptr,
-          seen + row_at * R,
+          h_dropped + row_at * R,
           dcells ? dcells + t * dcells_t + b * dcells_b : nullptr,
           dh + b * R,
           dc + b * H,
@@ -376,7 +380,7 @@ struct RowBackward : RowKernel<CellOf, A> {
           nullptr};
       if (part == 0) {
         Walk::each(R, [&](index u) {
-          row.dh[u] = rows.before(row, u, Walk::load(row.dh, u)).value;
+          row.dh[u] = rows.zoneout_backward(row, u, Walk::load(row.dh, u)).value;
         });
         if (model.projects) {
           Walk::each(R, [&](index u) { da[at.dh + u] = row.dh[u]; });
@@ -390,7 +394,7 @@ struct RowBackward : RowKernel<CellOf, A> {
       if (part == 2) {
         each_unit([&](index u, V d) { rows.close_backward(row, u, d); });
         if (model.norm) rows.normalise_backward(&row, 1, at);
-      } else if (twice) {
+      } else if (cell_has_second) {
         each_unit([&](index u, V d) { rows.open_backward(row, at, u, d); });
         if (model.norm) rows.normalise_second_backward(&row, 1, at);
       } else if (model.norm) {
@@ -402,25 +406,25 @@ struct RowBackward : RowKernel<CellOf, A> {
   }
 
  private:
-  // The gradient that a row's state after this step is owed, and with dy dh.
+  // Sums the gradient of a row's state after this step, and with dy dh.
   FUSEDRNN_DEVICE void find_dh(index b) const {
-    bool came = false;
+    bool has_product = false;
     if (step + 1 < T) {
       const index later = this->time(step + 1);
-      came = this->is_active(later, b) && !this->is_cut(later, b);
+      has_product = this->is_active(later, b) && !this->is_cut(later, b);
     }
     const bool is_active = step >= 0 && this->is_active(this->time(step), b);
-    const A* const given =
+    const A* const dy_row =
         dy && is_active ? dy + this->time(step) * dy_t + b * dy_b : nullptr;
     Walk::each(R, [&](index u) {
       const index i = b * R + u;
-      A owed = direct[i];
-      if (came) owed += from_product[i] * (mask ? mask[i] : A{1});
-      if (step < 0) dh0[i] = owed;
+      A total = direct[i];
+      if (has_product) total += from_product[i] * (mask ? mask[i] : A{1});
+      if (step < 0) dh0[i] = total;
       if (is_active) {
-        dh[i] = given ? owed + given[u] : owed;
+        dh[i] = dy_row ? total + dy_row[u] : total;
       } else {
-        direct[i] = owed;
+        direct[i] = total;
       }
     });
   }
@@ -435,49 +439,49 @@ class RowLayer {
   static constexpr int row_threads = 256;
   static constexpr Element element = state_element<A>;
 
-  // Scratch memory of both directions.
-  struct Room {
-    Drawn<A> drawn;
-    A *bias, *zeros, *scratch;
+  // Scratch is the scratch memory of both directions.
+  struct Scratch {
+    MaskArrays<A> mask_arrays;
+    A *bias, *zeros, *norm_rows;
     void* matmul;
     A* x;  // a copy, or null
-    Room(const ForwardOf<A>& call, bool masked, Carver& carver)
-        : drawn(call, carver),
-          bias(carver.take<A>(slots * call.H)),
-          zeros(carver.take<A>(call.H > call.R ? call.H : call.R)),
-          scratch(carver.take<A>(call.B * (2 + slots) * call.H)),
-          matmul(carver.take<char>(matmul_workspace)),
-          x(masked || !row_stride(call) ? carver.take<A>(call.T * call.B * call.I)
+    Scratch(const ForwardOf<A>& call, bool masked, Arena& arena)
+        : mask_arrays(call, arena),
+          bias(arena.take<A>(slots * call.H)),
+          zeros(arena.take<A>(call.H > call.R ? call.H : call.R)),
+          norm_rows(arena.take<A>(call.B * (2 + slots) * call.H)),
+          matmul(arena.take<char>(matmul_workspace)),
+          x(masked || !row_stride(call) ? arena.take<A>(call.T * call.B * call.I)
                                         : nullptr) {}
   };
-  struct ForwardRoom : Room {
-    A *seen, *fresh, *operand, *records;
-    ForwardRoom(const ForwardOf<A>& call, Carver& carver)
-        : Room(call, false, carver),
-          seen(carver.take<A>(call.B * call.R)),
-          fresh(carver.take<A>(call.B * call.H)),
-          operand(carver.take<A>(call.B * call.H)),
+  struct ForwardScratch : Scratch {
+    A *h_dropped, *h_new, *operand, *records;
+    ForwardScratch(const ForwardOf<A>& call, Arena& arena)
+        : Scratch(call, false, arena),
+          h_dropped(arena.take<A>(call.B * call.R)),
+          h_new(arena.take<A>(call.B * call.H)),
+          operand(arena.take<A>(call.B * call.H)),
           records(call.saved ? call.saved
-                             : carver.take<A>(call.T * call.B * record(call.model))) {}
+                             : arena.take<A>(call.T * call.B * record(call.model))) {}
   };
-  struct BackwardRoom : Room {
-    A *gradients, *seen, *from_product, *dh, *dc, *direct, *dm;
-    A *records, *operand, *fresh;
-    BackwardRoom(const BackwardOf<A>& call, Carver& carver)
-        : Room(call, call.lengths, carver),
-          gradients(carver.take<A>(call.T * call.B * row_of(call).values)),
-          seen(carver.take<A>(call.T * call.B * call.R)),
-          from_product(carver.take<A>(call.B * call.R)),
-          dh(carver.take<A>(call.B * call.H)),
-          dc(carver.take<A>(call.B * call.H)),
-          direct(carver.take<A>(call.B * call.R)),
-          dm(carver.take<A>(call.B * call.H)),
+  struct BackwardScratch : Scratch {
+    A *gradients, *h_dropped, *from_product, *dh, *dc, *direct, *dm;
+    A *records, *operand, *h_new;
+    BackwardScratch(const BackwardOf<A>& call, Arena& arena)
+        : Scratch(call, call.lengths, arena),
+          gradients(arena.take<A>(call.T * call.B * row_of(call).values)),
+          h_dropped(arena.take<A>(call.T * call.B * call.R)),
+          from_product(arena.take<A>(call.B * call.R)),
+          dh(arena.take<A>(call.B * call.H)),
+          dc(arena.take<A>(call.B * call.H)),
+          direct(arena.take<A>(call.B * call.R)),
+          dm(arena.take<A>(call.B * call.H)),
           records(call.saved ? call.saved
-                             : carver.take<A>(call.T * call.B * record(call.model))),
+                             : arena.take<A>(call.T * call.B * record(call.model))),
           operand(!call.saved && has_second(call.model)
-                      ? carver.take<A>(call.T * call.B * call.H)
+                      ? arena.take<A>(call.T * call.B * call.H)
                       : nullptr),
-          fresh(call.saved ? nullptr : carver.take<A>(call.T * call.B * call.H)) {}
+          h_new(call.saved ? nullptr : arena.take<A>(call.T * call.B * call.H)) {}
   };
 
  public:
@@ -486,33 +490,33 @@ class RowLayer {
     return round_up(call.T * call.B * record(call.model) * index{sizeof(A)}, 256);
   }
   static index forward_workspace(const ForwardOf<A>& call) {
-    Carver carver(nullptr);
-    ForwardRoom(call, carver);
-    return carver.used();
+    Arena arena(nullptr);
+    ForwardScratch(call, arena);
+    return arena.used();
   }
   static index backward_workspace(const BackwardOf<A>& call) {
-    Carver carver(nullptr);
-    BackwardRoom(call, carver);
-    return carver.used();
+    Arena arena(nullptr);
+    BackwardScratch(call, arena);
+    return arena.used();
   }
 
   static void forward(const ForwardOf<A>& call) {
     if (call.B == 0) return;
     const OnDevice current(call.device);
-    Carver carver(call.workspace);
-    const ForwardRoom room(call, carver);
-    start(call, room, call.h_n, Cell::has_c ? call.c_n : nullptr, room.seen);
-    multiply_inputs(call, room, gather_x(call, room), room.records);
+    Arena arena(call.workspace);
+    const ForwardScratch scratch(call, arena);
+    start(call, scratch, call.h_n, Cell::has_c ? call.c_n : nullptr, scratch.h_dropped);
+    multiply_inputs(call, scratch, gather_x(call, scratch), scratch.records);
     const index B = call.B, H = call.H, R = call.R;
-    const bool twice = has_second(call.model);
+    const bool cell_has_second = has_second(call.model);
     RowForward<CellOf, A> kernel{};
-    fill(kernel, call, room);
-    kernel.records = room.records;
+    fill(kernel, call, scratch);
+    kernel.records = scratch.records;
     kernel.h = call.h_n;
     kernel.c = call.c_n;
-    kernel.seen = room.seen;
-    kernel.fresh = room.fresh;
-    kernel.operand = room.operand;
+    kernel.h_dropped = scratch.h_dropped;
+    kernel.h_new = scratch.h_new;
+    kernel.operand = scratch.operand;
     kernel.y = call.y;
     kernel.y_b = call.y_b;
     kernel.cells = call.cells;
@@ -520,18 +524,18 @@ class RowLayer {
     kernel.cells_b = call.cells_b;
     kernel.trace = call.trace;
     for (index s = 0; s < call.T; ++s) {
-      A* const records = room.records + call.time(s) * B * record(call.model);
-      multiply_recurrent(call, room, room.seen, B, records);
+      A* const records = scratch.records + call.time(s) * B * record(call.model);
+      multiply_recurrent(call, scratch, scratch.h_dropped, B, records);
       kernel.step = s;
       kernel.part = 0;
       launch_rows(kernel, B, call);
-      if (!twice && !call.model.projects) continue;
-      if (twice) {
-        multiply_new(call, room, room.operand, H, B, records);
+      if (!cell_has_second && !call.model.projects) continue;
+      if (cell_has_second) {
+        multiply_new(call, scratch, scratch.operand, H, B, records);
       } else {
-        multiply(call, room, {room.operand, element, B, H, H, false},
+        multiply(call, scratch, {scratch.operand, element, B, H, H, false},
                  {call.weight_hr, element, R, H, H, true},
-                 {room.fresh, element, B, R, R, false});
+                 {scratch.h_new, element, B, R, R, false});
       }
       kernel.part = 1;
       launch_rows(kernel, B, call);
@@ -546,43 +550,48 @@ class RowLayer {
     }
     if (B == 0) return;
     if (T == 0) {
-      give(call.dh_n, call.dh0, B * R, call);
-      if (Cell::has_c) give(call.dc_n, call.dc0, B * H, call);
+      copy_or_clear(call.dh_n, call.dh0, B * R, call);
+      if (Cell::has_c) copy_or_clear(call.dc_n, call.dc0, B * H, call);
       return;
     }
-    Carver carver(call.workspace);
-    const BackwardRoom room(call, carver);
-    start(call, room, nullptr, nullptr, nullptr);
-    A* const dc = Cell::has_c ? call.dc0 : room.dc;
-    give(call.dh_n, room.direct, B * R, call);
-    if (Cell::has_c) give(call.dc_n, dc, B * H, call);
-    const bool twice = has_second(call.model);
+    Arena arena(call.workspace);
+    const BackwardScratch scratch(call, arena);
+    start(call, scratch, nullptr, nullptr, nullptr);
+    A* const dc = Cell::has_c ? call.dc0 : scratch.dc;
+    copy_or_clear(call.dh_n, scratch.direct, B * R, call);
+    if (Cell::has_c) copy_or_clear(call.dc_n, dc, B * H, call);
+    const bool cell_has_second = has_second(call.model);
     const GradientRow at = row_of(call);
     const index gradient = at.values;
 
     Sizes of_h = call;
     of_h.H = R;
-    const Previous<Exact<A>> seen{
-        of_h,           {},      call.y,    B * call.y_b,
-        call.y_b,       call.h0, room.seen, room.drawn.masks(call),
-        room.drawn.mask};
-    cuda::launch_each(seen, all * R, call.device, call.stream);
-    const Matrix x = gather_x(call, room);
-    if (!call.saved) compute_again(call, room, x);
+    const Previous<Exact<A>> h_dropped{of_h,
+                                       {},
+                                       call.y,
+                                       B * call.y_b,
+                                       call.y_b,
+                                       call.h0,
+                                       scratch.h_dropped,
+                                       scratch.mask_arrays.masks(call),
+                                       scratch.mask_arrays.mask};
+    cuda::launch_each(h_dropped, all * R, call.device, call.stream);
+    const Matrix x = gather_x(call, scratch);
+    if (!call.saved) recompute(call, scratch, x);
 
     RowBackward<CellOf, A> kernel{};
-    fill(kernel, call, room);
+    fill(kernel, call, scratch);
     kernel.at = at;
-    kernel.records = room.records;
+    kernel.records = scratch.records;
     kernel.y = call.y;
     kernel.y_b = call.y_b;
-    kernel.seen = room.seen;
-    kernel.gradients = room.gradients;
-    kernel.from_product = room.from_product;
-    kernel.dh = room.dh;
+    kernel.h_dropped = scratch.h_dropped;
+    kernel.gradients = scratch.gradients;
+    kernel.from_product = scratch.from_product;
+    kernel.dh = scratch.dh;
     kernel.dc = dc;
-    kernel.direct = room.direct;
-    kernel.dm = room.dm;
+    kernel.direct = scratch.direct;
+    kernel.dm = scratch.dm;
     kernel.dy = call.dy;
     kernel.dy_t = call.dy_t;
     kernel.dy_b = call.dy_b;
@@ -590,11 +599,11 @@ class RowLayer {
     kernel.dcells_t = call.dcells_t;
     kernel.dcells_b = call.dcells_b;
     kernel.dh0 = call.dh0;
-    const auto of_time = [&](index t) { return room.gradients + t * B * gradient; };
+    const auto of_time = [&](index t) { return scratch.gradients + t * B * gradient; };
     for (index s = T - 1; s >= -1; --s) {
       if (s + 1 < T) {
-        from_recurrent(call, room, of_time(call.time(s + 1)) + at.recurrent, gradient,
-                       room.from_product);
+        from_recurrent(call, scratch, of_time(call.time(s + 1)) + at.recurrent, gradient,
+                       scratch.from_product);
       }
       kernel.step = s;
       kernel.part = 0;
@@ -602,21 +611,21 @@ class RowLayer {
       if (s < 0) break;
       A* const now = of_time(call.time(s));
       if (call.model.projects) {
-        multiply(call, room, {now + at.dh, element, B, R, gradient, false},
+        multiply(call, scratch, {now + at.dh, element, B, R, gradient, false},
                  {call.weight_hr, element, R, H, H, false},
-                 {room.dm, element, B, H, H, false});
+                 {scratch.dm, element, B, H, H, false});
         kernel.part = 1;
         launch_rows(kernel, B, call);
       }
-      if (twice) {
-        multiply(call, room, {now + at.recurrent, element, B, H, gradient, false},
+      if (cell_has_second) {
+        multiply(call, scratch, {now + at.recurrent, element, B, H, gradient, false},
                  {call.weight_hh + second_block * H * R, element, H, R, R, false},
-                 {room.dm, element, B, R, R, false});
+                 {scratch.dm, element, B, R, R, false});
         kernel.part = 2;
         launch_rows(kernel, B, call);
       }
     }
-    write_gradients(call, room, x, at);
+    write_gradients(call, scratch, x, at);
   }
 
  private:
@@ -635,7 +644,7 @@ class RowLayer {
     row.values = round_up(row.values, 4);
     return row;
   }
-  static void give(const A* from, A* to, index count, const ForwardOf<A>& call) {
+  static void copy_or_clear(const A* from, A* to, index count, const ForwardOf<A>& call) {
     const index bytes = count * index{sizeof(A)};
     if (from) {
       copy(to, from, bytes, call.stream);
@@ -643,31 +652,32 @@ class RowLayer {
       cuda::clear(to, bytes, call.stream);
     }
   }
-  static void fill(Kernel& kernel, const ForwardOf<A>& call, const Room& room) {
+  static void fill(Kernel& kernel, const ForwardOf<A>& call, const Scratch& scratch) {
     static_cast<Sizes&>(kernel) = call;
     kernel.model = call.model;
     kernel.options = call.options;
     kernel.vectors = call.vectors;
-    kernel.masks = room.drawn.masks(call);
+    kernel.masks = scratch.mask_arrays.masks(call);
     kernel.record_values = record(call.model);
     kernel.h0 = call.h0;
     kernel.c0 = call.c0;
-    kernel.bias = room.bias;
-    kernel.zeros = room.zeros;
-    kernel.mask = room.drawn.mask;
-    kernel.kept = room.drawn.kept;
-    kernel.scratch = room.scratch;
+    kernel.bias = scratch.bias;
+    kernel.zeros = scratch.zeros;
+    kernel.mask = scratch.mask_arrays.mask;
+    kernel.zoneout_bits = scratch.mask_arrays.zoneout_bits;
+    kernel.norm_rows = scratch.norm_rows;
   }
-  static void start(const ForwardOf<A>& call, const Room& room, A* h, A* c, A* seen) {
-    room.drawn.draw(call, Cell::has_c);
-    pack_bias<Cell, Exact<A>>(call.precision, call.bias_ih, call.bias_hh, room.bias,
+  static void start(const ForwardOf<A>& call, const Scratch& scratch, A* h, A* c,
+                    A* h_dropped) {
+    scratch.mask_arrays.draw(call, Cell::has_c);
+    pack_bias<Cell, Exact<A>>(call.precision, call.bias_ih, call.bias_hh, scratch.bias,
                               call.H, call.device, call.stream);
     RowStart<CellOf, A> kernel{};
-    fill(kernel, call, room);
-    kernel.zeros_to = room.zeros;
+    fill(kernel, call, scratch);
+    kernel.zeros_to = scratch.zeros;
     kernel.h = h;
     kernel.c = c;
-    kernel.seen = seen;
+    kernel.h_dropped = h_dropped;
     launch_each(kernel, call.B * (call.H > call.R ? call.H : call.R), call);
   }
 
@@ -687,62 +697,65 @@ class RowLayer {
     launch(kernel, shape_of_each(count, call.device), call.stream);
   }
 
-  static void multiply(const ForwardOf<A>& call, const Room& room, const Matrix& left,
-                       const Matrix& right, const Matrix& to, bool adds = false) {
+  static void multiply(const ForwardOf<A>& call, const Scratch& scratch,
+                       const Matrix& left, const Matrix& right, const Matrix& to,
+                       bool adds = false) {
     const bool tf32 = call.precision == Precision::tf32;
-    matmul(left, right, to, adds, tf32, room.matmul, call.stream);
+    matmul(left, right, to, adds, tf32, scratch.matmul, call.stream);
   }
   static Matrix blocks_of(const A* weight, int first, int count, index H, index K,
                           bool transposed) {
     return {weight + first * H * K, element, count * H, K, K, transposed};
   }
-  // As each_recurrent_block, but for the slots of a second product.
+  // Does the same as each_recurrent_block, without the slot of a second product.
   template <class F>
   static void each_recurrent(const ForwardOf<A>& call, const F& f) {
     each_recurrent_block<Cell>(has_second(call.model), f);
   }
 
-  static LayerProducts<Cell, A> products_of(const ForwardOf<A>& call, const Room& room) {
-    return {call, element, room.matmul, has_second(call.model)};
+  static LayerProducts<Cell, A> products_of(const ForwardOf<A>& call,
+                                            const Scratch& scratch) {
+    return {call, element, scratch.matmul, has_second(call.model)};
   }
-  static Matrix gather_x(const ForwardOf<A>& call, const Room& room) {
-    return matrix_of_x<Exact<A>>(call, element, room.x, room.drawn.masks(call));
+  static Matrix gather_x(const ForwardOf<A>& call, const Scratch& scratch) {
+    return matrix_of_x<Exact<A>>(call, element, scratch.x,
+                                 scratch.mask_arrays.masks(call));
   }
-  // W x of all times.
-  static void multiply_inputs(const ForwardOf<A>& call, const Room& room, const Matrix& x,
-                              A* records) {
-    products_of(call, room)
+  // Computes W x of all times.
+  static void multiply_inputs(const ForwardOf<A>& call, const Scratch& scratch,
+                              const Matrix& x, A* records) {
+    products_of(call, scratch)
         .multiply_inputs(x, {records + record_of(call.model).input(first_input), element,
                              x.rows, gates * call.H, record(call.model), false});
   }
-  // R h' of some rows, added to what is there of W x where that is one sum.
-  static void multiply_recurrent(const ForwardOf<A>& call, const Room& room,
-                                 const A* seen, index rows, A* records) {
+  // Computes R h' of some rows, added to W x where both are one sum.
+  static void multiply_recurrent(const ForwardOf<A>& call, const Scratch& scratch,
+                                 const A* h_dropped, index rows, A* records) {
     const Record at = record_of(call.model);
-    products_of(call, room)
+    products_of(call, scratch)
         .multiply_recurrent(
-            {seen, element, rows, call.R, call.R, false},
+            {h_dropped, element, rows, call.R, call.R, false},
             [&](int slot, int count) {
               return Matrix{records + at.recurrent(slot), element, rows, count * call.H,
                             record(call.model),           false};
             },
             [&](int slot) { return !call.model.norm && slot >= first_input; });
   }
-  // R_n (r h') to the first slot.
-  static void multiply_new(const ForwardOf<A>& call, const Room& room, const A* operand,
-                           index stride, index rows, A* records) {
+  // Computes R_n (r h') into the first slot.
+  static void multiply_new(const ForwardOf<A>& call, const Scratch& scratch,
+                           const A* operand, index stride, index rows, A* records) {
     const Record at = record_of(call.model);
     multiply(
-        call, room, {operand, element, rows, call.H, stride, false},
+        call, scratch, {operand, element, rows, call.H, stride, false},
         blocks_of(call.weight_hh, second_block, 1, call.H, call.R, true),
         {records + at.recurrent(0), element, rows, call.H, record(call.model), false});
   }
-  // Rᵀ da of one step.
-  static void from_recurrent(const ForwardOf<A>& call, const Room& room, const A* da,
-                             index gradient, A* to) {
+  // Computes Rᵀ da of one step.
+  static void from_recurrent(const ForwardOf<A>& call, const Scratch& scratch,
+                             const A* da, index gradient, A* to) {
     bool adds = false;
     each_recurrent(call, [&](int slot, int block, int count) {
-      multiply(call, room,
+      multiply(call, scratch,
                {da + slot * call.H, element, call.B, count * call.H, gradient, false},
                blocks_of(call.weight_hh, block, count, call.H, call.R, false),
                {to, element, call.B, call.R, call.R, false}, adds);
@@ -750,48 +763,49 @@ class RowLayer {
     });
   }
 
-  static void compute_again(const BackwardOf<A>& call, const BackwardRoom& room,
-                            const Matrix& x) {
+  static void recompute(const BackwardOf<A>& call, const BackwardScratch& scratch,
+                        const Matrix& x) {
     const index all = call.T * call.B;
-    multiply_inputs(call, room, x, room.records);
-    multiply_recurrent(call, room, room.seen, all, room.records);
-    RowAgain<CellOf, A> kernel{};
-    fill(kernel, call, room);
-    kernel.records = room.records;
+    multiply_inputs(call, scratch, x, scratch.records);
+    multiply_recurrent(call, scratch, scratch.h_dropped, all, scratch.records);
+    RowRecompute<CellOf, A> kernel{};
+    fill(kernel, call, scratch);
+    kernel.records = scratch.records;
     kernel.y = call.y;
     kernel.y_b = call.y_b;
-    kernel.seen = room.seen;
+    kernel.h_dropped = scratch.h_dropped;
     kernel.cells = call.cells;
     kernel.cells_t = call.cells_t;
     kernel.cells_b = call.cells_b;
-    kernel.operand = room.operand;
-    kernel.fresh = room.fresh;
+    kernel.operand = scratch.operand;
+    kernel.h_new = scratch.h_new;
     launch_rows(kernel, all, call);
     if (!has_second(call.model)) return;
-    multiply_new(call, room, room.operand, call.H, all, room.records);
+    multiply_new(call, scratch, scratch.operand, call.H, all, scratch.records);
     kernel.part = 1;
     launch_rows(kernel, all, call);
   }
 
-  static void write_gradients(const BackwardOf<A>& call, const BackwardRoom& room,
+  static void write_gradients(const BackwardOf<A>& call, const BackwardScratch& scratch,
                               const Matrix& x, const GradientRow& at) {
     const index gradient = at.values, stride = record(call.model);
     const index T = call.T, B = call.B, H = call.H, R = call.R, all = T * B;
     const auto of = [&](index from, index columns, bool transposed) {
-      return Matrix{room.gradients + from, element, all, columns, gradient, transposed};
+      return Matrix{
+          scratch.gradients + from, element, all, columns, gradient, transposed};
     };
-    products_of(call, room)
+    products_of(call, scratch)
         .write_gradients(call, of(at.input, gates * H, false), x,
-                         {room.seen, element, all, R, R, false},
+                         {scratch.h_dropped, element, all, R, R, false},
                          [&](int slot, int count) {
                            return of(at.recurrent + slot * H, count * H, true);
                          });
     if (has_second(call.model) && call.dweight_hh) {
-      multiply(call, room, of(at.recurrent, H, true), of(at.operand, H, false),
+      multiply(call, scratch, of(at.recurrent, H, true), of(at.operand, H, false),
                {call.dweight_hh + second_block * H * R, element, H, R, R, false});
     }
     if (call.dweight_hr) {
-      multiply(call, room, of(at.dh, R, true), of(at.m, H, false),
+      multiply(call, scratch, of(at.dh, R, true), of(at.m, H, false),
                {call.dweight_hr, element, R, H, H, false});
     }
     RowSums<A> sums{};
@@ -800,7 +814,8 @@ class RowLayer {
     const auto add = [&](A* to, int block, index a, const A* b = nullptr,
                          index b_row = 0) {
       if (!to) return;
-      sums.jobs[sums.count++] = {room.gradients + a, b, gradient, b_row, to + block * H};
+      sums.jobs[sums.count++] = {scratch.gradients + a, b, gradient, b_row,
+                                 to + block * H};
     };
     constexpr Shape blocks = fusedrnn::shape_of<Cell>(0);
     const Record in = record_of(call.model);
@@ -809,20 +824,20 @@ class RowLayer {
       const int input = blocks.input[k], recurrent = blocks.recurrent[k];
       if (input >= 0) {
         add(call.dbias_ih, input, k * H);
-        add(v.gamma_ih, input, k * H, room.records + in.input(k), stride);
+        add(v.gamma_ih, input, k * H, scratch.records + in.input(k), stride);
       }
       if (recurrent >= 0) {
         add(call.dbias_hh, recurrent, k * H);
-        add(v.gamma_hh, recurrent, k * H, room.records + in.recurrent(k), stride);
+        add(v.gamma_hh, recurrent, k * H, scratch.records + in.recurrent(k), stride);
       }
     }
     if constexpr (Cell::has_c) {
       for (int k = 0; k < peepholes; ++k) {
-        const auto [slot, sees_new] = blocks.peepholes[k];
-        const index seen = sees_new ? at.c : at.c_prev;
-        add(v.weight_ch, k, slot * H, room.gradients + seen, gradient);
+        const auto [slot, reads_new_c] = blocks.peepholes[k];
+        const index c_at = reads_new_c ? at.c : at.c_prev;
+        add(v.weight_ch, k, slot * H, scratch.gradients + c_at, gradient);
       }
-      add(v.gamma_c, 0, at.squashed, room.gradients + at.normal_c, gradient);
+      add(v.gamma_c, 0, at.squashed, scratch.gradients + at.normal_c, gradient);
       add(v.beta_c, 0, at.squashed);
     }
     if (sums.count > 0) launch_sums(sums, call.stream);

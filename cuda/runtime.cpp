@@ -1,4 +1,4 @@
-// runtime.h with the CUDA runtime and cuBLASLt.
+// This file implements runtime.h with the CUDA runtime and cuBLASLt.
 #include "runtime.h"
 
 #include <cuda_runtime.h>
@@ -16,7 +16,7 @@ namespace fusedrnn::cuda {
 
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // so that the next call does not find it
+  cudaGetLastError();  // clears it for the next call
   const std::string message = std::string(what) + ": " + cudaGetErrorString(status);
   if (status == cudaErrorMemoryAllocation) throw OutOfMemory(message);
   throw Error(message);
@@ -39,11 +39,11 @@ namespace {
 Device read_device(int ordinal) {
   const auto fact = [&](cudaDeviceAttr attribute) {
     int value = 0;
-    check(cudaDeviceGetAttribute(&value, attribute, ordinal), "facts of a device");
+    check(cudaDeviceGetAttribute(&value, attribute, ordinal), "attributes of a device");
     return value;
   };
   cudaDeviceProp properties;
-  check(cudaGetDeviceProperties(&properties, ordinal), "facts of a device");
+  check(cudaGetDeviceProperties(&properties, ordinal), "attributes of a device");
   Device d;
   d.name = properties.name;
   d.capability = properties.major * 10 + properties.minor;
@@ -78,19 +78,20 @@ OnDevice::~OnDevice() { cudaSetDevice(before_); }
 
 namespace {
 
-// Lets the device's pool keep what is given back: scratch memory comes anew in each call.
+// Makes the device's pool keep freed memory, because each call allocates its scratch
+// memory again.
 void keep_memory() {
   static std::mutex mutex;
-  static std::map<int, bool> kept;
+  static std::map<int, bool> configured;
   const std::lock_guard lock(mutex);
   const int ordinal = current_device();
-  if (kept[ordinal]) return;
+  if (configured[ordinal]) return;
   cudaMemPool_t pool;
   check(cudaDeviceGetDefaultMemPool(&pool, ordinal), "memory pool");
   std::uint64_t all = UINT64_MAX;
   check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all),
         "memory pool");
-  kept[ordinal] = true;
+  configured[ordinal] = true;
 }
 
 }  // namespace
@@ -118,7 +119,7 @@ void clear(void* memory, index bytes, Stream stream) {
   if (!memory || bytes == 0) return;
   check(cudaMemsetAsync(memory, 0, static_cast<std::size_t>(bytes),
                         static_cast<cudaStream_t>(stream)),
-        "zeros");
+        "clearing of memory");
 }
 void synchronize(Stream stream) {
   check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "stream");
@@ -144,8 +145,8 @@ bool Event::is_done() const {
 }
 
 void order(Stream before, Stream after) {
-  // The work that a graph is captured from was waited for before; it cannot wait for a
-  // stream beside it.
+  // A capturing stream cannot wait for another stream; the work before the capture was
+  // waited for.
   if (is_capturing(after)) return;
   const Event queued(before);
   check(cudaStreamWaitEvent(static_cast<cudaStream_t>(after),
@@ -204,7 +205,7 @@ void check(int status, const char* what) {
   }
 }
 
-// A descriptor that is destroyed with its scope.
+// Owned destroys a descriptor with its scope.
 class Owned {
  public:
   Owned(void* object, int (*destroy)(void*)) : object_(object), destroy_(destroy) {}
@@ -240,7 +241,7 @@ cudaDataType type_of(Element element) {
   }
 }
 
-// Row by row here, column by column there: what lies in memory is the transpose.
+// Our matrices are row-major, cuBLASLt's column-major, so it reads the transpose.
 Owned layout(const Matrix& m) {
   Layout l = nullptr;
   check(library().layout_create(&l, type_of(m.element),
@@ -250,7 +251,8 @@ Owned layout(const Matrix& m) {
   return {l, library().layout_destroy};
 }
 
-// The largest power of two, up to 256, that divides an address and a stride in bytes.
+// Returns the largest power of two, up to 256, that divides an address and a stride in
+// bytes.
 std::uint32_t alignment(const Matrix& m) {
   constexpr std::uintptr_t element_bytes[] = {4, 8, 2, 2};
   const std::uintptr_t bits =
@@ -276,7 +278,8 @@ void matmul(const Matrix& left, const Matrix& right, const Matrix& to, bool adds
   const Handle own = handle();
   const bool wide = left.element == Element::float64;
   const Compute compute = wide ? compute_64f : tf32 ? compute_32f_fast_tf32 : compute_32f;
-  // to' = right' left', each factor transposed where it is meant as it lies.
+  // cuBLASLt computes toᵀ = rightᵀ leftᵀ, with each factor transposed if it is used as it
+  // lies.
   Description raw = nullptr;
   blas::check(lt.description_create(&raw, compute, wide ? CUDA_R_64F : CUDA_R_32F),
               "description");
@@ -307,7 +310,7 @@ void matmul(const Matrix& left, const Matrix& right, const Matrix& to, bool adds
       blas::check(lt.preference_set(prefers, attribute, &value, sizeof(value)),
                   "preference");
     };
-    // Parts of a sum meet in float32 (float64), in order.
+    // Partial sums are added in float32 (float64), in order.
     prefer(pref_reduction_scheme_mask, reduction_in_compute_type);
     prefer(pref_max_workspace_bytes, static_cast<std::uint64_t>(matmul_workspace));
     prefer(pref_min_alignment_a_bytes, aligned[0]);

@@ -1,8 +1,9 @@
-// The host's side of a GPU: devices, memory, launches, matrix products. runtime.cpp does
-// it with the CUDA runtime and cuBLASLt, emulator/runtime.cpp with the host's memory.
+// This header is the host's side of a GPU: devices, memory, launches, matrix products.
+// runtime.cpp implements it with the CUDA runtime and cuBLASLt, emulator/runtime.cpp with
+// the host's memory.
 //
-// Everything is queued on the caller's stream and nothing waits for it. Failures throw
-// Error and leave the context as it was.
+// Everything is queued on the caller's stream and nothing waits for it. Failures throw an
+// Error and leave the context unchanged.
 #pragma once
 
 #include <cstddef>
@@ -25,7 +26,7 @@ struct Device {
   std::string name;
   int capability;  // 90 for 9.0
   int multiprocessors;
-  index shared_bytes;  // that a block may ask for
+  index shared_bytes;  // the most that a block may use
   index largest_cluster;
 };
 
@@ -34,7 +35,7 @@ const Device& device(int ordinal);
 int runtime_version();
 
 int current_device();
-// Makes a device the calling thread's, and the one before again.
+// OnDevice makes a device current in the calling thread, and restores the one before.
 class OnDevice {
  public:
   explicit OnDevice(int ordinal);
@@ -46,7 +47,7 @@ class OnDevice {
   int before_;
 };
 
-// The device whose memory this is; -1 where it is the host's.
+// Returns the device whose memory this is, -1 for the host's.
 int device_of(const void* memory);
 
 void* allocate(index bytes, Stream stream);
@@ -54,11 +55,12 @@ void release(void* memory, Stream stream) noexcept;
 void copy(void* to, const void* from, index bytes, Stream stream);
 void clear(void* memory, index bytes, Stream stream);  // to zeros
 void synchronize(Stream stream);
-// Makes all that is queued on `after` from now on wait for what is queued on `before`.
+// Makes everything that is queued on `after` from now on wait for what is queued on
+// `before`.
 void order(Stream before, Stream after);
 bool is_capturing(Stream stream);  // a graph
 
-// The work that is queued on a stream at some moment.
+// An Event marks the work that is queued on a stream at one moment.
 class Event {
  public:
   explicit Event(Stream stream);
@@ -80,10 +82,11 @@ struct Launch {
 };
 template <class Kernel>
 void launch(const Kernel& kernel, const Launch& shape, Stream stream);
-// of(0) to of(count - 1), kernels of one type, each after the end of the one before.
+// Launches of(0) to of(count - 1), kernels of one type, each after the end of the one
+// before.
 template <class F>
-void launch_in_turn(index count, const F& of, const Launch& shape, Stream stream);
-// The number of clusters of this shape that run at once; 0 where none does.
+void launch_in_order(index count, const F& of, const Launch& shape, Stream stream);
+// Returns how many clusters of this shape run at once, 0 if none does.
 template <class Kernel>
 int clusters_at_once(const Launch& shape);
 
@@ -92,17 +95,18 @@ enum class Element { float32, float64, bfloat16, float16 };
 struct Matrix {
   const void* data;
   Element element;
-  index rows, columns, stride;  // as it lies in memory, from one row to the next
-  bool transposed;              // what is meant is its transpose
+  index rows, columns, stride;  // in memory; stride: from one row to the next
+  bool transposed;              // whether the operand is its transpose
 };
 
 extern const index matmul_workspace;  // bytes of scratch memory of a product
 
-// The place of cuBLASLt; without this it is looked for as the system does.
+// Sets the path of cuBLASLt; by default the system's loader finds it.
 void use_blas(const std::string& path);
 
-// to (rows of left, columns of right) = left · right, plus what is there if `adds`. Sums
-// are float32, or float64 of float64; operands are rounded to tf32 if `tf32`.
+// Computes to (rows of left, columns of right) = left · right, plus its content if
+// `adds`. Sums are float32, or float64 for float64; operands are rounded to tf32 if
+// `tf32`.
 void matmul(const Matrix& left, const Matrix& right, const Matrix& to, bool adds,
             bool tf32, void* workspace, Stream stream);
 

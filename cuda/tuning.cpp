@@ -7,25 +7,25 @@
 namespace fusedrnn::cuda {
 namespace {
 
-// Cycles of a multiprocessor that the choice rests on: estimates from the CUDA
-// programming guide and from published measurements of Hopper, not yet our own.
+// Costs are in cycles of a multiprocessor: estimates from the CUDA programming guide and
+// from published measurements of Hopper, not yet our own.
 struct Costs {
-  double cluster_alone = 100;    // a cluster of one block meets
-  double cluster_meets = 400;    // of several
-  double cluster_bytes = 32;     // per cycle, that a block receives
-  double grid_meets = 900;       // through L2
+  double cluster_alone = 100;    // the barrier of a cluster of one block
+  double cluster_meets = 400;    // of a cluster of several
+  double cluster_bytes = 32;     // per cycle, received by a block
+  double grid_meets = 900;       // an exchange through L2
   double step_launch = 4000;     // a launch for each step
   double step_ends = 250;        // the cell and what it reads
-  double staging = 100;          // an operand goes through shared memory
-  double joins = 60, join = 10;  // partial sums of the warps of a group, and of each
-  double matrix_issue = 8;       // of a scheduler, 16 × 8 × 32 bytes on the matrix units
-  double matrix_latency = 33;    // until the next product may add to the same sum
-  double shared_quad = 4;        // 16 bytes for each lane of a warp
+  double staging = 100;          // an operand copied to shared memory
+  double joins = 60, join = 10;  // adding partial sums of a group, and of each warp
+  double matrix_issue = 8;     // issue of 16 × 8 × 32 bytes on a scheduler's matrix unit
+  double matrix_latency = 33;  // until the next product may add to the same sum
+  double shared_quad = 4;      // 16 bytes for each lane of a warp
   double l2_latency = 600;
   double l2_bytes = 24;  // per cycle, all multiprocessors reading at once
 };
 
-// The cycles of a step of all row groups with this plan.
+// Estimates the cycles of a step of all row groups.
 double estimate(const Plan& plan, const Work& work, int at_once) {
   const auto most = [](double a, double b) { return a > b ? a : b; };
   const Costs costs;
@@ -33,18 +33,18 @@ double estimate(const Plan& plan, const Work& work, int at_once) {
   const bool steps = plan.exchange == Exchange::step;
   const bool weights_from_l2 = !plan.resident && !plan.on_chip;
   const int warps = plan.groups * plan.splits, lane_rows = work.on_matrix_units ? 1 : 2;
-  const double turns = static_cast<double>(ceil_div(warps, 4));  // of a scheduler
+  const double issue_rounds = static_cast<double>(ceil_div(warps, 4));  // of a scheduler
   const double block_bytes =
       8.0 * static_cast<double>(work.block_depth * work.operand_bytes);
 
-  // One block of depth in all warps: the slowest of what takes part.
+  // One block of depth in all warps takes as long as the slowest resource.
   double block = 0;
   if (work.on_matrix_units) {
     const int sums = (work.octets + 1) / 2 * plan.tiles;
-    block = most(2 * sums * costs.matrix_issue * turns,
+    block = most(2 * sums * costs.matrix_issue * issue_rounds,
                  (sums == 1 ? 1 : 2) * costs.matrix_latency);
   } else {
-    block = 2.0 * work.octets * plan.tiles * work.block_depth * turns *
+    block = 2.0 * work.octets * plan.tiles * work.block_depth * issue_rounds *
             static_cast<double>(work.operand_bytes) / 4;
   }
   const int quads = (plan.on_chip ? work.octets : 0) +
@@ -61,7 +61,7 @@ double estimate(const Plan& plan, const Work& work, int at_once) {
   const index bytes = 8 * plan.tiles * work.segments * plan.P * work.operand_bytes;
   if (in_cluster && plan.blocks_x > 1) {
     step += static_cast<double>(bytes) / costs.cluster_bytes;
-  } else if (!in_cluster) {  // the operand comes in parts, a meeting has the first
+  } else if (!in_cluster) {  // the operand comes in parts; grid_meets has the first
     const int fit = 8 / (plan.tiles * lane_rows);
     index parts = ceil_div(blocks, fit < 1 ? 1 : fit);
     if (plan.staged) {
@@ -81,15 +81,17 @@ double estimate(const Plan& plan, const Work& work, int at_once) {
   return step * static_cast<double>(ceil_div(plan.row_groups, at_once));
 }
 
-// f(plan) for each plan of an instance that is worth a look; its shared memory is still
-// to be laid out.
+// Calls f(plan) for each plausible plan of an instance, without the layout of its shared
+// memory.
 template <class F>
 void for_each_candidate(const Sizes& p, const Work& work, const Device& gpu, int tiles,
                         bool resident, const F& f) {
   constexpr int most_warps = most_threads / 32, most_blocks_y = 65535;
-  const auto meets = [](int wished, int value) { return wished <= 0 || wished == value; };
-  if (!meets(wish.tiles, tiles)) return;
-  if (wish.resident >= 0 && (wish.resident > 0) != resident) return;
+  const auto meets = [](int required, int value) {
+    return required <= 0 || required == value;
+  };
+  if (!meets(plan_override.tiles, tiles)) return;
+  if (plan_override.resident >= 0 && (plan_override.resident > 0) != resident) return;
   Plan plan{};
   plan.tiles = tiles;
   plan.resident = resident;
@@ -98,20 +100,22 @@ void for_each_candidate(const Sizes& p, const Work& work, const Device& gpu, int
   plan.row_groups = static_cast<int>(ceil_div(p.B, 8 * tiles));
   const int blocks_of_depth = plan.P / work.block_depth;
   for (int groups = 1; groups <= most_warps; groups *= 2) {
-    if (groups / 2 >= plan.unit_groups || !meets(wish.groups, groups)) continue;
+    if (groups / 2 >= plan.unit_groups || !meets(plan_override.groups, groups)) continue;
     plan.groups = groups;
     plan.blocks_x = static_cast<int>(ceil_div(plan.unit_groups, groups));
-    if (!meets(wish.blocks_x, plan.blocks_x)) continue;
+    if (!meets(plan_override.blocks_x, plan.blocks_x)) continue;
     for (int splits = tiles; groups * splits <= most_warps; splits *= 2) {
-      // A warp without depth is of use only where it has a tile.
+      // A warp without depth is useful only if it has a tile.
       if (splits > tiles && splits > blocks_of_depth) break;
-      if (!meets(wish.splits, splits)) continue;
+      if (!meets(plan_override.splits, splits)) continue;
       plan.splits = splits;
       const int most = static_cast<int>(ceil_div(blocks_of_depth, splits));
       if (resident && most * work.segments > work.held) continue;
       for (const Exchange exchange :
            {Exchange::cluster, Exchange::grid, Exchange::step}) {
-        if (wish.exchange >= 0 && wish.exchange != static_cast<int>(exchange)) continue;
+        if (plan_override.exchange >= 0 &&
+            plan_override.exchange != static_cast<int>(exchange))
+          continue;
         plan.exchange = exchange;
         plan.blocks_y = plan.row_groups < most_blocks_y ? plan.row_groups : most_blocks_y;
         if (exchange == Exchange::cluster && plan.blocks_x > gpu.largest_cluster) {
@@ -123,16 +127,17 @@ void for_each_candidate(const Sizes& p, const Work& work, const Device& gpu, int
           if (fit < plan.blocks_y) plan.blocks_y = fit;
         }
         const bool in_cluster = exchange == Exchange::cluster;
-        // For one turn weights are not worth a place on chip.
+        // For one iteration it does not pay to copy weights to shared memory.
         const bool steps = exchange == Exchange::step;
         if (resident && steps) continue;
         for (const bool on_chip : {false, true}) {
           if (on_chip && (resident || steps)) continue;
           if (!on_chip && !resident && in_cluster) continue;
           for (const bool staged : {false, true}) {
-            // Weights in registers meet an operand in shared memory alone.
+            // Weights in registers require the operand in shared memory.
             if (staged ? in_cluster : resident && !in_cluster) continue;
-            if (wish.staged >= 0 && (wish.staged > 0) != staged) continue;
+            if (plan_override.staged >= 0 && (plan_override.staged > 0) != staged)
+              continue;
             plan.on_chip = on_chip;
             plan.staged = staged;
             f(plan);
@@ -153,7 +158,7 @@ Plan search(const Sizes& p, int ordinal, const Work& work,
     const auto consider = [&](Plan& plan) {
       instance.lay_out(plan);
       if (plan.shared_bytes > gpu.shared_bytes) return;
-      // Row groups, or single blocks of a step.
+      // This counts row groups, or single blocks of a step.
       int at_once = gpu.multiprocessors;
       if (plan.exchange == Exchange::grid) at_once /= plan.blocks_x;
       if (plan.exchange == Exchange::cluster && plan.blocks_x > 1) {
@@ -168,7 +173,7 @@ Plan search(const Sizes& p, int ordinal, const Work& work,
     };
     for_each_candidate(p, work, gpu, instance.tiles, instance.resident, consider);
   }
-  if (best.tiles == 0) throw Error("no plan for this layer meets what was wished");
+  if (best.tiles == 0) throw Error("no plan for this layer meets the plan override");
   return best;
 }
 
@@ -186,9 +191,10 @@ Launch shape_of(const Plan& plan) {
 Plan choose_plan(const Sizes& p, int device, const Work& work,
                  std::span<const Instance> instances) {
   static std::mutex mutex;
-  static std::map<std::tuple<const Instance*, int, index, index, Wish>, Plan> chosen;
+  static std::map<std::tuple<const Instance*, int, index, index, PlanOverride>, Plan>
+      chosen;
   const std::lock_guard lock(mutex);
-  const auto key = std::tuple(instances.data(), device, p.B, p.H, wish);
+  const auto key = std::tuple(instances.data(), device, p.B, p.H, plan_override);
   const auto known = chosen.find(key);
   if (known != chosen.end()) return known->second;
   return chosen[key] = search(p, device, work, instances);

@@ -1,12 +1,13 @@
-// The layout of a recurrence on a GPU: what there is to choose, and the choice as data.
+// This header has the choices in the layout of a recurrence on a GPU, and the chosen plan
+// as data.
 //
-// The rows of the batch are taken in row groups of tiles × 8, which have nothing to do
-// with each other. All blocks of one y work on one row group, each on some groups of 8
-// (forward) or 16 (backward) hidden units, with `splits` warps to a group that share its
-// depth. Per step they exchange the operand in one of three ways:
+// The rows of the batch are divided into independent row groups of tiles × 8. All blocks
+// of one y work on one row group, each on some groups of 8 (forward) or 16 (backward)
+// hidden units, with `splits` warps to a group that share its depth. In each step they
+// exchange the operand in one of three ways:
 //
-//   cluster   through each other's shared memory, meeting at the cluster's barrier
-//   grid      through L2, each warp waiting for what it reads to be there
+//   cluster   through each other's shared memory, synchronised by the cluster's barrier
+//   grid      through L2, where each warp polls what it reads until it is written
 //   step      through the end of a launch: one for each step, many to a graph
 #pragma once
 
@@ -19,30 +20,29 @@
 
 namespace fusedrnn::cuda {
 
-// The threads of a block, so that a thread may have 255 registers.
+// With this many threads in a block, a thread may have 255 registers.
 constexpr int most_threads = 256;
 
 enum class Exchange { cluster, grid, step };
 
 struct Plan {
   Exchange exchange;
-  int tiles;        // of 8 rows to a row group
+  int tiles;        // of 8 rows, per row group
   bool resident;    // weights in registers
   bool on_chip;     // weights in shared memory
-  bool staged;      // the operand from L2 by way of shared memory
-  int groups;       // of units to a block
-  int splits;       // warps to a group of units
+  bool staged;      // the operand goes from L2 through shared memory
+  int groups;       // of units, per block
+  int splits;       // warps per group of units
   int unit_groups;  // in all
   int row_groups;   // in all
   int blocks_x, blocks_y;
   int P;            // hidden units, rounded up to whole blocks of depth
   int group_quads;  // 16 bytes each: the packed weights of a group of units
-  // The parts of a block's shared memory, after the weights, in bytes. Kernels
-  // read this instead of working it out, which would cost registers and much code
-  // (recurrence.h).
+  // The parts of a block's shared memory after the weights, in bytes. Kernels read these
+  // numbers, because computing them would cost registers and much code (recurrence.h).
   int row_bytes;  // from one row of an operand to the next
   int operands_at;
-  int operand_bytes;  // from one operand to the other; 0 where there is but one
+  int operand_bytes;  // from one operand to the other; 0 if there is only one
   int partials_at;
   int partial_bytes;  // from one set of partial sums to the other
   int staging_at;
@@ -60,32 +60,32 @@ constexpr index round_up(index n, index multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 constexpr index ceil_div(index n, index by) { return (n + by - 1) / by; }
-// Units that any precision's block of depth and any group divide.
+// Rounds units up so that any precision's block of depth and any group divide them.
 constexpr index padded_units(index H) { return round_up(H, 32); }
 
-// The wishes that a user of the private interface (tests, benchmarks) may have; 0 or less
-// is free.
-struct Wish {
+// A PlanOverride fixes parts of a plan, for tests and benchmarks; 0 or less leaves a part
+// free.
+struct PlanOverride {
   int exchange = -1, tiles = 0, resident = -1, staged = -1;
   int groups = 0, splits = 0, blocks_x = 0;
-  auto operator<=>(const Wish&) const = default;
+  auto operator<=>(const PlanOverride&) const = default;
 };
 
-// The product of a recurrence, per row group and step.
+// Work is the product of a recurrence, per row group and step.
 struct Work {
   bool on_matrix_units;
   index operand_bytes;  // of an element
-  int octets;           // of weights to a group of units
+  int octets;           // of weights, per group of units
   int group_units;
   int segments;     // of the depth
   int block_depth;  // elements to a block of depth
   int held;         // blocks of depth that a warp's registers hold
 };
 
-// The wishes that the next choices of this thread must meet.
-inline thread_local Wish wish;
+// The next choices of this thread must meet this override.
+inline thread_local PlanOverride plan_override;
 
-// A recurrence that is compiled, for both directions its own.
+// An Instance is a recurrence that is compiled, one for each direction.
 struct Instance {
   int tiles;
   bool resident;
@@ -95,8 +95,8 @@ struct Instance {
 
 Launch shape_of(const Plan&);
 
-// The plan that is estimated to be fastest among those of the instances that a device can
-// run; looked for once. The instances stay where they are.
+// Returns the plan with the lowest estimate of those that the device can run, cached
+// after the first search. The instances must stay where they are.
 Plan choose_plan(const Sizes&, int device, const Work&, std::span<const Instance>);
 
 }  // namespace fusedrnn::cuda

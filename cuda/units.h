@@ -1,7 +1,7 @@
-// A step of one unit of a row with the options that need no other unit, as
-// csrc/pointwise.h has it, by the thread that has the unit: for the recurrences, which do
-// a plain step by themselves. They call what is here, so that it takes no register from
-// that.
+// This header is a step of one unit of a row, with the options that need no other unit,
+// by csrc/pointwise.h in the thread that has the unit. The recurrences compute a plain
+// step themselves and call these functions otherwise, so that the options take no
+// registers from the plain step.
 #pragma once
 
 #include "vec.h"
@@ -12,7 +12,7 @@
 
 namespace fusedrnn::cuda {
 
-// The options of each unit, as the threads of a recurrence look at it.
+// UnitOptions has the options as the threads of a recurrence read them.
 template <class A>
 struct UnitOptions {
   struct Values {
@@ -21,16 +21,16 @@ struct UnitOptions {
   Values options;
   int variant;  // of cells that share their kernels
   index B, H;
-  bool any;     // whether a step is more than the plain one
-  bool rounds;  // what is saved for backward, to 16 bits
+  bool any;     // whether a step has options
+  bool rounds;  // whether saved values are rounded to 16 bits
   bool bfloat;
-  A shown;                   // of an h that recurrent dropout leaves
-  const A* mask;             // (B, H), 0 where it does not; or null
-  const std::uint8_t* kept;  // (T, B, H) where zoneout draws (rows.h), or null
-  const A* weight_ch;        // (peepholes, H), or null
-  A* dweight_ch;             // (B, peepholes, H): of each row, added to
-  void* trace;               // (T, B, gates, H), as it is stored; or null
-  const A* dcells;           // or null
+  A dropout_scale;                   // factor of an h that recurrent dropout keeps
+  const A* mask;                     // (B, H), 0 where it is dropped; or null
+  const std::uint8_t* zoneout_bits;  // (T, B, H) where zoneout draws (rows.h), or null
+  const A* weight_ch;                // (peepholes, H), or null
+  A* dweight_ch;                     // (B, peepholes, H), added to, for each row
+  void* trace;                       // (T, B, gates, H), in the storage type; or null
+  const A* dcells;                   // or null
   index dcells_t, dcells_b;
 
   static UnitOptions of(const ForwardCall& call) {
@@ -47,19 +47,18 @@ struct UnitOptions {
     u.any = zones_out(o) || o.clip < none || o.cell_clip < none || u.weight_ch || u.trace;
     u.bfloat = call.precision == Precision::bfloat16;
     u.rounds = u.bfloat || call.precision == Precision::float16;
-    u.shown = static_cast<A>(drops(o) ? 1 / (1 - o.recurrent_dropout) : 1);
+    u.dropout_scale = static_cast<A>(drops(o) ? 1 / (1 - o.recurrent_dropout) : 1);
     return u;
   }
 };
 
-// The values of a unit in a row, and its state or the gradient of that.
+// A Unit has the values of a unit in a row, and its state or the gradient of the state.
 template <class Cell, class V>
 struct Unit {
   V v[Cell::slots];
   State<V> state;
 };
-// The items that a thread has of a step: units 8 apart, of two rows each, item 2 unit +
-// row.
+// Items has a thread's items of a step: units 8 apart, two rows each; item 2 unit + row.
 template <class Cell, class V, int count_>
 struct Items {
   static constexpr int count = count_;
@@ -68,7 +67,7 @@ struct Items {
   V c[count];
 };
 
-// A walk along one unit.
+// UnitWalk is a walk along one unit.
 template <class A>
 struct UnitWalk {
   using S = A;
@@ -81,9 +80,10 @@ struct UnitWalk {
   A keeps_h, keeps_c;
   bool rounds, bfloat;
 
-  FUSEDRNN_DEVICE UnitWalk(const UnitOptions<A>& o, unsigned kept, bool of_saved)
-      : keeps_h(o.kept ? static_cast<A>(kept & 1) : o.options.zoneout_h),
-        keeps_c(o.kept ? static_cast<A>(kept >> 1 & 1) : o.options.zoneout_c),
+  FUSEDRNN_DEVICE UnitWalk(const UnitOptions<A>& o, unsigned zoneout_bits, bool of_saved)
+      : keeps_h(o.zoneout_bits ? static_cast<A>(zoneout_bits & 1) : o.options.zoneout_h),
+        keeps_c(o.zoneout_bits ? static_cast<A>(zoneout_bits >> 1 & 1)
+                               : o.options.zoneout_c),
         rounds(of_saved && o.rounds),
         bfloat(o.bfloat) {}
 
@@ -110,7 +110,7 @@ struct UnitWalk {
   FUSEDRNN_DEVICE static void bounds(double clip, V (&to)[4]) {
     device::clip_bounds(clip, to);
   }
-  FUSEDRNN_DEVICE V kept(V x) const {
+  FUSEDRNN_DEVICE V rounded(V x) const {
     if constexpr (sizeof(A) == 4) {
       if (rounds) return {from_half(to_half(x.value, bfloat), bfloat)};
     }
@@ -118,7 +118,8 @@ struct UnitWalk {
   }
 };
 
-// The row of a unit: arrays of one value, but for parameters, whose blocks are H apart.
+// Returns the row of a unit. Its arrays have one value, except parameters, whose blocks
+// are H apart.
 template <class Cell, class A>
 FUSEDRNN_DEVICE device::RowWise<Cell, UnitWalk<A>> row_of_unit(const UnitOptions<A>& o,
                                                                index unit,
@@ -127,17 +128,17 @@ FUSEDRNN_DEVICE device::RowWise<Cell, UnitWalk<A>> row_of_unit(const UnitOptions
     typename UnitOptions<A>::Values options;
     Model model;
     Vectors<const A> vectors;
-  } asked{o.options, {0, o.H, o.H, o.variant, false, false}, {}};
-  if (o.weight_ch) asked.vectors.weight_ch = o.weight_ch + unit;
-  return {asked, 1, nullptr, walk};
+  } arguments{o.options, {0, o.H, o.H, o.variant, false, false}, {}};
+  if (o.weight_ch) arguments.vectors.weight_ch = o.weight_ch + unit;
+  return {arguments, 1, nullptr, walk};
 }
 
-// Computes the slots and the state after from sums and the state before.
+// Computes the slots and the next state from the sums and the state before.
 template <class Cell, class A>
-FUSEDRNN_DEVICE void step_unit(const UnitOptions<A>& o, index unit, unsigned kept,
+FUSEDRNN_DEVICE void step_unit(const UnitOptions<A>& o, index unit, unsigned zoneout_bits,
                                Unit<Cell, device::Vec<A>>& at) {
   constexpr int slots = Cell::slots;
-  const auto rows = row_of_unit<Cell>(o, unit, UnitWalk<A>(o, kept, false));
+  const auto rows = row_of_unit<Cell>(o, unit, UnitWalk<A>(o, zoneout_bits, false));
   A record[slots + 1], h = 0;
   for (int k = 0; k < slots; ++k) record[k] = at.v[k].value;
   const A h_prev = at.state.h.value, c_prev = record[slots] = at.state.c.value;
@@ -149,14 +150,15 @@ FUSEDRNN_DEVICE void step_unit(const UnitOptions<A>& o, index unit, unsigned kep
   at.state = {{h}, {record[slots]}};
 }
 
-// Computes da, and what of the gradient of the state before passes the product by as if
-// there were no cut, from slots and the gradient of the state after.
+// Computes da, and the part of the gradient of the state before that bypasses the
+// product, without cuts, from slots and the gradient of the next state.
 template <class Cell, class A>
 FUSEDRNN_DEVICE void step_unit_back(const UnitOptions<A>& o, index b, index unit,
-                                    unsigned kept, const State<device::Vec<A>>& prev,
-                                    device::Vec<A> c, Unit<Cell, device::Vec<A>>& at) {
+                                    unsigned zoneout_bits,
+                                    const State<device::Vec<A>>& prev, device::Vec<A> c,
+                                    Unit<Cell, device::Vec<A>>& at) {
   constexpr int slots = Cell::slots;
-  const auto rows = row_of_unit<Cell>(o, unit, UnitWalk<A>(o, kept, true));
+  const auto rows = row_of_unit<Cell>(o, unit, UnitWalk<A>(o, zoneout_bits, true));
   constexpr GradientRow in(fusedrnn::shape_of<Cell>(0), Model{}, Cell::has_c, 1, 1);
   A record[slots], da[slots + 2];
   for (int k = 0; k < slots; ++k) record[k] = at.v[k].value;
@@ -167,30 +169,31 @@ FUSEDRNN_DEVICE void step_unit_back(const UnitOptions<A>& o, index b, index unit
       nullptr, nullptr, &dh,     &dc,
       &direct, da,      false,   nullptr,
       nullptr, nullptr};
-  rows.backward(row, in, 0, rows.before(row, 0, {dh}));
+  rows.backward(row, in, 0, rows.zoneout_backward(row, 0, {dh}));
   for (int k = 0; k < slots; ++k) at.v[k] = {da[k]};
   at.state = {{direct}, {dc}};
   if constexpr (Cell::has_c) {
     if (!o.weight_ch) return;
-    // Each sum is one thread's, which adds to it in order.
+    // Each sum belongs to one thread, which adds to it in order.
     constexpr Shape shape = fusedrnn::shape_of<Cell>(0);
     A* const to = o.dweight_ch + b * Cell::peephole_count * o.H + unit;
     for (int k = 0; k < Cell::peephole_count; ++k) {
-      const auto [slot, sees_new] = shape.peepholes[k];
-      add_to(to + k * o.H, da[slot] * da[sees_new ? in.c : in.c_prev]);
+      const auto [slot, reads_new_c] = shape.peepholes[k];
+      add_to(to + k * o.H, da[slot] * da[reads_new_c ? in.c : in.c_prev]);
     }
   }
 }
 
-// The functions that follow are of a thread's items, the first of them of a row and unit.
+// The functions below take a thread's items; `row` and `unit` are those of its first
+// item.
 template <class A>
 FUSEDRNN_DEVICE bool exists(const UnitOptions<A>& o, index row, index unit, int item) {
   return row + item % 2 < o.B && unit + item / 2 * 8 < o.H;
 }
 
-// The bits of those whose h is hidden from R.
+// Returns a bit for each item whose h recurrent dropout hides from R.
 template <int count, class A>
-FUSEDRNN_CALLED unsigned hidden_items(const UnitOptions<A>& o, index row, index unit) {
+FUSEDRNN_CALLED unsigned dropped_items(const UnitOptions<A>& o, index row, index unit) {
   unsigned bits = 0;
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
@@ -199,29 +202,29 @@ FUSEDRNN_CALLED unsigned hidden_items(const UnitOptions<A>& o, index row, index 
   }
   return bits;
 }
-// Two bits each: what zoneout keeps at a time.
+// Returns two bits for each item: whether zoneout keeps h and c at a time.
 template <int count, class A>
-FUSEDRNN_CALLED unsigned kept_items(const UnitOptions<A>& o, index t, index row,
-                                    index unit) {
+FUSEDRNN_CALLED unsigned zoneout_items(const UnitOptions<A>& o, index t, index row,
+                                       index unit) {
   unsigned bits = 0;
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
     if (!exists(o, row, unit, i)) continue;
     const index at = (t * o.B + row + i % 2) * o.H + unit + i / 2 * 8;
-    bits |= unsigned{o.kept[at]} << 2 * i;
+    bits |= unsigned{o.zoneout_bits[at]} << 2 * i;
   }
   return bits;
 }
 
-// The step of those whose row is active, in bits of rows.
+// Runs the step of the items whose row is active; `active` has a bit for each row.
 template <class Cell, int count, class A>
 FUSEDRNN_CALLED void step_items(const UnitOptions<A>& o, index t, index row, index unit,
-                                unsigned active, unsigned kept,
+                                unsigned active, unsigned zoneout_bits,
                                 Items<Cell, device::Vec<A>, count>& own) {
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
     if (!(active >> i % 2 & 1) || !exists(o, row, unit, i)) continue;
-    step_unit(o, unit + i / 2 * 8, kept >> 2 * i, own.at[i]);
+    step_unit(o, unit + i / 2 * 8, zoneout_bits >> 2 * i, own.at[i]);
     if (!o.trace) continue;
     index to = (t * o.B + row + i % 2) * Cell::gates * o.H + unit + i / 2 * 8;
     for (int k = Cell::slots - Cell::gates; k < Cell::slots; ++k, to += o.H) {
@@ -238,9 +241,9 @@ FUSEDRNN_CALLED void step_items(const UnitOptions<A>& o, index t, index row, ind
 }
 template <class Cell, int count, class A>
 FUSEDRNN_CALLED void step_items_back(const UnitOptions<A>& o, index t, index row,
-                                     index unit, unsigned active, unsigned kept,
+                                     index unit, unsigned active, unsigned zoneout_bits,
                                      Items<Cell, device::Vec<A>, count>& own) {
-  A dcells[count] = {};  // asked for together
+  A dcells[count] = {};  // all loads are issued together
 #pragma unroll
   for (int i = 0; i < count; ++i) {
     if (!o.dcells || !(active >> i % 2 & 1) || !exists(o, row, unit, i)) continue;
@@ -255,8 +258,8 @@ FUSEDRNN_CALLED void step_items_back(const UnitOptions<A>& o, index t, index row
       own.at[i] = {};
       continue;
     }
-    step_unit_back(o, row + i % 2, unit + i / 2 * 8, kept >> 2 * i, own.prev[i], own.c[i],
-                   own.at[i]);
+    step_unit_back(o, row + i % 2, unit + i / 2 * 8, zoneout_bits >> 2 * i, own.prev[i],
+                   own.c[i], own.at[i]);
   }
 }
 

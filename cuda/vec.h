@@ -1,4 +1,4 @@
-// A vector of one lane: what the cells (csrc/cells/) ask of a GPU's thread.
+// This header is a vector of one lane, for the cells (csrc/cells/) in a GPU's thread.
 #pragma once
 
 #define FUSEDRNN_ARCH device
@@ -33,7 +33,7 @@ struct Vec {
   FUSEDRNN_DEVICE friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {
     return a.value < b.value ? x : y;
   }
-  // exp(-x) is inf where σ(x) is 0, whose reciprocal is right.
+  // Where exp(-x) overflows to inf, its reciprocal is the right σ(x), 0.
   FUSEDRNN_DEVICE friend Vec sigmoid(Vec x) {
     return {cuda::reciprocal(1 + cuda::exp_of(-x.value))};
   }

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Runs the tests of the CUDA backend without a GPU, on its kernels compiled for the host
-# (cuda/emulator/): in an environment where fusedrnn and its test extra are installed,
-#   tests/emulate.sh         as it is
+# (cuda/emulator/), in an environment where fusedrnn and its test extra are installed:
+#   tests/emulate.sh         without sanitizers
 #   tests/emulate.sh asan    with AddressSanitizer and UndefinedBehaviorSanitizer
-# Arguments beyond that go to pytest.
+# Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 build=$(mktemp -d)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Proves what docs/extending.md says of a cell: that it is its definition with its row in the
-# reference, one header, and its include and name in the list of cells. Adds just these, for
+# Proves what docs/extending.md says: a cell needs its definition and row in the reference,
+# one header, and its include and name in the list of cells. The script adds only these, for
 # the two cells of tests/extending/, to a copy of the tree, and runs the tests of those cells,
 # on the CPU and on the CUDA backend compiled for the host (cuda/emulator/). Run it in an
 # environment where the test extra is installed; no installed fusedrnn is used.
@@ -19,7 +19,7 @@ sed -i 's/^Nonlinearity = Literal\[.*"identity"/&, "gated", "ligru"/' \
   src/fusedrnn/reference/types.py
 cat tests/extending/cells.py >>src/fusedrnn/reference/cells.py
 
-# Portable kernels and the best others that this processor has.
+# Builds the portable kernels and the best others that this processor supports.
 isa=avx2
 if grep -qw avx512dq /proc/cpuinfo; then isa=avx512; fi
 if [ "$(uname -m)" = aarch64 ]; then isa=neon; fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the kernels' tests without Python (tests/kernels_test.cpp) for this machine and
-# runs them. tests/aarch64.sh does so for aarch64, under an emulator.
+# runs them. tests/aarch64.sh does the same for aarch64, under an emulator.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 build=$(mktemp -d)

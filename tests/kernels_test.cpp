@@ -1,8 +1,8 @@
-// The kernels without Python, for machines that only an emulator runs (tests/aarch64.sh):
-// every ISA of this build against the portable one in float64, which
-// tests/test_kernels.py holds against the reference; sigmoid and tanh against libm in
-// long double; results the same bits for any number of threads and any cut of the
-// sequence.
+// This program tests the kernels without Python, for machines that only an emulator runs
+// (tests/aarch64.sh). It compares every ISA of this build with the portable one in
+// float64, which tests/test_kernels.py compares with the reference, and sigmoid and tanh
+// with libm in long double. Results must have the same bits for any number of threads and
+// any cut of the sequence.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -34,7 +34,7 @@ void check(bool good, const std::string& what) {
 
 using Values = std::vector<double>;
 
-// One layer's arrays, by name, as doubles that are exact in float.
+// Arrays has the arrays of one layer, as doubles that are exact in float.
 struct Arrays {
   index T, B, I, H;
   int gates;
@@ -72,7 +72,7 @@ struct Arrays {
     for (index at = 0; at < T * B; ++at) resets[at] = random() % 4 == 0;
   }
 
-  // Of the rows in times [first, first + steps).
+  // Returns the lengths of the rows within times [first, first + steps).
   std::vector<index> lengths_within(index first, index steps) const {
     std::vector<index> within;
     for (const index length : lengths) {
@@ -82,7 +82,7 @@ struct Arrays {
   }
 };
 
-// What a training step leaves: y, h_n, c_n, then the gradients.
+// These are the results of a training step: y, h_n, c_n, then the gradients.
 constexpr const char* names[] = {"y",          "h_n",        "c_n",      "dx",
                                  "dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh",
                                  "dh0",        "dc0"};
@@ -97,7 +97,7 @@ Values widened(const std::vector<S>& from) {
   return {from.begin(), from.end()};
 }
 
-// A cell's kernels for an element type.
+// Tested has a cell's kernels for an element type.
 struct Tested {
   const Kernels& kernels;
   const CellKernels& cell;
@@ -125,7 +125,7 @@ void run(const Layout& layout, const Backward& p) {
             [&](const Team& team) { backward(layout, p, scratch.start(), team); });
 }
 
-// Forward in `chunks` pieces, and if there is one, backward.
+// Runs forward in `chunks` pieces and, if there is only one, backward.
 template <class S>
 Results train(const Tested& of, const Arrays& a, bool unpacked, index chunks) {
   const bool has_c = of.cell.shape.has_c;
@@ -273,7 +273,7 @@ void test_math(const MathEntry& function, const std::string& what) {
         what + " off by " + std::to_string(static_cast<double>(worst)) + " ULP");
 }
 
-// y, h_n and c_n by the portable kernels with another product in place of their own.
+// Compares y, h_n and c_n of the portable kernels with those that another product gives.
 void test_product(const Product& product, const CellKernels& cell, const Arrays& a,
                   double tolerance, const std::string& what) {
   const Kernels& own = *compiled_isas().back().isa->f32;
@@ -285,7 +285,7 @@ void test_product(const Product& product, const CellKernels& cell, const Arrays&
     results.resize(3);
     return results;
   };
-  // Two pieces, as backward's products are those of the element type.
+  // With two pieces only forward runs: backward's products are those of the element type.
   const Results expected = forward(own, a, 2), got = forward(kernels, a, 2);
   compare(got, expected, tolerance, what);
   if (!a.options.training) {
@@ -294,7 +294,7 @@ void test_product(const Product& product, const CellKernels& cell, const Arrays&
   set_num_threads(3);
   check(forward(kernels, a, 2) == got, what + " differs with 3 threads");
   if (a.resets) return;
-  // The first rows alone.
+  // The first rows alone must have the same bits.
   Arrays few = a;
   few.B = a.B / 2 + 1;
   const auto keep = [&](Values& of, index outer, index inner) {
@@ -355,12 +355,12 @@ int main() {
     std::mt19937 random(1);
     for (const CellKernels& cell : isa->f32->cells) {
       for (const auto& [T, B, I, H] : shapes) {
-        // A linear recurrence grows with T; it is tested on few steps.
+        // A linear recurrence grows with T, so it is tested on few steps.
         const index steps = cell.name == "rnn_identity" && T > 7 ? 7 : T;
         for (const auto& [reverse, masked] :
              {std::pair{false, false}, {true, false}, {true, true}}) {
           Arrays a(random, cell.shape.gates, steps, B, I, H, reverse, masked);
-          // The plain kernels do not know all variants.
+          // The plain kernels lack some variants.
           const Variant& differs = cell.shape.differs;
           a.row_wise = differs.absent >= 0 || differs.second >= 0;
           const std::string what = name + " " + std::string(cell.name) + " " +

@@ -1,10 +1,10 @@
-// Products of other precisions than the element's own, which nothing offers to users:
-// they prove that a precision of weights is one more Product (csrc/cpu/kernels.h), run by
-// the same time loop with masks, options and threads.
+// This file has products of other precisions than the element's own, which users cannot
+// choose. They prove that a precision of weights is one more Product
+// (csrc/cpu/kernels.h), which the same time loop runs with masks, options and threads.
 //
 //   int8     weights with a scale for each column, rows with a scale each, sums in int32
-//   matrix   what a matrix unit asks for: a dense operand of 16 rows, K in blocks of 32,
-//            weights in pairs of k, a state of the thread that is entered and left
+//   matrix   the demands of a matrix unit: a dense operand of 16 rows, K in blocks of 32,
+//            weights in pairs of k, a thread state that is entered and left
 //
 // Both are written for the portable kernels' vectors of four floats.
 #include "products_test.h"
@@ -31,7 +31,7 @@ constexpr PanelProduct panel_product(const Multiply& of) {
   return p;
 }
 
-// The weight of column c of a panel at k, 0 where there is none.
+// Returns the weight of column c of a panel at k, 0 if there is none.
 float weight_at(const Matrix& of, int unit_vectors, index panel, int column, index k) {
   const int vector = column / lanes, slot = vector / unit_vectors;
   const index unit =
@@ -45,7 +45,7 @@ std::int8_t quantised(float x, float scale) {
   return static_cast<std::int8_t>(std::lrint(x / scale));
 }
 
-// int8: a panel is [k][columns] of int8, then a scale for each column.
+// An int8 panel is [k][columns] of int8, then a scale for each column.
 
 index panel_bytes_s8(int width, index K) {
   return round_up(K * width * lanes, 4) + width * lanes * index{sizeof(float)};
@@ -82,7 +82,8 @@ void put_left_s8(const char* const* rows, index count, index K, char* to, float*
   }
 }
 
-// start + the products of a tile, where product(term, row, column) is one.
+// Computes start + the products of a tile, where product(term, row, column) is one of
+// them.
 template <int rows, int W, int C, class Product>
 void add(void* to, const StartAt& start, const TermAt* terms, int count,
          const Product& product) {
@@ -118,7 +119,7 @@ void multiply_s8(void* to, const StartAt& start, const TermAt* terms, int count)
   });
 }
 
-// matrix: a panel is [K / 2][columns][2] of float, K padded to 32.
+// A panel of `matrix` is [K / 2][columns][2] of float, K padded to 32.
 
 constexpr index block = 32;
 thread_local bool is_entered = false;
@@ -155,7 +156,8 @@ template <int rows, int W, int C>
 void multiply_matrix(void* to, const StartAt& start, const TermAt* terms, int count) {
   if (!is_entered) std::abort();
   add<rows, W, C>(to, start, terms, count, [](const TermAt& of, int r, int c) {
-    // By base and stride, as a unit does that knows no pointers of rows.
+    // The rows are addressed by base and stride, because a matrix unit takes no row
+    // pointers.
     const float* const left =
         reinterpret_cast<const float*>(of.left[0] + r * left_bytes_matrix(of.K));
     const float* const right = reinterpret_cast<const float*>(of.right);
@@ -175,13 +177,13 @@ void multiply_matrix(void* to, const StartAt& start, const TermAt* terms, int co
 
 template <int W, int C, int rows = 1>
 constexpr void fill_s8(PanelProduct& p) {
-  p.multiply[rows - 1][0] = p.asks_one[rows - 1] = p.asks_all[rows - 1] =
+  p.multiply[rows - 1][0] = p.prefetch_one[rows - 1] = p.prefetch_all[rows - 1] =
       multiply_s8<rows, W, C>;
   if constexpr (rows < 4) fill_s8<W, C, rows + 1>(p);
 }
 template <int W, int C, int rows = 1>
 constexpr void fill_matrix(PanelProduct& p) {
-  p.multiply[rows - 1][0] = p.asks_one[rows - 1] = p.asks_all[rows - 1] =
+  p.multiply[rows - 1][0] = p.prefetch_one[rows - 1] = p.prefetch_all[rows - 1] =
       multiply_matrix<rows, W, C>;
   if constexpr (rows < 16) fill_matrix<W, C, rows + 1>(p);
 }

@@ -1,4 +1,4 @@
-// Products for the tests of csrc/cpu/kernels.h (products_test.cpp).
+// These products test csrc/cpu/kernels.h (products_test.cpp).
 #pragma once
 
 #include "../csrc/cpu/kernels.h"

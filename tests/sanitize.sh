@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Builds the kernels with sanitizers and runs the tests of what they compute on them:
+# Builds the kernels with sanitizers and runs the tests of their results:
 #   tests/sanitize.sh asan     AddressSanitizer and UndefinedBehaviorSanitizer
 #   tests/sanitize.sh tsan     ThreadSanitizer, on the tests that use threads
-# on portable kernels and one more instruction set each, AVX-512 and AVX2, for the time it takes.
+# on portable kernels and, to save time, one more instruction set each, AVX-512 and AVX2.
 # Run it in an environment where the dev extra is installed (pip install ".[dev]").
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,11 +22,12 @@ cmake --build "$build"
 cp -r src/fusedrnn "$build/fusedrnn"
 cp "$build"/_cpu*.so "$build/fusedrnn/"
 
-# Python itself is not built with a sanitizer: its runtime is loaded before Python, and what
-# Python and NumPy leave allocated at exit is not ours. hypothesis and torch add nothing here
-# but time, so the tests that need them are left out, as are large shapes without vectors, 530
-# rows and, for threads, whose loop all instruction sets share, the portable kernels. Cells that
-# always run the kernels with options are left to the tests of options.
+# Python itself is not built with a sanitizer, so the sanitizer's runtime is loaded before
+# Python, and leaks are not reported, because Python and NumPy leave memory allocated at exit.
+# Tests that need hypothesis or torch would only add time, so they are left out, as are large
+# shapes without vectors and 530 rows. For threads the portable kernels are left out, because
+# all instruction sets share one loop. Only the tests of options run cells that always need
+# the kernels with options.
 export LD_PRELOAD="$(g++ -print-file-name=$library) $(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 export TSAN_OPTIONS="halt_on_error=1 second_deadlock_stack=1 suppressions=$PWD/tests/tsan.txt"

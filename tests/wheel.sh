@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the sdist and a wheel, with the CUDA backend where nvcc is, repairs it as a release
-# does, and uses it where there is no compiler: tests/wheel.sh [DIR]. The wheel ends in DIR
+# Builds the sdist and a wheel, with the CUDA backend if there is nvcc, repairs the wheel as a
+# release does, and uses it without a compiler: tests/wheel.sh [DIR]. The wheel goes to DIR
 # (build/wheels).
 # Run it in an environment where the dev extra is installed (pip install ".[dev]").
 set -euo pipefail
@@ -12,7 +12,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 rm -rf "$out"
 
-# What the sdist holds to build from is what is here.
+# The sdist must hold the files of this tree unchanged.
 python -m build -q --sdist --outdir "$out" .
 mkdir "$work/sdist"
 tar -xzf "$out"/*.tar.gz -C "$work/sdist" --strip-components=1
@@ -44,7 +44,7 @@ test "$bytes" -le "$most_bytes"
 python -m venv "$work/env"
 pip wheel -q -w "$work/needed" "$wheel[demo]"
 (
-  # Nothing but the environment and a few commands that are no compilers.
+  # The path has the environment and one command, and no compiler.
   mkdir "$work/bin"
   ln -s "$(command -v env)" "$work/bin/"
   export PATH="$work/env/bin:$work/bin"

@@ -27,8 +27,8 @@ constexpr bool is_little_endian = std::endian::native == std::endian::little;
   throw py::value_error(std::string("_cpu: ") + name + " has a wrong dtype or shape");
 }
 
-// Whether an object is an array of elements of a type of NumPy's, in this machine's order
-// of bytes. A subclass is not: a masked array means more than its values.
+// Returns whether an object is an array of a NumPy type in the machine's byte order. A
+// subclass does not count: a masked array means more than its values.
 inline bool has_elements(const py::handle& object, int type) {
   const auto& api = py::detail::npy_api::get();
   if (Py_TYPE(object.ptr()) != api.PyArray_Type_) return false;
@@ -36,7 +36,7 @@ inline bool has_elements(const py::handle& object, int type) {
       py::detail::array_descriptor_proxy(py::detail::array_proxy(object.ptr())->descr);
   return dtype->type_num == type && dtype->byteorder != (is_little_endian ? '>' : '<');
 }
-// The type of the kernels' elements of so many bytes.
+// Returns the NumPy type of elements of `size` bytes.
 constexpr int element_type(index size) {
   return size == 4 ? py::detail::npy_api::NPY_FLOAT_ : py::detail::npy_api::NPY_DOUBLE_;
 }
@@ -44,7 +44,7 @@ constexpr int element_type(index size) {
 constexpr int is_aligned = py::detail::npy_api::NPY_ARRAY_ALIGNED_;
 constexpr int is_whole = int{py::array::c_style} | is_aligned;
 
-// The shape of an array of few axes.
+// Axes is the shape of an array of at most five axes.
 struct Axes {
   index count = 0, lengths[5] = {};
 
@@ -56,13 +56,13 @@ struct Axes {
   }
 };
 
-// From so many bytes on it pays to keep an array's memory when it is freed.
+// Reusing freed memory pays for arrays of at least so many bytes.
 constexpr index large_array = 1 << 17;
 
-// An uninitialised array, a large one in memory of ours.
+// Returns an uninitialised array. Large ones lie in our own memory (../cpu/memory.h).
 Array allocate(const std::vector<index>& shape, const py::dtype& dtype);
 
-// A sequence (T, B, n), in whichever order the user's array has its axes.
+// Sequence is an array (T, B, n), whatever the order of its axes in memory.
 struct Sequence {
   const char* start = nullptr;
   index T = 0, B = 0, n = 0;
@@ -70,15 +70,15 @@ struct Sequence {
   bool unbatched = false;
 };
 
-// Reads arguments of one element type. `ok` becomes false where one is not as the kernels
-// read it.
+// Reader reads arguments of one element type. `ok` becomes false if the kernels cannot
+// read one of them as it lies.
 class Reader {
  public:
   explicit Reader(index element) : element_(element) {}
 
   bool ok = true;
 
-  // An array (T, B, n), (B, T, n) if batch_first, or (T, n).
+  // Reads an array (T, B, n), (B, T, n) if batch_first, or (T, n).
   Sequence sequence(const py::handle& object, bool batch_first) {
     if (!has_elements(object, element_type(element_))) return failed<Sequence>();
     const auto a = py::reinterpret_borrow<Array>(object);
@@ -98,7 +98,7 @@ class Reader {
     if (!contiguous || !even || !(a.flags() & is_aligned)) return failed<Sequence>();
     return s;
   }
-  // The same of known sizes, or nothing for None.
+  // Reads a sequence of known sizes, or None as an empty one.
   Sequence sequence(const py::handle& object, bool batch_first, const Sequence& like,
                     index n) {
     if (object.is_none()) return {};
@@ -108,7 +108,7 @@ class Reader {
     }
     return s;
   }
-  // A contiguous array, or null for None.
+  // Returns the start of a contiguous array, or null for None.
   const char* whole(const py::handle& object, const Axes& axes) {
     if (object.is_none()) return nullptr;
     if (!has_elements(object, element_type(element_))) return failed<const char*>();

@@ -8,7 +8,8 @@ namespace fusedrnn {
 
 namespace {
 
-// Python has worded a user's errors before: here a wrong parameter is a mistake of ours.
+// Python has checked the parameters and reported the user's errors, so a wrong parameter
+// here is a bug.
 std::unique_ptr<const Weights> make_weights(const Kernels& kernels,
                                             const CellKernels& cell, const Arrays& p) {
   const bool has_absent = cell.shape.differs.absent >= 0;
@@ -62,7 +63,7 @@ char* write_to(const MaybeArray& a) {
   return a ? static_cast<char*>(py::detail::array_proxy(a->ptr())->data) : nullptr;
 }
 
-// A copy of lengths (B,), or () without a batch; false where they are wrong.
+// Copies lengths (B,), or () without a batch; returns false if they are wrong.
 bool copy_lengths(const py::handle& object, const Sequence& x, std::vector<index>& to) {
   if (object.is_none()) return true;
   if (!has_elements(object, py::dtype::num_of<index>())) return false;
@@ -78,7 +79,7 @@ bool copy_lengths(const py::handle& object, const Sequence& x, std::vector<index
   return std::all_of(to.begin(), to.end(), [&](index n) { return n >= 0 && n <= x.T; });
 }
 
-// A copy of resets (T, B), (B, T) or (T,), time-major. Bytes other than 0 count as true.
+// Copies resets (T, B), (B, T) or (T,) to (T, B). Bytes other than 0 count as true.
 bool copy_resets(const py::handle& object, const Sequence& x, bool batch_first,
                  Memory& to) {
   if (object.is_none()) return true;
@@ -135,7 +136,7 @@ void CallOptions::put(StackCall& call) const {
   call.options = values;
   call.weight_dropout = weight_dropout;
   call.recompute = recompute;
-  call.shows = return_cells || trace;
+  call.returns_gates = return_cells || trace;
 }
 
 Layers::Layers(const std::string& cell, std::vector<Arrays> parameters, int directions,
@@ -172,7 +173,7 @@ py::dict Layers::plan(index at, index T, index B, const py::object& options) con
   summary["threads"] = found.threads;
   summary["by_rows"] = found.by_rows;
   summary["fused"] = found.fused;
-  summary["stretch"] = found.stretch;
+  summary["stretch"] = found.time_block;
   summary["tile"] = py::make_tuple(found.tile_rows, found.tile_units);
   summary["saved"] = found.saved;
   summary["workspace_bytes"] = found.workspace;
@@ -200,7 +201,7 @@ Array Layers::make(const Axes& axes) const {
   return bytes >= large_array ? allocate(shape, dtype) : Array(dtype, shape);
 }
 
-// A state, or None for zeros, or for a pair with None in it.
+// Reads a state, None for zeros, or a pair that may have None in it.
 bool Layers::read_state(Reader& reader, const py::handle& state, const Sequence& x,
                         const char*& h, const char*& c) const {
   if (state.is_none()) return true;

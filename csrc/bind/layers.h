@@ -1,8 +1,8 @@
-// Layers that own their weights, and a whole call of them: arrays in, arrays out.
+// Layers own their weights and run a whole call of all layers: arrays in, arrays out.
 //
-// A call takes arguments as they come. Where one of them is not as the kernels read it,
-// or is wrong, it does nothing and returns None: Python then converts it, or words the
-// error.
+// A call takes the user's arguments unchecked. If the kernels cannot read one of them as
+// it lies, or it is wrong, the call does nothing and returns None; Python then converts
+// the argument or raises the error.
 #pragma once
 
 #include "../cpu/dispatch.h"
@@ -15,7 +15,7 @@ namespace fusedrnn {
 // reference.Parameters.
 using Arrays = std::array<MaybeArray, parameter_count>;
 
-// fusedrnn.reference.Options as read from its tuple.
+// CallOptions reads the tuple fusedrnn.reference.Options.
 struct CallOptions {
   Options values;
   double weight_dropout;
@@ -30,19 +30,19 @@ const CellKernels& find_cell(const Kernels& kernels, std::string_view name);
 class Layers {
  public:
   // `layered`: states have an axis of layers and directions. `reverse`: a single
-  // direction goes from the end.
+  // direction runs from the end.
   Layers(const std::string& cell, std::vector<Arrays> parameters, int directions,
          double dropout, bool batch_first, bool layered, bool reverse);
   Layers(const Layers&) = delete;
 
   std::string isa() const { return std::string(isa_.name); }
-  // How a forward of layer and direction `at` is laid out.
+  // Returns how a forward of layer and direction `at` is laid out.
   py::dict plan(index at, index T, index B, const py::object& options) const;
-  // Values that a training call leaves to backward for each row of a step, beside x and
+  // Returns how many values a training call saves for each row of a step, beside x and
   // results.
   index saved_values(const py::object& options) const;
 
-  // (y, state[, cells][, trace]), or with `saves` those and a Tape; or None.
+  // Returns (y, state[, cells][, trace]), with `saves` that tuple and a Tape, or None.
   py::object forward(const py::object& x, const py::object& state,
                      const py::object& lengths, const py::object& resets,
                      const py::object& options, const py::object& out, bool saves) const;
@@ -60,18 +60,18 @@ class Layers {
   py::object state_of(const Array& h, const MaybeArray& c) const;
 
   const Isa& isa_;
-  const std::vector<Arrays> parameters_;  // which the stack reads
+  const std::vector<Arrays> parameters_;  // read by the stack
   const bool batch_first_, layered_;
   const bool reverse_;
   Stack stack_;
 };
 
-// What leads back from a training call. It keeps x and the results that it reads, and
-// copies of all other arguments.
+// A Tape runs the backward of a training call. It keeps x and the results that it reads,
+// and copies of all other arguments.
 class Tape {
  public:
-  // (dx, d_state, gradients of the parameters that exist, in order), or None. d_state is
-  // a state, or None for zeros, or for a pair with None in it.
+  // Returns (dx, d_state, gradients of the parameters that exist, in order), or None.
+  // d_state is a state, None for zeros, or a pair that may have None in it.
   py::object backward(const py::object& dy, const py::object& d_state,
                       const py::object& dcells) const;
 
@@ -80,7 +80,7 @@ class Tape {
 
   void keep_state();
 
-  py::object owner_;  // of layers_
+  py::object owner_;  // keeps *layers_ alive
   const Layers* layers_;
   Sequence x_, y_, cells_;
   std::vector<py::object> kept_;

@@ -1,4 +1,4 @@
-// fusedrnn._cpu: the functions and classes that Python sees.
+// This is the module fusedrnn._cpu.
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -20,7 +20,7 @@ Array allocate(const std::vector<index>& shape, const py::dtype& dtype) {
 
 namespace {
 
-// A cell's elementwise function on the active ISA; for tests of its accuracy.
+// Runs an elementwise function of the cells on the active ISA, for tests of its accuracy.
 Array elementwise(const std::string& name, const Array& x) {
   for (const MathEntry& function : active_isa().math) {
     if (function.name != name) continue;
@@ -36,14 +36,15 @@ Array elementwise(const std::string& name, const Array& x) {
   throw py::value_error("_cpu: no function " + name);
 }
 
-// Floating-point operations that `rounds` of a probe did, on the active ISA.
+// Returns how many floating-point operations `rounds` rounds of the probe did, on the
+// active ISA.
 double probe_multiply_add(index rounds, bool single) {
   const py::gil_scoped_release release;
   const Probes& probes = active_isa().probes;
   return (single ? probes.multiply_add_f32 : probes.multiply_add_f64)(rounds);
 }
 
-// Lets that many threads meet `rounds` times.
+// Makes `threads` threads meet `rounds` times.
 void probe_meetings(index rounds, int threads) {
   const py::gil_scoped_release release;
   run_on_team(threads, false, [&](const Team& team) {

@@ -10,7 +10,7 @@ namespace fusedrnn {
 
 namespace {
 
-// Functions of PyTorch's C interface, which keeps its form from version to version, as
+// These are functions of PyTorch's C interface, which is stable across versions, as
 // torch/csrc/inductor/aoti_torch/c/shim.h declares them. They return 0 for success.
 struct Shim {
   using Handle = struct Opaque*;
@@ -27,15 +27,15 @@ struct Shim {
   std::int32_t float32, float64, cpu;
 };
 
-// What is used of PyTorch, once fusedrnn.torch has handed it over.
+// Torch has the parts of PyTorch that are used; fusedrnn.torch sets them.
 struct Torch {
   PyObject *tensor, *parameter;  // types
   py::object to_handles, from_handles, from_numpy, is_grad_enabled, forward_ad;
-  std::vector<py::object> observers;  // functions; one that returns true looks at calls
+  std::vector<py::object> observers;  // functions; true means that calls are observed
   Shim shim;
 };
 
-// Never destroyed: Python may be gone before.
+// It is never destroyed, because Python may have ended before.
 Torch& torch() {
   static Torch& found = *new Torch;
   return found;
@@ -68,7 +68,8 @@ Shim find_shim(const std::string& library) {
   return shim;
 }
 
-// Whether what is saved is zero where the kernels do not write; for tests.
+// Whether saved values are cleared first, so that elements the kernels do not write are
+// zero; for tests.
 std::atomic<bool> clears_saved{false};
 
 PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
@@ -80,19 +81,20 @@ bool is_true(const py::object& function) {
   return !result.is_none() && PyObject_IsTrue(result.ptr()) == 1;
 }
 
-// Whether anything but autograd looks at calls.
+// Returns whether anything but autograd observes calls.
 bool is_observed() {
   static PyObject* const level = intern("_current_level");
   for (const py::object& observer : torch().observers) {
     if (is_true(observer)) return true;
   }
-  // Forward-mode derivatives are at work at level 0 and above.
+  // Forward-mode differentiation is active at level 0 and above.
   PyObject* const found = PyObject_GetAttr(torch().forward_ad.ptr(), level);
   if (!found) throw py::error_already_set();
   return PyLong_AsLong(py::reinterpret_steal<py::object>(found).ptr()) >= 0;
 }
 
-// New tensors of float32 or float64 on the CPU, which become Python's together.
+// NewTensors creates tensors of float32 or float64 on the CPU and hands them to Python
+// together.
 class NewTensors {
  public:
   explicit NewTensors(index element) : element_(element) {}
@@ -101,7 +103,7 @@ class NewTensors {
     for (Shim::Handle handle : handles_) torch().shim.delete_tensor_object(handle);
   }
 
-  // Memory of the next tensor.
+  // Creates the next tensor and returns its memory.
   char* add(const Axes& axes) {
     const Shim& shim = torch().shim;
     std::int64_t sizes[5], strides[5], apart = 1;
@@ -135,14 +137,15 @@ class NewTensors {
   std::vector<Shim::Handle> handles_;
 };
 
-// What only backward sees: in used memory where fresh pages would be costly.
+// Creates the saved values, which only backward reads. Large ones lie in reused memory,
+// because clearing fresh pages is expensive.
 py::object new_saved(const Axes& axes, index element, char*& start) {
   index bytes = element;
   for (index n = 0; n < axes.count; ++n) bytes *= axes.lengths[n];
   if (bytes < large_array) {
-    NewTensors made(element);
-    start = made.add(axes);
-    return made.take()[0];
+    NewTensors saved(element);
+    start = saved.add(axes);
+    return saved.take()[0];
   }
   const py::dtype dtype = element == 4 ? py::dtype::of<float>() : py::dtype::of<double>();
   Array array = allocate({axes.lengths, axes.lengths + axes.count}, dtype);
@@ -152,11 +155,12 @@ py::object new_saved(const Axes& axes, index element, char*& start) {
 
 }  // namespace
 
-// Reads tensors on the CPU of one element type, that of the first. They are collected,
-// then opened together. `ok` becomes false where one is not as the kernels read it.
+// TensorReader reads tensors on the CPU of one element type, that of the first. They are
+// collected, then opened together. `ok` becomes false if the kernels cannot read one of
+// them as it lies.
 class TensorReader {
  public:
-  // `exact`: subclasses of tensors are wrong.
+  // `exact`: subclasses of tensors are refused.
   explicit TensorReader(bool exact) : exact_(exact) {}
   TensorReader(const TensorReader&) = delete;
   ~TensorReader() {
@@ -173,7 +177,7 @@ class TensorReader {
     const std::int64_t *shape = nullptr, *strides = nullptr;  // in elements
   };
 
-  // Adds a tensor, or None. `other`: of another element type.
+  // Adds a tensor, or None. `other`: its element type may differ.
   void collect(const py::handle& tensor, bool other = false) {
     static PyObject *const is_neg = intern("is_neg"), *const grad =
                                                           intern("requires_grad");
@@ -183,7 +187,7 @@ class TensorReader {
     PyObject* const negative = PyObject_VectorcallMethod(
         is_neg, self, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
     if (!negative) throw py::error_already_set();
-    Py_DECREF(negative);  // True and False live on
+    Py_DECREF(negative);  // True and False are immortal
     if (negative == Py_True) return fail();
     if (exact_) {
       PyObject* const flag = PyObject_GetAttr(tensor.ptr(), grad);
@@ -224,12 +228,13 @@ class TensorReader {
     }
   }
 
-  // The next of what was collected; nothing for None.
+  // Returns the next collected tensor, or an empty view for None.
   View next() {
     const int place = ok ? places_[next_++] : -1;
     return place < 0 ? View{} : views_[place];
   }
-  // The next, which must be contiguous and of a shape, or None.
+  // Returns the start of the next tensor, which must be contiguous and of a shape, or
+  // null for None.
   const char* whole(const Axes& axes) {
     const View v = next();
     if (!v.handle) return nullptr;
@@ -285,8 +290,8 @@ py::tuple TensorLayers::arguments() const {
                         reverse_);
 }
 
-// Layers for one call: their packings end with it. Without parameters only sizes are
-// known.
+// Builds the layers for one call; their packed weights end with it. Without parameters
+// only sizes can be asked for.
 Stack TensorLayers::stack(index element,
                           const std::vector<const char*>& parameters) const {
   const Isa& isa = active_isa();
@@ -317,8 +322,8 @@ index TensorLayers::saved_values(bool is_double, const py::object& options) cons
   return saved_bytes(stack(element, {}), c) / element;
 }
 
-// Reads a call's arguments, which `reader` has collected, x first; false where one of
-// them needs a look.
+// Reads a call's arguments, which `reader` has collected, x first; returns false if
+// Python must check them.
 bool TensorLayers::read(TensorReader& reader, StackCall& c,
                         std::vector<const char*>& addresses, AxesOf axes) const {
   const auto v = reader.next();
@@ -378,7 +383,8 @@ Axes TensorLayers::parameter_axes(index at, int kind) const {
   }
 }
 
-// Hands the arguments of a call to a reader; false where they are too few or too many.
+// Adds the arguments of a call to a reader; returns false if they are too few or too
+// many.
 bool TensorLayers::collect(TensorReader& reader, const py::handle& x,
                            const py::handle& h0, const py::handle& c0,
                            const py::sequence& parameters, const py::handle& lengths,
@@ -429,17 +435,17 @@ py::object TensorLayers::infer(const py::handle& x, const py::handle& hx,
   const auto state = [&](index of) {
     return step ? Axes{c.B, of} : unbatched ? Axes{n, of} : Axes{n, c.B, of};
   };
-  NewTensors made(size);
-  c.h_n = made.add(state(R_));
-  if (has_c_) c.c_n = made.add(state(H_));
+  NewTensors outputs(size);
+  c.h_n = outputs.add(state(R_));
+  if (has_c_) c.c_n = outputs.add(state(H_));
   Memory of_step;
   if (step) {
     of_step = Memory(static_cast<std::size_t>(c.B * R_ * size));
     c.y = of_step.as<char>();
   } else {
-    c.y = made.add(unbatched     ? Axes{c.T, width}
-                   : batch_first ? Axes{c.B, c.T, width}
-                                 : Axes{c.T, c.B, width});
+    c.y = outputs.add(unbatched     ? Axes{c.T, width}
+                      : batch_first ? Axes{c.B, c.T, width}
+                                    : Axes{c.T, c.B, width});
   }
   c.y_t = (batch_first ? 1 : c.B) * width * size;
   c.y_b = (batch_first ? c.T : 1) * width * size;
@@ -448,7 +454,7 @@ py::object TensorLayers::infer(const py::handle& x, const py::handle& hx,
     const py::gil_scoped_release release;
     fusedrnn::forward(layers, c);
   }
-  const py::list all = made.take();
+  const py::list all = outputs.take();
   py::object last = all[0];
   if (has_c_) last = py::make_tuple(all[0], all[1]);
   if (step) return last;
@@ -471,22 +477,22 @@ py::object TensorLayers::forward(const py::handle& x, const py::handle& h0,
   const Stack layers = stack(reader.element, addresses);
   const index n = layers_ * directions_, size = reader.element;
   const index y_row = directions_ * R_, c_row = directions_ * H_;
-  NewTensors made(size);
+  NewTensors outputs(size);
   Memory of_step;
-  c.y = made.add(step ? Axes{c.B, R_} : Axes{c.T, c.B, y_row});
+  c.y = outputs.add(step ? Axes{c.B, R_} : Axes{c.T, c.B, y_row});
   c.y_b = y_row * size;
   c.y_t = c.B * c.y_b;
   if (step) {
     of_step = Memory(static_cast<std::size_t>(c.B * R_ * size));
     c.h_n = of_step.as<char>();
   } else {
-    c.h_n = made.add({n, c.B, R_});
+    c.h_n = outputs.add({n, c.B, R_});
   }
-  if (has_c_) c.c_n = made.add(step ? Axes{c.B, H_} : Axes{n, c.B, H_});
-  if (o.return_cells) c.cells = made.add({c.T, c.B, c_row});
+  if (has_c_) c.c_n = outputs.add(step ? Axes{c.B, H_} : Axes{n, c.B, H_});
+  if (o.return_cells) c.cells = outputs.add({c.T, c.B, c_row});
   c.cells_b = c_row * size;
   c.cells_t = c.B * c.cells_b;
-  if (o.trace) c.trace = made.add({n, c.T, c.B, gates_, H_});
+  if (o.trace) c.trace = outputs.add({n, c.T, c.B, gates_, H_});
   py::object saved = py::none();
   if (saves) {
     const index values = saved_bytes(layers, c) / size;
@@ -497,7 +503,7 @@ py::object TensorLayers::forward(const py::handle& x, const py::handle& h0,
     const py::gil_scoped_release release;
     fusedrnn::forward(layers, c);
   }
-  const py::list all = made.take();
+  const py::list all = outputs.take();
   std::size_t next = 0;
   const auto take = [&](bool exists) {
     return exists ? py::object(all[next++]) : py::object(py::none());
@@ -550,24 +556,25 @@ py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence
   const auto is_wanted = [&](index at) {
     return PyObject_IsTrue(py::object(wanted[at]).ptr()) == 1;
   };
-  NewTensors made(size);
-  Memory unwanted;  // the state's gradients are made in any case
+  NewTensors outputs(size);
+  Memory unwanted;  // the kernels always write the state's gradients
   const index of_state = n * c.B * H_ * size;
   if (!is_wanted(1) || (has_c_ && !is_wanted(2))) {
     unwanted = Memory(static_cast<std::size_t>(2 * of_state));
   }
-  if (is_wanted(0)) c.dx = made.add(sequence(I_));
+  if (is_wanted(0)) c.dx = outputs.add(sequence(I_));
   c.dx_b = I_ * size;
   c.dx_t = c.B * c.dx_b;
-  c.dh0 = is_wanted(1) ? made.add(state(R_)) : unwanted.as<char>();
-  if (has_c_) c.dc0 = is_wanted(2) ? made.add(state(H_)) : unwanted.as<char>() + of_state;
+  c.dh0 = is_wanted(1) ? outputs.add(state(R_)) : unwanted.as<char>();
+  if (has_c_)
+    c.dc0 = is_wanted(2) ? outputs.add(state(H_)) : unwanted.as<char>() + of_state;
   std::vector<char*> gradients;
   index at = 3;
   for (index of = 0; of < n; ++of) {
     for (int kind = 0; kind < parameter_count; ++kind) {
       gradients.push_back(nullptr);
       if (!(kinds_ >> kind & 1)) continue;
-      if (is_wanted(at)) gradients.back() = made.add(parameter_axes(of, kind));
+      if (is_wanted(at)) gradients.back() = outputs.add(parameter_axes(of, kind));
       ++at;
     }
   }
@@ -576,7 +583,7 @@ py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence
     const py::gil_scoped_release release;
     fusedrnn::backward(layers, c);
   }
-  return made.take();
+  return outputs.take();
 }
 
 void bind_tensors(py::module_& m) {

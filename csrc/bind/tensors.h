@@ -1,15 +1,16 @@
-// Calls of layers with PyTorch's tensors, which are read and made by the C functions that
-// PyTorch keeps for others, found at run time: nothing of it is compiled in or linked.
+// TensorLayers calls layers with PyTorch's tensors. It reads and creates them by
+// PyTorch's stable C functions, which it looks up at run time: no part of PyTorch is
+// compiled in or linked.
 //
-// As in layers.h a call takes its arguments as they come, and returns None where one of
-// them needs a look.
+// As in layers.h a call takes unchecked arguments, and returns None if it cannot read one
+// of them.
 #pragma once
 
 #include "layers.h"
 
 namespace fusedrnn {
 
-// Where the axes of x are, and of what belongs to it.
+// AxesOf is the order of axes of x and of the arrays that belong to it.
 enum class AxesOf : int { sequence, batch_first, step };
 
 class TensorLayers {
@@ -18,22 +19,23 @@ class TensorLayers {
   TensorLayers(std::string cell, std::array<index, 3> sizes, int layers, int directions,
                unsigned kinds, bool reverse);
 
-  // Values that a training call leaves to backward for each row of a step.
+  // Returns how many values a training call saves for each row of a step.
   index saved_values(bool is_double, const py::object& options) const;
 
-  // x and hx as a module's user gives them: what the user gets. None also where anything
-  // but autograd looks at the call, False, with no look at the arguments, where autograd
-  // does.
+  // Takes x and hx as a module's user passes them and returns the module's results.
+  // Returns None also where something other than autograd observes calls, and False,
+  // before it reads any argument, where autograd records the call.
   py::object infer(const py::handle& x, const py::handle& hx, const py::list& parameters,
                    int axes, const py::object& options) const;
 
-  // (y, h_n, c_n, cells, trace, saved), None for what is not made. x (T, B, I), with
-  // `step` (B, I); then y is h, states have no axis of layers and h_n is None.
+  // Returns (y, h_n, c_n, cells, trace, saved), with None for results that do not exist.
+  // x is (T, B, I) or, with `step`, (B, I); then y is h, states have no axis of layers
+  // and h_n is None.
   py::object forward(const py::handle& x, const py::handle& h0, const py::handle& c0,
                      const py::sequence& parameters, const py::handle& lengths,
                      const py::handle& resets, const py::object& options, bool saves,
                      bool step) const;
-  // The gradients that are wanted of x, h0, c0 and the parameters, in a list.
+  // Returns the wanted gradients of x, h0, c0 and the parameters, in a list.
   py::object backward(const py::sequence& wanted, const py::sequence& d,
                       const py::handle& y, const py::handle& cells,
                       const py::handle& saved, const py::handle& x, const py::handle& h0,

@@ -1,6 +1,6 @@
-// The list of cells, for both backends. To add one: its header, and its name here.
-// cuda/CMakeLists.txt reads the names of AllCells and compiles cuda/cell.cu once for
-// each.
+// This is the list of cells for both backends. A new cell needs its header here and its
+// name in AllCells, which cuda/CMakeLists.txt reads to compile cuda/cell.cu once for each
+// cell.
 #pragma once
 
 #include "gru.h"
@@ -11,7 +11,7 @@ namespace fusedrnn::FUSEDRNN_ARCH {
 
 template <template <class> class... Cells>
 struct CellList {
-  // f.operator()<Cell>(arguments) for each.
+  // Calls f.operator()<Cell>() for each cell.
   template <class F>
   static constexpr void each(const F& f) {
     (f.template operator()<Cells>(), ...);

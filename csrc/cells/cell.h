@@ -1,7 +1,7 @@
-// What a cell is: pure functions on a vector type V, which is a register of any ISA, a
-// scalar, or a CUDA thread's value. A cell sees no pointer, index or element type.
+// A cell is a set of pure functions on a vector type V, which is a register of any ISA, a
+// scalar, or a CUDA thread's value. A cell knows no pointer, index or element type.
 //
-// A cell's values per hidden unit stand in `slots`. Before the cell they hold its
+// The `slots` of a cell are its values per hidden unit. Before the cell they hold
 // pre-activations, after a training forward what backward needs, and in backward the
 // gradients of the pre-activations:
 //
@@ -13,20 +13,22 @@
 //
 // A cell declares
 //
-//   variants[]             its kernels' names and in what they differ; x.variant tells
-//                          its functions which one runs
+//   variants[]             the names of its kernels and how they differ; x.variant says
+//                          which one runs
 //   gates                  blocks of H rows in weight_ih and weight_hh
 //   input_gate[k]          the block of weight_ih that feeds slot slots-gates+k
 //   recurrent_gate[k]      the block of weight_hh that feeds slot k
 //   input_group[k], recurrent_group[k]
-//                          the group of slots that LayerNorm normalises together, in
-//                          which the input part of slot slots-gates+k and the recurrent
-//                          part of slot k are; the slots of a group are neighbours
-//   saves                  keep the slots for backward; else h alone is known, in slot 0
-//   has_c                  there is a cell state c beside h
-//   has_direct             h' reaches h past the matmul, so backward returns dh_direct
-//   peepholes              gates that may see c: Peephole{slot, whether it sees the new
-//   c}
+//                          the LayerNorm group of the input part of slot slots-gates+k,
+//                          and of the recurrent part of slot k; the slots of a group are
+//                          neighbours
+//   saves                  whether the slots are kept for backward; else backward has h
+//                          alone, in slot 0
+//   has_c                  whether there is a cell state c beside h
+//   has_direct             whether h' reaches h past the matmul, so that backward returns
+//                          dh_direct
+//   peepholes              the gates that may read c: Peephole{slot, whether it reads the
+//                          new c}
 //
 // and the functions
 //
@@ -42,16 +44,17 @@
 //   backward_c(s, c', c, squash(c), dh, dc, x)  -> dc' from dc with what h adds to it
 //
 // A variant with a second product multiplies the block of `second` of weight_hh with
-// operand(a, h') and not with h', so its step has two parts on either side of it:
+// operand(a, h') instead of h', so its step has two parts, one on either side of that
+// product:
 //
-//   open(a, x)                             activates slot `factor`, and all others that
-//                                          wait for nothing
-//   operand(factor, h')                    what the second product multiplies
+//   open(a, x)                             activates slot `factor`, and all others
+//                                          that do not need the second product
+//   operand(factor, h')                    the operand of the second product
 //   close(a, prev, x)                      -> h, once slot `second` is known
 //   open_backward(s, prev, dh, x)          -> dh_direct; s becomes da but for `factor`
 //   factor_backward(factor, d_factor, x)   -> da of that slot
 //
-// x says what else a step is asked for: `Plain` nothing, `Extras` any of it at run time.
+// x has the options of a step: `Plain` has none, `Extras` has any of them at run time.
 #pragma once
 
 #include "../target.h"
@@ -71,10 +74,11 @@ struct Variant {
 
 struct Peephole {
   int slot;
-  bool sees_new;
+  bool reads_new_c;
 };
 
-// A cell's declarations as numbers, for code that is compiled once for all cells.
+// Shape has a cell's declarations as numbers, for code that is compiled once for all
+// cells.
 struct Shape {
   static constexpr int most_slots = 6, most_groups = 4, most_peepholes = 3;
 
@@ -87,7 +91,8 @@ struct Shape {
 
   FUSEDRNN_SHARED constexpr int first_input() const { return slots - gates; }
   FUSEDRNN_SHARED constexpr bool has_second() const { return differs.second >= 0; }
-  // Vectors of a gate's units in a panel of packed weights, on the CPU.
+  // Returns how many vectors of units each gate has in a panel of packed weights, on the
+  // CPU.
   FUSEDRNN_SHARED constexpr int unit_vectors() const { return gates == 1 ? 2 : 1; }
 };
 
@@ -112,8 +117,8 @@ FUSEDRNN_CONSTANT constexpr Shape shape_of(int variant) {
   return s;
 }
 
-// The slots of each group that LayerNorm normalises together, of those from `first` on
-// whose groups stand in group[].
+// Groups lists the slots of each group that LayerNorm normalises together. group[k] is
+// the group of slot first + k.
 struct Groups {
   int count = 0;
   Range slots[Shape::most_groups]{};
@@ -129,9 +134,9 @@ struct Groups {
   }
 };
 
-// `variant` tells cells apart that share their kernels: an RNN's activation, an LSTM with
-// coupled gates. The latter only where `may_vary`, which the plain kernels of the CPU do
-// without.
+// `variant` distinguishes cells that share their kernels: the activations of an RNN, and
+// an LSTM with coupled gates if `may_vary`. The CPU's plain kernels do not have the
+// latter.
 template <class V, bool may_vary = false>
 struct Plain {
   int variant;
@@ -147,9 +152,10 @@ struct Plain {
   FUSEDRNN_DEVICE V through_cell(V, V dc) const { return dc; }
 };
 
-// The arithmetic of options on a unit. Bounds are infinite where nothing is clipped.
-// Where a pre-activation is clipped no gradient passes. It shows in the activation, which
-// then has its value at a bound; one that rounds to that value counts as clipped.
+// Extras is the arithmetic of options on a unit. Bounds are infinite where nothing is
+// clipped. No gradient passes a clipped pre-activation, which backward recognises by its
+// activation: it has the value at a bound. An activation that rounds to that value counts
+// as clipped.
 template <class V>
 struct Extras {
   int variant;

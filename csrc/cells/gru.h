@@ -12,8 +12,8 @@
 //   after    dq = da_n r     da_r = da_n q r(1-r)
 //   before   dq = da_n       d(r h') = R_nᵀ dq   da_r = d(r h') h' r(1-r)
 //
-// and the rest of dh' through R. Before the matmul both directions take two parts, one on
-// either side of the product with R_n.
+// The rest of dh' comes through R. A reset before the matmul splits both passes in two
+// parts, one on either side of the product with R_n.
 #pragma once
 
 #include "cell.h"
@@ -22,7 +22,8 @@ namespace fusedrnn::FUSEDRNN_ARCH {
 
 template <class V>
 struct Gru {
-  // Slots q r z n: the recurrent part owns the first three, the input part the last.
+  // The slots are q r z n: the first three have recurrent parts, the last three input
+  // parts.
   static constexpr int gates = 3, slots = 4, peephole_count = 0;
   static constexpr int Q = 0, R = 1, Z = 2, N = 3;
   static constexpr Variant variants[] = {{"gru"}, {"gru_before", -1, Q, R}};
@@ -58,7 +59,7 @@ struct Gru {
     return {dh_direct, dc};
   }
 
-  // All but r: s[Q] becomes da_n.
+  // Computes da of all slots but r; s[Q] becomes da_n.
   template <class X>
   FUSEDRNN_DEVICE static V open_backward(V (&s)[slots], State<V> prev, V dh, const X& x) {
     const V one = V::broadcast(1);
@@ -74,7 +75,7 @@ struct Gru {
   }
 
  private:
-  // n from its pre-activation, and h.
+  // Computes n from its pre-activation, and h.
   template <class X>
   FUSEDRNN_DEVICE static State<V> finish(V (&a)[slots], V a_n, State<V> prev,
                                          const X& x) {

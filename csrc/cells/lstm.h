@@ -3,8 +3,9 @@
 //   i = σ(a_i)  f = σ(a_f)  g = tanh(a_g)  o = σ(a_o)      a = W x + b_ih + R h' + b_hh
 //   c = f c' + i g          h = o tanh(c)
 //
-// With peepholes (Gers & Schmidhuber 2000) i and f see p c' besides, o sees p_o c. With
-// coupled gates (Greff et al. 2015) f = 1 - i has no pre-activation of its own.
+// With peepholes (Gers & Schmidhuber 2000) a_i += p_i c', a_f += p_f c' and a_o += p_o c.
+// With coupled gates (Greff et al. 2015) f = 1 - i, which has no pre-activation of its
+// own.
 //
 // Backward, from dh and dc, the gradients of h and of c through the later steps:
 //
@@ -23,7 +24,7 @@ template <class V>
 struct Lstm {
   static constexpr int gates = 4, slots = 4;
   static constexpr int I = 0, F = 1, G = 2, O = 3;
-  // With coupled gates the weights of f are 0 and not looked at.
+  // With coupled gates the weights of f are 0 and not read.
   static constexpr Variant variants[] = {{"lstm"}, {"lstm_coupled", F}};
   static constexpr int input_gate[gates] = {I, F, G, O},
                        recurrent_gate[gates] = {I, F, G, O};
@@ -32,7 +33,7 @@ struct Lstm {
   static constexpr int hidden_gate = O, peephole_count = 3;
   static constexpr Peephole peepholes[] = {{I, false}, {F, false}, {O, true}};
 
-  // The gates and c, before h.
+  // Computes the gates and c, before h.
   template <class X>
   FUSEDRNN_DEVICE static V forward_c(V (&a)[slots], V c_prev, const X& x) {
     const V f = x.bounded(x.add_peephole(1, c_prev, a[F]));
@@ -50,7 +51,7 @@ struct Lstm {
     return {hidden(a[hidden_gate], squash(c)), c};
   }
 
-  // c from the gates.
+  // Computes c from the gates.
   template <class X>
   FUSEDRNN_DEVICE static V cell(const V (&s)[slots], V c_prev, const X& x) {
     return x.bounded_cell(fma(s[F], c_prev, s[I] * s[G]));
@@ -62,7 +63,7 @@ struct Lstm {
     return fma(dh * o, V::broadcast(1) - tanh_c * tanh_c, dc);
   }
 
-  // From dc, what h passes on to it included.
+  // Takes the whole dc, including what comes through h.
   template <class X>
   FUSEDRNN_DEVICE static V backward_c(V (&s)[slots], V c_prev, V c, V tanh_c, V dh, V dc,
                                       const X& x) {

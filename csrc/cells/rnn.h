@@ -1,8 +1,8 @@
 // Elman network (Elman 1990): h = φ(W x + b_ih + R h' + b_hh), da = dh φ'(a).
 //
-// φ' is known from h alone, so nothing is saved: 1 - h² for tanh, h > 0 for relu.
-// Identity is a linear recurrence: on small integers it is exact, whatever the order of
-// the sums.
+// φ' follows from h alone, so nothing is saved: 1 - h² for tanh, h > 0 for relu. With the
+// identity the recurrence is linear and, on small integers, exact in any order of the
+// sums.
 #pragma once
 
 #include "cell.h"

@@ -1,5 +1,5 @@
-// Hands out parts of one piece of memory, in whole cache lines; of none, to learn how
-// large it must be.
+// An Arena hands out parts of one block of memory, in whole cache lines. Without memory
+// it only counts how many bytes are needed.
 #pragma once
 
 #include "../contract.h"
@@ -19,7 +19,7 @@ class Arena {
     used_ += round_up(bytes, line);
     return part;
   }
-  // A part like those of all other threads.
+  // Returns this thread's part; each thread gets one of the same size.
   char* of_thread(index bytes, int rank, int threads) {
     const index each = round_up(bytes, line);
     char* const all = take(threads * each);

@@ -1,13 +1,13 @@
-// A layer backward, in stretches of steps from the last to the first. Within a stretch
-// each step is a fused product Rᵀ·da and the cell, mirrored from forward.cpp and shared
-// out in the same way; then the stretch's da, still in cache, is multiplied into dW, dR,
-// the biases and dx. So da never exists for the whole sequence.
+// This file runs a layer backward, in time blocks from the last to the first. Within a
+// time block each step is a fused product Rᵀ·da and the cell, mirrored from forward.cpp
+// and shared among threads in the same way. Then the block's da, still in cache, is
+// multiplied into dW, dR, the biases and dx. So da never exists for the whole sequence.
 //
-// da lives in a ring of rows of gradients (../record.h), one step longer than a stretch
+// da is in a ring of rows of gradients (../record.h), one step longer than a time block
 // because a step reads the da of the step after it.
 //
-// The gradient of a row's step before waits in `direct` and `dc` until that step is
-// taken, or until there is none and it is the gradient of h0 and c0.
+// `direct` and `dc` hold the gradient that a row's step passes to the step before it.
+// When the row has no step before, that is the gradient of h0 and c0.
 #include <cstring>
 #include <tuple>
 
@@ -21,7 +21,7 @@ class BackwardPass {
   const Layout& l_;
   const Backward& p_;
   const Team& team_;
-  const index stretch_, ring_, record_;
+  const index time_block_, ring_, record_;
   const BackwardScratch memory_;
   const Blocks own_;
   const Schedule all_;
@@ -38,8 +38,8 @@ class BackwardPass {
       : l_(l),
         p_(p),
         team_(team),
-        stretch_(BackwardScratch::stretch(l, p)),
-        ring_(stretch_ + 1),
+        time_block_(BackwardScratch::time_block(l, p)),
+        ring_(time_block_ + 1),
         record_(l.record_bytes()),
         memory_(l, p, workspace, team.rank, team.count),
         own_(l, p, p.masks, l.dense_panels(p.R), l.back_tile(), team,
@@ -48,26 +48,26 @@ class BackwardPass {
         zoneout_(l, p.options, memory_.zoneout),
         call_(call_of(l, p, p.forward_weights, memory_.bounds)),
         da_row_(l.row_bytes(call_.gradient.values)),
-        step_{&call_, {}, nullptr, nullptr, false, false, memory_.of_rows},
+        step_{&call_, {}, nullptr, nullptr, false, false, memory_.norm_rows},
         second_step_(step_),
         dx_step_(step_),
         unpacked_{with_weight(l.of_input, p.weight_ih),
                   with_weight(l.of_recurrent, p.weight_hh)},
         weights_(l, p, call_.gradient,
-                 {memory_.waiting, memory_.right, memory_.dbias, memory_.sums},
+                 {memory_.partial_sums, memory_.right, memory_.dbias, memory_.sums},
                  {find_gradient_rows, this}) {
     make_blocks();
   }
 
   void run() {
     start();
-    for (index end = p_.T; end > 0; end -= stretch_) {
-      const index begin = end > stretch_ ? end - stretch_ : 0;
+    for (index end = p_.T; end > 0; end -= time_block_) {
+      const index begin = end > time_block_ ? end - time_block_ : 0;
       const index last = begin > 0 ? begin : -1;
       if (p_.input) p_.input->await(p_.T - begin);
       if (p_.has_options) prepare(begin, end);
       for (index s = end - 1; s >= last; --s) {
-        take(s);
+        run_step(s);
         if (!own_.alone) team_.meet();
       }
       if (own_.alone) team_.meet();
@@ -88,8 +88,8 @@ class BackwardPass {
     return p_.saved ? p_.saved + s * p_.B * record_ : records(s);
   }
   const char* y(index s) const { return p_.y + p_.time(s) * p_.y_t; }
-  char* shown(index s) const {
-    return memory_.shown + s % stretch_ * p_.B * l_.padded_bytes();
+  char* dropped(index s) const {
+    return memory_.dropped + s % time_block_ * p_.B * l_.padded_bytes();
   }
   StateBefore cell_before(index s) const {
     const char* const left = saved(s > 0 ? s - 1 : 0) + l_.bytes(l_.record.cell());
@@ -100,9 +100,9 @@ class BackwardPass {
         p_,    p_.masks, s, memory_.zeros, p_.h0, y(s > 0 ? s - 1 : 0), l_.bytes(p_.R),
         p_.y_b};
   }
-  // The vector that R was multiplied by in the step of row b.
-  const char* seen_before(index s, index b) const {
-    return drops(p_.options) ? shown(s) + b * l_.padded_bytes() : h_before(s)(b);
+  // Returns the h' that R multiplied in the step of row b.
+  const char* h_dropped_before(index s, index b) const {
+    return drops(p_.options) ? dropped(s) + b * l_.padded_bytes() : h_before(s)(b);
   }
   static GradientRows::Pointers find_gradient_rows(const void* pass,
                                                    const Schedule::Entry& at) {
@@ -110,18 +110,19 @@ class BackwardPass {
     const Backward& p = of.p_;
     const index b = of.all_.row(at.place);
     return {of.da(at.s) + b * of.da_row_, p.x + p.time(at.s) * p.x_t + b * p.x_b,
-            of.seen_before(at.s, b), of.saved(at.s) + b * of.record_};
+            of.h_dropped_before(at.s, b), of.saved(at.s) + b * of.record_};
   }
   Rows rows_of(const char* array, index apart) const {
     return own_.rows.rows_of(array, apart);
   }
 
-  // The units of h that a thread owns.
+  // Returns the units of h that a thread owns.
   Range units() const {
     const index end = own_.panels.end * l_.dense_units();
     return {own_.panels.begin * l_.dense_units(), end < p_.R ? end : p_.R};
   }
-  // The units of the cell where it waits for a second product.
+  // Returns the panels of the cell's units that this thread computes after a second
+  // product.
   Range cell_panels() const {
     const index panels = l_.dense_panels(p_.H);
     return own_.alone ? Range{0, panels} : team_.share(panels);
@@ -134,38 +135,38 @@ class BackwardPass {
   void make_blocks() {
     using namespace role;
     const Shape& shape = l_.shape;
-    const bool norm = l_.model.norm, twice = shape.has_second();
+    const bool norm = l_.model.norm, cell_has_second = shape.has_second();
     const auto fill = [&](Block& b, Step& step, Pointwise after, Range panels) {
       b.after = after;
       b.step = &step;
       b.panels = panels;
-      b.waiting = memory_.waiting;
+      b.partial_sums = memory_.partial_sums;
       b.has_options = p_.has_options;
     };
     const char* const packed = p_.weights;
     product_ = l_.backward_block(packed ? packed + l_.back_recurrent() : nullptr,
-                                 unpacked_ + 1, p_.R, twice ? 1 : 0);
+                                 unpacked_ + 1, p_.R, cell_has_second ? 1 : 0);
     fill(product_, step_,
-         norm || l_.model.projects ? l_.k.before
-         : twice                   ? l_.cell.open_backward
+         norm || l_.model.projects ? l_.k.store_dh
+         : cell_has_second         ? l_.cell.open_backward
                                    : l_.cell.backward[changed_by(p_, p_.dcells)],
          own_.panels);
     product_.used = bit(da_after) | bit(role::saved) | bit(direct) | bit(role::da);
-    const auto touch = [&](int role, int parts) {
-      product_.touches[product_.touch_count++] = {role, parts, 0, l_.P, false};
+    const auto prefetch = [&](int role, int parts) {
+      product_.prefetched[product_.prefetched_count++] = {role, parts, 0, l_.P, false};
     };
     if (p_.has_options || shape.has_direct) product_.used |= bit(before_h);
-    if (shape.has_direct) touch(before_h, 1);
+    if (shape.has_direct) prefetch(before_h, 1);
     if (shape.has_c) {
       product_.used |= bit(before_c) | bit(role::dc);
-      touch(before_c, 1);
+      prefetch(before_c, 1);
     }
-    touch(role::saved, shape.saves ? shape.slots + shape.has_c : 1);
+    prefetch(role::saved, shape.saves ? shape.slots + shape.has_c : 1);
     if (p_.dy) {
       product_.used |= bit(dy);
-      touch(dy, 1);
+      prefetch(dy, 1);
     }
-    if (p_.has_options) product_.used |= bit(seen_h) | bit(role::dh);
+    if (p_.has_options) product_.used |= bit(dropped_h) | bit(role::dh);
     if (p_.dcells) product_.used |= bit(dcells);
     if (drops(p_.options)) product_.used |= bit(mask_h);
     const index row = l_.padded_bytes();
@@ -181,7 +182,7 @@ class BackwardPass {
       second_ = l_.dense_backward_block(packed + l_.back_projection(), depth, depth);
       fill(second_, second_step_, norm ? l_.k.put : l_.cell.projected_backward,
            cell_panels());
-    } else if (twice) {
+    } else if (cell_has_second) {
       second_ =
           l_.dense_backward_block(packed + l_.back_recurrent(), l_.back_depth(), l_.P);
       fill(second_, second_step_, norm ? l_.k.put : l_.cell.close_backward, own_.panels);
@@ -198,16 +199,16 @@ class BackwardPass {
     dx_.rows[role::to] = {nullptr, 0, nullptr, memory_.to};
   }
 
-  // A row of R or H values, or zeros, into one that is padded.
+  // Copies a row of R or H values, or zeros, into a padded row.
   void copy_padded(const char* from, index values, char* to) const {
     const index count = l_.bytes(values), row = l_.bytes(round_up(values, l_.lanes));
     if (from) std::memcpy(to, from, count);
     std::memset(to + (from ? count : 0), 0, row - (from ? count : 0));
   }
 
-  // dc and c0 into padded rows, the gradients of h_n where a row's last step looks for
-  // dh. They are those of h0 and c0 for rows of length 0. Padding of da stays zero: a
-  // product runs over it, and there 0 · inf would be NaN.
+  // Copies dc and c0 into padded rows, and the gradients of h_n to `direct`, where a
+  // row's last step reads dh. For rows of length 0 they are the gradients of h0 and c0.
+  // The padding of da is cleared: a product reads it, and 0 · inf would be NaN.
   void start() {
     const index row = l_.padded_bytes(), of_h = l_.bytes(p_.R), of_c = l_.bytes(p_.H);
     const index working = own_.rows.working(), rows = own_.rows.rows();
@@ -222,7 +223,7 @@ class BackwardPass {
       }
       if (i >= working) {
         std::memcpy(p_.dh0 + b * of_h, memory_.direct + b * row, of_h);
-        leave_cell(b);
+        store_dc0(b);
       }
       if (drops(p_.options)) {
         l_.k.draw_recurrent(p_.options, b, p_.R, memory_.mask + b * row);
@@ -246,24 +247,25 @@ class BackwardPass {
     own_.meet(team_);
     if (p_.has_options && own_.alone) team_.meet();
   }
-  void leave_cell(index b) const {
+  void store_dc0(index b) const {
     if (!l_.shape.has_c) return;
     const index of_c = l_.bytes(p_.H);
     std::memcpy(p_.dc0 + b * of_c, memory_.dc + b * l_.padded_bytes(), of_c);
   }
 
-  // Computes again those values of a stretch that were not saved.
+  // Recomputes the values of a time block that were not saved.
   void prepare(index begin, index end) {
-    const bool again = BackwardScratch::computes_again(l_, p_);
-    if (!drops(p_.options) && !again) return;
+    const bool is_recomputed = BackwardScratch::recomputes(l_, p_);
+    if (!drops(p_.options) && !is_recomputed) return;
     const Range own = team_.share(all_.count(begin, end));
     Schedule::Entry next = all_.entry(begin, own.begin);
     for (index n = own.begin; n < own.end && drops(p_.options); ++n, all_.advance(next)) {
       const index b = all_.row(next.place), at = b * l_.padded_bytes();
       l_.k.multiply_rows(h_before(next.s)(b), memory_.mask + at, p_.R,
-                         shown(next.s) + at);
+                         dropped(next.s) + at);
     }
-    for (index s = begin > 0 ? begin - 1 : 0; s < end && l_.shape.has_c && again; ++s) {
+    for (index s = begin > 0 ? begin - 1 : 0; s < end && l_.shape.has_c && is_recomputed;
+         ++s) {
       const Range rows = team_.share(p_.B);
       for (index b = rows.begin; b < rows.end; ++b) {
         char* const to = records(s) + b * record_ + l_.bytes(l_.record.cell());
@@ -272,19 +274,20 @@ class BackwardPass {
       }
     }
     team_.meet();
-    if (again) compute_again(begin, end);
+    if (is_recomputed) recompute(begin, end);
   }
 
-  void compute_again(index begin, index end) {
-    const index count = all_.count(begin, end), room = stretch_ * p_.B;
+  void recompute(index begin, index end) {
+    const index count = all_.count(begin, end), most_rows = time_block_ * p_.B;
     char** list[RecomputedRows::lists];
-    for (int n = 0; n < RecomputedRows::lists; ++n) list[n] = memory_.again + n * room;
+    for (int n = 0; n < RecomputedRows::lists; ++n)
+      list[n] = memory_.recomputed + n * most_rows;
     Schedule::Entry next = all_.entry(begin, 0);
     for (index n = 0; n < count; ++n, all_.advance(next)) {
       const index s = next.s, b = all_.row(next.place);
       const char* const rows[] = {p_.x + p_.time(s) * p_.x_t + b * p_.x_b,
                                   records(s) + b * record_,
-                                  seen_before(s, b),
+                                  h_dropped_before(s, b),
                                   h_before(s)(b),
                                   l_.shape.has_c ? cell_before(s)(b) : nullptr,
                                   da(s) + b * da_row_ + l_.bytes(call_.gradient.operand)};
@@ -292,14 +295,14 @@ class BackwardPass {
         list[of][n] = const_cast<char*>(rows[of]);
       }
     }
-    fusedrnn::compute_again(l_, p_.forward_weights, call_,
-                            {count, list[0], list[1], list[2], list[3], list[4], list[5],
-                             memory_.nowhere, memory_.of_rows, memory_.operands},
-                            team_);
+    fusedrnn::recompute(l_, p_.forward_weights, call_,
+                        {count, list[0], list[1], list[2], list[3], list[4], list[5],
+                         memory_.unused_row, memory_.norm_rows, memory_.operands},
+                        team_);
   }
 
-  // The rows of step s; at s = -1, which has none, those of step 0 where they are not
-  // looked at.
+  // Sets the rows of step s. Step -1 has no rows of its own; its roles that are not read
+  // point to step 0.
   void find_rows(index s, index count) {
     using namespace role;
     const index now = s > 0 ? s : 0, t = p_.time(now), row = l_.padded_bytes();
@@ -310,7 +313,7 @@ class BackwardPass {
         has_record() ? rows_of(saved(now), record_) : rows_of(y(now), p_.y_b);
     if (product_.used & bit(before_h)) {
       rows[before_h] = h_before(now).find(own_.rows, count, memory_.h);
-      rows[seen_h] = drops(p_.options) ? rows_of(shown(now), row) : rows[before_h];
+      rows[dropped_h] = drops(p_.options) ? rows_of(dropped(now), row) : rows[before_h];
     }
     if (l_.shape.has_c) {
       rows[before_c] = cell_before(now).find(own_.rows, count, memory_.c);
@@ -319,8 +322,8 @@ class BackwardPass {
     if (p_.dcells) rows[dcells] = rows_of(p_.dcells + t * p_.dcells_t, p_.dcells_b);
   }
 
-  // cuts[i]: whether no gradient of row i crosses step s. Null if gradients of all rows
-  // do.
+  // Sets cuts[i] to whether no gradient of row i crosses step s. Returns null if the
+  // gradients of all rows do.
   const bool* find_cuts(index s, index count, bool* cuts) const {
     if (!p_.masks.resets && !p_.options.bptt) return nullptr;
     for (index i = 0; i < count; ++i) {
@@ -329,9 +332,9 @@ class BackwardPass {
     return cuts;
   }
 
-  // dh and dc through the cell of rows that take step s; of those that took the step
-  // after it as their first, they are the gradients of h0 and c0.
-  void take(index s) {
+  // Takes dh and dc through the cell for the rows that take step s. For rows whose first
+  // step was s + 1 they are the gradients of h0 and c0.
+  void run_step(index s) {
     using namespace role;
     const index taken = own_.rows.count(s), later = own_.rows.count(s + 1);
     const bool passes_by = l_.shape.has_direct || p_.has_options;
@@ -353,32 +356,32 @@ class BackwardPass {
     };
     run({0, taken < later ? taken : later}, true, passes_by);
     run({later, taken}, false, true);
-    if (later > taken) leave(taken, later, run, passes_by);
+    if (later > taken) store_dh0(taken, later, run, passes_by);
     if (s >= 0) finish(s, taken);
   }
 
-  // Rows that take no step before the one after this.
+  // Stores dh0 and dc0 of the rows whose first step was the one after this.
   template <class F>
-  void leave(index taken, index later, const F& run, bool adds_direct) {
-    const auto [after, used, touches] =
-        std::tuple(product_.after, product_.used, product_.touch_count);
-    product_.after = l_.k.leave;
+  void store_dh0(index taken, index later, const F& run, bool adds_direct) {
+    const auto [after, used, prefetched] =
+        std::tuple(product_.after, product_.used, product_.prefetched_count);
+    product_.after = l_.k.store_dh0;
     product_.used = bit(role::da_after) | bit(role::direct) | bit(role::dh0) |
                     (used & bit(role::mask_h));
-    product_.touch_count = 0;
+    product_.prefetched_count = 0;
     run({taken, later}, true, adds_direct);
     product_.after = after;
     product_.used = used;
-    product_.touch_count = touches;
+    product_.prefetched_count = prefetched;
     const Range rows = own_.share(team_, later - taken);
-    for (index i = rows.begin; i < rows.end; ++i) leave_cell(own_.rows.row(taken + i));
+    for (index i = rows.begin; i < rows.end; ++i) store_dc0(own_.rows.row(taken + i));
   }
 
-  // The parts of a step that need whole rows or a second product.
+  // Runs the parts of a step that need whole rows or a second product.
   void finish(index s, index taken) {
     using namespace role;
     const bool norm = l_.model.norm, projects = l_.model.projects;
-    const bool twice = l_.shape.has_second();
+    const bool cell_has_second = l_.shape.has_second();
     const auto multiply = [&](Range units_of_cell) {
       own_.meet(team_);
       std::memcpy(second_.rows, product_.rows, sizeof(second_.rows));
@@ -408,7 +411,7 @@ class BackwardPass {
     if (projects) {
       multiply(units_of(second_.panels));
       if (norm) walk(l_.cell.normalised_backward, memory_.dm);
-    } else if (twice) {
+    } else if (cell_has_second) {
       if (norm) walk(l_.cell.normalised_open_backward, memory_.dh);
       multiply(units());
       if (norm) walk(l_.cell.normalised_close_backward, memory_.dm);
@@ -417,7 +420,7 @@ class BackwardPass {
     }
   }
 
-  // dx = Wᵀ da, rows of the stretch shared out.
+  // Computes dx = Wᵀ da; the threads share the rows of the time block.
   void write_dx(index begin, index end) {
     if (!p_.dx) return;
     for (index s = begin; s < end; ++s) {

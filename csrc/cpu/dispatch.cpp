@@ -15,7 +15,7 @@
 
 namespace fusedrnn {
 
-// CMakeLists.txt defines which are compiled.
+// CMakeLists.txt defines which ISAs are compiled.
 #ifdef FUSEDRNN_HAS_AVX512
 namespace avx512 {
 extern const Isa isa;
@@ -37,8 +37,8 @@ extern const Isa isa;
 
 namespace {
 
-// The size of a cache: what an environment variable says, for tests, so that small shapes
-// reach each order of tiles; else what the system does, or `otherwise`.
+// Returns the size of a cache: from an environment variable, which tests set so that
+// small shapes reach each order of tiles, else from the system, else `otherwise`.
 index cache_size(const char* variable, int name, index otherwise) {
   if (const char* bytes = std::getenv(variable)) {
     if (const index size = std::atoll(bytes); size > 0) return size;

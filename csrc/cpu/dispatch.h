@@ -1,5 +1,5 @@
-// From a checked problem to the kernel that runs it: the ISA, the number of threads, the
-// floating-point mode of the call.
+// This header chooses what a call runs on: the ISA, the number of threads and the
+// floating-point mode.
 #pragma once
 
 #include <string>
@@ -14,23 +14,23 @@ struct CompiledIsa {
   bool supported;  // by this machine
 };
 
-// Best first.
+// The compiled ISAs, the best first.
 const std::vector<CompiledIsa>& compiled_isas();
 
-// The ISA that weights are packed for from now on: the best supported one, or the one
-// set.
+// Returns the ISA that weights are packed for from now on: the one set, else the best
+// that is supported.
 const Isa& active_isa();
-// Throws std::invalid_argument for a name not compiled or not supported; the empty name
-// stands for the best.
+// Throws std::invalid_argument for a name that is not compiled or not supported. The
+// empty name chooses the best.
 void set_isa(const std::string& name);
 
-// n = 0 follows OpenMP (OMP_NUM_THREADS, omp_set_num_threads).
+// Sets the number of threads. 0 follows OpenMP (OMP_NUM_THREADS, omp_set_num_threads).
 void set_num_threads(int n);
-// Sets the number of threads that n = 0 means above; 0: OpenMP's again.
+// Sets the number of threads that 0 stands for in set_num_threads(); 0 is OpenMP's again.
 void follow_threads(int n);
 int get_num_threads();
 
-// A MathEntry's function, in the floating-point mode of a call.
+// Runs a MathEntry's function in the floating-point mode of a call.
 template <class S>
 void run(void (*function)(const S* x, S* y, index n), const S* x, S* y, index n);
 

@@ -1,16 +1,16 @@
-// A layer forward: each step a fused product W·x + R·h' and the cell or, where W is large
-// for the rows of a step, W·x for a stretch of steps as one product before them. A thread
-// owns a block of rows × hidden units throughout, so W·x and the cell state stay in its
-// own caches; where it owns units it meets the others once per step, where it owns whole
-// rows it meets nobody.
+// This file runs a layer forward. Each step is a fused product W·x + R·h' and the cell.
+// If W is large for the rows of a step, W·x is instead one product for a time block of
+// steps, before them. A thread owns a block of rows × hidden units throughout, so W·x and
+// the cell state stay in its own caches. Threads that own units meet once per step;
+// threads that own whole rows never do.
 //
-// Pre-activations live in a ring of row records (../record.h). In training the ring is
+// Pre-activations are in a ring of row records (../record.h). In training the ring is
 // `saved` itself and holds every step.
 //
-// A row's state before a step is found by pointers, so masks cost no copies: a row that
-// is reset reads zeros instead, and one whose sequence starts late reads h0 then.
+// A row's state before a step is found by a pointer, so masks cost no copies: a row that
+// is reset reads zeros, and one whose sequence starts late reads h0 then.
 //
-// With options the pointwise function of a tile is another one. Where it needs whole rows
+// Options change only the pointwise function of a tile. Where it needs whole rows
 // (LayerNorm) or the results of a second product, all threads meet in between.
 #include <cstring>
 #include <optional>
@@ -25,7 +25,7 @@ class ForwardPass {
   const Layout& l_;
   const Forward& p_;
   const Team& team_;
-  const index stretch_;
+  const index time_block_;
   const bool saves_, fused_;
   const index record_, ring_;  // bytes of a record, steps in the ring
   const ForwardScratch memory_;
@@ -37,24 +37,24 @@ class ForwardPass {
   Matrix unpacked_[2];
   Block product_;
   std::optional<Block> inputs_, second_;
-  index begin_ = 0;  // of the steps in the ring
+  index begin_ = 0;  // the first step in the ring
 
  public:
   ForwardPass(const Layout& l, const Forward& p, char* workspace, const Team& team)
       : l_(l),
         p_(p),
         team_(team),
-        stretch_(ForwardScratch::stretch(l, p)),
+        time_block_(ForwardScratch::time_block(l, p)),
         saves_(ForwardScratch::saves(l, p)),
-        fused_(ForwardScratch::fuses(l, stretch_)),
+        fused_(ForwardScratch::fuses(l, time_block_)),
         record_(l.record_bytes()),
-        ring_(saves_ ? p.T : stretch_),
+        ring_(saves_ ? p.T : time_block_),
         memory_(l, p, workspace, team.rank, team.count),
         records_(saves_ ? p.saved : memory_.records),
         own_(l, p, p.masks, l.panels(), l.tile_rows(), team, memory_.schedule),
         zoneout_(l, p.options, memory_.zoneout),
         call_(call_of(l, p, p.weights, memory_.bounds)),
-        step_{&call_, {}, nullptr, nullptr, false, false, memory_.of_rows},
+        step_{&call_, {}, nullptr, nullptr, false, false, memory_.norm_rows},
         second_step_(step_),
         inputs_step_(step_),
         unpacked_{with_weight(l.of_input, p.weight_ih),
@@ -66,13 +66,13 @@ class ForwardPass {
 
   void run() {
     start();
-    for (index begin = 0; begin < p_.T; begin += stretch_) {
+    for (index begin = 0; begin < p_.T; begin += time_block_) {
       if (!saves_) begin_ = begin;
-      const index end = begin + stretch_ < p_.T ? begin + stretch_ : p_.T;
+      const index end = begin + time_block_ < p_.T ? begin + time_block_ : p_.T;
       if (p_.input) p_.input->await(end);
       if (!fused_) multiply_inputs(begin, end);
       for (index s = begin; s < end; ++s) {
-        take(s, (team_.step + s) % 2 != 0);
+        run_step(s, (team_.step + s) % 2 != 0);
         const bool met = finish(s);
         finish_rows(s);
         if (!own_.alone && !met) team_.meet();
@@ -88,8 +88,8 @@ class ForwardPass {
     return records_ + (n < 0 ? n + ring_ : n) * p_.B * record_;
   }
   char* y(index s) const { return p_.y + p_.time(s) * p_.y_t; }
-  char* shown(index s) const {
-    return memory_.shown + (1 + (s & 1)) * p_.B * l_.padded_bytes();
+  char* dropped(index s) const {
+    return memory_.dropped + (1 + (s & 1)) * p_.B * l_.padded_bytes();
   }
   Rows rows_of(const char* array, index apart) const {
     return own_.rows.rows_of(array, apart);
@@ -99,10 +99,10 @@ class ForwardPass {
     return {own_.panels.begin * l_.panel_units, end < p_.H ? end : p_.H};
   }
 
-  // Sets those parts of the blocks that are the same for all steps.
+  // Sets the parts of the blocks that are the same for all steps.
   void make_blocks() {
     using namespace role;
-    const bool norm = l_.model.norm, twice = l_.shape.has_second();
+    const bool norm = l_.model.norm, cell_has_second = l_.shape.has_second();
     const auto fill = [&](Block& b, Step& step, Pointwise after) {
       b.after = after;
       b.step = &step;
@@ -125,24 +125,24 @@ class ForwardPass {
     if (!fused_ && !norm) product_.start_role = record;
     step_.put = {record, 0, l_.shape.gates, l_.record.recurrent(0), l_.P, p_.H, true};
     fill(product_, step_,
-         norm    ? l_.k.put
-         : twice ? l_.cell.open
-                 : l_.cell.forward[changed_by(p_, p_.cells || p_.trace)]);
-    product_.used = bit(seen) | bit(h) | bit(record);
+         norm              ? l_.k.put
+         : cell_has_second ? l_.cell.open
+                           : l_.cell.forward[changed_by(p_, p_.cells || p_.trace)]);
+    product_.used = bit(h_dropped) | bit(h) | bit(record);
     if (fused_) product_.used |= bit(x);
     if (l_.shape.has_c) product_.used |= bit(c) | bit(c_prev);
-    product_.touches[product_.touch_count++] = {h, 1, 0, 0, true};
+    product_.prefetched[product_.prefetched_count++] = {h, 1, 0, 0, true};
     if (norm) {
-      product_.touches[product_.touch_count++] = {record, l_.shape.gates,
-                                                  l_.record.recurrent(0), l_.P, true};
+      product_.prefetched[product_.prefetched_count++] = {
+          record, l_.shape.gates, l_.record.recurrent(0), l_.P, true};
     } else if (saves_) {
       const int parts = l_.shape.slots + l_.shape.has_c;
-      product_.touches[product_.touch_count++] = {record, parts, 0, l_.P, true};
+      product_.prefetched[product_.prefetched_count++] = {record, parts, 0, l_.P, true};
     }
     if (p_.has_options) product_.used |= bit(h_prev);
     if (p_.cells) product_.used |= bit(cells);
     if (p_.trace) product_.used |= bit(trace);
-    if (drops(p_.options)) product_.used |= bit(next_seen) | bit(mask);
+    if (drops(p_.options)) product_.used |= bit(next_h_dropped) | bit(mask);
     if (l_.has_second()) product_.used |= bit(operand);
     const index row = l_.padded_bytes();
     product_.rows[operand] = rows_of(memory_.operand, row);
@@ -158,7 +158,7 @@ class ForwardPass {
     second_->panels = own_.alone ? Range{0, panels} : team_.share(panels);
   }
 
-  // c0 into padded rows. The rows of length 0 leave the state as it was.
+  // Copies c0 into padded rows. Rows of length 0 keep their initial state.
   void start() {
     const index row = l_.padded_bytes(), of_h = l_.bytes(p_.R), of_c = l_.bytes(p_.H);
     if (p_.has_options || p_.masks.resets) std::memset(memory_.zeros, 0, row);
@@ -172,7 +172,7 @@ class ForwardPass {
     }
     for (index i = own_.rows.working(); i < own_.rows.rows(); ++i) {
       const index b = own_.rows.row(i);
-      leave(b, p_.h0 + b * of_h, memory_.c0 + b * row);
+      store_state(b, p_.h0 + b * of_h, memory_.c0 + b * row);
     }
     if (!p_.has_options) return;
     zoneout_.start();
@@ -184,13 +184,13 @@ class ForwardPass {
       const index b = own_.rows.row(i);
       char* const factors = memory_.mask + b * row;
       l_.k.draw_recurrent(p_.options, b, p_.R, factors);
-      l_.k.multiply_rows(p_.h0 + b * of_h, factors, p_.R, memory_.shown + b * row);
+      l_.k.multiply_rows(p_.h0 + b * of_h, factors, p_.R, memory_.dropped + b * row);
     }
     own_.meet(team_);
   }
 
-  // The state of row b after its last step, of own units.
-  void leave(index b, const char* h, const char* c) const {
+  // Stores the state of row b after its last step, of this thread's units.
+  void store_state(index b, const char* h, const char* c) const {
     const Range own = units();
     const index end = own.end < p_.R ? own.end : p_.R;
     const index first = l_.bytes(own.begin);
@@ -203,14 +203,15 @@ class ForwardPass {
     }
   }
 
-  // Rows for which s was the last step leave their state; those that do not take it have
-  // no h.
+  // Stores the state of rows whose last step is s, and clears h of rows that do not take
+  // it.
   void finish_rows(index s) const {
     const Range own = units();
     const index end = own.end < p_.R ? own.end : p_.R, now = own_.rows.count(s);
     for (index i = own_.rows.count(s + 1); i < now; ++i) {
       const index b = own_.rows.row(i);
-      leave(b, y(s) + b * p_.y_b, records(s) + b * record_ + l_.bytes(l_.record.cell()));
+      store_state(b, y(s) + b * p_.y_b,
+                  records(s) + b * record_ + l_.bytes(l_.record.cell()));
     }
     for (index i = now; i < own_.rows.rows() && own.begin < end; ++i) {
       std::memset(y(s) + own_.rows.row(i) * p_.y_b + l_.bytes(own.begin), 0,
@@ -218,7 +219,8 @@ class ForwardPass {
     }
   }
 
-  // a = bias + W x for own rows and units of steps [begin, end), into the records.
+  // Computes a = bias + W x for this thread's rows and units of steps [begin, end), into
+  // the records.
   void multiply_inputs(index begin, index end) {
     const index count = own_.rows.count(begin, end);
     Schedule::Entry next = own_.rows.entry(begin, 0);
@@ -244,7 +246,7 @@ class ForwardPass {
     l_.k.walk(rows, rows_at_once(l_));
   }
 
-  // The rows of step s.
+  // Sets the rows of step s.
   void find_rows(index s) {
     using namespace role;
     const index count = own_.rows.count(s), t = p_.time(s), row = l_.padded_bytes();
@@ -252,13 +254,13 @@ class ForwardPass {
     const char* const y_before = y(s > 0 ? s - 1 : 0);
     const StateBefore h_before{p_,       p_.masks,       s,     memory_.zeros, p_.h0,
                                y_before, l_.bytes(p_.R), p_.y_b};
-    rows[seen] = h_before.find(own_.rows, count, memory_.h);
-    rows[h_prev] = rows[seen];
+    rows[h_dropped] = h_before.find(own_.rows, count, memory_.h);
+    rows[h_prev] = rows[h_dropped];
     if (drops(p_.options)) {
-      const StateBefore of{p_,           p_.masks, s,  memory_.zeros, memory_.shown,
-                           shown(s - 1), row,      row};
-      rows[seen] = of.find(own_.rows, count, memory_.seen);
-      rows[next_seen] = rows_of(shown(s), row);
+      const StateBefore of{
+          p_, p_.masks, s, memory_.zeros, memory_.dropped, dropped(s - 1), row, row};
+      rows[h_dropped] = of.find(own_.rows, count, memory_.h_dropped);
+      rows[next_h_dropped] = rows_of(dropped(s), row);
     }
     const index cell = l_.bytes(l_.record.cell());
     if (l_.shape.has_c) {
@@ -278,7 +280,7 @@ class ForwardPass {
     }
   }
 
-  void take(index s, bool backwards) {
+  void run_step(index s, bool backwards) {
     find_rows(s);
     product_.places = {0, own_.rows.count(s)};
     product_.backwards = backwards;
@@ -289,7 +291,7 @@ class ForwardPass {
     l_.k.run(product_);
   }
 
-  // Whole rows of step s, shared by threads that own units.
+  // Runs a function on whole rows of step s, which threads that own units share.
   void walk(index s, Pointwise after) {
     Block b = product_;
     b.places = own_.share(team_, own_.rows.count(s));
@@ -299,11 +301,12 @@ class ForwardPass {
     l_.k.walk(b, rows_at_once(l_));
   }
 
-  // The parts of a step that need whole rows or a second product. Returns whether all
-  // threads met after it: other threads' results of a row that ends here are copied next.
+  // Runs the parts of a step that need whole rows or a second product. Returns whether
+  // all threads met after it, because the results of other threads are copied next for a
+  // row that ends here.
   bool finish(index s) {
     using namespace role;
-    const bool norm = l_.model.norm, twice = l_.shape.has_second();
+    const bool norm = l_.model.norm, cell_has_second = l_.shape.has_second();
     if (norm) {
       own_.meet(team_);
       walk(s, l_.cell.normalised_forward);
@@ -321,7 +324,7 @@ class ForwardPass {
       zoneout_.find(second, keep_h, keep_c, own_.rows, second.places, p_.time(s),
                     columns);
       l_.k.run(second);
-      if (norm && twice) {
+      if (norm && cell_has_second) {
         own_.meet(team_);
         walk(s, l_.cell.normalised_close);
       }
@@ -343,7 +346,7 @@ void forward(const Layout& layout, const Forward& p, char* workspace, const Team
 }
 
 ForwardPlan plan(const Layout& l, const Forward& p, int threads) {
-  const index steps = ForwardScratch::stretch(l, p);
+  const index steps = ForwardScratch::time_block(l, p);
   return {threads,
           Blocks::cuts_rows(l, p, l.panels(), l.tile_rows(), threads),
           ForwardScratch::fuses(l, steps),

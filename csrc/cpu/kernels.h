@@ -1,14 +1,14 @@
-// The table of what one instruction set offers for one element type: products by the
-// precision of their weights, pointwise functions by cell, packing, small loops.
+// This is the table of what one instruction set offers for one element type: products by
+// the precision of their weights, pointwise functions by cell, packing, small loops.
 //
 // The time loop (forward.cpp, backward.cpp) is compiled once for all instruction sets,
-// cells and element types. It knows steps, threads, masks and time blocks, and makes one
-// call of run() for each product, step and thread. What an instruction set offers knows
-// none of these. What depends on the cell or on the number of lanes is a number here, and
-// memory is counted in bytes unless a comment says otherwise.
+// cells and element types. It knows steps, threads, masks and time blocks, and calls
+// run() once for each product, step and thread. The table's functions know none of these.
+// What depends on the cell or on the number of lanes is a number here. Memory is counted
+// in bytes unless a comment says otherwise.
 //
-// Data only: an inline function here would become a weak symbol in every instruction
-// set's object.
+// The header has data only: an inline function here would become a weak symbol in every
+// instruction set's object.
 #pragma once
 
 #include <span>
@@ -22,10 +22,11 @@ namespace fusedrnn {
 constexpr int most_tile_rows = 16, most_roles = 16, most_terms = 2;
 constexpr int gradient_tiles_at_once = 32;
 constexpr index gradient_depth = 256;
-constexpr index most_rows_waiting = 512;  // that share panels of more than a cache holds
+constexpr index most_partial_rows = 512;  // that share panels larger than a cache
 
-// Rows of a matrix by their place in a block of rows: those that begin at `first`, so far
-// apart, in the order of `order` (null: 0, 1, …), or wherever at[place] points.
+// Rows addresses rows of a matrix by their place in a block of rows: `apart` from one to
+// the next, beginning at `first`, in the order of `order` (null: 0, 1, …), or wherever
+// at[place] points.
 struct Rows {
   char* first;
   index apart;
@@ -33,21 +34,21 @@ struct Rows {
   char* const* at;
 };
 
-// The rows that a step reads and writes, by the part that they play.
+// A role is the part that a row plays in a step.
 namespace role {
 // clang-format off
-enum Forward { x, seen, record, c, h, h_prev, c_prev, cells, trace, next_seen, mask,
-               keep_h, keep_c, operand };
-enum Backward { da_after, saved, before_h, before_c, seen_h, dy, dcells, dh, dc, direct,
-                da, mask_h, keeps_h, keeps_c, dm, dh0 };
+enum Forward { x, h_dropped, record, c, h, h_prev, c_prev, cells, trace, next_h_dropped,
+               mask, keep_h, keep_c, operand };
+enum Backward { da_after, saved, before_h, before_c, dropped_h, dy, dcells, dh, dc,
+                direct, da, mask_h, keeps_h, keeps_c, dm, dh0 };
 // clang-format on
-// Roles of a product that is only stored.
+// A product whose sums are only stored has these roles.
 enum Plain { left, to };
 }  // namespace role
 
-// A tile of sums, and what a pointwise function needs to know of its rows and units.
-// `sums` holds elements as [row][panel][slot][unit of the panel]; where it is null the
-// tile is whole rows of H units.
+// A Tile has sums, and the rows and units that they belong to. `sums` holds elements as
+// [row][panel][slot][unit of the panel]; where it is null the tile is whole rows of H
+// units.
 struct Tile {
   index place;  // of its first row
   int rows;
@@ -55,46 +56,48 @@ struct Tile {
   index panel_units;
   const void* sums;
   index row, panel;  // elements from one row of sums to the next, and from panel to panel
-  std::uint32_t used;                 // a bit for each role that there is
+  std::uint32_t used;                 // a bit for each role in use
   char* const (*at)[most_tile_rows];  // at[role][row]
 };
 
-// Arguments of pointwise functions that stay the same during a call.
+// Call has the arguments of pointwise functions that stay the same during a call.
 struct Call {
   Model model;
   Options options;
-  Vectors<const char> vectors;  // their blocks padded to P elements
+  Vectors<const char> vectors;  // with blocks padded to P elements
   index P;                      // elements of a padded row of units
   const char* bias;             // (slots, P)
   const char* bounds;           // of clip: 4 elements
-  bool saves;                   // keep the slots for backward
-  bool has_direct;  // whether anything of dh passes the product by: else it is zero
+  bool saves;                   // whether the slots are kept for backward
+  bool has_direct;  // whether a part of dh bypasses the product, else it is zero
   GradientRow gradient;
 };
 
-// The place where sums of a tile are stored: slots [begin, end) of a unit to `offset` +
-// slot * apart of the row of a role; whole vectors, or up to unit `size`. In elements.
+// Put says where sums of a tile are stored, in elements: slots [begin, end) of a unit go
+// to `offset` + slot * apart in the row of a role, in whole vectors if `padded`, else up
+// to unit `size`.
 struct Put {
   int role, begin, end;
   index offset, apart, size;
   bool padded;
 };
 
-// Arguments of a pointwise function, beside its tile.
+// Step has the arguments of a pointwise function beside its tile.
 struct Step {
   const Call* call;
   Put put;
-  // By place: whether no gradient passes from this step to the one before, and from the
-  // one after to this; or null.
+  // cut[place]: whether no gradient passes from this step to the one before;
+  // cut_after[place]: from the step after to this one. Or null.
   const bool *cut, *cut_after;
   bool has_product;  // whether dh has a part that comes through R
-  bool adds_direct;  // and one that passes it
+  bool adds_direct;  // whether dh has a part that bypasses R
   char* scratch;     // of the thread: (2 + slots, P) for each row of a tile
 };
 
 using Pointwise = void (*)(const Step&, const Tile&);
 
-// Weights as the user has them: (blocks·H, K), seen from a panel's slots.
+// A Matrix is weights as the user has them, (blocks·H, K), with the blocks of a panel's
+// slots.
 struct Matrix {
   const char* weight;
   const int* blocks;  // of the slots
@@ -102,7 +105,8 @@ struct Matrix {
   index H, K, P;
 };
 
-// One term of a sum: Σ_k left(row, k) · right(k, column), for k from `from` to K.
+// A Term is one term of a sum: Σ_k left(row, k) · right(k, column), for k from `from` to
+// K.
 struct Term {
   int role;            // the rows on the left, from k = 0 on
   const char* panels;  // packed, `depth` deep; or null, and then
@@ -112,18 +116,19 @@ struct Term {
   int column;  // the column of each panel's sums that its first column adds to
 };
 
-// Addresses of a term of a tile, and of the memory that is prefetched meanwhile.
+// TermAt has the addresses of a term of a tile, and of memory that is prefetched
+// meanwhile.
 struct TermAt {
   const char* const* left;  // of each row, at the first k
   const char* right;        // of the first panel, at the first k
   index K;
   index panel;        // bytes from one panel to the next
-  const char* ahead;  // what is prefetched, a vector for each k and line; or null
+  const char* ahead;  // prefetched, one vector for each k and line; or null
   int column;
   const float* scale;  // of the tile's rows
 };
 
-// Addresses of the values at which the sums of a tile start.
+// StartAt has the addresses of the values at which the sums of a tile start.
 struct StartAt {
   const char* const* rows;  // of each row, `offset` bytes before its start
   index offset;
@@ -131,8 +136,8 @@ struct StartAt {
                       // to panel
 };
 
-// A product over panels of `width` vectors for each k that go into `sums` vectors of a
-// tile. One tile: to[row][panel][sum] = start + the terms.
+// A PanelProduct multiplies panels of `width` vectors for each k, which go into `sums`
+// vectors of a tile. It computes one tile: to[row][panel][sum] = start + the terms.
 struct PanelProduct {
   using Multiply = void (*)(void* to, const StartAt& start, const TermAt* terms,
                             int count);
@@ -140,73 +145,74 @@ struct PanelProduct {
 
   int width, sums;
   int tile;  // rows at most
-  // Panels at once for a tile of so many rows: where panels come from the first-level
-  // cache, and where reading them takes longer.
+  // The number of panels at once for a tile of so many rows: `near` if panels come from
+  // the first-level cache, `far` if reading them takes longer.
   std::int8_t near[most_tile_rows + 1], far[most_tile_rows + 1];
-  // By rows and panels, both less one; for one panel also with a prefetch of one vector
-  // or of `width` vectors for each k.
+  // The functions by rows and panels, both less one. For one panel there are also
+  // functions that prefetch one vector, or `width` vectors, for each k.
   Multiply multiply[most_tile_rows][most_together];
-  Multiply asks_one[most_tile_rows], asks_all[most_tile_rows];
+  Multiply prefetch_one[most_tile_rows], prefetch_all[most_tile_rows];
 };
 
-// A product by the precision of its weights: one packing, several kernels. To add a
-// precision is to add one of these.
+// A Product belongs to one precision of weights: one packing, several kernels. A new
+// precision is one more Product.
 struct Product {
   std::string_view name;
   std::span<const PanelProduct> panels;
-  // Bytes of one panel of `width` vectors.
+  // Returns the bytes of one panel of `width` vectors.
   index (*panel_bytes)(int width, index K);
   // Packs panels [begin, end) of a matrix to `to`, each `unit_vectors` vectors of units
   // of every slot.
   void (*pack)(const Matrix&, int unit_vectors, Range panels, char* to);
-  // The rows of a tile as an operand: `count` rows of K elements, put left_bytes(K)
-  // apart, with a scale each. Null: rows are read where they lie. A product that reads
-  // whole tiles, as a matrix unit does, finds `tile` rows there, the last of them
+  // Converts the rows of a tile to an operand: `count` rows of K elements, left_bytes(K)
+  // apart, with a scale each. If null, rows are read where they lie. A product that reads
+  // whole tiles, as a matrix unit does, finds `tile` rows there, the last of which are
   // unspecified.
   index (*left_bytes)(index K);
   void (*put_left)(const char* const* rows, index count, index K, char* to, float* scale);
-  // Called in a thread before and after its products; or null.
+  // A thread calls these before and after its products; or null.
   void (*enter)();
   void (*leave)();
 };
 
-// One product of a step, or of a stretch of steps, for the rows and panels of a thread.
+// A Block is one product of a step, or of a time block, for the rows and panels of a
+// thread.
 struct Block {
   const Product* product;
-  const PanelProduct *panel_product, *narrow_product;  // of panels, and of a last one
+  const PanelProduct *panel_product, *narrow_product;  // narrow: for a last panel
   Term terms[most_terms];
   int count;
   int width, unit_vectors;  // of a panel
   Range places, panels;
-  index size;       // units there are: columns of the result
-  bool transposed;  // weights, whose last panel has one vector if that is enough
+  index size;       // units, the columns of the result
+  bool transposed;  // whether weights are transposed; then a last panel may be narrow
   index row_bytes, panel_bytes;
-  int pieces = 1;  // that a panel's depth is cut into, where many tiles share it
+  int pieces = 1;  // of a panel's depth, if many tiles share the panel
   bool backwards = false;
-  char* waiting;   // where pieces > 1: memory for sums that wait for the next piece
-  char* operands;  // where the product has put_left: memory for a tile of each term
-  // The start of sums: a record's slots, else the bias, else zero.
+  char* partial_sums;  // if pieces > 1: memory for the sums between pieces
+  char* operands;      // if the product has put_left: memory for a tile of each term
+  // The sums start at a record's slots, else at the bias, else at zero.
   int start_role = -1;
   const char* start = nullptr;
   index start_slot = 0;  // elements
   index padded;          // elements of a padded row of units
   Rows rows[most_roles];
   std::uint32_t used;  // a bit for each role
-  bool has_options;    // whether pointwise functions look at other roles, which are null
-  // Prefetched while the product runs: parts of a row from `first` on, so many elements
-  // apart.
-  struct Touch {
+  bool has_options;    // whether pointwise functions read unused roles, which are null
+  // These parts of rows are prefetched while the product runs: `parts` of them, the first
+  // at `first`, each `apart` elements after the one before.
+  struct PrefetchedRow {
     int role, parts;
     index first, apart;
     bool writes;
-  } touches[5];
-  int touch_count = 0;
+  } prefetched[5];
+  int prefetched_count = 0;
   Pointwise after;
   const Step* step;
 };
 
-// The gradient of a matrix, in blocks of `units` rows that belong to the columns of da
-// from `begin` on, in this order.
+// A Target is the gradient of a matrix, in blocks of `units` rows, which belong to the
+// columns of da from `begin` on, in the order `order`.
 struct Target {
   index begin;
   int blocks;
@@ -217,8 +223,8 @@ struct Target {
   char* dweight;  // (blocks·units, N), or null
 };
 
-// Arguments of the draw of zoneout: the units that keep their h and c at a time, 1 or 0,
-// of rows b[n] of the batch, so many bytes apart.
+// ZoneoutDraw has the arguments of the draw of zoneout: which units of rows b[n] of the
+// batch keep their h and c at a time, as 1 or 0. Rows are `apart` bytes apart.
 struct ZoneoutDraw {
   const Options* options;
   bool has_c;
@@ -230,16 +236,17 @@ struct ZoneoutDraw {
   index apart;
 };
 
-// A cell's pointwise functions, forward and backward by what options change. Those of
-// whole rows are for LayerNorm, and take up to `rows_at_once` rows.
+// CellKernels has a cell's pointwise functions, forward and backward by what options
+// change. Those of whole rows are for LayerNorm, and take up to `rows_at_once` rows.
 struct CellKernels {
   Shape shape;
   std::string_view name;
-  // Functions of tiles of R h' (+ W x), and of a second product.
+  // These functions take tiles of R h' (+ W x), and of a second product.
   Pointwise forward[changes::all + 1], open, close;
   // Functions of whole rows.
-  Pointwise normalise_inputs, normalised_forward, normalised_close, normalise_again;
-  // Functions of tiles of dh, and of the results of a projection or second product.
+  Pointwise normalise_inputs, normalised_forward, normalised_close, renormalise;
+  // These functions take tiles of dh, and of the results of a projection or second
+  // product.
   Pointwise backward[changes::all + 1], projected_backward, open_backward, close_backward;
   // Functions of whole rows.
   Pointwise normalised_backward, normalised_open_backward, normalised_close_backward;
@@ -253,11 +260,11 @@ struct Kernels {
   std::span<const CellKernels> cells;
 
   void (*run)(const Block&);
-  // Calls a pointwise function for whole rows, so many at a time.
+  // Calls a pointwise function for whole rows, `rows_at_once` at a time.
   void (*walk)(const Block&, int rows_at_once);
 
-  // For tiles of any product.
-  Pointwise put, finish, leave, before;
+  // These functions take tiles of any product.
+  Pointwise put, finish, store_dh0, store_dh;
 
   void (*bounds)(double clip, char* to);
   void (*draw_zoneout)(const ZoneoutDraw&);
@@ -267,10 +274,11 @@ struct Kernels {
   void (*drop_out)(const Dropout<char>&, Range rows);
 
   void (*pack_bias)(const Shape&, const Parameters<char>&, index P, char* to);
-  // To panels of two vectors, the last of one if that is enough.
+  // Packs to panels of two vectors, the last of one vector if that is enough.
   void (*pack_transposed)(const Matrix&, Range panels, char* to);
 
-  // The gradients of weights, of a block of depth: rows are da, x and h'.
+  // These functions compute the gradients of weights of a block of depth; rows are da, x
+  // and h'.
   void (*pack_right)(const char* const* rows, Range own, index depth, index N, char* to);
   void (*pack_left)(const char* const* rows, index depth, Range columns, char* to);
   void (*add_products)(const char* left, index depth, Range columns, const Target&,
@@ -283,14 +291,14 @@ struct Kernels {
                        char* dbias_ih, char* dbias_hh);
 };
 
-// Elementwise functions of the cells, for the tests of their accuracy.
+// MathEntry is an elementwise function of the cells, for the tests of their accuracy.
 struct MathEntry {
   std::string_view name;
   void (*f32)(const float* x, float* y, index n);
   void (*f64)(const double* x, double* y, index n);
 };
 
-// The limits of a core (isa/probe.h), for the floor (src/fusedrnn/floor.py).
+// Probes measure the limits of a core (isa/probe.h), for src/fusedrnn/floor.py.
 struct Probes {
   double (*multiply_add_f32)(index rounds);
   double (*multiply_add_f64)(index rounds);

@@ -31,7 +31,7 @@ Block Layout::forward_block(const char* weights, const Matrix* unpacked, bool wi
   }
   if (with_h) {
     Term& term = b.terms[b.count++];
-    term = term_of(*this, role::seen, weights + recurrent_panels(), width, R);
+    term = term_of(*this, role::h_dropped, weights + recurrent_panels(), width, R);
     if (unpacked) term.matrix = unpacked + 1;
   }
   for (Term& term : b.terms) {

@@ -1,11 +1,11 @@
-// Offsets and sizes of everything for a cell, an element type and an instruction set, in
-// bytes unless a name says otherwise; and the products of a step, ready but for their
-// rows.
+// This header has the offsets and sizes of everything for a cell, an element type and an
+// instruction set, in bytes unless a name says otherwise. It also builds the products of
+// a step, complete but for their rows.
 //
 //   packed forward    bias (slots, P) | W panels | R panels | panels of a second product
 //   packed backward   Wᵀ panels | Rᵀ panels | panels of a projection
 //
-// A second product is that of a projection, or of a cell that declares one.
+// A second product is a projection, or the one that a cell declares.
 #pragma once
 
 #include <limits>
@@ -14,14 +14,15 @@
 
 namespace fusedrnn {
 
-// A call as the time loop takes it: strides are in bytes, arrays those of the user.
+// Forward is a call as the time loop takes it: strides are in bytes, arrays are the
+// user's.
 struct Forward : ForwardOf<char> {
   Masks masks;
-  bool has_options;     // whether the plain kernels do not do
+  bool has_options;     // whether the plain kernels are not enough
   const char* weights;  // packed for forward; the bias alone where weights are unpacked
   bool unpacked;
-  // Where layers run side by side: the steps of x and of y that are done; and how many
-  // make a stretch at most, or 0.
+  // If layers run side by side: how many steps of x and of y are done, and the most steps
+  // of a time block, or 0.
   const Progress* input;
   Progress* progress;
   index most_steps;
@@ -31,18 +32,19 @@ struct Backward : BackwardOf<char> {
   bool has_options;
   const char* weights;          // packed for backward, or null: unpacked
   const char* forward_weights;  // packed for forward, where there are options
-  const Progress* input;        // of dy, and of dx, counted from the last step
+  const Progress* input;        // of dy; progress: of dx; counted from the last step
   Progress* progress;
 };
 
-// The parts of a cell that a call's options change; `shows`: it returns cells or gates.
+// Returns the parts of a cell that a call's options change. `returns_gates`: the call
+// returns cells or gates.
 template <class Problem>
-int changed_by(const Problem& p, bool shows) {
+int changed_by(const Problem& p, bool returns_gates) {
   if (!p.has_options) return changes::nothing;
   constexpr double none = std::numeric_limits<double>::infinity();
   const Options& o = p.options;
   const bool gates = o.clip < none || o.cell_clip < none || p.vectors.weight_ch;
-  const bool states = zones_out(o) || drops(o) || p.model.projects || shows;
+  const bool states = zones_out(o) || drops(o) || p.model.projects || returns_gates;
   const int found = gates * changes::gates + states * changes::states;
   return found ? found : changes::states;
 }
@@ -56,9 +58,9 @@ struct Layout {
   Model model;
   index size, lanes, I, H, R, P;
   int unit_vectors, width, sums;  // of a forward panel
-  index panel_units;              // of one
+  index panel_units;              // units of one
   Record record;
-  Matrix of_input, of_recurrent, of_second;  // without weights
+  Matrix of_input, of_recurrent, of_second;  // their weights are null
 
   Layout(const Kernels& kernels, const CellKernels& of_cell, const Model& m)
       : k(kernels),
@@ -87,8 +89,8 @@ struct Layout {
   }
 
   index bytes(index values) const { return values * size; }
-  // From one row of so many values to the next: not a multiple of 1 KB, which would make
-  // rows compete for the same few sets of a cache.
+  // Returns the bytes from one row of so many values to the next. They are no multiple of
+  // 1 KB, which would make rows compete for the same few sets of a cache.
   index row_bytes(index values) const {
     const index of = bytes(values);
     return of % 1024 == 0 ? of + 64 : of;
@@ -112,7 +114,7 @@ struct Layout {
     return second_panels() + (has_second() ? of_second_product : 0);
   }
   int tile_rows() const { return find(width, sums).tile; }
-  // Memory for the operands of a tile, which hold at most these depths.
+  // Returns the bytes of the operands of a tile, which hold at most these depths.
   index operand_bytes(index first, index second) const {
     const Product& product = k.product;
     if (!product.put_left) return 0;
@@ -137,23 +139,23 @@ struct Layout {
     return *found;
   }
 
-  // W x, R h' or both of some steps, starting at the bias, at a record or, with
-  // LayerNorm, at zero.
+  // Returns the block of W x, R h' or both, whose sums start at the bias, at a record or,
+  // with LayerNorm, at zero.
   Block forward_block(const char* weights, const Matrix* unpacked, bool with_x,
                       bool with_h) const;
-  // The second product of a step: operand · weight.
+  // Returns the second product of a step: operand · weight.
   Block second_block(const char* weights) const;
-  // da · weights for N columns, of the slots from one on.
+  // Returns da · weights for N columns, of the slots from `first_slot` on.
   Block backward_block(const char* panels, const Matrix* unpacked, index N,
                        int first_slot) const;
-  // Rows of a gradient, `depth` values deep of which K count, with one matrix of H
-  // columns.
+  // Returns the product of rows of a gradient, `depth` values of which K count, with one
+  // matrix of H columns.
   Block dense_backward_block(const char* panels, index depth, index K) const;
 
  private:
   static constexpr int first_block = 0;
 
-  // A product of one term with a matrix of N columns, in panels of two vectors.
+  // Returns a product of one term with a matrix of N columns, in panels of two vectors.
   Block dense_block(int role, const char* panels, index depth, index N) const;
 };
 
@@ -162,8 +164,8 @@ inline Matrix with_weight(Matrix of, const char* weight) {
   return of;
 }
 
-// Rows that LayerNorm takes together, so that their sums run side by side: of those that
-// stay in the first-level cache.
+// Returns how many rows LayerNorm takes together: enough for their sums to run side by
+// side, few enough to stay in the first-level cache.
 inline int rows_at_once(const Layout& l) {
   constexpr index values = 2048;
   const index fit = values / l.P > 2 ? values / l.P : 2;
@@ -171,17 +173,18 @@ inline int rows_at_once(const Layout& l) {
   return static_cast<int>(fit < most ? fit : most);
 }
 
-// Vectors with their blocks padded by zeros, in so many bytes of memory.
+// pad_vectors copies vectors with their blocks padded by zeros to padded_vectors_bytes()
+// of memory.
 index padded_vectors_bytes(const Layout& layout, const Vectors<const char>& vectors);
 Vectors<const char> pad_vectors(const Layout& layout, const Vectors<const char>& vectors,
                                 char* to);
 
-// The arguments of a call that pointwise functions read.
+// Returns the arguments of a call that pointwise functions read.
 Call call_of(const Layout& layout, const ForwardOf<char>& p, const char* bias,
              const char* bounds);
 
-// Each thread's block. Rows are cut only if that leaves every thread full tiles and the
-// recurrent weights fit a core's own cache beside the rest.
+// Blocks has the rows and panels of each thread. The rows are split only if every thread
+// gets full tiles and the recurrent weights fit a core's own cache.
 struct Blocks {
   bool by_rows;
   bool alone;  // no other thread computes what this one reads
@@ -204,14 +207,14 @@ struct Blocks {
   void meet(const Team& team) const {
     if (!alone) team.meet();
   }
-  // This thread's part of n things that all threads of a block share.
+  // Returns this thread's part of n items that all threads of a block share.
   Range share(const Team& team, index n) const {
     return alone ? Range{0, n} : team.share(n);
   }
 };
 
-// The share of its old state that zoneout keeps in each unit of a thread's rows: its
-// expectation, in one row for all, or drawn anew before each use.
+// Zoneout has the fraction of its old state that each unit of a thread's rows keeps: the
+// expectation, in one row for all, or a new draw before each use.
 class Zoneout {
   const Layout& layout_;
   const Options& options_;
@@ -226,29 +229,29 @@ class Zoneout {
         options_(options),
         expected_(memory),
         drawn_(memory + 2 * layout.padded_bytes()) {}
-  // Memory for one thread: two rows of expectations and, where it draws, h and c of all
-  // the units that it can own.
+  // Returns the bytes for one thread: two rows of expectations and, if it draws, h and c
+  // of all the units that it can own.
   static index bytes(const Layout& layout, const Options& options, bool has_options,
                      index B, int threads, bool by_rows);
   void start() const;
-  // Draws for places of rows, and sets the block's rows to what it left.
+  // Draws for places of rows, and points the block's rows at the result.
   void find(Block& block, int role_h, int role_c, const Schedule& rows, Range places,
             index time, Range units) const;
 };
 
-// Weights for the kernels: for forward, for backward, or what forward needs beside
-// weights as they are, the biases.
+// Packing is what is packed: the weights for forward, those for backward, or the biases
+// alone, which a forward with unpacked weights needs.
 enum class Packing { forward, backward, bias };
 index packed_bytes(const Layout& layout, Packing packing);
 void pack(const Layout& layout, const Parameters<char>& parameters, Packing packing,
           char* to, const Team& team);
 
-// The layout of a forward, for `explain`.
+// ForwardPlan is the layout of a forward, for `explain`.
 struct ForwardPlan {
   int threads;
-  bool by_rows;                 // a thread owns rows of the batch, else hidden units
-  bool fused;                   // W x within the step
-  index stretch;                // steps whose W x is one product
+  bool by_rows;                 // whether a thread owns rows of the batch, else units
+  bool fused;                   // whether W x is part of the step
+  index time_block;             // steps whose W x is one product
   index tile_rows, tile_units;  // of a register tile, with all gates of its units
   index saved;                  // values per step and row for backward
   index workspace;              // bytes

@@ -16,20 +16,21 @@ namespace fusedrnn {
 namespace {
 
 constexpr std::size_t line = 64, page = 4096, huge_page = std::size_t{1} << 21;
-constexpr std::size_t least_kept = std::size_t{1} << 16;  // smaller blocks malloc keeps
+constexpr std::size_t least_kept = std::size_t{1}
+                                   << 16;  // smaller blocks stay with malloc
 constexpr std::size_t most_kept = std::size_t{256} << 20;
 constexpr std::uint64_t most_idle = 32;  // requests
 constexpr std::size_t most_scratch = std::size_t{1} << 20;
 
-// Sanitizers watch malloc's blocks alone.
+// Sanitizers check malloc's blocks only.
 #if (defined(__linux__) || defined(__APPLE__)) && !defined(__SANITIZE_ADDRESS__)
 constexpr bool maps = true;
 #else
 constexpr bool maps = false;
 #endif
 
-// The size of the block for a request: in steps of an eighth, so that requests of about
-// one size share blocks.
+// Rounds a request up in steps of an eighth, so that requests of similar size share
+// blocks.
 std::size_t block_size(std::size_t bytes) {
   if (bytes < least_kept) return bytes;
   const std::size_t step = std::max(std::bit_floor(bytes) / 8, page);
@@ -78,17 +79,19 @@ void release(void* start, std::size_t bytes) {
   ::operator delete(start, std::align_val_t{line});
 }
 
-// Where the lock is not free at once it does without: a child forked from a thread that
-// waited for it would wait for ever.
-class Kept {
+// FreeBlocks has the freed blocks that are kept. If its lock is not free at once, the
+// request is served without it: a child forked from a thread that waits for the lock
+// would wait for ever.
+class FreeBlocks {
  public:
   struct Block {
     void* start;
     std::size_t bytes;
-    std::uint64_t freed;  // the number of requests when it was
+    std::uint64_t freed;  // the number of requests at that time
   };
 
-  // The block that fits best, of up to half as much again; or of size 0.
+  // Returns the smallest block that fits and is at most half as large again, or an empty
+  // one.
   Block take(std::size_t bytes) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return {};
@@ -123,7 +126,7 @@ class Kept {
     total_ -= blocks_[n].bytes;
     blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(n));
   }
-  void drop() {  // the block that was freed first
+  void drop() {  // frees the oldest block
     release(blocks_.front().start, blocks_.front().bytes);
     erase(0);
   }
@@ -134,9 +137,9 @@ class Kept {
   std::uint64_t requests_ = 0;
 };
 
-// Never destroyed: arrays may be freed after static destructors ran.
-Kept& kept() {
-  static Kept& blocks = *new Kept;
+// It is never destroyed, because arrays may be freed after static destructors ran.
+FreeBlocks& free_blocks() {
+  static FreeBlocks& blocks = *new FreeBlocks;
   return blocks;
 }
 
@@ -146,7 +149,7 @@ thread_local Memory scratch;
 
 Memory::Memory(std::size_t bytes) : bytes_(bytes), block_(block_size(bytes)) {
   if (bytes >= least_kept) {
-    if (const auto found = kept().take(block_); found.start) {
+    if (const auto found = free_blocks().take(block_); found.start) {
       start_ = found.start;
       block_ = found.bytes;
       return;
@@ -158,7 +161,7 @@ Memory::Memory(std::size_t bytes) : bytes_(bytes), block_(block_size(bytes)) {
 Memory::~Memory() {
   if (!start_) return;
   if (block_ >= least_kept) {
-    kept().put(start_, block_);
+    free_blocks().put(start_, block_);
   } else {
     release(start_, block_);
   }
@@ -179,7 +182,7 @@ Workspace::Workspace(std::size_t bytes) {
 
 void release_memory() {
   scratch = {};
-  kept().clear();
+  free_blocks().clear();
 }
 
 }  // namespace fusedrnn

@@ -1,11 +1,11 @@
-// Memory on cache lines and, where it is large, on huge pages: a kernel that walks down a
-// panel of weights would otherwise miss the TLB.
+// Memory begins on a cache line and, if it is large, lies on huge pages: a kernel that
+// walks down a panel of weights would otherwise miss the TLB.
 //
-// Blocks of 64 KB and more come from the operating system and not from malloc, whose heap
-// would fragment around them. When freed they are kept and lent out again, because a
-// training step asks for the same sizes every time, and the kernel's clearing of fresh
-// pages took 11% of the time of a step at H = 1024. What is kept is bounded: 256 MB in
-// all, no block that the last 32 requests left unused, and none after release_memory().
+// Blocks of 64 KB and more are mapped from the operating system instead of malloc, whose
+// heap would fragment around them. Freed blocks are kept and reused, because a training
+// step asks for the same sizes every time, and clearing fresh pages took the operating
+// system 11% of a step at H = 1024. The kept blocks are bounded: 256 MB in all, no block
+// that the last 32 requests did not use, and none after release_memory().
 #pragma once
 
 #include <cstddef>
@@ -38,11 +38,12 @@ class Memory {
 
  private:
   void* start_ = nullptr;
-  std::size_t bytes_ = 0, block_ = 0;  // asked for, and of the block
+  std::size_t bytes_ = 0, block_ = 0;  // requested, and of the block
 };
 
-// Scratch memory of a call. A thread keeps up to 1 MB between its calls, until it ends,
-// so that a short call asks for none; more is a block for the call alone.
+// A Workspace is the scratch memory of a call. A thread keeps up to 1 MB from call to
+// call until it ends, so that a short call allocates none; a larger workspace is
+// allocated for the call.
 class Workspace {
  public:
   explicit Workspace(std::size_t bytes);
@@ -53,7 +54,7 @@ class Workspace {
   char* start_;
 };
 
-// Gives back what is kept of freed blocks, and the calling thread's scratch memory.
+// Frees the kept blocks and the calling thread's scratch memory.
 void release_memory();
 
 }  // namespace fusedrnn

@@ -2,24 +2,24 @@
 
 namespace fusedrnn {
 
-void compute_again(const Layout& l, const char* weights, Call call,
-                   const RecomputedRows& rows, const Team& team) {
-  const bool norm = l.model.norm, twice = l.shape.has_second();
-  // h stays as the cell leaves it.
+void recompute(const Layout& l, const char* weights, Call call,
+               const RecomputedRows& rows, const Team& team) {
+  const bool norm = l.model.norm, cell_has_second = l.shape.has_second();
+  // The cell writes h as it is, without zoneout and projection.
   call.options.zoneout_h = call.options.zoneout_c = 0;
   call.model.projects = true;
   call.saves = true;
-  Step step{&call, {}, nullptr, nullptr, false, false, rows.of_rows};
+  Step step{&call, {}, nullptr, nullptr, false, false, rows.norm_rows};
   const auto run = [&](Block b, Pointwise after, Range panels) {
     b.rows[role::x] = {nullptr, 0, nullptr, rows.x};
     b.rows[role::record] = {nullptr, 0, nullptr, rows.record};
-    b.rows[role::seen] = {nullptr, 0, nullptr, rows.seen};
+    b.rows[role::h_dropped] = {nullptr, 0, nullptr, rows.h_dropped};
     b.rows[role::h_prev] = {nullptr, 0, nullptr, rows.h_prev};
     b.rows[role::c_prev] = {nullptr, 0, nullptr, rows.c_prev};
     b.rows[role::operand] = {nullptr, 0, nullptr, rows.operand};
-    b.rows[role::h] = b.rows[role::c] = {rows.nowhere, 0, nullptr, nullptr};
-    b.used |= bit(role::x) | bit(role::record) | bit(role::seen) | bit(role::h_prev) |
-              bit(role::c_prev) | bit(role::h) | bit(role::c);
+    b.rows[role::h] = b.rows[role::c] = {rows.unused_row, 0, nullptr, nullptr};
+    b.used |= bit(role::x) | bit(role::record) | bit(role::h_dropped) |
+              bit(role::h_prev) | bit(role::c_prev) | bit(role::h) | bit(role::c);
     b.has_options = true;
     b.operands = rows.operands;
     b.after = after;
@@ -45,18 +45,18 @@ void compute_again(const Layout& l, const char* weights, Call call,
     run(l.forward_block(weights, nullptr, false, true), l.k.put, panels);
     Block whole{};
     whole.used = bit(role::operand);
-    run(whole, l.cell.normalise_again, {});
+    run(whole, l.cell.renormalise, {});
   } else {
     Block b = l.forward_block(weights, nullptr, true, true);
-    b.used = twice ? bit(role::operand) : 0;
-    run(b, twice ? l.cell.open : l.cell.forward[changes::all], panels);
+    b.used = cell_has_second ? bit(role::operand) : 0;
+    run(b, cell_has_second ? l.cell.open : l.cell.forward[changes::all], panels);
   }
-  if (!twice) return;
+  if (!cell_has_second) return;
   Block second = l.second_block(weights);
   second.used = bit(role::operand);
   step.put = {role::record, 0, 1, l.record.recurrent(0), l.P, l.H, true};
   run(second, norm ? l.k.put : l.cell.close, team.share(l.dense_panels(l.H)));
-  if (norm) run(Block{}, l.cell.normalise_again, {});
+  if (norm) run(Block{}, l.cell.renormalise, {});
 }
 
 }  // namespace fusedrnn

@@ -1,4 +1,5 @@
-// The records of some steps again, from x, h and c, which wait for nobody.
+// This header recomputes the records of some steps from x, h and c. These are known, so
+// no step waits for another.
 #pragma once
 
 #include "layout.h"
@@ -9,13 +10,13 @@ struct RecomputedRows {
   static constexpr int lists = 6;
 
   index count;
-  char **x, **record, **seen, **h_prev, **c_prev, **operand;
-  char* nowhere;  // (P), of this thread: h and c are known
-  char* of_rows;  // what LayerNorm keeps of some whole rows
+  char **x, **record, **h_dropped, **h_prev, **c_prev, **operand;
+  char* unused_row;  // (P), of this thread: receives h and c, which are known
+  char* norm_rows;   // LayerNorm's scratch memory for some whole rows
   char* operands;
 };
 
-void compute_again(const Layout& layout, const char* forward_weights, Call call,
-                   const RecomputedRows& rows, const Team& team);
+void recompute(const Layout& layout, const char* forward_weights, Call call,
+               const RecomputedRows& rows, const Team& team);
 
 }  // namespace fusedrnn

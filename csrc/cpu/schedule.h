@@ -1,7 +1,7 @@
-// Which rows take which step, and what state they take it from. Without lengths every row
-// takes every step. With them a block keeps its rows by length, longest first, so that
-// the rows that take a step are always its first: tiles hold no others, and a short row
-// costs what its length does.
+// This header says which rows take which step, and from which state. Without lengths
+// every row takes every step. With lengths a block of rows is sorted, longest first, so
+// that the rows that take a step are always its first: tiles hold no others, and a short
+// row costs what its length does.
 #pragma once
 
 #include "kernels.h"
@@ -19,23 +19,23 @@ struct Masks {
   bool is_reset(const Sizes& p, index s, index b) const {
     return resets && resets[p.time(s) * p.B + b];
   }
-  // Whether no gradient passes from step s to the step before: it is reset, or begins a
-  // chunk of bptt times.
+  // Returns whether no gradient passes from step s to the step before: step s is reset,
+  // or begins a chunk of bptt times.
   bool is_cut(const Sizes& p, index s, index b, index bptt) const {
     if (is_reset(p, s, b)) return true;
     return bptt && (p.time(s) + p.reverse) % bptt == 0 && !is_first(p, s, b);
   }
 };
 
-// A block of rows of the batch, each known by its place in the block.
+// A Schedule is a block of rows of the batch, each addressed by its place in the block.
 class Schedule {
   index T_, first_, rows_;
-  index* order_ = nullptr;   // (rows) the row at each place; null: first, first + 1, …
-  index* starts_ = nullptr;  // (T + 1) how many rows take the steps before each
+  index* order_ = nullptr;   // (rows) the row at each place; null: first_, first_ + 1, …
+  index* starts_ = nullptr;  // (T + 1) row-steps before each step
 
  public:
-  // A member of the team's rows. Of rows of unlike length each member is dealt every n-th
-  // longest, so that all have as much to do. `memory` has size() indices.
+  // Takes the rows of one thread of the team. If the rows have lengths, each thread gets
+  // every n-th longest, so that all have the same work. `memory` has size() indices.
   Schedule(const Sizes& p, const Masks& masks, const Team& team, index* memory)
       : T_(p.T) {
     const Range own = team.share(p.B);
@@ -49,7 +49,7 @@ class Schedule {
     for (index i = 0; i < rows_; ++i) order_[i] = order_[team.rank + i * team.count];
     count_rows(p, masks.lengths);
   }
-  // Indices that it needs memory for.
+  // Returns the number of indices in `memory`.
   static index size(const Sizes& p, const Masks& masks) {
     return masks.lengths ? p.B + p.T + 1 : 0;
   }
@@ -57,14 +57,14 @@ class Schedule {
   index rows() const { return rows_; }
   index row(index place) const { return order_ ? order_[place] : first_ + place; }
   const index* order() const { return order_; }
-  // The rows of an array by place.
+  // Returns the rows of an array by place.
   Rows rows_of(const char* array, index apart) const {
     char* const first = const_cast<char*>(array);
     return {order_ ? first : first + first_ * apart, apart, order_, nullptr};
   }
 
-  // The number of rows that take step s, and steps [begin, end) together. None takes -1
-  // or T.
+  // Returns how many rows take step s, 0 for s = -1 and T, or the sum over steps [begin,
+  // end).
   index count(index s) const {
     if (s < 0 || s == T_) return 0;
     return count(s, s + 1);
@@ -73,13 +73,14 @@ class Schedule {
     return order_ ? starts_[end] - starts_[begin] : (end - begin) * rows_;
   }
 
-  // The number of rows that take a step at all.
+  // Returns the number of rows that take any step.
   index working() const {
     const index first = count(0), last = count(T_ - 1);
     return first > last ? first : last;
   }
 
-  // The n-th pair of step and place when rows come step after step, from step `begin` on.
+  // Returns the n-th pair of step and place when rows are listed step by step from step
+  // `begin` on.
   struct Entry {
     index s, place;
   };
@@ -99,7 +100,7 @@ class Schedule {
   }
 
  private:
-  // A stable counting sort, starts_ counting the rows that are longer.
+  // This is a stable counting sort; starts_ counts the rows that are longer.
   void sort_rows(const Sizes& p, const index* lengths) {
     for (index length = 0; length <= p.T; ++length) starts_[length] = 0;
     for (index b = 0; b < p.B; ++b) ++starts_[lengths[b]];
@@ -124,23 +125,26 @@ class Schedule {
   }
 };
 
-// Addresses of the state that rows start step s from: what the call was given, what the
-// step before left (at step 0 not looked at), or zeros where a row is reset.
+// StateBefore finds the state from which a row takes step s: the call's initial state,
+// what the step before left (not read at step 0), or zeros where the row is reset.
 struct StateBefore {
   const Sizes& p;
   const Masks& masks;
   index s;
-  const char *zeros, *given, *left;
-  index given_apart, left_apart;
+  const char *zeros, *initial, *previous;
+  index initial_apart, previous_apart;
 
   const char* operator()(index b) const {
     if (masks.is_reset(p, s, b)) return zeros;
-    return masks.is_first(p, s, b) ? given + b * given_apart : left + b * left_apart;
+    return masks.is_first(p, s, b) ? initial + b * initial_apart
+                                   : previous + b * previous_apart;
   }
-  // Those of a schedule's first `count` rows; `list` has room for a pointer each.
+  // Returns the states of a schedule's first `count` rows; `list` has space for a pointer
+  // each.
   Rows find(const Schedule& rows, index count, char** list) const {
     if (!masks.resets && !(masks.lengths && p.reverse)) {
-      return rows.rows_of(s == 0 ? given : left, s == 0 ? given_apart : left_apart);
+      return rows.rows_of(s == 0 ? initial : previous,
+                          s == 0 ? initial_apart : previous_apart);
     }
     for (index i = 0; i < count; ++i) list[i] = const_cast<char*>((*this)(rows.row(i)));
     return {nullptr, 0, nullptr, list};

@@ -14,19 +14,18 @@ namespace fusedrnn {
 
 namespace {
 
-// A thread is worth waking for this much work in all, and worth meeting once per step for
-// this much in each step (floating-point operations per thread).
+// These are the floating-point operations per thread, in all and per step, that are worth
+// waking a thread for, and meeting it once per step.
 constexpr double work_per_thread = 2.5e5;
 constexpr double step_work_per_thread = 3e4;
-// Less than this is done in 0.1 to 0.2 ms by one thread; a sleeping one is there after
-// some 50 µs.
+// One thread does less than this in 0.1 to 0.2 ms; waking a thread takes about 50 µs.
 constexpr double brief_work = 2e7;
-// Above this a step is split between all threads at less cost than a layer waits for the
-// first steps of the layer below.
-constexpr double longest_step_side_by_side = 1e5;
-constexpr index parts_of_time = 16;  // that a layer is ahead of the next one
+// Above this many operations per step, splitting each step between all threads costs less
+// than a layer that waits for the first steps of the layer below.
+constexpr double most_overlap_step_work = 1e5;
+constexpr index overlap_parts = 16;  // a layer is T / 16 steps ahead of the next one
 
-// One layer in one direction.
+// A Pass is one layer in one direction.
 template <class Problem>
 struct Pass {
   const Layout* layout;
@@ -34,18 +33,19 @@ struct Pass {
   double work, step_work;  // floating-point operations, in all and in a step
 };
 
-// Passes that run one after the other or, where there are threads for both, side by side.
+// A Group has passes that run one after the other or, if there are threads for both, side
+// by side.
 struct Group {
   index first;
   int count;
-  int threads;  // worth having for one of them
+  int threads;  // how many are useful for one of them
 };
 
 bool asks_for_options(const StackCall& c) {
   constexpr double none = std::numeric_limits<double>::infinity();
   const Options& o = c.options;
-  return o.clip < none || o.cell_clip < none || zones_out(o) || drops(o) || c.shows ||
-         c.recompute;
+  return o.clip < none || o.cell_clip < none || zones_out(o) || drops(o) ||
+         c.returns_gates || c.recompute;
 }
 
 bool drops_weights(const StackCall& c) {
@@ -67,14 +67,14 @@ DroppedWeights dropped_at(const StackCall& c, index at) {
   return {c.weight_dropout, options.seed, options.where};
 }
 
-// Sets rows of so many bytes to zero, at times [times.begin, times.end).
+// Sets rows of `bytes` bytes to zero, at times [times.begin, times.end).
 void clear_rows(char* start, index t, index b, Range times, index B, index bytes) {
   for (index time = times.begin; time < times.end; ++time) {
     for (index row = 0; row < B; ++row) std::memset(start + time * t + row * b, 0, bytes);
   }
 }
 
-// A state (or its gradient) as it was given, null for zeros.
+// Copies a state or its gradient; null stands for zeros.
 void copy_state(const char* from, index bytes, char* to) {
   if (!to) return;
   if (from) {
@@ -84,10 +84,10 @@ void copy_state(const char* from, index bytes, char* to) {
   }
 }
 
-// The parts of what a forward saves, each (T, B, ·): records first, which are then on
-// whole vectors.
+// Saved has the parts of a forward's saved values, each (T, B, ·). The records come
+// first, so that they begin on whole vectors.
 struct Saved {
-  std::vector<char*> records, cells, y, x;  // of passes, and of layers
+  std::vector<char*> records, cells, y, x;  // records per pass, the others per layer
   index cells_row, y_row, bytes = 0;        // of a row of one step
 
   Saved(const Stack& stack, const StackCall& c, char* memory) {
@@ -112,7 +112,7 @@ struct Saved {
   }
 };
 
-// What forward and backward share.
+// StackPass has what forward and backward share.
 template <class Problem>
 class StackPass {
  protected:
@@ -166,12 +166,12 @@ class StackPass {
     return !call_.h0 || (stack_.layout().shape.has_c && !call_.c0);
   }
 
-  // A pass without its arrays.
+  // Adds a pass without its arrays. `passes`: how many products a step takes.
   Pass<Problem>& add(index at, double passes) {
     const Layout& l = weights(at).layout();
     passes_.push_back({&l, {}, 0, 0});
-    Pass<Problem>& made = passes_.back();
-    Problem& p = made.problem;
+    Pass<Problem>& pass = passes_.back();
+    Problem& p = pass.problem;
     static_cast<Sizes&>(p) = {steps_, call_.B, l.I,
                               l.H,    l.R,     D_ == 2 ? at % 2 == 1 : call_.reverse};
     p.model = l.model;
@@ -186,45 +186,47 @@ class StackPass {
             ? std::accumulate(masks_.lengths, masks_.lengths + call_.B, index{0})
             : steps_ * call_.B;
     const double of_step = 2.0 * l.shape.gates * static_cast<double>(l.H * rows) / steps_;
-    made.step_work = of_step * static_cast<double>(l.R);
+    pass.step_work = of_step * static_cast<double>(l.R);
     const double of_input = of_step * static_cast<double>(l.I);
-    made.work = passes * static_cast<double>(steps_) * (made.step_work + of_input);
-    if (steps_ == 1) made.step_work += of_input;
-    return made;
+    pass.work = passes * static_cast<double>(steps_) * (pass.step_work + of_input);
+    if (steps_ == 1) pass.step_work += of_input;
+    return pass;
   }
 
-  // The state before, of one pass, or zeros.
+  // Returns the initial state of one pass, or zeros.
   const char* state(const char* given, index at, index width, const char* zeros) const {
     return given ? given + at * call_.B * width * element() : zeros;
   }
 
-  // Finds out how many threads are worth having, and which passes run side by side.
+  // Decides how many threads are useful, and which passes run side by side.
   void plan() {
     const int limit = get_num_threads();
-    const auto worth = [&](const Pass<Problem>& pass, double beside) {
+    const auto useful_threads = [&](const Pass<Problem>& pass, double count) {
       const double most =
-          std::min(beside * pass.work / work_per_thread,
-                   beside * std::max(pass.step_work / step_work_per_thread, 1.0));
+          std::min(count * pass.work / work_per_thread,
+                   count * std::max(pass.step_work / step_work_per_thread, 1.0));
       return most >= limit ? limit : most > 1 ? static_cast<int>(most) : 1;
     };
     for (index first = 0; first < std::ssize(passes_);) {
       const Pass<Problem>& pass = passes_[first];
-      const bool is_pair = D_ == 2 || is_ahead(first, limit);
-      const int beside = is_pair ? worth(pass, 2) / 2 : 0;
-      const Group group{first, is_pair ? 2 : 1, std::max(beside, worth(pass, 1))};
-      threads_ = std::max(threads_, std::max(2 * beside, is_pair ? 1 : group.threads));
+      const bool is_pair = D_ == 2 || can_overlap(first, limit);
+      const int threads_each = is_pair ? useful_threads(pass, 2) / 2 : 0;
+      const Group group{first, is_pair ? 2 : 1,
+                        std::max(threads_each, useful_threads(pass, 1))};
+      threads_ =
+          std::max(threads_, std::max(2 * threads_each, is_pair ? 1 : group.threads));
       groups_.push_back(group);
-      if (D_ == 1 && beside > 0) overlap(first);
+      if (D_ == 1 && threads_each > 0) overlap(first);
       first += group.count;
     }
   }
 
-  // Whether a layer of one direction and the next run at the same time: the steps of the
-  // second follow those of the first.
-  bool is_ahead(index first, int limit) const {
+  // Returns whether a layer of one direction and the next run at the same time, the
+  // second following the steps of the first.
+  bool can_overlap(index first, int limit) const {
     if (first + 1 >= std::ssize(passes_) || limit < 2) return false;
     const Pass<Problem>& pass = passes_[first];
-    return pass.step_work < longest_step_side_by_side && steps_ >= parts_of_time &&
+    return pass.step_work < most_overlap_step_work && steps_ >= overlap_parts &&
            !drops_between(stack_, call_) && can_follow(passes_[first + 1]);
   }
   static bool can_follow(const Pass<Forward>& pass) {
@@ -232,15 +234,15 @@ class StackPass {
   }
   static bool can_follow(const Pass<Backward>& pass) {
     return pass.problem.B < pass.layout->back_tile() &&
-           BackwardScratch::stretch(*pass.layout, pass.problem) * 4 <= pass.problem.T;
+           BackwardScratch::time_block(*pass.layout, pass.problem) * 4 <= pass.problem.T;
   }
-  void limit_stretch(Forward& p) const {
-    p.most_steps = (steps_ + parts_of_time - 1) / parts_of_time;
+  void limit_time_block(Forward& p) const {
+    p.most_steps = (steps_ + overlap_parts - 1) / overlap_parts;
   }
-  void limit_stretch(Backward&) const {}  // whose sums depend on it
+  void limit_time_block(Backward&) const {}  // the order of its sums depends on it
   void overlap(index first) {
     if (progress_.empty()) progress_ = std::vector<Progress>(passes_.size());
-    for (index n = first; n < first + 2; ++n) limit_stretch(passes_[n].problem);
+    for (index n = first; n < first + 2; ++n) limit_time_block(passes_[n].problem);
     passes_[first].problem.progress = &progress_[first];
     passes_[first + 1].problem.input = &progress_[first];
   }
@@ -251,7 +253,7 @@ class StackPass {
   static index scratch_bytes(const Pass<Backward>& pass, int threads) {
     return backward_workspace(*pass.layout, pass.problem, threads);
   }
-  // Scratch memory of the passes on either side.
+  // Returns the bytes of scratch memory of the passes on either side.
   std::pair<index, index> scratch() const {
     index sides[2] = {};
     for (const Group& group : groups_) {
@@ -273,8 +275,8 @@ class StackPass {
     fusedrnn::backward(*pass.layout, pass.problem, scratch, team);
   }
 
-  // Runs all groups. `before` and `after` a group, all threads meet where they return
-  // true.
+  // Runs all groups. All threads meet after before(group, team) and after(group, team) if
+  // these return true.
   template <class Before, class After>
   void run(char* const (&scratch)[2], const Before& before, const After& after) {
     double work = 0;
@@ -326,16 +328,16 @@ class StackForwardPass : StackPass<Forward> {
     const index y = layers_ > 1 && !c_.saved ? steps_ * call_.B * row_of_y() : 0;
     const index traces = trace_bytes();
     Arena sizes(nullptr);
-    const auto carve = [&](Arena& memory) {
+    const auto lay_out = [&](Arena& memory) {
       return std::array{memory.take(zeros),  memory.take(y),   memory.take(y),
                         memory.take(traces), memory.take(one), memory.take(other)};
     };
-    carve(sizes);
+    lay_out(sizes);
     const Workspace workspace(static_cast<std::size_t>(sizes.used()));
     Arena memory(workspace.start());
-    const auto parts = carve(memory);
+    const auto parts = lay_out(memory);
     if (zeros) std::memset(parts[0], 0, zeros);
-    if (traces) std::memset(parts[3], 0, traces);  // rows that take no step stay so
+    if (traces) std::memset(parts[3], 0, traces);  // rows that take no step stay zero
     Saved saved(stack_, call_, c_.saved);
     char* const buffers[2] = {parts[1], parts[2]};
     std::vector<Dropout<char>> drops(layers_);
@@ -369,7 +371,7 @@ class StackForwardPass : StackPass<Forward> {
   }
 
  private:
-  // Rows that no step reaches.
+  // Sets the rows that no step reaches to zero.
   void clear() const {
     const Layout& l = stack_.layout();
     clear_rows(c_.y, c_.y_t, c_.y_b, {steps_, call_.T}, call_.B, row_of_y());
@@ -388,7 +390,8 @@ class StackForwardPass : StackPass<Forward> {
     copy_state(call_.c0, bytes_of_c(), c_.c_n);
   }
 
-  // Traces with a place for an absent gate, from which the user's are copied.
+  // With an absent gate the kernels write traces that have a place for it; copy_traces
+  // copies the user's from these.
   index trace_bytes() const {
     const Layout& l = stack_.layout();
     if (!c_.trace || !stack_.weights[0]->has_absent()) return 0;
@@ -480,7 +483,7 @@ class StackBackwardPass : StackPass<Backward> {
     }
     const index n = stack_.count(), rows = steps_ * call_.B;
     for (index k = 0; k < n; ++k) {
-      add(at(k), 2).problem.dx = const_cast<char*>(call_.x);  // one that is wanted
+      add(at(k), 2).problem.dx = const_cast<char*>(call_.x);  // any, to say it is wanted
       if (at(k) < D_ && !c_.dx) passes_.back().problem.dx = nullptr;
       passes_.back().problem.saved = saved_.records[at(k)];
     }
@@ -491,16 +494,16 @@ class StackBackwardPass : StackPass<Backward> {
     const index between = layers_ > 1 ? rows * row_of_y() : 0;
     const index own = D_ == 2 ? rows * widest : 0;
     Arena sizes(nullptr);
-    const auto carve = [&](Arena& memory) {
+    const auto lay_out = [&](Arena& memory) {
       std::array parts{memory.take(zeros), memory.take(between), memory.take(between),
                        memory.take(own),   memory.take(one),     memory.take(other)};
       expand(memory);
       return parts;
     };
-    carve(sizes);
+    lay_out(sizes);
     const Workspace workspace(static_cast<std::size_t>(sizes.used()));
     Arena memory(workspace.start());
-    const auto parts = carve(memory);
+    const auto parts = lay_out(memory);
     if (zeros) std::memset(parts[0], 0, zeros);
     char* const buffers[2] = {parts[1], parts[2]};
     for (index k = 0; k < n; ++k) set(k, parts[0], buffers, parts[3]);
@@ -527,7 +530,8 @@ class StackBackwardPass : StackPass<Backward> {
     }
   }
 
-  // The blocks of a parameter in the user's arrays, and the values of one.
+  // Returns the number of blocks of a parameter in the user's arrays, and the values of a
+  // block.
   std::pair<index, index> blocks_of(index n, int kind) const {
     const Weights& of = *stack_.weights[n];
     const Layout& l = of.layout();
@@ -539,16 +543,16 @@ class StackBackwardPass : StackPass<Backward> {
     return blocks[kind];
   }
 
-  // Where the kernels write gradients: into the user's arrays, or where a gate is absent
-  // into memory that has a place for it.
+  // Sets where the kernels write gradients: the user's arrays or, if a gate is absent,
+  // memory that has a place for it.
   void expand(Arena& memory) {
     for (index n = 0; n < stack_.count(); ++n) {
       for (int kind = 0; kind < parameter_count; ++kind) {
-        char* const given = c_.gradients[n * parameter_count + kind];
+        char* const user = c_.gradients[n * parameter_count + kind];
         const auto [blocks, values] = blocks_of(n, kind);
         const bool grows = stack_.weights[n]->has_absent() && blocks > 1;
         gradients_[n][kind] =
-            given && grows ? memory.take((blocks + 1) * values * element()) : given;
+            user && grows ? memory.take((blocks + 1) * values * element()) : user;
       }
     }
   }
@@ -561,9 +565,9 @@ class StackBackwardPass : StackPass<Backward> {
     const index row = row_of_y(), R = l.bytes(l.R), H = l.bytes(l.H);
     p.weights = weights(n).backward(steps_ * B, has_options_);
     if (has_options_) {
-      const bool again = BackwardScratch::computes_again(l, p);
+      const bool is_recomputed = BackwardScratch::recomputes(l, p);
       p.forward_weights =
-          again ? weights(n).forward(steps_ * B, true).start : weights(n).bias();
+          is_recomputed ? weights(n).forward(steps_ * B, true).start : weights(n).bias();
     }
     if (layer == 0) {
       p.x = call_.x, p.x_t = call_.x_t, p.x_b = call_.x_b;
@@ -612,11 +616,11 @@ class StackBackwardPass : StackPass<Backward> {
     p.dvectors = {d_of[5], d_of[6], d_of[7], d_of[8], d_of[9]};
   }
 
-  // The gradient of what both directions read, and of what dropout between layers read.
+  // Adds the dx of both directions, and takes the sum through the dropout between layers.
   bool join(const Group& group, const Team& team) const {
     const index last = group.first + group.count - 1;
     const index layer = at(last) / D_;
-    const Backward& p = passes_[group.first].problem;  // direction 1 of two
+    const Backward& p = passes_[group.first].problem;  // direction 1, if there are two
     bool worked = false;
     if (D_ == 2 && p.dx) {
       if (last + 1 == std::ssize(passes_)) team.meet();
@@ -661,7 +665,7 @@ class StackBackwardPass : StackPass<Backward> {
     }
   }
 
-  // From the kernels' gradients to those of the user's parameters.
+  // Copies the kernels' gradients to the user's.
   void finish() const {
     for (index n = 0; n < stack_.count(); ++n) {
       const Layout& l = weights(n).layout();

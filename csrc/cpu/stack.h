@@ -1,8 +1,7 @@
-// A stack of layers in one or both directions: a call of it, whole.
+// A Stack has layers in one or both directions; this header runs a whole call of it.
 //
-// Sizes and arrays are those of ../contract.h, of all layers and directions together.
-// With L layers and D directions, what belongs to one of them comes in the order of its
-// number l·D + d:
+// Sizes and arrays are those of ../contract.h, for all layers and directions together.
+// With L layers and D directions, layer l in direction d has the number l·D + d:
 //
 //   y, cells      (T, B, D·R), (T, B, D·H)  of the last layer, directions side by side
 //   h0, h_n, …    (L·D, B, R), c0, c_n, … (L·D, B, H)
@@ -23,21 +22,21 @@ namespace fusedrnn {
 struct Stack {
   std::vector<std::unique_ptr<const Weights>> weights;  // of each layer and direction
   int directions;
-  double dropout;  // of the y between two layers, in training
+  double dropout;  // of y between two layers, in training
 
   index count() const { return static_cast<index>(weights.size()); }
   const Layout& layout() const { return weights[0]->layout(); }
 };
 
-// What forward and backward are both given.
+// StackCall has the arguments that forward and backward share.
 struct StackCall {
   index T, B;
   bool reverse;  // of a single direction
   Options options;
   double weight_dropout;
-  bool recompute, shows;  // shows: every c or gate is returned
-  const index* lengths;   // (B,) 0 to T, or null
-  const bool* resets;     // (T, B), contiguous; or null
+  bool recompute, returns_gates;  // returns_gates: every c or gate is returned
+  const index* lengths;           // (B,) 0 to T, or null
+  const bool* resets;             // (T, B), contiguous; or null
   const char* x;
   index x_t, x_b;
   const char *h0, *c0;  // null for zeros
@@ -61,7 +60,7 @@ struct StackBackward : StackCall {
   const char* cells;  // where they were returned
   index cells_t, cells_b;
   const char* saved;
-  const char* dy;  // this and those that follow: or null for zeros
+  const char* dy;  // dy, dh_n, dc_n and dcells may be null for zeros
   index dy_t, dy_b;
   const char *dh_n, *dc_n;
   const char* dcells;
@@ -69,15 +68,15 @@ struct StackBackward : StackCall {
   char* dx;  // or null
   index dx_t, dx_b;
   char *dh0, *dc0;
-  char* const* gradients;  // null for what is not wanted
+  char* const* gradients;  // null for each that is not wanted
 };
 
-// Bytes that a training forward leaves to backward for each row of a step, beside its
+// Returns how many bytes a training forward saves for each row of a step, beside its
 // arguments and results.
 index saved_bytes(const Stack& stack, const StackCall& call);
 void forward(const Stack& stack, const StackForward& call);
 void backward(const Stack& stack, const StackBackward& call);
-// How a forward of one layer and direction is laid out.
+// Returns how a forward of one layer and direction is laid out.
 ForwardPlan plan(const Stack& stack, index at, const StackCall& call);
 
 }  // namespace fusedrnn

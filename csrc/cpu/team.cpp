@@ -32,9 +32,9 @@ void pause() {
 #endif
 }
 
-constexpr int spins_before_yield = 1000;  // some 15 µs
-constexpr int yields_before_sleep = 200;  // with the spins between, some 0.3 ms
-constexpr std::chrono::microseconds just_before{300};
+constexpr int spins_before_yield = 1000;  // about 15 µs
+constexpr int yields_before_sleep = 200;  // with the spins in between, about 0.3 ms
+constexpr std::chrono::microseconds recent{300};
 using Clock = std::chrono::steady_clock;
 
 // Waits until done() without sleeping; calls slow() once when it takes long.
@@ -50,7 +50,8 @@ void spin_until(const F& done, const G& slow) {
   }
 }
 
-// A thread that waits for jobs: awake for a moment after each, then asleep.
+// A Worker is a thread that waits for jobs: it spins for a moment after each job, then
+// sleeps.
 class Worker {
  public:
   Worker() : thread_([this] { serve(); }) {}
@@ -74,15 +75,16 @@ class Worker {
  private:
   enum State : int { idle, asleep, busy, stop };
 
-  // In one order with the waiter's entry: a weaker store could pass notify_one's look for
-  // waiters and leave one asleep.
+  // seq_cst orders the store with a waiter's registration: after a weaker store
+  // notify_one could miss a waiter, which would sleep on.
   void post(State state) {
     state_.store(state, std::memory_order_seq_cst);
     state_.notify_one();
   }
 
-  // Linux likes to wake a worker on its waker's CPU, where it waits until the waker's
-  // time is up: up to 5 ms, a third of all times after the waker itself slept.
+  // Keeps the worker off the caller's CPU. Linux often wakes a worker there, where it
+  // waits until the caller's time slice ends, up to 5 ms: in a third of all cases after
+  // the caller itself slept.
   void leave_this_cpu() {
 #if defined(__linux__)
     const int here = sched_getcpu();
@@ -104,7 +106,7 @@ class Worker {
       if (state_.compare_exchange_strong(state, asleep)) state_.wait(asleep);
       if (state_.load(std::memory_order_acquire) == stop) return;
 #if defined(__linux__)
-      if (bound_) sched_setaffinity(0, sizeof allowed_, &allowed_);  // moved; not bound
+      if (bound_) sched_setaffinity(0, sizeof allowed_, &allowed_);  // free again
       bound_ = false;
 #endif
       team_.barrier->keep_apart(team_.rank, team_.count);
@@ -121,10 +123,10 @@ class Worker {
   cpu_set_t allowed_;
   bool bound_ = false;
 #endif
-  std::thread thread_;  // last: it reads the others
+  std::thread thread_;  // last, because it reads the other members
 };
 
-// How often this process has been forked off another.
+// Returns how often this process has been forked off another.
 int forks() {
   static std::atomic<int> count{0};
 #if defined(__unix__) || defined(__APPLE__)
@@ -134,8 +136,8 @@ int forks() {
   return count.load(std::memory_order_relaxed);
 }
 
-// The workers of one calling thread. A forked child has none of them, only their records,
-// which it forgets.
+// A Pool has the workers of one calling thread. In a forked child these threads do not
+// exist, so it drops their records.
 class Pool {
  public:
   ~Pool() { forget_if_forked(); }
@@ -143,7 +145,7 @@ class Pool {
   void run(int threads, bool brief, const Job& job) {
     forget_if_forked();
     if (brief && !are_awake(threads - 1)) {
-      const bool alone = Clock::now() - last_brief_ > just_before;
+      const bool alone = Clock::now() - last_brief_ > recent;
       if (alone) job.work(job.argument, {0, 1, nullptr});
       last_brief_ = Clock::now();
       if (alone) return;
@@ -175,26 +177,27 @@ class Pool {
   }
 
   int forks_ = forks();
-  Clock::time_point last_brief_;  // that found workers asleep
+  Clock::time_point last_brief_;  // the last brief job that found workers asleep
   std::vector<std::unique_ptr<Worker>> workers_;
 };
 
-// The OpenMP of another library, by the functions that gcc's parallel regions call.
+// OpenMP is another library's OpenMP, by the functions that gcc's parallel regions call.
 struct OpenMP {
   void (*parallel)(void (*work)(void*), void* argument, unsigned threads, unsigned flags);
   int (*thread_num)();
   int (*num_threads)();
   int (*max_threads)();
-  int forks;  // as of when it was found: a forked child must not use it
+  int forks;  // when it was found: a forked child must not use it
 };
-std::atomic<const OpenMP*> lent{nullptr};
+std::atomic<const OpenMP*> shared_openmp{nullptr};
 
-// On all its threads, so that it need not end some, of which the first `threads` work.
+// Runs a job on the first `threads` threads of an OpenMP library. All of its threads
+// enter, so that the library need not end some.
 void run_on(const OpenMP& omp, int threads, bool brief, const Job& job) {
   thread_local Clock::time_point last;
   if (brief) {
     const auto now = Clock::now();
-    const bool alone = now - last > just_before;
+    const bool alone = now - last > recent;
     last = now;
     if (alone) return job.work(job.argument, {0, 1, nullptr});
   }
@@ -212,7 +215,7 @@ void run_on(const OpenMP& omp, int threads, bool brief, const Job& job) {
     of.barrier.keep_apart(rank, count);
     const Team team{rank, count, &of.barrier};
     of.job.work(of.job.argument, team);
-    team.meet();  // ours yields to a member that has not begun
+    team.meet();  // our barrier yields to a thread that has not begun
   };
   omp.parallel(work, &region, static_cast<unsigned>(std::max(threads, omp.max_threads())),
                0);
@@ -222,7 +225,7 @@ void run_on(const OpenMP& omp, int threads, bool brief, const Job& job) {
 }  // namespace
 
 bool share_team(const char* library) {
-  lent.store(nullptr);
+  shared_openmp.store(nullptr);
 #if defined(__unix__)
   if (!*library) return false;
   void* const handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
@@ -237,10 +240,10 @@ bool share_team(const char* library) {
                      find(omp.num_threads, "omp_get_num_threads") &&
                      find(omp.max_threads, "omp_get_max_threads");
   if (!found) return false;
-  static OpenMP kept;
-  kept = omp;
-  kept.forks = forks();
-  lent.store(&kept, std::memory_order_release);
+  static OpenMP shared;
+  shared = omp;
+  shared.forks = forks();
+  shared_openmp.store(&shared, std::memory_order_release);
   return true;
 #else
   static_cast<void>(library);
@@ -266,31 +269,31 @@ void Progress::await(index steps) const {
 void Barrier::keep_apart([[maybe_unused]] int rank, [[maybe_unused]] int count) {
 #if defined(__linux__)
   const int here = sched_getcpu();
-  if (here < 0 || rank >= most_seen) return;
+  if (here < 0 || rank >= most_tracked) return;
   cpu_[rank].store(here + 1, std::memory_order_relaxed);
-  const int seen = std::min(count, most_seen);
+  const int tracked = std::min(count, most_tracked);
   bool shared = false;
   cpu_set_t allowed;
-  for (int other = 0; other < seen; ++other) {
+  for (int other = 0; other < tracked; ++other) {
     shared |= other != rank && cpu_[other].load(std::memory_order_relaxed) == here + 1;
   }
-  // The calling thread is its owner's: only workers move.
+  // The calling thread belongs to the user, so only workers move.
   if (!shared || rank == 0 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
   cpu_set_t free = allowed;
-  for (int other = 0; other < seen; ++other) {
+  for (int other = 0; other < tracked; ++other) {
     const int cpu = cpu_[other].load(std::memory_order_relaxed) - 1;
     if (cpu >= 0) CPU_CLR(cpu, &free);
   }
   if (CPU_COUNT(&free) == 0) return;
   if (sched_setaffinity(0, sizeof free, &free) != 0) return;
-  sched_setaffinity(0, sizeof allowed, &allowed);  // moved; not bound
+  sched_setaffinity(0, sizeof allowed, &allowed);  // moved, and free again
   cpu_[rank].store(sched_getcpu() + 1, std::memory_order_relaxed);
 #endif
 }
 
 void run_on_team(int threads, bool brief, Job job) {
   if (threads == 1) return job.work(job.argument, {0, 1, nullptr});
-  const OpenMP* const omp = lent.load(std::memory_order_acquire);
+  const OpenMP* const omp = shared_openmp.load(std::memory_order_acquire);
   if (omp && omp->forks == forks()) return run_on(*omp, threads, brief, job);
   thread_local Pool pool;
   pool.run(threads, brief, job);

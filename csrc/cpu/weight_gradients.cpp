@@ -14,7 +14,7 @@ void WeightGradients::find(const Schedule& all, index begin, index end, index do
     const auto of = rows_.find(rows_.pass, next);
     rows.da[n] = of.da;
     rows.x[n] = of.x;
-    rows.seen[n] = of.seen;
+    rows.h_dropped[n] = of.h_dropped;
     rows.saved[n] = of.saved;
   }
 }
@@ -46,7 +46,7 @@ void WeightGradients::add(const Schedule& all, const Team& team, index begin,
 void WeightGradients::add_outer_products(const Depth& rows, Range of_da) const {
   const auto& add = l_.k.add_outer_products;
   add(rows.da, rows.x, rows.count, of_da, l_.P, of_W(nullptr), rows.first);
-  add(rows.da, rows.seen, rows.count, of_da, l_.P, of_R(nullptr), rows.first);
+  add(rows.da, rows.h_dropped, rows.count, of_da, l_.P, of_R(nullptr), rows.first);
 }
 
 void WeightGradients::add_products(const Depth& rows, const Team& team,
@@ -58,7 +58,7 @@ void WeightGradients::add_products(const Depth& rows, const Team& team,
   char* const second_panels = h_panels + l_.bytes(depth * round_up(p_.R, l_.lanes));
   const Range own_rows = team.share(depth);
   if (p_.dweight_ih) k.pack_right(rows.x, own_rows, depth, p_.I, x_panels);
-  if (p_.dweight_hh) k.pack_right(rows.seen, own_rows, depth, p_.R, h_panels);
+  if (p_.dweight_hh) k.pack_right(rows.h_dropped, own_rows, depth, p_.R, h_panels);
   if (l_.has_second()) {
     const char* second[gradient_depth];
     const index at = l_.bytes(p_.model.projects ? row_.m : row_.operand);
@@ -116,7 +116,8 @@ void WeightGradients::add_vectors(const Schedule& all, const Team& team, index b
   for (index done = 0; done < rows && (norm || peepholes > 0); done += gradient_depth) {
     Depth depth;
     find(all, begin, end, done, depth);
-    // Σ a b, or Σ a, of values at some place of a row of gradients and of another.
+    // Adds Σ a b, or Σ a, of elements a_at of the rows of gradients and elements b_at of
+    // the rows b.
     const auto add = [&](int vector, index a_at, const char* const* b, index b_at) {
       const char *a[gradient_depth], *other[gradient_depth];
       for (index n = 0; n < depth.count; ++n) {
@@ -127,8 +128,8 @@ void WeightGradients::add_vectors(const Schedule& all, const Team& team, index b
                        depth.first, true);
     };
     for (int k = 0; k < peepholes; ++k) {
-      const auto& [slot, sees_new] = shape.peepholes[k];
-      add(k, slot * l_.P, depth.da, sees_new ? row_.c : row_.c_prev);
+      const auto& [slot, reads_new_c] = shape.peepholes[k];
+      add(k, slot * l_.P, depth.da, reads_new_c ? row_.c : row_.c_prev);
     }
     for (int k = 0; k < shape.gates && norm; ++k) {
       const int slot = k + shape.first_input();

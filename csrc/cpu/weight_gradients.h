@@ -1,15 +1,16 @@
-// The gradients of parameters, of the rows of a stretch of steps: dW = daᵀ x, dR = daᵀ h'
-// and the like in blocks of depth, whose columns of da the threads share.
+// This header computes the gradients of parameters from the rows of a time block: dW =
+// daᵀ x, dR = daᵀ h' and the like, in blocks of depth. The threads share the columns of
+// da.
 #pragma once
 
 #include "layout.h"
 
 namespace fusedrnn {
 
-// Finds the rows of a pass backward that go into the gradients of weights.
+// GradientRows finds the rows of a backward pass that go into the gradients of weights.
 struct GradientRows {
   struct Pointers {
-    const char *da, *x, *seen, *saved;
+    const char *da, *x, *h_dropped, *saved;
   };
   Pointers (*find)(const void* pass, const Schedule::Entry& at);
   const void* pass;
@@ -19,9 +20,9 @@ class WeightGradients {
  public:
   struct Scratch {
     char* left;   // of this thread: columns of da for a block of depth
-    char* right;  // panels of x, of h' and of a second product's for a block of depth
+    char* right;  // panels of x, h' and a second product's operand for a block of depth
     char* dbias;  // (slots, P)
-    char* sums;   // (vectors, P) gradients of the vectors
+    char* sums;   // (vectors, P) gradients of peepholes and LayerNorm's vectors
   };
   static index left_bytes(const Layout& l) {
     return l.bytes(gradient_depth * gradient_tiles_at_once * l.k.gradient_tile);
@@ -38,17 +39,17 @@ class WeightGradients {
                   const Scratch& memory, const GradientRows& rows)
       : l_(l), p_(p), row_(row), memory_(memory), rows_(rows) {}
 
-  // Adds the rows of steps [begin, end), the last stretch first.
+  // Adds the rows of steps [begin, end). The last time block comes first.
   void add(const Schedule& all, const Team& team, index begin, index end) const;
-  // The same for peepholes and LayerNorm's vectors.
+  // Adds the gradients of peepholes and LayerNorm's vectors.
   void add_vectors(const Schedule& all, const Team& team, index begin, index end) const;
 
  private:
-  // Rows that are added at once.
+  // Depth is the rows that are added at once.
   struct Depth {
     index count;
-    bool first;  // of all: sums start with them
-    const char *da[gradient_depth], *x[gradient_depth], *seen[gradient_depth],
+    bool first;  // whether the sums start with these rows
+    const char *da[gradient_depth], *x[gradient_depth], *h_dropped[gradient_depth],
         *saved[gradient_depth];
   };
   void find(const Schedule& all, index begin, index end, index done, Depth& rows) const;

@@ -37,22 +37,22 @@ void drop_weights(const Weights& weights, const DroppedWeights& dropped, const c
 Weights::Weights(const Kernels& kernels, const CellKernels& cell,
                  const Parameters<char>& parameters, const Vectors<const char>& vectors)
     : layout_(kernels, cell, parameters.model),
-      given_(parameters),
-      given_vectors_(vectors),
+      user_parameters_(parameters),
+      user_vectors_(vectors),
       parameters_(parameters),
       vectors_(vectors) {
-  if (has_absent() && given_.weight_ih) expand();
+  if (has_absent() && user_parameters_.weight_ih) expand();
 }
 
 Weights::Weights(const Weights& whole, const DroppedWeights& dropped)
     : layout_(whole.layout_),
-      given_(whole.given_),
-      given_vectors_(whole.given_vectors_),
-      parameters_(given_),
-      vectors_(given_vectors_) {
+      user_parameters_(whole.user_parameters_),
+      user_vectors_(whole.user_vectors_),
+      parameters_(user_parameters_),
+      vectors_(user_vectors_) {
   const index values = blocks() * layout_.H * layout_.R;
   dropped_ = Memory(static_cast<std::size_t>(layout_.bytes(values)));
-  drop_weights(*this, dropped, given_.weight_hh, dropped_.as<char>());
+  drop_weights(*this, dropped, user_parameters_.weight_hh, dropped_.as<char>());
   parameters_.weight_hh = dropped_.as<char>();
   if (has_absent()) expand();
 }
@@ -61,7 +61,7 @@ Weights::~Weights() {
   for (Slot* slot : {&bias_, &forward_, &backward_}) delete slot->load();
 }
 
-// Copies parameters into arrays with zeros for the gate that has none.
+// Copies parameters into arrays with zeros for the absent gate.
 void Weights::expand() {
   const int gates = layout_.shape.gates, absent = layout_.shape.differs.absent;
   const int peepholes = layout_.shape.peephole_count;
@@ -91,19 +91,19 @@ const char* Weights::find(Slot& slot, Packing packing) const {
   }
   constexpr index values_per_thread = 1 << 18;
   const index bytes = fusedrnn::packed_bytes(layout_, packing);
-  auto* const made = new Memory(static_cast<std::size_t>(bytes));
+  auto* const packed = new Memory(static_cast<std::size_t>(bytes));
   with_team(threads_for(bytes / layout_.size, values_per_thread), false, 0,
             [&](const Team& team) {
-              pack(layout_, parameters_, packing, made->as<char>(), team);
+              pack(layout_, parameters_, packing, packed->as<char>(), team);
             });
   const Memory* found = nullptr;
-  if (slot.compare_exchange_strong(found, made)) return made->as<const char>();
-  delete made;  // another thread was first
+  if (slot.compare_exchange_strong(found, packed)) return packed->as<const char>();
+  delete packed;  // another thread was first
   return found->as<const char>();
 }
 
-Weights::Packed Weights::forward(index rows, bool asks) const {
-  if (!forward_.load(std::memory_order_acquire) && !asks) {
+Weights::Packed Weights::forward(index rows, bool has_options) const {
+  if (!forward_.load(std::memory_order_acquire) && !has_options) {
     if (rows_forward_.fetch_add(rows) + rows <= few_rows) {
       return {bias(), true};
     }
@@ -111,8 +111,8 @@ Weights::Packed Weights::forward(index rows, bool asks) const {
   return {find(forward_, Packing::forward), false};
 }
 
-const char* Weights::backward(index rows, bool asks) const {
-  if (!backward_.load(std::memory_order_acquire) && !asks) {
+const char* Weights::backward(index rows, bool has_options) const {
+  if (!backward_.load(std::memory_order_acquire) && !has_options) {
     if (rows_backward_.fetch_add(rows) + rows <= 3 * few_rows) return nullptr;
   }
   return find(backward_, Packing::backward);

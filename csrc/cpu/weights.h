@@ -1,8 +1,9 @@
-// The parameters of a layer in one direction, and both their packings.
+// Weights holds the parameters of a layer in one direction, and their packings for
+// forward and backward.
 //
-// A packing is made when a call first needs it and then kept. A few rows in all are
-// multiplied with the weights as they lie in memory instead, in the same order of sums:
-// packing would take longer. Calls with options always take a packing.
+// A packing is created when a call first needs it, and then kept. The first few rows are
+// multiplied with the weights as they lie in memory instead, in the same order of sums,
+// because packing would take longer. Calls with options always use a packing.
 #pragma once
 
 #include <atomic>
@@ -12,7 +13,7 @@
 
 namespace fusedrnn {
 
-// What the packed weights of a call with options and of weight dropout depend on.
+// DroppedWeights has what weight dropout depends on.
 struct DroppedWeights {
   double p;  // 0: none
   std::uint64_t seed;
@@ -20,27 +21,30 @@ struct DroppedWeights {
 };
 
 // Up to so many rows in all are multiplied without a packing, and three times as many in
-// backward, for which weights lie well as they are; tests change it.
+// backward, where the unpacked weights already lie in the order of the product. Tests
+// change it.
 extern std::atomic<index> few_rows;
 
 class Weights {
  public:
-  // Parameters have the blocks of the user's gates, and must stay where they are. Without
-  // any, only sizes can be asked for.
+  // Parameters have the blocks of the user's gates, and must outlive this object. Without
+  // parameters only sizes can be asked for.
   Weights(const Kernels& kernels, const CellKernels& cell,
           const Parameters<char>& parameters, const Vectors<const char>& vectors);
-  // The same with some elements of weight_hh dropped.
+  // Copies `whole` with some elements of weight_hh dropped.
   Weights(const Weights& whole, const DroppedWeights& dropped);
   ~Weights();
 
   const Layout& layout() const { return layout_; }
   const Vectors<const char>& vectors() const { return vectors_; }
   const Parameters<char>& parameters() const { return parameters_; }
-  // Blocks of rows in the user's parameters: the kernels' gates, without an absent one.
+  // Returns the number of blocks of rows in the user's parameters: the kernels' gates
+  // without an absent one.
   int blocks() const { return layout_.shape.gates - has_absent(); }
-  // Whether the cell has a gate without weights, whose rows are zero for the kernels.
+  // Returns whether the cell has a gate without weights, whose rows are zero for the
+  // kernels.
   bool has_absent() const { return layout_.shape.differs.absent >= 0; }
-  // Whether the plain kernels do not do, whatever a call asks for.
+  // Returns whether every call needs the kernels with options.
   bool has_options() const {
     return layout_.model.projects || layout_.model.norm || vectors_.weight_ch ||
            layout_.shape.has_second() || has_absent();
@@ -52,41 +56,42 @@ class Weights {
   };
   Packed forward(index rows, bool has_options) const;
   const char* bias() const { return find(bias_, Packing::bias); }
-  // Null: unpacked.
+  // Returns null for unpacked weights.
   const char* backward(index rows, bool has_options) const;
-  // Bytes that the packing for a forward takes.
+  // Returns the bytes of the packing for forward.
   index packed_bytes() const { return fusedrnn::packed_bytes(layout_, Packing::forward); }
 
  private:
-  // Memory that is filled once, by whichever thread is first.
+  // A Slot is filled once, by whichever thread is first.
   using Slot = std::atomic<const Memory*>;
 
   const char* find(Slot& slot, Packing packing) const;
   void expand();
 
   const Layout layout_;
-  const Parameters<char> given_;
-  const Vectors<const char> given_vectors_;
+  const Parameters<char> user_parameters_;
+  const Vectors<const char> user_vectors_;
   Memory dropped_, expanded_;
-  Parameters<char> parameters_;  // as the kernels take them
+  Parameters<char> parameters_;  // as the kernels read them
   Vectors<const char> vectors_;
   mutable Slot bias_{nullptr}, forward_{nullptr}, backward_{nullptr};
   mutable std::atomic<index> rows_forward_{0}, rows_backward_{0};
 };
 
-// Writes weight_hh (as the user has it) or its gradient with the elements dropped.
+// Copies weight_hh (as the user has it) or its gradient, with the dropped elements set to
+// 0.
 void drop_weights(const Weights& weights, const DroppedWeights& dropped, const char* from,
                   char* to);
 
-// The place of a slot among the peepholes.
+// Returns the place of a slot among the peepholes.
 inline int peephole_of(const Shape& shape, int slot) {
   int at = 0;
   while (shape.peepholes[at].slot != slot) ++at;
   return at;
 }
 
-// Copies blocks of `bytes` each, of all but the absent one of a cell's `blocks`: into an
-// array that has it, as zeros, or back out of it.
+// Copies blocks of `bytes` each: insert_block from an array without the absent block of a
+// cell's `blocks` to one where it is zeros, remove_block the other way.
 void insert_block(const char* from, index bytes, int blocks, int absent, char* to);
 void remove_block(const char* from, index bytes, int blocks, int absent, char* to);
 

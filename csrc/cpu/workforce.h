@@ -1,4 +1,5 @@
-// How many threads a call takes, and in what state they compute.
+// This header says how many threads a call takes, and in which floating-point mode they
+// compute.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +13,9 @@
 
 namespace fusedrnn {
 
-// State that decays towards zero passes through denormals, which cost some hundred cycles
-// each on many machines: the call takes them as zero and leaves the caller's mode alone.
+// FlushDenormals makes a call treat denormal numbers as zero, and restores the caller's
+// mode. A state that decays towards zero passes through denormals, which cost some
+// hundred cycles each on many machines.
 class FlushDenormals {
 #ifdef FUSEDRNN_X86
  public:
@@ -35,8 +37,8 @@ class FlushDenormals {
 #endif
 };
 
-// f(team) on so many threads. `steps` are those of the call: a count of them goes on from
-// call to call.
+// Calls f(team) on so many threads. `steps` is the number of steps of the call, which are
+// counted from call to call.
 template <class F>
 void with_team(int threads, bool brief, index steps, const F& f) {
   thread_local index step = 0;
@@ -49,7 +51,8 @@ void with_team(int threads, bool brief, index steps, const F& f) {
   step += steps;
 }
 
-// One thread for each so many values, of those that a call may have.
+// Returns one thread for each `values_per_thread` values, at most as many as a call may
+// use.
 inline int threads_for(index values, index values_per_thread) {
   const index most = std::max<index>(values / values_per_thread, 1);
   return static_cast<int>(std::min<index>(most, get_num_threads()));

@@ -136,7 +136,7 @@ struct Words {
   friend Words high(Words a) { return {_mm256_srli_epi64(a.v, 32)}; }
 
  private:
-  // In lanes of 32 bits, which compare as if signed.
+  // AVX2 compares signed integers, so the sign bits are flipped first.
   __m256i below(std::uint32_t t) const {
     const __m256i half = _mm256_set1_epi32(INT32_MIN);
     const __m256i bound = _mm256_set1_epi32(static_cast<int>(t));

@@ -1,23 +1,24 @@
-// Sigmoid and tanh, written once over the vector contract.
+// Sigmoid and tanh are written once over the vector contract.
 //
 //   sigmoid(x) = 1 / (1 + exp(-x))
 //   tanh(x)    = (exp(2|x|) - 1) / (exp(2|x|) + 1)  with the sign of x
 //
 // exp(ax) = 2^n (1 + p) with n = round(ax / ln 2), r = x - n ln 2 / a and p = expm1(ar) =
-// ar + r² q(r). ln 2 is taken in two parts (Cody and Waite 1980) for sigmoid; tanh, flat
-// where n is large, needs but one. q is a minimax polynomial on |ar| <= ln 2 / 2,
-// weighted with |r|, found with Remez's exchange: relative error of p below 2^-26 in
+// ar + r² q(r). ln 2 is split in two parts (Cody and Waite 1980) for sigmoid; tanh, which
+// is flat where n is large, needs only one. q is a minimax polynomial on |ar| <= ln 2 /
+// 2, weighted with |r|, from Remez's exchange: the relative error of p is below 2^-26 in
 // float (degree 4) and 2^-68 in double (degree 11). n comes from adding a number so large
-// that nothing below 1 is left of the sum, and so chosen that n's biased exponent stands
-// in its lowest bits. a = -1 and 2 are powers of two but for the sign, so they go into
-// the constants.
+// that the sum has no fraction bits; the number is chosen so that n's biased exponent is
+// in the lowest bits of the sum. a = -1 and 2 are powers of two but for the sign, so they
+// are folded into the constants.
 //
 // A cell's time is that of its chains of dependent operations, so these are short: terms
-// of q in pairs (Estrin 1960), 1 ± 2^n beside them, both sides of a quotient at once.
+// of q are added in pairs (Estrin 1960), 1 ± 2^n is computed beside them, and both sides
+// of a quotient at once.
 //
-// Measured at most 2.9 ULP off in both types (tests/test_math.py), 0 and ±inf exact,
-// NaN kept. Results below the smallest normal number are 0 where the machine flushes
-// them, as it does during a call (dispatch.cpp).
+// The error is at most 2.9 ULP as measured in both types (tests/test_math.py); 0 and ±inf
+// are exact, NaN is kept. Results below the smallest normal number are 0 if the machine
+// flushes them, as it does during a call (dispatch.cpp).
 #pragma once
 
 #include "vec.h"
@@ -30,8 +31,8 @@ struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   static constexpr float lowest = -88.029692f;        // -127 ln 2, where 2^n becomes 0
-  static constexpr float highest = 88.3f;             // 2^n is not yet inf
-  static constexpr float flat = 10.0f;                // tanh(x) = 1 from here on
+  static constexpr float highest = 88.3f;             // where 2^n is still finite
+  static constexpr float flat = 10.0f;                // tanh(x) = 1 from here
   static constexpr float bias = 127;                  // of the exponent
   static constexpr float shift = 12582912.0f + bias;  // 1.5 · 2^23, and the bias
   static constexpr float log2e = 1.44269504f, ln2 = 0.69314718f;

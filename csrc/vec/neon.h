@@ -1,4 +1,4 @@
-// NEON of aarch64, which every such machine has: 4 floats or 2 doubles, 32 registers.
+// NEON, which every aarch64 machine has: 4 floats or 2 doubles, 32 registers.
 #pragma once
 
 #include <cstdint>

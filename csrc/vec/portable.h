@@ -56,7 +56,8 @@ struct Vec {
   friend Vec root(Vec a) {
     return each([&](int l) { return static_cast<S>(__builtin_sqrt(a.lane[l])); });
   }
-  // Rounded twice: std::fma is a slow library call on machines without the instruction.
+  // The result is rounded twice, because std::fma is a slow library call on machines
+  // without the instruction.
   friend Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   friend Vec min(Vec a, Vec b) {
     return each([&](int l) { return a.lane[l] < b.lane[l] ? a.lane[l] : b.lane[l]; });

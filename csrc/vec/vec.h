@@ -1,4 +1,5 @@
-// The vector contract: what the cells and the kernels may ask of an instruction set.
+// This header is the vector contract: the operations that the cells and the kernels use
+// of an instruction set.
 //
 // Each ISA header defines, inside the namespace FUSEDRNN_ARCH, `template <class S> struct
 // Vec` for S = float and double with
@@ -17,15 +18,16 @@
 //   exp2_of_shifted(t)            2^n for t = n + shift (math.h): the exponent's bits are
 //                                 the lowest of t
 //   if_less(a, b, x, y)           a < b ? x : y
-//   zip_low(a, b), zip_high(a, b) in each block of 16 bytes a0 b0 a1 b1 … of the lower
-//                                 halves of those of a and b, or of the upper
-//   even_blocks(a, b), odd_…      those blocks of a, then those of b; of wider vectors
+//   zip_low(a, b), zip_high(a, b) interleave a0 b0 a1 b1 … the lower (upper) halves of
+//                                 each block of 16 bytes of a and b
+//   even_blocks(a, b), odd_…      the even (odd) blocks of 16 bytes of a, then of b; for
+//                                 wider vectors only
 //
-// and for random.h `Words`, whole numbers of 32 bits in the lower halves of 64.
+// For random.h it defines `Words`, 32-bit words in the lower halves of 64-bit lanes.
 // Operations ignore the upper 32 bits, except high():
 //
 //   lanes, load(p), broadcast(x), a + b, a ^ b
-//   times(a, b)                   the products, of 64 bits; high(a) the upper halves
+//   times(a, b)                   64-bit products; high(a) their upper halves
 //   choose(t, yes, no, to)        to[e] = a[e] < t ? yes : no, of float or double
 //
 // The namespace is named after the ISA so that two translation units compiled with
@@ -46,7 +48,7 @@
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// Load or store all lanes or, at the end of a row, the n that exist.
+// These load or store all lanes or, at the end of a row, the n that exist.
 template <class V>
 inline V load_upto(const typename V::scalar* p, index n) {
   return n >= V::lanes ? V::load(p) : V::load_n(p, n);

@@ -1,4 +1,5 @@
-// The primitives of cuda/device.h for the host, over fibers; see fibers.h.
+// This header has the primitives of cuda/device.h for the host, over fibers; see
+// fibers.h.
 #pragma once
 
 #include <bit>
@@ -24,10 +25,10 @@ inline void sync_warp() { own_warp().barrier.meet(); }
 inline void sync_block() { emulator::here().block->barrier.meet(); }
 inline void sync_cluster() { emulator::here().block->cluster->barrier.meet(); }
 
-// Of Arrivals: the round times two, and one more once it is told what must come; bytes
-// that have yet to come, or less than none.
-inline void count(Arrivals* a, bool told, int bytes) {
-  a->state[0] += told;
+// state[0] is twice the round, plus one once the expected bytes are known; state[1] is
+// how many bytes are still to arrive, negative if they came first.
+inline void count(Arrivals* a, bool is_expected, int bytes) {
+  a->state[0] += is_expected;
   a->state[1] += static_cast<std::uint32_t>(bytes);
   a->state[0] += a->state[0] % 2 == 1 && a->state[1] == 0;
 }
@@ -45,7 +46,7 @@ inline void store_in_peer(Quad* p, int rank, const Quad& value, Arrivals* arriva
                                            (reinterpret_cast<char*>(own) - shared()));
   };
   Quad* const to = in_peer(p);
-  emulator::later(to, [=, a = in_peer(arrivals)] {
+  emulator::delay_store(to, [=, a = in_peer(arrivals)] {
     *to = value;
     count(a, false, -static_cast<int>(sizeof(value)));
   });
@@ -58,10 +59,10 @@ inline void store_exchanged(Quad* p, const Quad& value) {
     std::uint32_t* const to = p->word + half;
     const std::uint64_t both =
         value.word[half] | static_cast<std::uint64_t>(value.word[half + 1]) << 32;
-    emulator::later(to, [=] { std::memcpy(to, &both, sizeof(both)); });
+    emulator::delay_store(to, [=] { std::memcpy(to, &both, sizeof(both)); });
   }
 }
-inline void fence() { emulator::settle(); }
+inline void fence() { emulator::flush_stores(); }
 template <class A>
 void add_to(A* p, A x) {
   *p += x;
@@ -72,7 +73,7 @@ void wait_until(const F& ready) {
   sync_warp();
 }
 
-// Halves by hand: not every host has them.
+// Halves are converted by hand, because not every host has them.
 inline float from_half(Half x, bool bfloat) {
   if (bfloat) return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
   const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
@@ -94,9 +95,9 @@ inline Half to_half(float x, bool bfloat) {
   if (size >= 65520) return {static_cast<std::uint16_t>(sign | 0x7c00)};
   int exponent;
   std::frexp(size, &exponent);
-  const int last = std::max(exponent - 11, -24);  // the exponent of the last bit
+  const int last = std::max(exponent - 11, -24);  // exponent of the last bit
   const auto steps = static_cast<int>(std::nearbyint(std::ldexp(size, -last)));
-  // A carry out of the mantissa moves on to the exponent by itself.
+  // A carry out of the mantissa goes into the exponent.
   const int bits = last == -24 ? steps : ((last + 25) << 10) + steps - 1024;
   return {static_cast<std::uint16_t>(sign | bits)};
 }
@@ -106,7 +107,7 @@ inline TensorFloat32 to_tensor_float32(float x) {
   return {std::bit_cast<float>((bits + 0x1000) & ~0x1fffu)};
 }
 
-// The warp's fragments as PTX lays them out, multiplied by each lane for its own sums;
+// Multiplies the warp's fragments, laid out as in PTX, each lane for its own sums;
 // element(word, e) is the e-th of the in_word values of a fragment's word.
 template <int in_word, class Element>
 void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],

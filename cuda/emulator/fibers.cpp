@@ -20,13 +20,13 @@ constexpr std::size_t stack_bytes = 128 * 1024;
 constexpr int blocks_at_a_time = 3;
 
 struct Fiber {
-  ucontext_t context;  // to start it
+  ucontext_t context;  // where it starts
   jmp_buf place;       // where it waits
   bool started = false;
   char* stack;
   Here here;
   bool done = false, slow = false;
-  const Barrier* waits = nullptr;  // for all to meet here
+  const Barrier* waits = nullptr;  // the barrier it waits at
   void* fake_stack = nullptr;      // AddressSanitizer's
 };
 
@@ -50,10 +50,10 @@ char* take_stack() {
   return static_cast<char*>(stack);
 }
 
-void to_scheduler([[maybe_unused]] bool for_good) {
+void to_scheduler([[maybe_unused]] bool ends) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &running->fake_stack,
-                                 scheduler_stack, scheduler_stack_bytes);
+  __sanitizer_start_switch_fiber(ends ? nullptr : &running->fake_stack, scheduler_stack,
+                                 scheduler_stack_bytes);
 #endif
   if (_setjmp(running->place) == 0) _longjmp(scheduler, 1);
 #if defined(__SANITIZE_ADDRESS__)
@@ -68,7 +68,7 @@ void to_fiber(Fiber* fiber) {
   void* fake_stack = nullptr;
   __sanitizer_start_switch_fiber(&fake_stack, fiber->stack, stack_bytes);
 #endif
-  // Jumps are fast; only a fiber's first is a switch of contexts, which asks the kernel.
+  // Jumps are fast; only a fiber's start is a context switch, which is a system call.
   if (_setjmp(scheduler) == 0) {
     if (fiber->started) _longjmp(fiber->place, 1);
     fiber->started = true;
@@ -101,26 +101,26 @@ std::unique_ptr<Fiber> new_fiber(const Here& at) {
   return fiber;
 }
 
-// Stores that are still to come, as they were made.
+// These are the delayed stores, in the order in which they were issued.
 struct Store {
   const Fiber* by;
   const void* place;
-  std::function<void()> make;
-  bool kept;  // until the others all wait
+  std::function<void()> perform;
+  bool held;  // until all fibers wait
 };
 std::vector<Store> stores;
-unsigned stores_made = 0;
+unsigned stores_issued = 0;
 
-void make_store(std::size_t at) {
+void perform_store(std::size_t at) {
   for (std::size_t before = 0; before < at; ++before) {
     if (stores[before].place == stores[at].place) at = before;
   }
-  stores[at].make();
+  stores[at].perform();
   stores.erase(stores.begin() + static_cast<std::ptrdiff_t>(at));
 }
 
-// Until all are done, a random one of those that can run; those of some warps much more
-// seldom than others.
+// Runs a random ready fiber until all are done; some warps run much more seldom than
+// others.
 void run_all(std::vector<std::unique_ptr<Fiber>>& fibers, std::mt19937& random) {
   std::vector<Fiber*> ready;
   for (const auto& fiber : fibers) ready.push_back(fiber.get());
@@ -137,7 +137,7 @@ void run_all(std::vector<std::unique_ptr<Fiber>>& fibers, std::mt19937& random) 
     ready.pop_back();
     if (!stores.empty()) {
       const std::size_t one = random() % stores.size();
-      if (stores[one].kept ? idle > 2 * left : random() % 4 == 0) make_store(one);
+      if (stores[one].held ? idle > 2 * left : random() % 4 == 0) perform_store(one);
     }
     const std::size_t before = left;
     bool polled = false;
@@ -149,10 +149,10 @@ void run_all(std::vector<std::unique_ptr<Fiber>>& fibers, std::mt19937& random) 
       polled = true;
       ready.push_back(fiber);
     }
-    const bool moved = left < before || fiber->waits || !woken.empty();
+    const bool progressed = left < before || fiber->waits || !woken.empty();
     ready.insert(ready.end(), woken.begin(), woken.end());
     woken.clear();
-    idle = polled && !moved ? idle + 1 : 0;
+    idle = polled && !progressed ? idle + 1 : 0;
     if (idle > 10'000'000) {
       std::fprintf(stderr,
                    "emulator: every thread waits for memory that nobody writes\n");
@@ -173,15 +173,15 @@ void Barrier::meet() {
     return;
   }
   arrived_ = 0;
-  std::size_t kept = 0;
+  std::size_t held = 0;
   for (const auto& entry : waiting) {
     if (entry.first == this) {
       woken.push_back(entry.second);
     } else {
-      waiting[kept++] = entry;
+      waiting[held++] = entry;
     }
   }
-  waiting.resize(kept);
+  waiting.resize(held);
 }
 
 Block::Block(int x_, int y_, int threads, std::size_t shared_bytes)
@@ -196,20 +196,21 @@ Here& here() { return running->here; }
 
 void yield_waiting() { to_scheduler(false); }
 
-void later(const void* place, std::function<void()> store) {
-  // What makers take back alternates with what they send, in two halves each: for some
-  // time all of one is kept, then all of the other, then none.
-  const unsigned number = stores_made++;
-  const bool kept = number / 2 % 2 == number / 512 % 4;
-  stores.push_back({running, place, std::move(store), kept});
+void delay_store(const void* place, std::function<void()> store) {
+  // Stores of data alternate with those that mark buffers as unwritten, each in two
+  // halves. For some time all stores of one kind are held back, then all of the other,
+  // then none.
+  const unsigned number = stores_issued++;
+  const bool held = number / 2 % 2 == number / 512 % 4;
+  stores.push_back({running, place, std::move(store), held});
 }
-void settle() {
+void flush_stores() {
   for (std::size_t at = 0; at < stores.size();) {
     if (stores[at].by != running) {
       ++at;
       continue;
     }
-    stores[at].make();
+    stores[at].perform();
     stores.erase(stores.begin() + static_cast<std::ptrdiff_t>(at));
   }
 }
@@ -247,7 +248,7 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
       }
     }
     run_all(fibers, random);
-    while (!stores.empty()) make_store(0);
+    while (!stores.empty()) perform_store(0);
     for (const auto& fiber : fibers) free_stacks.push_back(fiber->stack);
     next += count;
   }

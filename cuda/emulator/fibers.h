@@ -1,9 +1,9 @@
-// Threads of a grid as fibers of one CPU thread: the kernels of cuda/ compile for the
-// host against emulator/device.h, which is written over this. It is a test tool: it finds
-// wrong indices (with AddressSanitizer), missing barriers and hand-shakes that depend on
-// an order, because it runs the fibers in an order drawn from a seed, some warps seldom,
-// and delays the stores that other blocks wait for, in any order. It says nothing about
-// time, and it does not reorder a thread's other accesses.
+// This header runs the threads of a grid as fibers of one CPU thread. The kernels of
+// cuda/ compile for the host with emulator/device.h, which is written over it. It is a
+// test tool: it finds wrong indices (with AddressSanitizer), missing barriers and
+// handshakes that depend on an order, because it runs the fibers in an order drawn from a
+// seed, some warps seldom, and delays the stores that other blocks wait for, in any
+// order. It says nothing about time, and it does not reorder a thread's other accesses.
 //
 // A fiber runs until it waits. Shared memory of every block starts as NaN.
 #pragma once
@@ -16,7 +16,7 @@
 
 namespace emulator {
 
-// Where so many fibers wait for each other, again and again.
+// At a Barrier `members` fibers wait for each other, again and again.
 class Barrier {
  public:
   explicit Barrier(int members) : members_(members) {}
@@ -30,7 +30,7 @@ struct Warp {
   Barrier barrier{32};
   struct Fragments {
     unsigned a[4], b[2];
-  } fragments[2][32];  // of one matrix product and the next
+  } fragments[2][32];  // of two matrix products in alternation
 };
 
 struct Cluster;
@@ -54,16 +54,16 @@ struct Cluster {
 struct Here {
   Block* block;
   int thread, threads, blocks_x, blocks_y;
-  unsigned products;  // of the matrix unit, so far
+  unsigned products;  // matrix products so far
 };
 Here& here();
 
-// Makes a store later, but after those to the same place before it; a fiber's own no
-// later than when it calls settle().
-void later(const void* place, std::function<void()> store);
-void settle();
+// delay_store performs a store later, but after earlier ones to the same place. A fiber's
+// own stores are performed at the latest in flush_stores().
+void delay_store(const void* place, std::function<void()> store);
+void flush_stores();
 
-// Lets the others run. What waits for memory to change calls it again and again; where
+// Lets other fibers run. A fiber that waits for memory to change calls it repeatedly; if
 // all fibers do so for long, the program ends with a message.
 void yield_waiting();
 

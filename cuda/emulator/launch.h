@@ -1,4 +1,4 @@
-// The launch of a kernel as fibers: the part of cuda/runtime.h that is a template.
+// This header launches a kernel as fibers: the part of cuda/runtime.h that is a template.
 #pragma once
 
 #include "../runtime.h"
@@ -20,7 +20,7 @@ void launch(const Kernel& kernel, const Launch& shape, Stream) {
 }
 
 template <class F>
-void launch_in_turn(index count, const F& of, const Launch& shape, Stream stream) {
+void launch_in_order(index count, const F& of, const Launch& shape, Stream stream) {
   for (index i = 0; i < count; ++i) launch(of(i), shape, stream);
 }
 

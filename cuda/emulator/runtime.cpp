@@ -1,4 +1,5 @@
-// cuda/runtime.h without a GPU: its memory is the host's, its products are plain loops.
+// This file implements cuda/runtime.h without a GPU: memory is the host's, products are
+// plain loops.
 #include "../runtime.h"
 
 #include <cstdlib>
@@ -12,7 +13,7 @@ namespace fusedrnn::cuda {
 
 namespace {
 
-// Small, so that little work already meets every limit.
+// The device is small, so that small shapes reach every limit.
 Device emulated{"emulator", 90, 12, 96 * 1024, 8};
 
 double value_at(const Matrix& m, index i) {
@@ -83,7 +84,7 @@ void* allocate(index bytes, Stream) {
           ? std::aligned_alloc(256, static_cast<std::size_t>((bytes + 255) / 256 * 256))
           : nullptr;
   if (!memory) throw OutOfMemory("out of memory");
-  // What nobody wrote is NaN in any precision.
+  // Unwritten memory is NaN in any precision.
   std::memset(memory, 0xff, static_cast<std::size_t>(bytes));
   return memory;
 }

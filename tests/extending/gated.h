@@ -1,4 +1,4 @@
-// Elman network with a gate on its output.
+// This cell is an Elman network with a gate on its output.
 //
 //   i = σ(a_i)     g = tanh(a_g)     h = i g          a = W x + b_ih + R h' + b_hh
 //

@@ -1,13 +1,14 @@
-// dW += daᵀ x, dR += daᵀ h', db += Σ da of a block of depth: rows of one step or several.
-// Sums run over the rows of a block in order, and then over the blocks.
+// This header computes dW += daᵀ x, dR += daᵀ h' and db += Σ da of a block of depth, the
+// rows of one step or several. Sums run over the rows of a block in order, and then over
+// the blocks.
 #pragma once
 
 #include "product.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// Panels of two vectors, the last of one if that is enough: [panel][k][width][lanes], of
-// rows [own.begin, own.end).
+// Packs rows [own.begin, own.end) of panels of two vectors, the last of one if that is
+// enough: [panel][k][width][lanes].
 template <class S>
 void pack_right(const char* const* rows, Range own, index depth, index N, char* to) {
   using V = Vec<S>;
@@ -24,11 +25,11 @@ void pack_right(const char* const* rows, Range own, index depth, index N, char* 
   }
 }
 
-// The tile of the gradients: its rows are columns of da.
+// The rows of a tile of the gradients are columns of da.
 template <class S>
 constexpr int gradient_tile = tallest_tile<Vec<S>>(2);
 
-// Tiles of columns: [tile][k][gradient_tile].
+// Packs tiles of columns: [tile][k][gradient_tile].
 template <class S>
 void pack_left(const char* const* rows, index depth, Range columns, char* to) {
   constexpr int tile = gradient_tile<S>;
@@ -83,7 +84,7 @@ void add_tile(const S* left, const S* right, index depth, S* const* to, index n,
   }
 }
 
-// dweight += leftᵀ · right for those of some packed columns that belong to it.
+// Adds leftᵀ · right to dweight, for the packed columns that belong to it.
 template <class S>
 void add_products(const char* left, index depth, Range columns, const Target& of,
                   bool first) {
@@ -115,7 +116,7 @@ void add_products(const char* left, index depth, Range columns, const Target& of
   }
 }
 
-// The same from few rows, for which packing takes longer than the sums.
+// Adds the same from few rows, for which packing takes longer than the sums.
 template <class S, int depth>
 void add_outer_products_of(const char* const* da, const char* const* right, Range columns,
                            index P, const Target& of, bool first) {
@@ -151,13 +152,14 @@ void add_outer_products(const char* const* da, const char* const* right, index d
   add_outer_products_of<S, 4>(da, right, columns, P, of, first);
 }
 
-// to = Σ_k a[k] or Σ_k a[k] b[k], in order, of columns `own`, added to what is there
-// unless it is the first block: where the sum `continues` from it, else after it.
+// Computes Σ_k a[k] or Σ_k a[k] b[k], in order, of columns `own`. If it is not the first
+// block, the sum starts at `to` if it `continues`, else it is added to `to` at the end.
 template <class S, bool is_full>
 void add_some_columns(const char* const* a, const char* const* b, index depth, index left,
                       index column, S* out, bool first, bool continues) {
   using V = Vec<S>;
-  constexpr int lanes = V::lanes, at_once = 8;  // which hide the latency of an addition
+  constexpr int lanes = V::lanes,
+                at_once = 8;  // enough to hide the latency of an addition
   V sum[at_once] = {};
   const auto each = [&](const auto& f) {
 #pragma GCC unroll 8

@@ -1,6 +1,6 @@
-// The kernels of one instruction set for one element type: compiled once for each pair,
-// with that instruction set's flags, FUSEDRNN_ARCH set to its name and FUSEDRNN_ELEMENT
-// to float or double.
+// This file has the kernels of one instruction set for one element type. It is compiled
+// once for each pair, with the instruction set's flags, FUSEDRNN_ARCH set to its name and
+// FUSEDRNN_ELEMENT to float or double.
 #include "gradients.h"
 #include "pack.h"
 #include "probe.h"
@@ -43,8 +43,8 @@ constexpr CellTable cells = [] {
   return table;
 }();
 
-// One for each shape of panel: of one matrix, two vectors or a last one of one, and those
-// of the cells.
+// There is one PanelProduct for each shape of panel: two vectors of one matrix, a last
+// one of one vector, and the shapes of the cells.
 struct PanelShape {
   int width, sums;
 };
@@ -107,7 +107,7 @@ void fill(double value, index n, char* to) {
   for (index j = 0; j < n; ++j) reinterpret_cast<S*>(to)[j] = static_cast<S>(value);
 }
 
-// The pointwise functions that are the same for any cell.
+// These pointwise functions are the same for every cell.
 using Any = Steps<Rnn<V>, S>;
 
 }  // namespace
@@ -127,8 +127,8 @@ constinit const Kernels FUSEDRNN_TABLE(FUSEDRNN_ELEMENT){
     walk,
     Any::put,
     Any::finish,
-    Any::leave,
-    Any::before,
+    Any::store_dh0,
+    Any::store_dh,
     bounds,
     draw_zoneout<S>,
     draw_recurrent<S>,
@@ -145,7 +145,7 @@ constinit const Kernels FUSEDRNN_TABLE(FUSEDRNN_ELEMENT){
     write_biases<S>,
 };
 
-// Parts that are there once for both element types stand with float.
+// The parts that both element types share are compiled with float.
 #ifdef FUSEDRNN_WITH_ISA
 
 extern const Kernels kernels_double;

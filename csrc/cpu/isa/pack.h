@@ -1,6 +1,6 @@
-// Weights in the order in which the products read them: panels (product.h) with the
-// columns of all gates of a few hidden units together, so that a tile ends with whole
-// units.
+// This header packs weights in the order in which the products read them: panels
+// (product.h) with the columns of all gates of a few hidden units together, so that a
+// tile ends with whole units.
 //
 //   forward     [panel][k][slot][vector of units][lanes]
 //   transposed  [panel][slot·P + unit][2 vectors of columns, the last 1 if enough][lanes]
@@ -13,8 +13,8 @@
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// One vector of a panel for lanes of k, of which `left` are there, from weight
-// (blocks·H, K): square[i] is that of k + i.
+// Loads one vector of a panel for `lanes` values of k, of which `left` exist, from weight
+// (blocks·H, K): square[i] belongs to k + i.
 template <class V>
 inline void load_square(const Matrix& of, int unit_vectors, index panel, int vector,
                         index k, index left, V (&square)[V::lanes]) {
@@ -27,7 +27,7 @@ inline void load_square(const Matrix& of, int unit_vectors, index panel, int vec
   for (int u = 0; u < V::lanes; ++u) {
     const bool real = unit + u < of.H;
     square[u] = real ? load_upto<V>(rows + u * of.K, left) : V::broadcast(0);
-    // So many rows at once no machine foresees.
+    // The hardware prefetcher does not follow so many rows at once.
     __builtin_prefetch(rows + u * of.K + 4 * V::lanes);
   }
   transpose(square);
@@ -61,8 +61,8 @@ void pack_panels(const Matrix& of, int unit_vectors, Range panels, char* to) {
 }
 
 // Packs the columns of weight (blocks·H, K) in panels of two vectors. A few rows go to
-// all panels before the next: whole rows lie side by side in memory, those of one panel
-// on as many pages (LSTM, H = 1024: 2.6 instead of 4.2 ms).
+// all panels before the next rows: whole rows are contiguous in memory, while the rows of
+// one panel lie on as many pages (LSTM, H = 1024: 2.6 instead of 4.2 ms).
 template <class S>
 void pack_transposed(const Matrix& of, Range panels, char* to) {
   using V = Vec<S>;
@@ -91,7 +91,8 @@ void pack_transposed(const Matrix& of, Range panels, char* to) {
   }
 }
 
-// (slots, P): b_ih + b_hh where they meet in one sum, else each alone.
+// Packs the biases as (slots, P): b_ih + b_hh where they meet in one sum, else each
+// alone.
 template <class S>
 void pack_bias(const Shape& shape, const Parameters<char>& p, index P, char* to) {
   const index H = p.model.H;

@@ -1,12 +1,13 @@
-// What this core can do at most, for the floor that bench/ holds results against.
+// This header measures the limits of this core, the floor that bench/ compares results
+// with.
 #pragma once
 
 #include "../../vec/math.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// `rounds` times one FMA on each of as many independent accumulators as hide its latency;
-// returns the floating-point operations done.
+// Does `rounds` FMAs on each of as many independent accumulators as hide the latency, and
+// returns the number of floating-point operations.
 template <class S>
 double multiply_add(index rounds) {
   using V = Vec<S>;
@@ -14,7 +15,7 @@ double multiply_add(index rounds) {
   V sum[sums];
 #pragma GCC unroll 24
   for (int i = 0; i < sums; ++i) sum[i] = V::broadcast(static_cast<S>(i));
-  // Opaque to the compiler, which would otherwise do this at compile time.
+  // volatile keeps the compiler from computing the result itself.
   volatile S half = S(0.5);
   const V factor = V::broadcast(half), term = V::broadcast(half);
   for (index round = 0; round < rounds; ++round) {
@@ -32,8 +33,8 @@ double multiply_add(index rounds) {
   return 2.0 * sums * V::lanes * static_cast<double>(rounds);
 }
 
-// Reads n elements from p `rounds` times, to and fro in blocks of 64 KB as the panels are
-// (run.h); returns the sum.
+// Reads n elements from p `rounds` times, alternately forwards and backwards in blocks of
+// 64 KB like the panels (run.h), and returns the sum.
 template <class S>
 S read_all(const S* p, index n, index rounds) {
   using V = Vec<S>;

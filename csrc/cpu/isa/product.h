@@ -1,10 +1,10 @@
-// The one multiply: a register tile of a few rows times panels of packed columns, in the
-// precision of the element type.
+// multiply() is the one matrix product: a register tile of a few rows times panels of
+// packed columns, in the precision of the element type.
 //
-// A panel holds W vectors of columns for all k, as [k][W][lanes]; panels stand one after
-// the other. Rows are read where they lie. Every sum runs over k in order in one
-// accumulator, whatever the tile, so a result does not depend on the row's neighbours, on
-// the split among threads, or on how a sequence is cut.
+// A panel holds W vectors of columns for all k, as [k][W][lanes]; panels are contiguous.
+// Rows are read in place. Every sum runs over k in order in one accumulator, whatever the
+// tile, so a result does not depend on the row's neighbours, on the split among threads,
+// or on how a sequence is cut.
 #pragma once
 
 #include "../../vec/math.h"
@@ -12,11 +12,12 @@
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// to = start + the terms (PanelProduct in kernels.h) for `rows` rows and `panels` panels
-// of W vectors that go into C sums each, `lines` of them with a prefetch.
+// Computes to = start + the terms (PanelProduct in kernels.h) for `rows` rows and
+// `panels` panels of W vectors that go into C sums each. It prefetches `lines` vectors
+// for each k.
 //
 // gcc keeps a 2-D array in registers only if every loop over it is unrolled. The sums are
-// stored for a pointwise function, which is a call of its own: inlined beside a cell's
+// stored for the pointwise function, which is a separate call: inlined beside a cell's
 // constants the product spills sums in the loop (AVX2, 4 gates: 67 instead of 111
 // GFLOP/s).
 template <class V, int rows, int panels, int W, int C, int lines>
@@ -47,7 +48,8 @@ void multiply(void* to, const StartAt& start, const TermAt* terms, int count) {
       }
       return V::load(right + c / W * apart + (k * W + c % W) * lanes);
     };
-    // The shorter side stays in registers for a k, the longer comes one vector at a time.
+    // The shorter side stays in registers for a k; the longer is read one vector at a
+    // time.
     for (index k = 0; k < term.K; ++k) {
       if constexpr (rows <= width) {
         V left[rows];
@@ -55,7 +57,7 @@ void multiply(void* to, const StartAt& start, const TermAt* terms, int count) {
         for (int r = 0; r < rows; ++r) left[r] = left_at(r, k);
 #pragma GCC unroll 16
         for (int c = 0; c < width; ++c) {
-          // gcc would read it again for each of two or three rows.
+          // For two or three rows gcc would otherwise read the column for each row.
           const V column = rows == 1 ? column_at(c, k) : in_register(column_at(c, k));
           const int at = c / W * C + offset + c % W;
 #pragma GCC unroll 16
@@ -92,7 +94,7 @@ void multiply(void* to, const StartAt& start, const TermAt* terms, int count) {
   }
 }
 
-// Accumulators that fit the registers beside the shorter side of a tile and one more
+// This many accumulators fit the registers beside the shorter side of a tile and one
 // vector.
 template <class V>
 constexpr int most_sums = V::registers == 32 ? 24 : 12;
@@ -103,11 +105,12 @@ constexpr int tallest_tile(int columns) {
   return rows < 8 ? rows : 8;
 }
 
-// Panels taken at once so that enough sums run side by side to hide the latency of an
-// FMA: eight by the book, ten as seen (Emerald Rapids, 4 rows of 2 vectors from L2: 177
-// instead of 148 GFLOP/s). Where reading takes longer four of 64 bytes keep up with it:
-// one row from beyond the first-level cache, as one stream of panels is read faster than
-// two (Zen 5, LSTM, R of 256 KB: 190 instead of 135 GB/s), any from beyond the second.
+// Returns how many panels to take at once so that enough independent sums hide the
+// latency of an FMA: eight in theory, ten as measured (Emerald Rapids, 4 rows of 2
+// vectors from L2: 177 instead of 148 GFLOP/s). If `reading` takes longer, four of 64
+// bytes keep up with it. That is so for one row from beyond the first-level cache,
+// because one stream of panels is read faster than two (Zen 5, LSTM, R of 256 KB: 190
+// instead of 135 GB/s), and for any number of rows from beyond the second.
 template <class V>
 constexpr int panels_at_once(int rows, int W, int C, bool reading) {
   const int enough = sizeof(V) < 64 ? 8 : reading ? 4 : 10;
@@ -129,14 +132,16 @@ constexpr void fill_rows(PanelProduct& p) {
   p.near[rows] = near;
   p.far[rows] = panels_at_once<V>(rows, W, C, true);
   fill_panels<V, rows, W, C, near>(p);
-  // Where vectors are short the processor's own prefetching keeps up. Many tiles share a
-  // panel only where none is less than half of the tallest; one tile takes a panel alone
-  // only where it is tall, or reading binds.
-  constexpr bool asks = sizeof(V) > 16 || V::registers == 32;
+  // For short vectors the hardware prefetcher keeps up. Many tiles share a panel only if
+  // each has at least half the rows of the tallest. One tile takes a panel alone only if
+  // it is tall, or if reading is the limit.
+  constexpr bool prefetches = sizeof(V) > 16 || V::registers == 32;
   constexpr bool is_tall = 2 * rows >= tallest_tile<V>(C);
   constexpr bool is_alone = panels_at_once<V>(rows, W, C, true) == 1;
-  p.asks_one[rows - 1] = multiply < V, rows, 1, W, C, asks && is_tall ? 1 : 0 > ;
-  p.asks_all[rows - 1] = multiply < V, rows, 1, W, C, asks && is_alone ? W : 0 > ;
+  p.prefetch_one[rows - 1] = multiply < V, rows, 1, W, C,
+                        prefetches && is_tall ? 1 : 0 > ;
+  p.prefetch_all[rows - 1] = multiply < V, rows, 1, W, C,
+                        prefetches && is_alone ? W : 0 > ;
   if constexpr (rows < tallest_tile<V>(C)) fill_rows<V, W, C, rows + 1>(p);
 }
 

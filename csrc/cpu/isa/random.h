@@ -1,4 +1,4 @@
-// Random numbers in memory (../../random.h).
+// This header writes random masks to memory (../../random.h).
 #pragma once
 
 #include "../../random.h"
@@ -7,7 +7,7 @@
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// The words of a block of counters from `first` on.
+// BlockOfWords is the words of a block of counters from `first` on.
 struct BlockOfWords {
   static constexpr int block = Generator::block, lanes = Words::lanes;
   Words word[block / lanes][4];
@@ -22,7 +22,7 @@ struct BlockOfWords {
                     static_cast<std::uint32_t>(j));
     }
   }
-  // to[e] = yes where element e of word k is drawn, else no.
+  // Sets to[e] to `yes` where element e of word k is drawn, else to `no`.
   template <class S>
   void choose(int k, std::uint32_t threshold, S yes, S no, S* to) const {
     for (int n = 0; n < block / lanes; ++n) {
@@ -31,8 +31,8 @@ struct BlockOfWords {
   }
 };
 
-// 0 for the elements of row (i, j) that are dropped, else 1 / (1 - p), a block at a time:
-// f(first element, factors, how many).
+// Calls f(first element, factors, count) for one block of row (i, j) after the other. A
+// factor is 0 for an element that is dropped, else 1 / (1 - p).
 template <class S, class F>
 void draw_dropout(const Generator& generator, double p, index i, index j, index n,
                   const F& f) {
@@ -49,7 +49,7 @@ void draw_dropout(const Generator& generator, double p, index i, index j, index 
   }
 }
 
-// Some rows of an array.
+// Applies dropout to some rows of an array.
 template <class S>
 void drop_out(const Dropout<char>& d, Range rows) {
   const Generator generator(d.seed, d.draw, d.where);
@@ -66,7 +66,7 @@ void drop_out(const Dropout<char>& d, Range rows) {
   }
 }
 
-// Factors of recurrent dropout for row b's h'.
+// Draws the factors of recurrent dropout for row b's h'.
 template <class S>
 void draw_recurrent(const Options& options, index b, index R, char* to) {
   const Generator generator(options.seed, static_cast<std::uint32_t>(Draw::recurrent),
@@ -81,7 +81,7 @@ void draw_recurrent(const Options& options, index b, index R, char* to) {
 template <class S>
 void draw_zoneout(const ZoneoutDraw& d) {
   const Options& o = *d.options;
-  const int words = d.has_c ? 2 : 4;  // of a counter for h
+  const int words = d.has_c ? 2 : 4;  // of each counter, for h
   const index block = Generator::block, group = words * block;
   const Generator generator(o.seed, static_cast<std::uint32_t>(Draw::zoneout), o.where);
   const std::uint32_t h = Generator::threshold(o.zoneout_h);

@@ -1,5 +1,6 @@
-// One product of a step for a thread's rows and panels: the order of the tiles, their
-// pointers, and for each tile the product and what follows it.
+// This header runs one product of a step for a thread's rows and panels: the order of the
+// tiles, their pointers, and for each tile the product and the pointwise function after
+// it.
 #pragma once
 
 #include "../machine.h"
@@ -13,18 +14,19 @@ class BlockRun {
   static constexpr int lanes = V::lanes;
   static constexpr int most_vectors = 128;
 
-  // The part of its panels' depth that a tile does, and what it prefetches meanwhile:
+  // Pass is the part of the panels' depth that a tile multiplies, and what it prefetches
+  // meanwhile:
   //
-  //   own    its panel a page ahead, as the machine itself looks no further than a page:
-  //          where panels come from beyond the second-level cache for one tile (Zen 5, R
-  //          of 4 MB: 128 instead of 105 GB/s)
-  //   next   a part, one vector for each k, of the panel or piece that comes after: where
-  //          each is read from L3 once for many tiles, the first of which would wait
-  struct Turn {
-    enum Asks { nothing, own, next };
+  //   own    its panel, a page ahead, because the hardware prefetcher stops at the end
+  //          of a page: if panels come from beyond the second-level cache for one tile
+  //          (Zen 5, R of 4 MB: 128 instead of 105 GB/s)
+  //   next   a part, one vector for each k, of the next panel or piece: if each is read
+  //          from L3 once and used by many tiles, the first of which would stall
+  struct Pass {
+    enum Prefetch { nothing, own, next };
 
     index piece = 0, pieces = 1;
-    Asks asks = nothing;
+    Prefetch prefetch = nothing;
     index next_panel = 0, next_piece = 0, part = 0;
   };
 
@@ -38,7 +40,7 @@ class BlockRun {
   TermAt terms_[most_terms];
   const char* right_[most_terms];  // of panel 0
   char* at_[most_roles][most_tile_rows];
-  const char* same_start_[most_tile_rows];  // for all rows
+  const char* same_start_[most_tile_rows];  // one start for all rows
   const char* left_[most_tile_rows];
   const char* operand_[most_terms][most_tile_rows];
   float scale_[most_terms][most_tile_rows];
@@ -58,17 +60,17 @@ class BlockRun {
     if (b_.product->enter) b_.product->enter();
     const bool narrow = b_.transposed && ends_narrow();
     prepare(*b_.panel_product);
-    take_blocks(b_.places, {b_.panels.begin, b_.panels.end - narrow}, b_.backwards);
+    run_blocks(b_.places, {b_.panels.begin, b_.panels.end - narrow}, b_.backwards);
     if (narrow && b_.panels.begin < b_.panels.end) {
       prepare(*b_.narrow_product);
       for_tiles(b_.places, [&](index place, int rows) {
-        take(place, rows, {b_.panels.end - 1, b_.panels.end}, 1, false);
+        run_tile(place, rows, {b_.panels.end - 1, b_.panels.end}, 1, false);
       });
     }
     if (b_.product->leave) b_.product->leave();
   }
 
-  // Whole rows, a few at a time.
+  // Calls the pointwise function for whole rows, `at_once` at a time.
   void walk(int at_once) {
     tile_.end = tile_.panel_units = b_.size;
     for (index place = b_.places.begin; place < b_.places.end; place += at_once) {
@@ -79,14 +81,14 @@ class BlockRun {
   }
 
  private:
-  // Whether the last panel has one vector, and is among the block's.
+  // Returns whether the last panel has one vector, and belongs to this block.
   bool ends_narrow() const {
     const index rest = b_.size % column_units_;
     const index last = (b_.size + column_units_ - 1) / column_units_;
     return rest > 0 && rest <= lanes && b_.panels.end == last;
   }
 
-  // Values that are the same for all tiles of a product.
+  // Sets the values that are the same for all tiles of a product.
   void prepare(const PanelProduct& product) {
     product_ = &product;
     const bool narrow = product.width < b_.width;  // of one vector
@@ -116,7 +118,7 @@ class BlockRun {
       terms_[n].scale = scale_[n];
     }
   }
-  // Memory for the rows of a tile as the operand of a term.
+  // Returns the memory for the rows of a tile as the operand of term n.
   char* operand_at(int n) const {
     char* at = b_.operands;
     for (int before = 0; before < n; ++before) {
@@ -125,7 +127,8 @@ class BlockRun {
     return at;
   }
 
-  // f(first row, rows) for tiles of nearly equal height, at most that of the product.
+  // Calls f(first row, rows) for tiles of nearly equal height, at most that of the
+  // product.
   template <class F>
   void for_tiles(Range places, const F& f) const {
     const index n = places.end - places.begin, most = product_->tile;
@@ -137,39 +140,39 @@ class BlockRun {
     }
   }
 
-  // Where all panels stay in any second-level cache, rows are the outer loop, so that
-  // what belongs to a row is read and written in order; else panels, so that each is read
-  // from L3 once for as many rows as stay in that cache beside it and the next.
+  // If all panels fit any second-level cache, the outer loop is over rows, so that a
+  // row's arrays are read and written in order. Else it is over panels, so that each is
+  // read from L3 once for as many rows as fit that cache beside it and the next panel.
   //
-  // Panels are taken to and fro: of more than a cache holds, what the last pass left
-  // there is met first (Zen 5, R of 1 MB in 1 MB: 0.83 instead of 0.92 ms). So the time
-  // loop, which comes again and again, alternates `backwards`.
-  void take_blocks(Range places, Range panels, bool backwards) {
+  // Panels are taken alternately forwards and backwards: if they exceed a cache, the next
+  // pass begins with those that the last one left there (Zen 5, R of 1 MB in 1 MB: 0.83
+  // instead of 0.92 ms). So the time loop alternates `backwards` from step to step.
+  void run_blocks(Range places, Range panels, bool backwards) {
     constexpr index own_cache = 512 * 1024, fewest_tiles = 4;
     const index most = product_->tile, pieces = b_.pieces;
     const index count = panels.end - panels.begin, bytes = count * b_.panel_bytes;
     const index height = places.end - places.begin;
     if (height <= 0 || count <= 0) return;
-    if (height <= most) return take_tile(places, panels, bytes, backwards);
+    if (height <= most) return run_single_tile(places, panels, bytes, backwards);
     const bool rows_first = bytes <= own_cache;
-    const index room = second_level_cache / 4 * 3 - 2 * b_.panel_bytes / pieces;
-    const index tiles = room / (most * b_.row_bytes);
+    const index available = second_level_cache / 4 * 3 - 2 * b_.panel_bytes / pieces;
+    const index tiles = available / (most * b_.row_bytes);
     const index fitting = most * (tiles > fewest_tiles ? tiles : fewest_tiles);
-    const index block = fitting < most_rows_waiting ? fitting : most_rows_waiting;
+    const index block = fitting < most_partial_rows ? fitting : most_partial_rows;
     if (height > block && !rows_first) {
       const index blocks = (height + block - 1) / block;
-      // An even number of passes ends where it began.
+      // An even number of passes ends at the panel where it began.
       if (blocks % 2 == 0) backwards = false;
       for (index n = 0; n < blocks; ++n, backwards = !backwards) {
-        take_blocks({places.begin + height * n / blocks,
-                     places.begin + height * (n + 1) / blocks},
-                    panels, backwards);
+        run_blocks({places.begin + height * n / blocks,
+                    places.begin + height * (n + 1) / blocks},
+                   panels, backwards);
       }
       return;
     }
     if (rows_first) {
       return for_tiles(places, [&](index place, int rows) {
-        take_groups(place, rows, panels, 1, backwards);
+        run_groups(place, rows, panels, 1, backwards);
         backwards = !backwards;
       });
     }
@@ -180,22 +183,22 @@ class BlockRun {
       };
       const index panel = panel_at(done);
       for (index piece = 0; piece < pieces; ++piece) {
-        Turn turn{piece, pieces};
+        Pass pass{piece, pieces};
         const bool on = piece + 1 < pieces;
-        turn.next_panel = on || done + 1 == count ? panel : panel_at(done + 1);
-        turn.next_piece = on ? piece + 1 : 0;
-        if (far && (on || done + 1 < count)) turn.asks = Turn::next;
+        pass.next_panel = on || done + 1 == count ? panel : panel_at(done + 1);
+        pass.next_piece = on ? piece + 1 : 0;
+        if (far && (on || done + 1 < count)) pass.prefetch = Pass::next;
         for_tiles(places, [&](index place, int rows) {
-          take(place, rows, {panel, panel + 1}, 1, backwards, turn);
-          if (++turn.part == product_->width) turn.asks = Turn::nothing;
+          run_tile(place, rows, {panel, panel + 1}, 1, backwards, pass);
+          if (++pass.part == product_->width) pass.prefetch = Pass::nothing;
         });
       }
     }
   }
 
-  // A single tile takes several panels at once, shared out evenly, so that none is left
-  // alone. Of its panels a little more than the cache holds is still met there.
-  void take_tile(Range places, Range panels, index bytes, bool backwards) {
+  // A single tile takes several panels at once, evenly divided, so that no panel is
+  // alone. Up to a quarter more panels than the cache holds still gain from it.
+  void run_single_tile(Range places, Range panels, index bytes, bool backwards) {
     const int rows = static_cast<int>(places.end - places.begin);
     const index count = panels.end - panels.begin;
     const bool beyond = bytes > second_level_cache / 4 * 5;
@@ -203,16 +206,16 @@ class BlockRun {
     const int most = (reading ? product_->far : product_->near)[rows];
     const int groups = (static_cast<int>(count) + most - 1) / most;
     const int together = (static_cast<int>(count) + groups - 1) / groups;
-    if (!beyond) return take_groups(places.begin, rows, panels, together, backwards);
-    Turn turn;
-    turn.asks = Turn::own;
+    if (!beyond) return run_groups(places.begin, rows, panels, together, backwards);
+    Pass pass;
+    pass.prefetch = Pass::own;
     for (index done = 0; done < count; done += together) {
       const Range some = next(panels, done, together, backwards);
-      take(places.begin, rows, some, together, backwards, turn);
+      run_tile(places.begin, rows, some, together, backwards, pass);
     }
   }
 
-  // So many of the panels after `done`, from the front or from the back.
+  // Returns the next `taken` panels after `done`, from the front or from the back.
   static Range next(Range panels, index done, index taken, bool backwards) {
     const index left = panels.end - panels.begin - done;
     taken = taken < left ? taken : left;
@@ -220,24 +223,24 @@ class BlockRun {
     return {first, first + taken};
   }
 
-  // All panels for one tile of rows, as many in a group as there is room for their sums:
-  // what follows a product then has more to do at once.
-  void take_groups(index place, int rows, Range panels, int together, bool backwards) {
+  // Runs all panels for one tile of rows, as many in a group as there is memory for their
+  // sums: a larger group gives the pointwise function more independent work.
+  void run_groups(index place, int rows, Range panels, int together, bool backwards) {
     const int count = static_cast<int>(panels.end - panels.begin);
     const int vectors = rows * product_->sums;
     const bool mixes = rows > 1 && together > 1;  // rows within a group of panels
     if (!mixes && count * vectors <= most_vectors) {
-      return take(place, rows, panels, together, backwards);
+      return run_tile(place, rows, panels, together, backwards);
     }
     const int fit = mixes ? together : most_vectors / vectors / together * together;
     const int groups = (count + fit - 1) / fit, each = (count + groups - 1) / groups;
     const int size = (each + together - 1) / together * together;
     for (index done = 0; done < count; done += size) {
-      take(place, rows, next(panels, done, size, backwards), together, backwards);
+      run_tile(place, rows, next(panels, done, size, backwards), together, backwards);
     }
   }
 
-  // Addresses of each role's rows.
+  // Finds the addresses of each role's rows.
   void resolve(index place, int rows) {
     if (place == place_ && rows == rows_) return;
     tile_.place = place_ = place;
@@ -255,8 +258,8 @@ class BlockRun {
         for (int r = 0; r < rows; ++r) {
           at[r] = row;
           row += of.apart;
-          // Not as vectors: the product waits for them (LSTM, B = 8, H = 64: 5% of
-          // forward).
+          // This keeps gcc from computing the addresses as vectors, for which the product
+          // would wait (LSTM, B = 8, H = 64: 5% of forward).
           asm("" : "+r"(row));
         }
       }
@@ -267,11 +270,11 @@ class BlockRun {
     }
   }
 
-  // Prefetches what the pointwise function reads and writes: while the product runs, its
-  // lines come from afar.
-  void touch(index unit, index end) const {
-    for (int n = 0; n < b_.touch_count; ++n) {
-      const auto& [role, parts, first, apart, writes] = b_.touches[n];
+  // Prefetches what the pointwise function reads and writes, whose lines arrive while the
+  // product runs.
+  void prefetch_rows(index unit, index end) const {
+    for (int n = 0; n < b_.prefetched_count; ++n) {
+      const auto& [role, parts, first, apart, writes] = b_.prefetched[n];
       for (int r = 0; r < rows_; ++r) {
         const S* const row = reinterpret_cast<const S*>(at_[role][r]) + first;
         for (int part = 0; part < parts; ++part) {
@@ -287,24 +290,25 @@ class BlockRun {
     }
   }
 
-  // Some panels of a tile, `together` at once, and then what follows of their units.
-  void take(index place, int rows, Range panels, int together, bool backwards,
-            const Turn& turn = {}) {
+  // Runs some panels of a tile, `together` at once, and then the pointwise function on
+  // their units.
+  void run_tile(index place, int rows, Range panels, int together, bool backwards,
+                const Pass& pass = {}) {
     resolve(place, rows);
     const index sums = product_->sums * lanes, count = panels.end - panels.begin;
-    const bool is_last = turn.piece + 1 == turn.pieces;
+    const bool is_last = pass.piece + 1 == pass.pieces;
     const index last_unit = panels.begin * column_units_ + count * tile_.panel_units;
     const index padded_end = last_unit < b_.padded ? last_unit : b_.padded;
     tile_.unit = panels.begin * column_units_;
     tile_.end = padded_end < b_.size ? padded_end : b_.size;
     tile_.row = rows > 1 && together > 1 ? count * sums : sums;
     tile_.panel = rows > 1 && together == 1 ? rows * sums : sums;
-    S* const to = turn.pieces > 1 ? waiting(place, tile_.row) : sums_;
-    if (is_last) touch(tile_.unit, padded_end);
+    S* const to = pass.pieces > 1 ? partial_sums(place, tile_.row) : sums_;
+    if (is_last) prefetch_rows(tile_.unit, padded_end);
     for (index left = count; left > 0;) {
       const index some = left < together ? left : together;
       const index at = backwards ? left - some : count - left;
-      multiply(to + at * tile_.panel, panels.begin + at, static_cast<int>(some), turn);
+      multiply(to + at * tile_.panel, panels.begin + at, static_cast<int>(some), pass);
       left -= some;
     }
     if (!is_last) return;
@@ -312,11 +316,11 @@ class BlockRun {
     b_.after(*b_.step, tile_);
   }
 
-  void multiply(S* to, index panel, int together, const Turn& turn) {
+  void multiply(S* to, index panel, int together, const Pass& pass) {
     const auto& by_panels = product_->multiply[rows_ - 1];
     StartAt start = start_;
     const char* other_rows[most_tile_rows];
-    if (turn.piece > 0) {
+    if (pass.piece > 0) {
       for (int r = 0; r < rows_; ++r) {
         other_rows[r] = reinterpret_cast<char*>(to + r * tile_.row);
       }
@@ -332,8 +336,8 @@ class BlockRun {
       by_panels[together - 1](to, start, terms_, 0);
       return multiply_unpacked(to, panel, together);
     }
-    if (turn.pieces > 1 || turn.asks != Turn::nothing) {
-      return multiply_piece(to, start, panel, together, turn);
+    if (pass.pieces > 1 || pass.prefetch != Pass::nothing) {
+      return multiply_piece(to, start, panel, together, pass);
     }
     for (int n = 0; n < b_.count; ++n) {
       const Term& of = b_.terms[n];
@@ -343,34 +347,34 @@ class BlockRun {
     by_panels[together - 1](to, start, terms_, b_.count);
   }
 
-  // The same of a piece of the panel's depth, or with prefetches.
+  // Multiplies a piece of the panel's depth, or with prefetches.
   FUSEDRNN_LONG void multiply_piece(S* to, const StartAt& start, index panel,
-                                    int together, const Turn& turn) {
+                                    int together, const Pass& pass) {
     int lines = 0;
     for (int n = 0; n < b_.count; ++n) {
       const Term& of = b_.terms[n];
-      const auto part_of = [&](index piece) { return of.depth * piece / turn.pieces; };
-      const index begin = turn.pieces == 1 ? of.from : part_of(turn.piece);
-      const index end = turn.pieces == 1 ? of.K : part_of(turn.piece + 1);
+      const auto part_of = [&](index piece) { return of.depth * piece / pass.pieces; };
+      const index begin = pass.pieces == 1 ? of.from : part_of(pass.piece);
+      const index end = pass.pieces == 1 ? of.K : part_of(pass.piece + 1);
       TermAt& term = terms_[n];
       term.K = begin < of.from ? 0 : end - begin;
       term.left = begin > 0 ? left_from(of, begin) : at_[of.role];
       term.right = of.panels + panel * of.panel_bytes + begin * of.k_bytes;
       if (together > 1) continue;
-      if (turn.asks == Turn::own) {
+      if (pass.prefetch == Pass::own) {
         constexpr index page = 4096;
         term.ahead = term.right + page;
         lines = product_->width;
-      } else if (turn.asks == Turn::next) {
-        const index next = part_of(turn.next_piece), after = part_of(turn.next_piece + 1);
-        term.ahead = of.panels + turn.next_panel * of.panel_bytes + next * of.k_bytes +
-                     turn.part * (after - next) * of.k_bytes / product_->width;
+      } else if (pass.prefetch == Pass::next) {
+        const index next = part_of(pass.next_piece), after = part_of(pass.next_piece + 1);
+        term.ahead = of.panels + pass.next_panel * of.panel_bytes + next * of.k_bytes +
+                     pass.part * (after - next) * of.k_bytes / product_->width;
         lines = 1;
       }
     }
     const auto with = lines == 0   ? product_->multiply[rows_ - 1][together - 1]
-                      : lines == 1 ? product_->asks_one[rows_ - 1]
-                                   : product_->asks_all[rows_ - 1];
+                      : lines == 1 ? product_->prefetch_one[rows_ - 1]
+                                   : product_->prefetch_all[rows_ - 1];
     with(to, start, terms_, b_.count);
     for (int n = 0; n < b_.count; ++n) {
       terms_[n].left = at_[b_.terms[n].role];
@@ -378,7 +382,8 @@ class BlockRun {
     }
   }
 
-  // The left rows of a term from some k on; of one term at a time.
+  // Returns the left rows of a term from some k on, in an array that only one term can
+  // use.
   const char* const* left_from(const Term& of, index k) {
     for (int r = 0; r < rows_; ++r) {
       left_[r] = at_[of.role][r] + k * index{sizeof(S)};
@@ -387,11 +392,12 @@ class BlockRun {
     return left_;
   }
 
-  S* waiting(index place, index row) const {
-    return reinterpret_cast<S*>(b_.waiting) + place % most_rows_waiting * row;
+  S* partial_sums(index place, index row) const {
+    return reinterpret_cast<S*>(b_.partial_sums) + place % most_partial_rows * row;
   }
 
-  // The last panel of a cell of one gate may end past the padded units.
+  // Copies the start of sums: the last panel of a cell of one gate may end past the
+  // padded units.
   FUSEDRNN_LONG void start_at_edge(StartAt& start, const char** rows, int together,
                                    index units) {
     const index row = together * column_units_;
@@ -405,7 +411,7 @@ class BlockRun {
     start.offset = 0;
   }
 
-  // Weights as the user has them, for a few rows.
+  // Multiplies with the weights as the user has them, for a few rows.
   FUSEDRNN_LONG void multiply_unpacked(S* to, index panel, int together) {
     for (int n = 0; n < b_.count; ++n) {
       const Term& of = b_.terms[n];

@@ -1,6 +1,6 @@
-// Pointwise functions that follow a product, by cell: of tiles of sums, which are still
-// in the first-level cache, and of whole rows. The plain ones are written for speed
-// without options; all others are csrc/pointwise.h.
+// This header has the pointwise functions that follow a product, by cell: on tiles of
+// sums, which are still in the first-level cache, and on whole rows. The plain ones are
+// written for speed without options; all others are csrc/pointwise.h.
 #pragma once
 
 #include "../../cells/all.h"
@@ -9,8 +9,8 @@
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// A thread's walk along rows in vectors: of tiles, or of whole rows, which is what
-// LayerNorm needs.
+// Walk is a thread's walk along rows in vectors: along tiles, or along whole rows for
+// LayerNorm.
 template <class S_, bool whole_rows, int parts_ = changes::all>
 struct Walk {
   using S = S_;
@@ -34,7 +34,7 @@ struct Walk {
   static void once(const F& f) {
     f();
   }
-  // Lane by lane, and then the lanes in order: of several rows at once, as vectors.
+  // Sums each row lane by lane, and then its lanes in order, for several rows at once.
   template <class F>
   static void sums(int n, index H, const F& f, S* to) {
     for (int first = 0; first < n; first += lanes) {
@@ -54,7 +54,7 @@ struct Walk {
       add_lanes(part, rows, to + first);
     }
   }
-  // to[r] = the sum of the lanes of part[r], in order.
+  // Adds the lanes of part[r] in order to to[r].
   FUSEDRNN_LONG static void add_lanes(V (&part)[lanes], int rows, S* to) {
     if (rows == 1) {
       S values[lanes];
@@ -77,19 +77,20 @@ struct Walk {
   static V keep_h(const S* p, index u) { return V::load(p + u); }
   static V keep_c(const S* p, index u) { return V::load(p + u); }
   S* scratch(int r) const { return from + r * scratch_row; }
-  static V kept(V x) { return x; }
+  static V rounded(V x) { return x; }
   void bounds(double, V (&to)[4]) const {
     for (int n = 0; n < 4; ++n) to[n] = V::broadcast(clip[n]);
   }
 };
 
-// The elements of a row of a role; null where there is none, if the block has options.
+// Returns the elements of a row of a role, null if the role is unused and the block has
+// options.
 template <class S>
 inline S* row_at(const Tile& t, int role, int r) {
   return reinterpret_cast<S*>(t.at[role][r]);
 }
 
-// f(sums of row 0 of a panel, its units) for each panel of a tile.
+// Calls f(sums of row 0 of the panel, units of the panel) for each panel of a tile.
 template <class S, class F>
 inline void each_panel(const Tile& t, const F& f) {
   const S* sums = static_cast<const S*>(t.sums);
@@ -99,8 +100,8 @@ inline void each_panel(const Tile& t, const F& f) {
   }
 }
 
-// dh of a row's units: what came through R, unless no gradient crosses the step after,
-// dy, and what passed R by.
+// Returns dh of a row's units: the part through R, unless no gradient passes from the
+// step after, plus dy, plus the part that bypasses R.
 template <class S>
 inline Vec<S> complete_dh(const Step& s, const Tile& t, int r, Vec<S> dh, index u) {
   using V = Vec<S>;
@@ -128,8 +129,8 @@ struct Steps {
   using BackRow = BackwardRow<S>;
   static constexpr int lanes = V::lanes, slots = Cell::slots;
 
-  // Options as pointwise.h reads them.
-  struct Asked {
+  // Arguments has the options as pointwise.h reads them.
+  struct Arguments {
     const Model& model;
     const Options& options;
     Vectors<const S> vectors;
@@ -139,12 +140,12 @@ struct Steps {
     const Call& call = *s.call;
     const auto of = [](const char* p) { return reinterpret_cast<const S*>(p); };
     const auto& v = call.vectors;
-    const Asked asked{
+    const Arguments arguments{
         call.model,
         call.options,
         {of(v.weight_ch), of(v.gamma_ih), of(v.gamma_hh), of(v.gamma_c), of(v.beta_c)}};
     S* const scratch = reinterpret_cast<S*>(s.scratch);
-    return Rows(asked, call.P, of(call.bias),
+    return Rows(arguments, call.P, of(call.bias),
                 {of(call.bounds), scratch, (2 + slots) * call.P});
   }
   static Row row(const Tile& t, int r, bool saves = false, const S* sums = nullptr,
@@ -154,25 +155,25 @@ struct Steps {
             apart,
             row_at<S>(t, role::h_prev, r),
             row_at<S>(t, role::c_prev, r),
-            row_at<S>(t, role::seen, r),
+            row_at<S>(t, role::h_dropped, r),
             row_at<S>(t, role::c, r),
             row_at<S>(t, role::h, r),
             row_at<S>(t, role::cells, r),
             row_at<S>(t, role::trace, r),
-            row_at<S>(t, role::next_seen, r),
+            row_at<S>(t, role::next_h_dropped, r),
             row_at<S>(t, role::mask, r),
             row_at<S>(t, role::keep_h, r),
             row_at<S>(t, role::keep_c, r),
             saves ? row_at<S>(t, role::record, r) : nullptr};
   }
   static BackRow back_row(const Step& s, const Tile& t, int r) {
-    return {row_at<S>(t, role::saved, r),    row_at<S>(t, role::before_h, r),
-            row_at<S>(t, role::before_c, r), nullptr,
-            row_at<S>(t, role::seen_h, r),   row_at<S>(t, role::dcells, r),
-            row_at<S>(t, role::dh, r),       row_at<S>(t, role::dc, r),
-            row_at<S>(t, role::direct, r),   row_at<S>(t, role::da, r),
-            s.cut && s.cut[t.place + r],     row_at<S>(t, role::mask_h, r),
-            row_at<S>(t, role::keeps_h, r),  row_at<S>(t, role::keeps_c, r)};
+    return {row_at<S>(t, role::saved, r),     row_at<S>(t, role::before_h, r),
+            row_at<S>(t, role::before_c, r),  nullptr,
+            row_at<S>(t, role::dropped_h, r), row_at<S>(t, role::dcells, r),
+            row_at<S>(t, role::dh, r),        row_at<S>(t, role::dc, r),
+            row_at<S>(t, role::direct, r),    row_at<S>(t, role::da, r),
+            s.cut && s.cut[t.place + r],      row_at<S>(t, role::mask_h, r),
+            row_at<S>(t, role::keeps_h, r),   row_at<S>(t, role::keeps_c, r)};
   }
 
   static void plain_forward(const Step& s, const Tile& t) {
@@ -191,7 +192,7 @@ struct Steps {
             v[slot] = V::load(a + slot * t.panel_units);
           State<V> prev{};
           if constexpr (Cell::has_direct) {
-            prev.h = load_upto<V>(row_at<S>(t, role::seen, r) + u, left);
+            prev.h = load_upto<V>(row_at<S>(t, role::h_dropped, r) + u, left);
           }
           if constexpr (Cell::has_c) prev.c = V::load(row_at<S>(t, role::c_prev, r) + u);
           const State<V> now = Cell::forward(v, prev, plain);
@@ -207,7 +208,7 @@ struct Steps {
     });
   }
 
-  // f(rows, a row, its place in the tile, unit) for each vector and row of a tile.
+  // Calls f(rows, row, its place in the tile, unit) for each vector and row of a tile.
   template <int parts = changes::all, class F>
   static void each_row(const Step& s, const Tile& t, const F& f) {
     const TileRows<parts> of = rows<TileRows<parts>>(s);
@@ -238,7 +239,7 @@ struct Steps {
     });
   }
 
-  // Whole rows, with LayerNorm.
+  // Calls f for whole rows, with LayerNorm.
   template <class F>
   static void whole(const Step& s, const Tile& t, const F& f) {
     Row all[most_tile_rows];
@@ -265,9 +266,9 @@ struct Steps {
       of.close(all, n, units);
     });
   }
-  // Normalises a record that is computed again: both products and a second product's
-  // operand or, if there is no operand, the result of the second product.
-  static void normalise_again(const Step& s, const Tile& t) {
+  // Normalises a recomputed record: both products and a second product's operand or,
+  // without an operand, the result of the second product.
+  static void renormalise(const Step& s, const Tile& t) {
     whole(s, t, [&](const auto& of, const Row* all, int n, Range units) {
       if (!(t.used >> role::operand & 1)) return of.normalise_second(all, n);
       of.normalise_inputs(all, n);
@@ -320,7 +321,8 @@ struct Steps {
     });
   }
 
-  // f(rows, a row of gradients, unit, dh of it) for each row and vector of a tile.
+  // Calls f(rows, row of gradients, its place in the tile, unit, dh) for each vector and
+  // row of a tile.
   template <int parts = changes::all, class F>
   static void each_unit(const Step& s, const Tile& t, const F& f) {
     const TileRows<parts> of = rows<TileRows<parts>>(s);
@@ -336,7 +338,7 @@ struct Steps {
   template <int parts>
   static void backward(const Step& s, const Tile& t) {
     each_unit<parts>(s, t, [&](const auto& of, const BackRow& at, int r, index u, V dh) {
-      dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
+      dh = of.zoneout_backward(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
       of.backward(at, s.call->gradient, u, dh);
     });
   }
@@ -347,7 +349,7 @@ struct Steps {
   }
   static void open_backward(const Step& s, const Tile& t) {
     each_unit(s, t, [&](const auto& of, const BackRow& at, int r, index u, V dh) {
-      dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
+      dh = of.zoneout_backward(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
       of.open_backward(at, s.call->gradient, u, dh);
     });
   }
@@ -393,7 +395,7 @@ struct Steps {
     });
   }
 
-  // For any cell.
+  // The functions below are the same for every cell.
 
   static void put(const Step& s, const Tile& t) {
     const Put& p = s.put;
@@ -415,8 +417,8 @@ struct Steps {
       of.finish(at, u, V::load(at.sums + u));
     });
   }
-  // dh of rows that take no step before it.
-  static void leave(const Step& s, const Tile& t) {
+  // Stores dh0, the gradient of rows that take no step before this one.
+  static void store_dh0(const Step& s, const Tile& t) {
     each_panel<S>(t, [&](const S* sums, Range units) {
       for (int r = 0; r < t.rows; ++r) {
         const S* const a = sums + r * t.row - units.begin;
@@ -427,10 +429,10 @@ struct Steps {
       }
     });
   }
-  // dh where the cell waits for a projection or for whole rows.
-  static void before(const Step& s, const Tile& t) {
+  // Stores dh where the cell needs a projection or whole rows first.
+  static void store_dh(const Step& s, const Tile& t) {
     each_unit(s, t, [&](const auto& of, const BackRow& at, int r, index u, V dh) {
-      dh = of.before(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
+      dh = of.zoneout_backward(at, u, complete_dh<S>(s, t, r, dh, u), s.call->has_direct);
       dh.store(at.dh + u);
       if (!s.call->model.projects) return;
       store_upto(dh, at.da + s.call->gradient.dh + u, s.call->model.R - u);
@@ -458,7 +460,7 @@ constexpr CellKernels cell_kernels() {
   if constexpr (Cell::gates > 1) {
     k.normalise_inputs = Of::normalise_inputs;
     k.normalised_forward = Of::normalised_forward;
-    k.normalise_again = Of::normalise_again;
+    k.renormalise = Of::renormalise;
     k.normalised_backward = Of::normalised_backward;
   }
   if constexpr (Cell::variants[variant].second >= 0) {

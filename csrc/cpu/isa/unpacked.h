@@ -1,5 +1,5 @@
-// Products with weights as the user has them, for so few rows that packing would take
-// longer. The terms of a sum come in the same order as from packed panels.
+// This header multiplies with weights as the user has them, for so few rows that packing
+// would take longer. The terms of a sum come in the same order as from packed panels.
 #pragma once
 
 #include <utility>
@@ -9,7 +9,7 @@
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// The first row of weights of a vector of a panel.
+// Returns the first row of weights of a vector of a panel.
 template <class S>
 const S* rows_of(const Matrix& of, int unit_vectors, index panel, int vector) {
   const int slot = vector / unit_vectors;
@@ -18,15 +18,15 @@ const S* rows_of(const Matrix& of, int unit_vectors, index panel, int vector) {
   return reinterpret_cast<const S*>(of.weight) + (of.blocks[slot] * of.H + unit) * of.K;
 }
 
-// A square of which some rows or columns may not exist.
+// Loads a square in which some rows or columns may not exist.
 template <class V>
 FUSEDRNN_LONG void load_edge(const Matrix& of, int unit_vectors, index panel, int vector,
                              index k, V (&square)[V::lanes]) {
   load_square(of, unit_vectors, panel, vector, k, of.K - k, square);
 }
 
-// Some rows of add_unpacked for one vector of a panel: to[row] += left · weightᵀ. The
-// sums stay in registers for all k, of which squares are transposed on the way.
+// Runs some rows of add_unpacked for one vector of a panel: to[row] += left · weightᵀ.
+// The sums stay in registers for all k; squares of the weights are transposed on the way.
 template <class S, int rows>
 void add_vector(const Matrix& of, int unit_vectors, index panel, int vector,
                 const S* const* left, S* const* to) {
@@ -43,7 +43,7 @@ void add_vector(const Matrix& of, int unit_vectors, index panel, int vector,
   for (int r = 0; r < rows; ++r) sum[r] = V::load(to[r]);
   index k = 0;
   for (; is_full && k + lanes <= of.K; k += lanes) {
-    // So many rows at once no machine foresees.
+    // The hardware prefetcher does not follow so many rows at once.
     const S* const later =
         k + ahead < of.K ? weight + k + ahead : next + k + ahead - of.K;
     V square[lanes];
@@ -75,15 +75,15 @@ void add_vector(const Matrix& of, int unit_vectors, index panel, int vector,
   for (int r = 0; r < rows; ++r) sum[r].store(to[r]);
 }
 
-// add_vector for so many rows.
+// Returns add_vector for `rows` rows.
 template <class S, int... fewer>
 auto vector_adder(int rows, std::integer_sequence<int, fewer...>) {
   static constexpr decltype(&add_vector<S, 1>) adders[] = {add_vector<S, fewer + 1>...};
   return adders[rows - 1];
 }
 
-// sums[row][panel][C][lanes] += left · weightᵀ for weight (blocks·H, K), from vector
-// `offset` of each panel on.
+// Computes sums[row][panel][C][lanes] += left · weightᵀ for weight (blocks·H, K), from
+// vector `offset` of each panel on.
 template <class S>
 void add_unpacked(const Matrix& of, int unit_vectors, const S* const* left, int rows,
                   index panel, int together, int C, int offset, S* sums) {
@@ -106,7 +106,7 @@ void add_unpacked(const Matrix& of, int unit_vectors, const S* const* left, int 
   }
 }
 
-// Some rows and vectors of add_transposed.
+// Runs some rows and vectors of add_transposed.
 template <class S, int rows, int vectors>
 void add_columns_of(const Matrix& of, const S* const* left, index column, S* sums,
                     index row, int count) {
@@ -147,12 +147,14 @@ void add_columns_of(const Matrix& of, const S* const* left, index column, S* sum
   }
 }
 
-// sums[row][vectors][lanes] += left · weight for weight (blocks·H, K) of some columns.
+// Computes sums[row][vectors][lanes] += left · weight for some columns of weight
+// (blocks·H, K).
 template <class S>
 void add_transposed(const Matrix& of, const S* const* left, int rows, index column,
                     int vectors, S* sums) {
   using V = Vec<S>;
-  // Enough sums to hide the latency of an FMA, and long pieces of the weight's rows.
+  // This is enough sums to hide the latency of an FMA, and long pieces of the weight's
+  // rows.
   constexpr int at_once = V::registers == 32 ? 8 : 4;
   const index row = index{vectors} * V::lanes;
   const auto add = [&](const auto& add_rows, int r, int c, int most) {
