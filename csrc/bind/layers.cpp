@@ -173,7 +173,7 @@ py::dict Layers::plan(index at, index T, index B, const py::object& options) con
   summary["threads"] = found.threads;
   summary["by_rows"] = found.by_rows;
   summary["fused"] = found.fused;
-  summary["stretch"] = found.time_block;
+  summary["time_block"] = found.time_block;
   summary["tile"] = py::make_tuple(found.tile_rows, found.tile_units);
   summary["saved"] = found.saved;
   summary["workspace_bytes"] = found.workspace;

@@ -98,12 +98,12 @@ def _on_cpu(layers: Layers, at: int, T: int, B: int, options: Options) -> dict[s
     rows, units = plan["tile"]
     owns = "rows of the batch" if plan["by_rows"] else "hidden units"
     threads = plan["threads"]
-    stretch = "within the step" if plan["fused"] else f"of {plan['stretch']} steps at once"
+    of_x = "within the step" if plan["fused"] else f"of {plan['time_block']} steps at once"
     packing = "in each call, R being masked" if options.drops_weights else "kept by the layer"
     return {
         "threads": threads,
         "tile": f"{rows} rows × {units} units",
-        "W x": stretch,
+        "W x": of_x,
         "each thread owns": owns if threads > 1 else "all",
         "packing": f"{packing}, {plan['packed_bytes'] / 1e3:.0f} kB",
         "scratch": f"{plan['workspace_bytes'] / 1e3:.0f} kB",
