@@ -135,15 +135,9 @@ class NewTensors {
   std::vector<Shim::Handle> handles_;
 };
 
-// What only backward sees: in used memory where fresh pages would be costly.
-py::object new_saved(const Axes& axes, index element, char*& start) {
-  index bytes = element;
-  for (index n = 0; n < axes.count; ++n) bytes *= axes.lengths[n];
-  if (bytes < large_array) {
-    NewTensors made(element);
-    start = made.add(axes);
-    return made.take()[0];
-  }
+// A tensor that only backward sees, in memory that was used before: fresh pages would
+// have to be cleared.
+py::object new_large(const Axes& axes, index element, char*& start) {
   const py::dtype dtype = element == 4 ? py::dtype::of<float>() : py::dtype::of<double>();
   Array array = allocate({axes.lengths, axes.lengths + axes.count}, dtype);
   start = static_cast<char*>(array.mutable_data());
@@ -472,39 +466,41 @@ py::object TensorLayers::forward(const py::handle& x, const py::handle& h0,
   const index n = layers_ * directions_, size = reader.element;
   const index y_row = directions_ * R_, c_row = directions_ * H_;
   NewTensors made(size);
-  Memory of_step;
+  // The operator has six results, so what a call does not have is empty; a step leaves it
+  // out.
+  const auto add = [&](bool exists, const Axes& shape) -> char* {
+    if (exists) return made.add(shape);
+    if (!step) made.add({0});
+    return nullptr;
+  };
   c.y = made.add(step ? Axes{c.B, R_} : Axes{c.T, c.B, y_row});
   c.y_b = y_row * size;
   c.y_t = c.B * c.y_b;
-  if (step) {
-    of_step = Memory(static_cast<std::size_t>(c.B * R_ * size));
-    c.h_n = of_step.as<char>();
-  } else {
-    c.h_n = made.add({n, c.B, R_});
-  }
-  if (has_c_) c.c_n = made.add(step ? Axes{c.B, H_} : Axes{n, c.B, H_});
-  if (o.return_cells) c.cells = made.add({c.T, c.B, c_row});
+  Memory h_of_step;
+  if (step) h_of_step = Memory(static_cast<std::size_t>(c.B * R_ * size));
+  c.h_n = step ? h_of_step.as<char>() : made.add({n, c.B, R_});
+  c.c_n = add(has_c_, step ? Axes{c.B, H_} : Axes{n, c.B, H_});
+  c.cells = add(o.return_cells, {c.T, c.B, c_row});
   c.cells_b = c_row * size;
   c.cells_t = c.B * c.cells_b;
-  if (o.trace) c.trace = made.add({n, c.T, c.B, gates_, H_});
-  py::object saved = py::none();
-  if (saves) {
-    const index values = saved_bytes(layers, c) / size;
-    if (values > 0) saved = new_saved({c.T, c.B, values}, size, c.saved);
-    if (clears_saved && values > 0) std::memset(c.saved, 0, c.T * c.B * values * size);
+  c.trace = add(o.trace, {n, c.T, c.B, gates_, H_});
+  const index values = saves ? saved_bytes(layers, c) / size : 0;
+  const Axes saved_axes{c.T, c.B, values};
+  const index bytes = c.T * c.B * values * size;
+  py::object large;
+  if (bytes >= large_array) {
+    large = new_large(saved_axes, size, c.saved);
+  } else {
+    c.saved = made.add(values > 0 ? saved_axes : Axes{0});
   }
+  if (clears_saved && values > 0) std::memset(c.saved, 0, bytes);
   {
     const py::gil_scoped_release release;
     fusedrnn::forward(layers, c);
   }
-  const py::list all = made.take();
-  std::size_t next = 0;
-  const auto take = [&](bool exists) {
-    return exists ? py::object(all[next++]) : py::object(py::none());
-  };
-  const py::object y = take(true), h_n = take(!step), c_n = take(has_c_);
-  const py::object cells = take(o.return_cells), trace = take(o.trace);
-  return py::make_tuple(y, h_n, c_n, cells, trace, saved);
+  py::list all = made.take();
+  if (large) all.append(large);
+  return py::tuple(all);
 }
 
 py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence& d,

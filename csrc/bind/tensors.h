@@ -27,8 +27,9 @@ class TensorLayers {
   py::object infer(const py::handle& x, const py::handle& hx, const py::list& parameters,
                    int axes, const py::object& options) const;
 
-  // (y, h_n, c_n, cells, trace, saved), None for what is not made. x (T, B, I), with
-  // `step` (B, I); then y is h, states have no axis of layers and h_n is None.
+  // (y, h_n, c_n, cells, trace, saved), empty tensors for what the call does not have;
+  // x is (T, B, I). With `step` x is (B, I) and the result is (h, saved) or (h, c,
+  // saved), states without an axis of layers.
   py::object forward(const py::handle& x, const py::handle& h0, const py::handle& c0,
                      const py::sequence& parameters, const py::handle& lengths,
                      const py::handle& resets, const py::object& options, bool saves,

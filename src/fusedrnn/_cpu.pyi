@@ -100,9 +100,10 @@ class TensorLayers:
         step: bool,
         /,
     ) -> Any:
-        """Return y, h_n, c_n, cells, trace and what is saved, None for what is not made.
+        """Return y, h_n, c_n, cells, trace and what is saved; what is not asked for is empty.
 
-        With `step` x is (B, I), y is h, and states have no axis of layers.
+        With `step` x is (B, I), and the state after, without an axis of layers, and what is
+        saved are returned.
         """
 
     def backward(

@@ -199,7 +199,7 @@ class Recurrent(nn.Module):
     def _plain(self) -> tuple[Call, _cpu.TensorLayers]:
         """What runs a call that is asked for nothing more on the CPU."""
         call = parse(self._together)
-        return call, call.on_cpu(self.input_size, self.hidden_size, self._width)
+        return call, call.of_sizes(self.input_size, self.hidden_size, self._width)
 
     def _infer(self, input: Any, hx: Any, axes: int) -> Any:
         """Run a call as it comes, where nothing is drawn.
