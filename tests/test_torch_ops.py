@@ -513,6 +513,26 @@ def test_the_definition_of_halves() -> None:
     torch.testing.assert_close(made[0].double(), exact[0], atol=0.05, rtol=0.05)
 
 
+def test_an_operator_runs_at_once_where_nothing_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No layer of `library.custom_op` is between autograd and the kernels, forward and back."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("the operator took the long way")
+
+    call, tensors = call_of(CELLS["lstm"], [])
+    given = detached(tensors)
+    expected = ops.compute_forward(call, *given)
+    wanted = [a is not None for a in given.smooth]
+    back = (wanted, *[None] * 4, expected[0], expected[3], expected[5], *given)
+    for operator in (ops.forward, ops.backward):
+        monkeypatch.setitem(operator._backend_fns, None, fail)
+    with torch.no_grad():
+        torch.testing.assert_close(ops.forward(*call.text, *given), expected)
+        assert len(ops.backward(*call.text, *back)) == sum(wanted)
+    with pytest.raises(AssertionError, match="long way"):  # a recorded call
+        ops.forward(*call.text, *tensors)
+
+
 def test_wrong_strings() -> None:
     with pytest.raises(KeyError):
         parse('{"cell": "transformer"}')

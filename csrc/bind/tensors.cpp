@@ -137,16 +137,9 @@ class NewTensors {
   std::vector<Shim::Handle> handles_;
 };
 
-// Creates the saved values, which only backward reads. Large ones lie in reused memory,
-// because clearing fresh pages is expensive.
-py::object new_saved(const Axes& axes, index element, char*& start) {
-  index bytes = element;
-  for (index n = 0; n < axes.count; ++n) bytes *= axes.lengths[n];
-  if (bytes < large_array) {
-    NewTensors saved(element);
-    start = saved.add(axes);
-    return saved.take()[0];
-  }
+// Creates a tensor that only backward reads, in reused memory: clearing fresh pages is
+// expensive.
+py::object new_large(const Axes& axes, index element, char*& start) {
   const py::dtype dtype = element == 4 ? py::dtype::of<float>() : py::dtype::of<double>();
   Array array = allocate({axes.lengths, axes.lengths + axes.count}, dtype);
   start = static_cast<char*>(array.mutable_data());
@@ -478,39 +471,41 @@ py::object TensorLayers::forward(const py::handle& x, const py::handle& h0,
   const index n = layers_ * directions_, size = reader.element;
   const index y_row = directions_ * R_, c_row = directions_ * H_;
   NewTensors outputs(size);
-  Memory of_step;
+  // The operator has six results: those that a call does not have are empty tensors. A
+  // step leaves them out.
+  const auto add = [&](bool exists, const Axes& shape) -> char* {
+    if (exists) return outputs.add(shape);
+    if (!step) outputs.add({0});
+    return nullptr;
+  };
   c.y = outputs.add(step ? Axes{c.B, R_} : Axes{c.T, c.B, y_row});
   c.y_b = y_row * size;
   c.y_t = c.B * c.y_b;
-  if (step) {
-    of_step = Memory(static_cast<std::size_t>(c.B * R_ * size));
-    c.h_n = of_step.as<char>();
-  } else {
-    c.h_n = outputs.add({n, c.B, R_});
-  }
-  if (has_c_) c.c_n = outputs.add(step ? Axes{c.B, H_} : Axes{n, c.B, H_});
-  if (o.return_cells) c.cells = outputs.add({c.T, c.B, c_row});
+  Memory h_of_step;
+  if (step) h_of_step = Memory(static_cast<std::size_t>(c.B * R_ * size));
+  c.h_n = step ? h_of_step.as<char>() : outputs.add({n, c.B, R_});
+  c.c_n = add(has_c_, step ? Axes{c.B, H_} : Axes{n, c.B, H_});
+  c.cells = add(o.return_cells, {c.T, c.B, c_row});
   c.cells_b = c_row * size;
   c.cells_t = c.B * c.cells_b;
-  if (o.trace) c.trace = outputs.add({n, c.T, c.B, gates_, H_});
-  py::object saved = py::none();
-  if (saves) {
-    const index values = saved_bytes(layers, c) / size;
-    if (values > 0) saved = new_saved({c.T, c.B, values}, size, c.saved);
-    if (clears_saved && values > 0) std::memset(c.saved, 0, c.T * c.B * values * size);
+  c.trace = add(o.trace, {n, c.T, c.B, gates_, H_});
+  const index values = saves ? saved_bytes(layers, c) / size : 0;
+  const Axes saved_axes{c.T, c.B, values};
+  const index bytes = c.T * c.B * values * size;
+  py::object large;
+  if (bytes >= large_array) {
+    large = new_large(saved_axes, size, c.saved);
+  } else {
+    c.saved = outputs.add(values > 0 ? saved_axes : Axes{0});
   }
+  if (clears_saved && values > 0) std::memset(c.saved, 0, bytes);
   {
     const py::gil_scoped_release release;
     fusedrnn::forward(layers, c);
   }
-  const py::list all = outputs.take();
-  std::size_t next = 0;
-  const auto take = [&](bool exists) {
-    return exists ? py::object(all[next++]) : py::object(py::none());
-  };
-  const py::object y = take(true), h_n = take(!step), c_n = take(has_c_);
-  const py::object cells = take(o.return_cells), trace = take(o.trace);
-  return py::make_tuple(y, h_n, c_n, cells, trace, saved);
+  py::list all = outputs.take();
+  if (large) all.append(large);
+  return py::tuple(all);
 }
 
 py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence& d,

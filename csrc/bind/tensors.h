@@ -28,9 +28,9 @@ class TensorLayers {
   py::object infer(const py::handle& x, const py::handle& hx, const py::list& parameters,
                    int axes, const py::object& options) const;
 
-  // Returns (y, h_n, c_n, cells, trace, saved), with None for results that do not exist.
-  // x is (T, B, I) or, with `step`, (B, I); then y is h, states have no axis of layers
-  // and h_n is None.
+  // Returns (y, h_n, c_n, cells, trace, saved), with empty tensors for results that the
+  // call does not have. x is (T, B, I). With `step`, x is (B, I), and the result is (h,
+  // saved) or (h, c, saved), where states have no axis of layers.
   py::object forward(const py::handle& x, const py::handle& h0, const py::handle& c0,
                      const py::sequence& parameters, const py::handle& lengths,
                      const py::handle& resets, const py::object& options, bool saves,

@@ -101,9 +101,10 @@ class TensorLayers:
         step: bool,
         /,
     ) -> Any:
-        """Return y, h_n, c_n, cells, trace and the saved values, None for those not computed.
+        """Return y, h_n, c_n, cells, trace and the saved values, empty if not computed.
 
-        With `step`, x is (B, I), y is h, and states have no axis of layers.
+        With `step`, x is (B, I), and (h, saved) or (h, c, saved) is returned; states have no
+        axis of layers.
         """
 
     def backward(

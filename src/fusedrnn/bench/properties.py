@@ -181,7 +181,7 @@ def soak(seconds: float = 60.0) -> Rows:
 
 def gemm() -> Rows:
     """Compare what I features add to a call over one feature with sgemm of that product."""
-    import scipy_openblas32  # type: ignore[import-not-found,unused-ignore]
+    import scipy_openblas32
 
     folder = Path(scipy_openblas32.get_lib_dir())
     blas = ctypes.CDLL(str(next(folder.glob("libscipy_openblas*.so"))))

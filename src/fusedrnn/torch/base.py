@@ -199,7 +199,7 @@ class Recurrent(nn.Module):
     def _plain(self) -> tuple[Call, _cpu.TensorLayers]:
         """The description and the compiled layers of a call without options on the CPU."""
         call = parse(self._together)
-        return call, call.on_cpu(self.input_size, self.hidden_size, self._width)
+        return call, call.of_sizes(self.input_size, self.hidden_size, self._width)
 
     def _infer(self, input: Any, hx: Any, axes: int) -> Any:
         """Run a call without options or random masks on unchecked tensors.

@@ -18,6 +18,7 @@ from ..reference import Options, Parameters
 Maybe = Tensor | None
 
 _USUAL = Parameters._fields[:4]
+OTHER_PARAMETERS = "parameters must be those that the call names, of one size"
 
 
 class Inputs(NamedTuple):
@@ -112,6 +113,11 @@ class Call:
         return True, True, self.has_c, self.options.return_cells
 
     @functools.cached_property
+    def is_random(self) -> bool:
+        """Whether the call draws random numbers."""
+        return self.options.is_random
+
+    @functools.cached_property
     def saving(self) -> Call:
         """The same call with backward asked for."""
         layers, asked = self.text
@@ -126,11 +132,6 @@ class Call:
         T, B, I = given.x.shape
         H = given.parameters[0].shape[0] // len(self.cell.gates)
         return Sizes(T, B, I, H, given.parameters[1].shape[1])
-
-    def sizes_of(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[int, int, int]:
-        """Return I, H, R."""
-        of_hh = weights[1].shape
-        return x.shape[-1], of_hh[0] // len(self.cell.gates), of_hh[1]
 
     def output_shapes(self, s: Sizes, on_gpu: bool) -> list[tuple[Any, ...] | None]:
         """Return the shapes of y, h_n, c_n, cells and trace, None for what is not made."""
@@ -154,18 +155,26 @@ class Call:
         return shapes
 
     @functools.cached_property
-    def _by_sizes(self) -> dict[tuple[int, int, int], _cpu.TensorLayers]:
+    def _by_shapes(self) -> dict[tuple[int, ...], _cpu.TensorLayers]:
         return {}
 
-    def on_cpu(self, I: int, H: int, R: int) -> _cpu.TensorLayers:
+    def on_cpu(self, x: Tensor, parameters: Sequence[Tensor]) -> _cpu.TensorLayers:
         """Return what calls the kernels of the CPU."""
-        found = self._by_sizes.get((I, H, R))
-        if found is None:
-            kinds = sum(1 << k for k, n in enumerate(Parameters._fields) if n in self.kinds)
-            shape = (self.layers, self.directions, kinds, self.reverse)
-            found = _cpu.TensorLayers(self.cell.name, (I, H, R), *shape)
-            self._by_sizes[I, H, R] = found
-        return found
+        shapes = (x.shape[-1], *parameters[1].shape)
+        layers = self._by_shapes.get(shapes)
+        if layers is None:
+            I, rows, R = shapes
+            layers = self.of_sizes(I, rows // len(self.cell.gates), R)
+            self._by_shapes[shapes] = layers
+        return layers
+
+    def of_sizes(self, I: int, H: int, R: int) -> _cpu.TensorLayers:
+        """Return what calls the kernels of the CPU for I, H and R units."""
+        if R != H and "weight_hr" not in self.kinds:
+            raise ValueError(OTHER_PARAMETERS)
+        kinds = sum(1 << k for k, n in enumerate(Parameters._fields) if n in self.kinds)
+        shape = (self.layers, self.directions, kinds, self.reverse)
+        return _cpu.TensorLayers(self.cell.name, (I, H, R), *shape)
 
 
 def describe(
@@ -225,7 +234,7 @@ def parse(layers: str, asked: str = "") -> Call:
 
 def with_seed(call: Call, seed: Maybe) -> Options:
     """Return the options with the seed that a tensor holds, where it matters."""
-    if not call.options.is_random:
+    if not call.is_random:
         return call.options
     if seed is None:
         raise ValueError("seed must be a tensor of one int64 where random numbers decide")

@@ -15,7 +15,7 @@ from ..backend.cuda import PassTape, Problem, Weights, values_of
 from ..engine import backend_of
 from ..options import asked_of_layer
 from ..reference import Options, Parameters
-from .call import READ, Call, Inputs, Maybe, Outputs, with_seed
+from .call import OTHER_PARAMETERS, READ, Call, Inputs, Maybe, Outputs, with_seed
 
 
 def share_team() -> bool:
@@ -57,8 +57,62 @@ def follow_threads() -> None:
 # On the CPU
 
 
-# From x on to the options, as `_cpu.TensorLayers` takes them.
-_Arguments = tuple[Any, Maybe, Maybe, Sequence[Tensor], Maybe, Maybe, Options]
+class NeedsLookError(Exception):
+    """An argument of a call that was tried as it comes needs checking or preparing."""
+
+
+def try_forward(
+    call: Call,
+    x: Tensor,
+    h0: Maybe,
+    c0: Maybe,
+    parameters: Sequence[Tensor],
+    lengths: Maybe,
+    resets: Maybe,
+    seed: Maybe,
+) -> Outputs | None:
+    """Run the CPU's kernels on unchecked tensors; None where they cannot read one as it is."""
+    if not (x.is_cpu and lengths is None and resets is None):
+        return None
+    follow_threads()
+    states_and_weights = (h0, c0, parameters, None, None, with_seed(call, seed))
+    outputs: Outputs | None
+    outputs = call.on_cpu(x, parameters).forward(x, *states_and_weights, call.saves, False)
+    return outputs
+
+
+def try_backward(
+    call: Call,
+    wanted: Sequence[bool],
+    dy: Maybe,
+    dh_n: Maybe,
+    dc_n: Maybe,
+    d_cells: Maybe,
+    y: Tensor,
+    cells: Tensor,
+    saved: Tensor,
+    x: Tensor,
+    h0: Maybe,
+    c0: Maybe,
+    parameters: Sequence[Tensor],
+    lengths: Maybe,
+    resets: Maybe,
+    seed: Maybe,
+) -> list[Tensor] | None:
+    """Run the CPU's kernels backward on unchecked tensors; None as of `try_forward`."""
+    if not (call.saves and x.is_cpu and lengths is None and resets is None):
+        return None
+    follow_threads()
+    d = [
+        g if g is None or g.is_contiguous() else g.contiguous()  # that of a sum is not
+        for g in (dy, dh_n, dc_n, d_cells)
+    ]
+    user_cells = cells if call.options.return_cells else None
+    states_and_weights = (h0, c0, parameters, None, None, with_seed(call, seed))
+    layers = call.on_cpu(x, parameters)
+    gradients: list[Tensor] | None
+    gradients = layers.backward(wanted, d, y, user_cells, saved, x, *states_and_weights, False)
+    return gradients
 
 
 def _whole(a: Maybe) -> Maybe:
@@ -66,52 +120,33 @@ def _whole(a: Maybe) -> Maybe:
     return None if a is None else a.resolve_neg().contiguous()
 
 
-def _masks(given: Inputs, T: int, B: int) -> tuple[Maybe, Maybe]:
-    """Return checked masks: int64, and bool that is 0 or 1."""
-    lengths, resets = given.lengths, given.resets
+# From x on to the options, as `_cpu.TensorLayers` takes them.
+_Arguments = tuple[Any, Maybe, Maybe, Sequence[Any], Maybe, Maybe, Options]
+
+
+def _prepared(call: Call, given: Inputs) -> _Arguments:
+    """Return the arguments of the kernels from x to the options, checked and contiguous."""
+    x, h0, c0, parameters, lengths, resets, seed = given
+    T, B, _ = x.shape
     if lengths is not None:
         values = checks.lengths(lengths.numpy(force=True), T, (B,))
         lengths = torch.from_numpy(values)
     if resets is not None:
         values = checks.resets(resets.numpy(force=True), (T, B), "(T, B)")
         resets = torch.from_numpy(values).contiguous()
-    return lengths, resets
+    weights = list(map(_whole, parameters))
+    return _whole(x), _whole(h0), _whole(c0), weights, lengths, resets, with_seed(call, seed)
 
 
-def _prepared(call: Call, given: Inputs) -> tuple[_cpu.TensorLayers, _Arguments]:
-    """Return the layers of a call, and its arguments from x on to the options."""
-    follow_threads()
-    T, B, I, H, R = call.sizes(given)
-    x, h0, c0, parameters, lengths, resets, seed = given
-    if lengths is not None or resets is not None:
-        lengths, resets = _masks(given, T, B)
-    arguments = (x, h0, c0, parameters, lengths, resets, with_seed(call, seed))
-    return call.on_cpu(I, H, R), arguments
-
-
-def _made_whole(arguments: _Arguments) -> _Arguments:
-    """Return arguments with tensors as the kernels read them."""
-    x, h0, c0, parameters, lengths, resets, options = arguments
-    whole: list[Any] = [_whole(p) for p in parameters]
-    return _whole(x), _whole(h0), _whole(c0), whole, lengths, resets, options
-
-
-class NeedsLookError(Exception):
-    """An argument of a call that was tried as it comes needs checking or preparing."""
-
-
-def _forward_on_cpu(call: Call, given: Inputs, prepares: bool) -> Outputs:
-    if given.x.numel() == 0 and prepares:
+def _forward_on_cpu(call: Call, given: Inputs) -> Outputs:
+    if given.x.numel() == 0:
         return _without_steps(call, given)
-    layers, arguments = _prepared(call, given)
-    made = layers.forward(*arguments, call.saves, False)
-    if made is None and not prepares:
-        raise NeedsLookError
-    if made is None:
-        made = layers.forward(*_made_whole(arguments), call.saves, False)
-    if made is None:
+    follow_threads()
+    layers = call.on_cpu(given.x, given.parameters)
+    outputs: Outputs | None = layers.forward(*_prepared(call, given), call.saves, False)
+    if outputs is None:
         raise ValueError("tensors must be on the CPU and have the sizes and dtype of x")
-    return tuple(given.x.new_empty(0) if a is None else a for a in made)  # type: ignore[return-value]
+    return outputs
 
 
 def _without_steps(call: Call, given: Inputs) -> Outputs:
@@ -141,20 +176,14 @@ def _backward_on_cpu(
             for a, g, is_wanted in zip(given.smooth, ends, wanted, strict=True)
             if is_wanted and a is not None
         ]
-    d = [g if g is None or g.is_contiguous() else g.contiguous() for g in d]
-    layers, arguments = _prepared(call, given)
-    of_user = cells if call.options.return_cells else None
-    found: list[Tensor] | None
-    found = layers.backward(wanted, d, y, of_user, saved, *arguments, False)
-    if found is None:
-        of_forward = (_whole(y), _whole(of_user), _whole(saved))
-        x, h0, c0, parameters, lengths, resets, options = _made_whole(arguments)
-        seeds, masks = list(map(_whole, d)), (lengths, resets)
-        read = (*of_forward, x, h0, c0, parameters, *masks, options)
-        found = layers.backward(wanted, seeds, *read, False)
-    if found is None:
+    follow_threads()
+    user_cells = cells if call.options.return_cells else None
+    read = (_whole(y), _whole(user_cells), _whole(saved), *_prepared(call, given))
+    layers, seeds = call.on_cpu(given.x, given.parameters), list(map(_whole, d))
+    gradients: list[Tensor] | None = layers.backward(wanted, seeds, *read, False)
+    if gradients is None:
         raise ValueError("gradients must have the sizes and dtype of what they belong to")
-    return found
+    return gradients
 
 
 # On a GPU, one layer in one direction at a time
@@ -249,15 +278,13 @@ class _OnGpu:
 # Both
 
 
-def compute_forward(call: Call, *tensors: Any, prepares: bool = True) -> Outputs:
-    """Run the kernels: what `fusedrnn::forward` does.
-
-    Unless it `prepares`, raise `NeedsLookError` where a tensor is not as the kernels read it.
-    """
+def compute_forward(call: Call, *tensors: Any) -> Outputs:
+    """Run the kernels: what `fusedrnn::forward` does."""
+    outputs = try_forward(call, *tensors)
+    if outputs is not None:
+        return outputs
     given = Inputs(*tensors)
-    if given.is_on_gpu:
-        return _OnGpu(call, given).forward()
-    return _forward_on_cpu(call, given, prepares)
+    return _OnGpu(call, given).forward() if given.is_on_gpu else _forward_on_cpu(call, given)
 
 
 def compute_backward(call: Call, wanted: Sequence[bool], *tensors: Any) -> list[Tensor]:
@@ -266,6 +293,9 @@ def compute_backward(call: Call, wanted: Sequence[bool], *tensors: Any) -> list[
     Tensors: the gradients of y, h_n, c_n and cells, or None; y, cells and saved; `Inputs`.
     `wanted` says of `Inputs.smooth` whose gradients are returned, in that order.
     """
+    gradients = try_backward(call, wanted, *tensors)
+    if gradients is not None:
+        return gradients
     *d, y, cells, saved = tensors[:READ]
     given = Inputs(*tensors[READ:])
     if not call.saves:
@@ -278,13 +308,12 @@ def compute_backward(call: Call, wanted: Sequence[bool], *tensors: Any) -> list[
 
 def check_tensors(call: Call, given: Inputs) -> None:
     """Refuse tensors of which the kernels would read out of bounds."""
-    s = call.sizes(given)
-    n, of_R = call.count, "weight_hr" in call.kinds
+    s, n = call.sizes(given), call.count
     shapes = [(n, s.B, s.R), (n, s.B, s.H), *call.parameter_shapes(s.I, s.H, s.R)]
     names = ["h0", "c0", *call.kinds * n]
     found = given.smooth[1:]
-    if len(found) != len(shapes) or (s.R != s.H and not of_R):
-        raise ValueError("parameters must be those that the call names, of one size")
+    if len(found) != len(shapes):
+        raise ValueError(OTHER_PARAMETERS)
     for name, a, expected in zip(names, found, shapes, strict=True):
         dtype = given.x.dtype
         if a is None:
@@ -311,7 +340,7 @@ def saved_shape(call: Call, given: Inputs) -> tuple[Any, ...]:
         where = (str(given.x.dtype)[6:], given.x.device.index or 0)
         count = _saved_bytes(call, int(s.I), int(s.H), int(s.R), *where)
         return ((s.T * s.B * count + 255) // 256 * 256,) if count else (0,)
-    layers = call.on_cpu(int(s.I), int(s.H), int(s.R))
+    layers = call.of_sizes(int(s.I), int(s.H), int(s.R))
     values = layers.saved_values(given.x.dtype == torch.float64, call.options)
     return (s.T, s.B, values) if values else (0,)
 

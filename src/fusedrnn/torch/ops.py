@@ -7,11 +7,12 @@ Derivatives of derivatives, and forward-mode ones, come from the cell's definiti
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch._library.autograd import make_autograd_impl
 
 from .. import reference
 from ..reference import Parameters
@@ -22,6 +23,8 @@ from .kernels import (
     compute_backward,
     compute_forward,
     saved_shape,
+    try_backward,
+    try_forward,
 )
 
 
@@ -69,14 +72,20 @@ _ARGUMENTS = ", ".join(
 
 def _forward(layers: str, asked: str, *tensors: Any) -> Outputs:
     call = parse(layers, asked)
-    check_tensors(call, Inputs(*tensors))
-    return compute_forward(call, *tensors)
+    outputs = try_forward(call, *tensors)
+    if outputs is None:
+        check_tensors(call, Inputs(*tensors))
+        outputs = compute_forward(call, *tensors)
+    return outputs
 
 
 def _backward(layers: str, asked: str, wanted: Sequence[bool], *tensors: Any) -> list[Tensor]:
     call = parse(layers, asked)
-    check_tensors(call, Inputs(*tensors[READ:]))
-    return compute_backward(call, wanted, *tensors)
+    gradients = try_backward(call, wanted, *tensors)
+    if gradients is None:
+        check_tensors(call, Inputs(*tensors[READ:]))
+        gradients = compute_backward(call, wanted, *tensors)
+    return gradients
 
 
 forward = library.custom_op(
@@ -102,6 +111,13 @@ _C: Any = torch._C
 
 
 # Derivatives
+
+
+# Returns the hooks that autograd calls for tensors that it saves, or None; PyTorch 2.6 has no
+# such function, and there y stays where it is.
+_top_saved_hooks: Any = getattr(
+    _C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_tracing: None
+)
 
 
 def _flat(given: Sequence[Any]) -> list[Maybe]:
@@ -152,12 +168,16 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, prepares: bool, *flat: Any) -> Outputs:
-        made = compute_forward(call, *_inputs(flat), prepares=prepares)
+        made = try_forward(call, *_inputs(flat))
+        if made is None and not prepares:
+            raise NeedsLookError
+        if made is None:
+            made = compute_forward(call, *_inputs(flat))
         y, _, _, cells, trace, saved = made
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(trace, saved)
-        if _C._autograd._top_saved_tensors_default_hooks(False) is None:
+        if _top_saved_hooks(False) is None:
             ctx.y, kept = y.detach(), saved
         else:  # who moves or drops what is saved gets y, too
             ctx.y, kept = None, y
@@ -184,16 +204,17 @@ class _EagerStep(torch.autograd.Function):
         made = layers.forward(x, h, c, weights, None, None, call.options, True, True)
         if made is None:
             raise NeedsLookError
-        y, _, c_after, _, _, saved = made
+        *state, saved = made
+        y = state[0]
         ctx.call, ctx.layers = call, layers
         ctx.set_materialize_grads(False)
         kept = None
-        if _C._autograd._top_saved_tensors_default_hooks(False) is None:
+        if _top_saved_hooks(False) is None:
             ctx.y = y.detach()
         else:
             ctx.y, kept = None, y
         ctx.save_for_backward(kept, saved, *read)
-        return y if c_after is None else (y, c_after)
+        return tuple(state) if call.has_c else y
 
     @staticmethod
     def backward(ctx: Any, dy: Maybe, dc: Maybe = None) -> tuple[Any, ...]:
@@ -201,8 +222,7 @@ class _EagerStep(torch.autograd.Function):
         call, layers, y = ctx.call, ctx.layers, kept if ctx.y is None else ctx.y
         masks = (None, None, call.options)
         if y._version and ctx.y is not None:
-            made = layers.forward(x, h, c, weights, *masks, True, True)
-            y, saved = made[0], made[5]
+            y, *_, saved = layers.forward(x, h, c, weights, *masks, True, True)
         needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # a derivative of this one is wanted
             h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
@@ -389,6 +409,39 @@ backward.register_autograd(_pull_second_of_operator, setup_context=_keep_for_sec
 if hasattr(forward, "register_autocast"):
     forward.register_autocast("cpu", torch.float32)
     forward.register_autocast("cuda", torch.float32)
+
+
+def _keys(device: str) -> int:
+    names = (device, f"Autograd{device}")
+    kernel, autograd = (_C.DispatchKeySet(getattr(_C.DispatchKey, n)) for n in names)
+    return int((kernel | autograd).raw_repr())
+
+
+# The keys that the dispatcher has left in autograd's kernel if only our kernel follows.
+_ONLY_KERNEL_FOLLOWS = {_keys("CPU"), _keys("CUDA")}
+
+
+def _shorten(operator: Any, run: Callable[..., Any]) -> None:
+    """Let an operator run at once where nothing comes between autograd and its kernels.
+
+    `library.custom_op` has three layers of Python on the way to them, which take 30 µs. The
+    first is autograd's kernel for all devices, which only PyTorch's private
+    `make_autograd_impl` returns; the dispatcher prefers a kernel that is registered for a
+    device.
+    """
+    recorded = make_autograd_impl(operator._opoverload, operator)
+
+    def kernel(keys: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() or keys.raw_repr() not in _ONLY_KERNEL_FOLLOWS:
+            return recorded(keys, *args)
+        return run(*args)
+
+    for key in ("AutogradCPU", "AutogradCUDA"):
+        operator._lib.impl(operator._name, kernel, key, with_keyset=True)
+
+
+_shorten(forward, _forward)
+_shorten(backward, _backward)
 
 
 # Batches of calls
