@@ -49,7 +49,7 @@ def check_derivatives(cell: Cell, names: list[str], reverse: bool) -> None:
         expected = sum(
             (w * r.imag).sum() / 1e-30 for w, r in zip(weights, outputs, strict=False)
         )
-        assert_close((gradients[name] * along).sum(), expected, np.float64, name)
+        assert_close((gradients[name] * along).sum(), expected, "float64", name, gradient=True)
 
 
 def double_complex(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -73,15 +73,15 @@ def test_gradients_with_options_are_complex_step_derivatives(cell: Cell) -> None
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_padding_is_not_looked_at(cell: Cell, reverse: bool) -> None:
-    values, given = arguments(cell, SIZES), masks("both", SIZES)
+    values, mask = arguments(cell, SIZES), masks("both", SIZES)
     everything = []
     for spoil in (False, True):
         if spoil:
-            spoil_padding(values["x"], given)
-        results, pullback = op(cell, "_vjp", reference)(**values, **given, reverse=reverse)
+            spoil_padding(values["x"], mask)
+        results, pullback = op(cell, "_vjp", reference)(**values, **mask, reverse=reverse)
         weights = cotangents(results)
         if spoil:
-            spoil_padding(weights[0], given)
+            spoil_padding(weights[0], mask)
         everything.append([*results, *pulled(cell, pullback, weights).values()])
     for a, b in zip(*everything, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -125,12 +125,12 @@ def test_unbatched_equals_a_batch_of_one(cell: Cell) -> None:
     batched, pull_batched = op(cell, "_vjp", reference)(**values)
     single, pull_single = op(cell, "_vjp", reference)(**flat)
     for a, b in zip(single, batched, strict=True):
-        np.testing.assert_allclose(a, np.squeeze(b, -2), rtol=1e-13)
+        assert_close(a, np.squeeze(b, -2))
     weights = cotangents(batched)
     gradients = pulled(cell, pull_single, [np.squeeze(w, -2) for w in weights])
     expected = pulled(cell, pull_batched, weights)
     for a, b in zip(gradients.values(), expected.values(), strict=True):
-        np.testing.assert_allclose(a, b.reshape(a.shape), rtol=1e-12)
+        assert_close(a, b.reshape(a.shape), gradient=True)
 
 
 def test_random_numbers_are_philox() -> None:
@@ -181,4 +181,4 @@ def test_no_gradient_passes_from_chunk_to_chunk() -> None:
             part["x"] = values["x"][chunk]
             (_, part["h0"]), pull = reference.gru_vjp(**part, reverse=reverse)
             dx[chunk] = pull(y[chunk]).x
-        np.testing.assert_allclose(pullback(y).x, dx, rtol=1e-12, atol=1e-14)
+        assert_close(pullback(y).x, dx, gradient=True)

@@ -94,9 +94,9 @@ def test_a_saved_stream_goes_on(kind: str, tmp_path: Path) -> None:
 def test_state_is_a_copy_both_ways() -> None:
     layer = LAYERS["gru"]()
     stream = fr.Stream(layer, 2)
-    given = np.ones((1, 2, 18), np.float32)
-    stream.state = given
-    given[:] = 7
+    initial = np.ones((1, 2, 18), np.float32)
+    stream.state = initial
+    initial[:] = 7
     stream.state[:] = 8
     np.testing.assert_array_equal(stream.state, np.ones((1, 2, 18)))
     stream.state = None

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import assert_close
 
 from fusedrnn.cells import CELLS
 
@@ -105,7 +106,7 @@ def test_wrong_calls(what: str, has_gradient: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "error", "message"),
+    ("options", "error", "message"),
     [
         ({"trace": 1}, TypeError, "trace must be a bool, got int"),
         ({"recompute": "yes"}, TypeError, "recompute must be a bool, got str"),
@@ -114,9 +115,9 @@ def test_wrong_calls(what: str, has_gradient: bool) -> None:
         ({"seed": -1}, ValueError, "seed must be from 0"),
     ],
 )
-def test_wrong_options_of_a_call(asked: Any, error: Any, message: str) -> None:
+def test_wrong_options_of_a_call(options: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
-        ft.GRU(3, 4, zoneout=0.1)(torch.zeros(5, 2, 3), **asked)
+        ft.GRU(3, 4, zoneout=0.1)(torch.zeros(5, 2, 3), **options)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_packed_sequences_under_another_default_device() -> None:
     lstm, x = ft.LSTM(3, 4), pack_padded_sequence(torch.randn(5, 2, 3), [5, 2])
     expected = lstm(x)[0].data
     with torch.device("meta"):
-        torch.testing.assert_close(lstm(x)[0].data, expected)
+        assert_close(lstm(x)[0].data, expected)
 
 
 def test_dropout_of_one_layer_warns() -> None:
@@ -212,11 +213,11 @@ def test_public_names_have_docstrings() -> None:
 
 def test_every_cell_has_a_module() -> None:
     """A new cell is seen here: it wants a module that makes it."""
-    made = [
+    modules = [
         ft.LSTM(1, 1),
         ft.LSTM(1, 1, coupled_gates=True),
         ft.GRU(1, 1),
         ft.GRU(1, 1, reset_after=False),
         *(ft.RNN(1, 1, nonlinearity=n) for n in ("tanh", "relu", "identity")),
     ]
-    assert {m._cell for m in made} == set(CELLS)
+    assert {m._cell for m in modules} == set(CELLS)
