@@ -61,12 +61,14 @@ def _default_plan() -> Iterator[None]:
 
 @pytest.mark.parametrize("sizes", [Sizes(5, 3, 4, 7), Sizes(3, 2, 5, 70)], ids=str)
 def test_each_option(cell: Cell, precision: str, sizes: Sizes) -> None:
+    """Each option alone agrees with the reference, in every precision."""
     for name in options_of(cell):
         check_against_reference(cell, sizes, Gpu(precision), [name])
 
 
 @pytest.mark.parametrize(("name", "row"), CASES, ids=CASE_IDS)
 def test_options_combine(name: str, row: tuple[Any, ...]) -> None:
+    """Options agree with the reference in all pairs."""
     *flags, reverse, dtype, sizes, _ = row
     names = [f for f in flags if f]
     check_against_reference(CELLS[name], sizes, Gpu(dtype), names, reverse=reverse, seed=1)
@@ -75,15 +77,17 @@ def test_options_combine(name: str, row: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_agrees_with_reference(cell: Cell, precision: str, exchange: str, sizes: Sizes) -> None:
+    """Every way to exchange h between blocks agrees with the reference."""
     choose_plan(exchange=exchange)
     if not exists(cell, precision, sizes):
-        pytest.skip(f"no plan with {exchange} for {sizes}")
+        pytest.skip(f"no plan with {exchange} for {sizes} fits this GPU")
     check_against_reference(cell, sizes, Gpu(precision), reverse=sizes.T % 2 == 0)
 
 
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_masks(cell: Cell, precision: str, kind: str, reverse: bool) -> None:
+    """Lengths and resets, alone and together, agree with the reference."""
     sizes = Sizes(6, 11, 3, 20)
     check_against_reference(cell, sizes, Gpu(precision), [kind], reverse=reverse)
 
@@ -132,6 +136,7 @@ def test_agrees_with_reference_on_any_plan(
     options: list[str],
     **plan: Any,
 ) -> None:
+    """Any plan that there is agrees with the reference on any shape."""
     cell = CELLS[name]
     choose_plan(**plan)
     if not exists(cell, precision, sizes):
@@ -145,7 +150,9 @@ def test_agrees_with_reference_on_any_plan(
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_integers_are_exact(precision: str, exchange: str) -> None:
-    """A linear recurrence on small integers: every index and tail, without tolerance."""
+    """A linear recurrence on small integers is exact: every index and tail, without
+    tolerance.
+    """
     rng = np.random.default_rng(7)
     T, B, I, H = sizes = Sizes(2, 9, 3, 19)
     choose_plan(exchange=exchange)
@@ -166,10 +173,12 @@ def test_integers_are_exact(precision: str, exchange: str) -> None:
     "sizes", [Sizes(0, 3, 4, 5), Sizes(3, 0, 4, 5), Sizes(0, 0, 1, 1)], ids=str
 )
 def test_empty_sequences_and_batches(cell: Cell, precision: str, sizes: Sizes) -> None:
+    """Sequences and batches of no length give what the reference gives."""
     check_against_reference(cell, sizes, Gpu(precision))
 
 
 def test_missing_states_and_gradients_are_zeros(cell: Cell) -> None:
+    """States and gradients that are None count as zeros, bit for bit."""
     values = put(arguments(cell, Sizes(5, 4, 3, 18)), "float32")
     states = {k: v for k, v in values.items() if k in ("h0", "c0")}
     on_gpu = {k: v for k, v in values.items() if k not in states}
@@ -186,7 +195,7 @@ def test_missing_states_and_gradients_are_zeros(cell: Cell) -> None:
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_repetitions_are_bit_identical(precision: str, exchange: str) -> None:
-    """Whatever the order in which blocks and threads arrive."""
+    """Every call gives the same bits, in whatever order blocks and threads arrive."""
     choose_plan(exchange=exchange, tiles=1)
     on_gpu = put(arguments(CELLS["lstm"], Sizes(5, 10, 4, 40)), precision)
     first = None
@@ -198,7 +207,9 @@ def test_repetitions_are_bit_identical(precision: str, exchange: str) -> None:
 
 
 def test_exchanges_give_the_same_bits(precision: str) -> None:
-    """Over more steps than a graph holds, calls queued at once, some warps without a unit."""
+    """All exchanges give the same bits: over more steps than a graph holds, in calls
+    queued at once, with some warps without a unit.
+    """
     plain = put(arguments(CELLS["gru"], Sizes(70, 3, 2, 40)), precision)
     names = ["peephole", "clip", "zoneout", "recurrent_dropout", "return_cells"]
     sizes = Sizes(70, 3, 2, 20 if precision == "float64" else 40)  # what fits the emulator
@@ -230,7 +241,7 @@ def test_exchanges_give_the_same_bits(precision: str) -> None:
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_no_nan_is_taken_for_nothing(precision: str, exchange: str) -> None:
-    """Blocks wait until words have not all bits set, which a state that is NaN may have."""
+    """A state that is NaN with all bits set, for which blocks wait, arrives like any other."""
     choose_plan(exchange=exchange, tiles=1)
     values = arguments(CELLS["gru"], Sizes(6, 4, 2, 20))
     values["h0"][1:3] = np.uint64(2**64 - 1).view(np.float64)
@@ -250,6 +261,7 @@ def test_no_nan_is_taken_for_nothing(precision: str, exchange: str) -> None:
 
 
 def test_unbatched_is_a_batch_of_one(cell: Cell) -> None:
+    """A sequence without a batch gives the bits of a batch of one."""
     values = arguments(cell, Sizes(5, 1, 3, 18), np.float32)
     alone = {k: v[..., 0, :] if k in ("x", "h0", "c0") else v for k, v in values.items()}
     mask = {"lengths": 4, "resets": np.array([False, True, False, False, False])}
@@ -265,7 +277,7 @@ def test_unbatched_is_a_batch_of_one(cell: Cell) -> None:
 
 
 def test_strided_input_and_gradient(cell: Cell) -> None:
-    """Rows in any order and distance; only the last axis must be contiguous."""
+    """Rows may lie in any order and distance; only the last axis must be contiguous."""
     values = arguments(cell, Sizes(5, 4, 3, 18), np.float32)
     on_gpu = put(values, "float32")
     batch_major = cuda.array(np.concatenate([values["x"].swapaxes(0, 1)] * 2, axis=-1))
@@ -281,6 +293,7 @@ def test_strided_input_and_gradient(cell: Cell) -> None:
 
 
 def test_masks_may_be_on_the_gpu() -> None:
+    """Lengths and resets on the GPU give the bits of those on the host."""
     sizes = Sizes(6, 5, 3, 8)
     on_gpu = put(arguments(CELLS["gru"], sizes), "float32")
     both = masks("both", sizes)

@@ -55,6 +55,7 @@ LAYERS = [
 @pytest.mark.parametrize("options", LAYERS, ids=str)
 @pytest.mark.parametrize("kind", [fr.LSTM, fr.GRU, fr.RNN])
 def test_layers_agree_with_the_cpu(kind: Any, options: dict[str, Any], recompute: bool) -> None:
+    """A layer moved to the GPU agrees with itself on the CPU, forward and backward."""
     layer = kind(3, 10, rng=0, **options)
     x = np.random.default_rng(1).normal(size=(5, 4, 3)).astype(np.float32)
     T, B = (4, 5) if "batch_first" in options else (5, 4)
@@ -90,6 +91,7 @@ STREAMED = {
 @pytest.mark.parametrize("B", [None, 4])
 @pytest.mark.parametrize("kind", STREAMED)
 def test_streams_agree_with_the_cpu(kind: str, B: int | None) -> None:
+    """A stream on the GPU agrees with one on the CPU, and each loads the other's state."""
     layer = STREAMED[kind]()
     rows = () if B is None else (B,)
     x = np.random.default_rng(1).normal(size=(6, *rows, 3)).astype(np.float32)
@@ -129,6 +131,9 @@ def test_streams_agree_with_the_cpu(kind: str, B: int | None) -> None:
 
 
 def test_layers_move_and_keep_their_parameters() -> None:
+    """A layer moves between devices and dtypes, is pickled and copied, and keeps its
+    parameters.
+    """
     layer = fr.LSTM(3, 4, rng=0)
     before = layer.state_dict()
     assert layer.to("cuda") is layer
@@ -149,6 +154,7 @@ def test_layers_move_and_keep_their_parameters() -> None:
 
 
 def test_layers_take_new_parameters() -> None:
+    """A parameter that is assigned counts in the next call; a wrong one is refused."""
     layer = fr.GRU(3, 4, rng=0).to("cuda", precision="tf32")
     x = cuda.array(np.ones((2, 1, 3), np.float32))
     before = layer(x)[0].numpy()
@@ -183,6 +189,9 @@ def test_layers_take_new_parameters() -> None:
     ],
 )
 def test_layers_refuse_places(arguments: Any, error: type[Exception], message: str) -> None:
+    """A layer refuses a device, dtype or precision that it cannot have, and stays where it
+    is.
+    """
     if "99" in str(arguments):
         message = f"device must be one of {cuda.count()} GPUs"
     layer = fr.LSTM(3, 4)
@@ -193,6 +202,7 @@ def test_layers_refuse_places(arguments: Any, error: type[Exception], message: s
 
 
 def test_layers_refuse_input_from_elsewhere() -> None:
+    """A layer refuses arrays that are on another device or of another dtype."""
     layer = fr.LSTM(3, 4)
     x = np.zeros((2, 1, 3), np.float32)
     with pytest.raises(ValueError, match="x must be on cpu like the layer, got one on cuda:0"):
@@ -270,6 +280,7 @@ def wrong_arguments() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
 
 @pytest.mark.parametrize("kind", wrong_arguments() if cuda.is_available() else [])
 def test_wrong_arguments_are_refused(kind: str) -> None:
+    """A wrong argument is named, and the next call works."""
     values = {k: cuda.array(np.zeros(s), "float32") for k, s in GOOD.items()}
     wrong, error, message = wrong_arguments()[kind]
     with pytest.raises(error, match=message):
@@ -278,6 +289,7 @@ def test_wrong_arguments_are_refused(kind: str) -> None:
 
 
 def test_tf32_is_for_float32() -> None:
+    """Only float32 can be multiplied as tf32."""
     values = put(arguments(CELLS["lstm"], Sizes(2, 2, 3, 4)), "bfloat16")
     with pytest.raises(ValueError, match='"tf32" is for float32 on a GPU, got bfloat16'):
         fr.lstm(**values, precision="tf32")
@@ -318,6 +330,7 @@ class OnlyInterface:
 
 @pytest.mark.parametrize("library", [OnlyDLPack, OnlyInterface])
 def test_arrays_of_any_library(library: Any) -> None:
+    """Arrays of any library with DLPack or CUDA's array interface give the same bits."""
     on_gpu = put(arguments(CELLS["lstm"], Sizes(5, 2, 3, 6)), "float32")
     foreign = {k: library(v) for k, v in on_gpu.items()}
     results, pullback = fr.lstm_vjp(**on_gpu)
@@ -330,6 +343,7 @@ def test_arrays_of_any_library(library: Any) -> None:
 
 
 def test_a_layer_takes_arrays_of_any_library() -> None:
+    """A layer takes x and gradients by DLPack, too."""
     layer = fr.GRU(3, 4, bidirectional=True, rng=0).to("cuda")
     x = cuda.array(np.random.default_rng(0).normal(size=(5, 2, 3)), "float32")
     (y, h_n), pullback = layer.vjp(x)
@@ -344,6 +358,7 @@ def test_a_layer_takes_arrays_of_any_library() -> None:
 def test_a_pullback_runs_on_the_stream_that_is_current(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A pullback runs on the stream that is current when it is called."""
     if not EMULATED:
         pytest.skip("streams are made up here")
     on_gpu = put(arguments(CELLS["lstm"], Sizes(5, 4, 3, 6)), "float32")
@@ -357,7 +372,9 @@ def test_a_pullback_runs_on_the_stream_that_is_current(
 
 
 def test_another_framework_keeps_memory_of_ours() -> None:
-    """Lengths from the host are, beside an x of torch's."""
+    """Memory of ours beside an x of torch's, as lengths from the host, is recorded on its
+    stream.
+    """
 
     streams: list[int] = []
     memory = types.SimpleNamespace(used_on=streams.append)
@@ -366,6 +383,7 @@ def test_another_framework_keeps_memory_of_ours() -> None:
 
 
 def test_a_capture_refuses_what_it_cannot_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph's capture refuses a first call, and masks that are on the host."""
     layer = fr.LSTM(3, 4).to("cuda")
     x = cuda.array(np.zeros((5, 2, 3), np.float32))
     monkeypatch.setattr(cuda._module(), "is_capturing", lambda device, stream: True)
@@ -383,6 +401,7 @@ def test_a_capture_refuses_what_it_cannot_keep(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("dtype", cuda.DTYPES)
 def test_array_goes_there_and_back(dtype: str) -> None:
+    """Values come back from the GPU as rounded to their dtype, and slices with them."""
     values = np.array([[0, 1, -2.5], [1e-3, 3.1415927, 65000]])
     array = cuda.array(values, dtype)
     assert array.shape == (2, 3)
@@ -396,6 +415,7 @@ def test_array_goes_there_and_back(dtype: str) -> None:
 
 
 def test_explain_tells_the_plan() -> None:
+    """explain says how a call is laid out, and refuses what cannot be called."""
     plan = cuda.explain("lstm", 100, 16, 64, 64, "bfloat16")
     assert plan["exchange"] in EXCHANGES
     assert cuda.explain("gru_before", 100, 16, 64, 64) == cuda.ROW_WISE
@@ -426,5 +446,6 @@ def test_explain_tells_the_plan() -> None:
     ],
 )
 def test_array_refuses(arguments: Any, error: type[Exception], message: str) -> None:
+    """cuda.array refuses what is no array of numbers, an unknown dtype and an absent device."""
     with pytest.raises(error, match=message):
         cuda.array(*arguments)

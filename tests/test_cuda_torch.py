@@ -54,6 +54,7 @@ class HostTorch:
 @pytest.mark.skipif(not EMULATED, reason="a real GPU has test_torch_tensors")
 @pytest.mark.parametrize("dtype", cuda.DTYPES)
 def test_torch_tensors_on_the_emulator(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of PyTorch give the bits of our arrays."""
     torch = pytest.importorskip("torch")
     plain = cuda.framework_of
     framework = cuda._Torch(HostTorch(torch))
@@ -91,7 +92,7 @@ TORCH_OPTIONS = [
 def test_torch_operators_on_the_emulator(
     name: str, options: list[str], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What an operator's kernels make is of the form that its fake says, and is right."""
+    """An operator's results have the form that its fake says, and agree with the definition."""
     torch = pytest.importorskip("torch")
     from torch_calls import call_of
 
@@ -160,6 +161,7 @@ def torch_cuda() -> Any:
 
 @pytest.mark.parametrize("dtype", cuda.DTYPES)
 def test_torch_tensors(dtype: str) -> None:
+    """Ops take tensors of PyTorch on a stream of its own and agree with the reference."""
     torch = torch_cuda()
     values = arguments(CELLS["lstm"], Sizes(9, 5, 7, 33))
     state = torch.float64 if dtype == "float64" else torch.float32
@@ -182,6 +184,7 @@ def test_torch_tensors(dtype: str) -> None:
 
 
 def test_cuda_graph() -> None:
+    """A captured training step, replayed, gives the bits of one that ran."""
     torch = torch_cuda()
     values = arguments(CELLS["gru"], Sizes(9, 5, 7, 33), np.float32)
     tensors = {k: torch.tensor(v, device="cuda") for k, v in values.items()}
@@ -246,7 +249,9 @@ LAYERS = {
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_layer_with_options_is_the_same_on_both(kind: str) -> None:
-    """The same seed gives the same masks, and all else is the same to rounding."""
+    """On the GPU and the CPU the same seed gives the same masks, and all else agrees to
+    rounding.
+    """
     layer = LAYERS[kind]()
     there = copy.deepcopy(layer).to("cuda")
     rng = np.random.default_rng(0)

@@ -46,7 +46,7 @@ def test_any_number_of_threads(
 def test_any_neighbours_in_the_batch(
     cell: Cell, sizes: Sizes, dtype: np.dtype, isa_on_threads: None, masked: bool
 ) -> None:
-    """y, states and their gradients of a row do not know which rows are beside it."""
+    """y, states and their gradients of a row do not depend on the rows beside it."""
     values = arguments(cell, sizes, dtype) | (masks("both", sizes) if masked else {})
     results, pullback = op(cell, "_vjp")(**values)
     weights = cotangents(results)
@@ -106,7 +106,9 @@ def test_masks_without_effect_change_nothing(cell: Cell, dtype: np.dtype, isa: s
 
 
 def test_a_short_row_equals_itself_alone(cell: Cell, dtype: np.dtype, isa: str) -> None:
-    """A row among longer ones is what it is without its padding, and that is 0."""
+    """A short row among longer ones gives the bits that it gives alone, and zeros after
+    its end.
+    """
     values = arguments(cell, MASKED, dtype)
     lengths = masks("lengths", MASKED)["lengths"]
     for reverse in (False, True):
@@ -121,7 +123,7 @@ def test_a_short_row_equals_itself_alone(cell: Cell, dtype: np.dtype, isa: str) 
 
 
 def test_layers_equal_ops(dtype: np.dtype) -> None:
-    """Two bidirectional layers are four ops, concatenated."""
+    """Two bidirectional layers give the bits of four ops, concatenated."""
     layer = fr.LSTM(5, 18, num_layers=2, bidirectional=True, dtype=dtype, rng=4)
     x = np.random.default_rng(0).normal(size=(7, 3, 5)).astype(dtype)
     y, (h_n, c_n) = layer(x)
@@ -144,7 +146,7 @@ def test_layers_equal_ops(dtype: np.dtype) -> None:
 def test_weights_as_they_are_equal_packed_ones(
     cell: Cell, dtype: np.dtype, isa: str, request: pytest.FixtureRequest
 ) -> None:
-    """A call over few rows reads the weights as they are: the same sums, in order."""
+    """A call over few rows, which reads the weights unpacked, gives the bits of packed ones."""
     request.addfinalizer(lambda: _cpu.set_few_rows(12))
     for sizes, kind in (
         (Sizes(2, 2, 19, 37), None),

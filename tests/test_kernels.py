@@ -47,6 +47,7 @@ SHAPES = [
 def test_agrees_with_reference(
     cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, reverse: bool
 ) -> None:
+    """Ops agree with the reference on sizes around lanes, panels and tiles."""
     check_against_reference(cell, sizes, dtype, reverse=reverse)
 
 
@@ -63,6 +64,7 @@ MASKED = [
 def test_masks_agree_with_reference(
     cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, reverse: bool
 ) -> None:
+    """Ops with lengths, resets or both agree with the reference."""
     for kind in MASKS:
         check_against_reference(cell, sizes, dtype, [kind], reverse=reverse)
 
@@ -71,6 +73,7 @@ def test_masks_agree_with_reference(
 def test_agrees_with_reference_on_many_threads(
     cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, threads: int
 ) -> None:
+    """Ops agree with the reference where threads share units, and where they share rows."""
     check_against_reference(cell, sizes, dtype)
     check_against_reference(cell, sizes, dtype, ["both"], reverse=True)
 
@@ -92,6 +95,7 @@ LARGE = [
 def test_agrees_with_reference_on_large_weights(
     name: str, sizes: Sizes, dtype: np.dtype, isa: str
 ) -> None:
+    """Ops agree with the reference on weights beyond a core's caches."""
     check_against_reference(CELLS[name], sizes, dtype)
     check_against_reference(CELLS[name], sizes, dtype, ["both"], reverse=True)
 
@@ -138,6 +142,7 @@ def test_agrees_with_reference_on_any_shape(
     count: int,
     kind: str | None,
 ) -> None:
+    """Ops agree with the reference on random shapes, options and numbers of threads."""
     options = [kind] if kind else []
     fr.set_isa(isa)
     fr.set_num_threads(count)
@@ -154,7 +159,9 @@ def test_agrees_with_reference_on_any_shape(
 def test_integers_are_exact(
     sizes: Sizes, dtype: np.dtype, isa: str, threads: int, kind: str | None
 ) -> None:
-    """A linear recurrence on small integers: every index and tail, without tolerance."""
+    """A linear recurrence on small integers is exact: every index and tail, without
+    tolerance.
+    """
     rng = np.random.default_rng(7)
     T, B, I, H = sizes
     shapes = [(T, B, I), (H, I), (H, H), (H,), (H,), (B, H)]
@@ -176,16 +183,19 @@ def test_integers_are_exact(
     "sizes", [Sizes(0, 3, 4, 5), Sizes(3, 0, 4, 5), Sizes(0, 0, 1, 1)], ids=str
 )
 def test_empty_sequences_and_batches(cell: Cell, sizes: Sizes, dtype: np.dtype) -> None:
+    """Sequences and batches of no length give what the reference gives."""
     check_against_reference(cell, sizes, dtype)
     check_against_reference(cell, sizes, dtype, ["both"], reverse=True)
 
 
 def test_only_empty_rows(cell: Cell, dtype: np.dtype) -> None:
+    """A batch whose rows all have length 0 gives what the reference gives."""
     sizes = Sizes(4, 3, 2, 5)
     check_against_reference(cell, sizes, dtype, masks={"lengths": np.zeros(3, int)})
 
 
 def test_masks_of_an_unbatched_sequence(cell: Cell) -> None:
+    """A sequence without a batch takes one length and one row of resets."""
     values = arguments(cell, Sizes(6, 1, 3, 18))
     resets = np.arange(6) == 2
     flat = {
@@ -201,7 +211,7 @@ def test_masks_of_an_unbatched_sequence(cell: Cell) -> None:
 
 
 def test_a_cut_gradient_is_not_multiplied_by_zero(cell: Cell, isa: str) -> None:
-    """Where a reset cuts it, even an infinite gradient of the step stays behind."""
+    """Where a reset cuts a gradient, even an infinite one does not pass."""
     values = arguments(cell, Sizes(4, 9, 3, 18))
     resets = np.zeros((4, 9), bool)
     resets[2] = True
@@ -262,6 +272,9 @@ def variants(a: np.ndarray) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("kind", list(variants(np.zeros((1, 1)))))
 def test_any_strides(cell: Cell, kind: str) -> None:
+    """Arrays of any strides, read-only or unaligned, give the same bits and are not
+    written to.
+    """
     values = arguments(cell, Sizes(5, 4, 3, 18), np.float32)
     strided = {k: variants(v)[kind] for k, v in values.items()}
     before = {k: v.copy() for k, v in strided.items()}
@@ -300,7 +313,7 @@ def test_nan_and_inf_stay_in_their_row(cell: Cell, isa: str) -> None:
 
 @pytest.mark.parametrize("name", ["x", "h0"])
 def test_inf_does_not_reach_gradients_through_padding(cell: Cell, isa: str, name: str) -> None:
-    """Where the reference's gradients are finite, so are ours."""
+    """Gradients are finite where the reference's are."""
     values = arguments(cell, Sizes(6, 2, 3, 5))
     values[name][..., 0, 1] = -np.inf
     with np.errstate(all="ignore"):
@@ -317,7 +330,9 @@ def test_inf_does_not_reach_gradients_through_padding(cell: Cell, isa: str, name
 @pytest.mark.parametrize("H", [48, 64])  # whole vectors anywhere
 @pytest.mark.parametrize(("name", "per_unit"), [("lstm", 5), ("gru", 4), ("rnn_tanh", 0)])
 def test_memory_saved_for_backward(name: str, per_unit: int, H: int, dtype: np.dtype) -> None:
-    """5·H values a step and row for LSTM, 4·H for GRU; a line more for a multiple of 1 KB."""
+    """An LSTM saves 5·H values a step and row and a GRU 4·H; multiples of 1 KB have a line
+    more.
+    """
     rows = len(CELLS[name].gates) * H
     arrays = [np.zeros((rows, 3), dtype), np.zeros((rows, H), dtype), *[None] * 8]
     saved, layers = per_unit * H, _cpu.Layers(name, [arrays])
@@ -327,7 +342,9 @@ def test_memory_saved_for_backward(name: str, per_unit: int, H: int, dtype: np.d
 
 
 def test_a_call_takes_what_needs_no_preparing() -> None:
-    """Anything else it leaves to Python, which converts it or says what is wrong."""
+    """The kernels take arrays that need no preparing, and leave all others to Python,
+    which converts them or says what is wrong.
+    """
     values = arguments(CELLS["lstm"], Sizes(6, 4, 5, 8))
     parameters = [*[values[n] for n in PARAMETERS[:4]], *[None] * 6]
     layers = _cpu.Layers("lstm", [parameters], layered=False)
@@ -380,6 +397,7 @@ def test_a_call_takes_what_needs_no_preparing() -> None:
     ],
 )
 def test_wrong_parameters_are_refused(name: str, changed: Any) -> None:
+    """The kernels refuse parameters of wrong shapes, strides or dtypes."""
     values = arguments(CELLS["lstm"], Sizes(6, 4, 5, 8))
     values[name] = changed(values[name])
     with pytest.raises(ValueError, match=name if name != "weight_ih" else "weight"):

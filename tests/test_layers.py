@@ -29,6 +29,7 @@ def layer(request):
 
 
 def test_assigning_a_parameter_repacks(layer) -> None:
+    """A parameter that is assigned counts in the next call."""
     before, _ = layer(X)
     layer.weight_hh_l1 = layer.weight_hh_l1 * 2
     changed, _ = layer(X)
@@ -68,6 +69,7 @@ def test_pullback_keeps_the_state_it_started_from() -> None:
 
 
 def test_state_dict_round_trip(layer) -> None:
+    """A layer that loads another's parameters computes the same."""
     fresh = LAYERS[type(layer).__name__](num_layers=2, bidirectional=True)
     fresh.load_state_dict({k: v * 0 for k, v in fresh.state_dict().items()})
     fresh.load_state_dict(layer.state_dict())
@@ -78,6 +80,7 @@ def test_state_dict_round_trip(layer) -> None:
     "duplicate", [copy.copy, copy.deepcopy, lambda l: pickle.loads(pickle.dumps(l))]
 )
 def test_pickle_and_copy(layer, duplicate) -> None:
+    """A copied or unpickled layer computes the same, and changing it leaves the other alone."""
     y, _ = layer(X)
     twin = duplicate(layer)
     assert repr(twin) == repr(layer)
@@ -89,6 +92,7 @@ def test_pickle_and_copy(layer, duplicate) -> None:
 
 
 def test_repr() -> None:
+    """repr shows the arguments that differ from their defaults."""
     assert repr(fr.LSTM(3, 4)) == "LSTM(3, 4)"
     layer = fr.GRU(3, 4, 2, bidirectional=True, dtype=np.float64)
     assert repr(layer) == "GRU(3, 4, num_layers=2, bidirectional=True, dtype=float64)"
@@ -144,7 +148,7 @@ def _in_child(layer, x, queue) -> None:
     "fork" not in multiprocessing.get_all_start_methods(), reason="no fork here"
 )
 def test_a_forked_child_works() -> None:
-    """fork takes the pool's threads away; a call in the child starts its own."""
+    """A call works in a forked child, where the threads of the pool are gone."""
     layer = fr.LSTM(64, 256, rng=0)
     x = np.random.default_rng(1).normal(size=(20, 8, 64)).astype(np.float32)
     fr.set_num_threads(2)
@@ -209,7 +213,7 @@ def test_a_plain_call_equals_the_checked_one(name: str, dtype: np.dtype, threads
 def test_layers_and_directions_side_by_side(
     name: str, layers: int, both: bool, sizes: Any, options: Any, masked: bool
 ) -> None:
-    """The same bits on any number of threads, forward and backward."""
+    """Layers and directions side by side give the same bits on any number of threads."""
     T, B, I, H = sizes
     rng = np.random.default_rng(0)
     layer = getattr(fr, name)(I, H, layers, bidirectional=both, rng=0, **options)
@@ -256,6 +260,7 @@ def test_all_layers_and_directions_have_the_same_masks(name: str, threads: int) 
 
 
 def test_masks_of_an_unbatched_sequence(layer) -> None:
+    """A sequence without a batch takes one length and one row of resets."""
     resets = np.arange(6) % 3 == 1
     (y, _), pullback = layer.vjp(X[:, 0], lengths=4, resets=resets)
     (batch, _), batch_pullback = layer.vjp(X[:, :1], lengths=[4], resets=resets[:, None])
@@ -264,7 +269,7 @@ def test_masks_of_an_unbatched_sequence(layer) -> None:
 
 
 def test_a_layer_alone_takes_masks() -> None:
-    """Its short way knows none of them."""
+    """A single layer takes masks, though its short way knows none."""
     layer = fr.GRU(3, 20, rng=1)
     y, h_n = layer(X, lengths=[6, 2, 0, 1])
     assert (y[2:, 1] == 0).all()
@@ -274,6 +279,7 @@ def test_a_layer_alone_takes_masks() -> None:
 
 
 def test_state_can_be_carried_on() -> None:
+    """Calls of one step each, carrying the state, give the bits of the whole sequence."""
     layer = fr.GRU(3, 20, num_layers=2, rng=1)
     whole, final = layer(X)
     state = None
@@ -284,6 +290,7 @@ def test_state_can_be_carried_on() -> None:
 
 
 def test_explain_tells_the_way() -> None:
+    """explain says which kernels a call takes and why, its operations, and its memory."""
     plain = fr.LSTM(8, 40, num_layers=2, bidirectional=True)
     summary = plain.explain(20, 6)
     assert summary["way"] == "fused product and cell"

@@ -69,6 +69,7 @@ CASES = [
 def test_agrees_with_onnxruntime(
     name: str, peephole: bool, clip: bool, lengths: bool, reverse: bool
 ) -> None:
+    """The reference agrees with onnxruntime on peepholes, clips, lengths and coupled gates."""
     cell = CELLS[name]
     names = ["peephole"] * peephole + ["clip"] * clip
     values, options = with_options(cell, SIZES, names, np.float32)

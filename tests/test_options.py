@@ -30,12 +30,14 @@ SHAPES = [Sizes(5, 3, 4, 7), Sizes(7, 1, 9, 33), Sizes(6, 20, 7, 50), Sizes(3, 9
 
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
 def test_each_option(cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str) -> None:
+    """Each option alone agrees with the reference, forward and backward."""
     for name in options_of(cell):
         check_against_reference(cell, sizes, dtype, [name])
 
 
 @pytest.mark.parametrize(("name", "row"), CASES, ids=CASE_IDS)
 def test_options_combine(name: str, row: tuple[Any, ...], isa: str) -> None:
+    """Options agree with the reference in all pairs, on several threads."""
     *flags, reverse, dtype, sizes, threads = row
     fr.set_num_threads(threads)
     names = [f for f in flags if f]
@@ -54,7 +56,7 @@ TOGETHER = {
 @pytest.mark.parametrize("name", TOGETHER)
 @pytest.mark.parametrize("sizes", [Sizes(9, 13, 33, 100), Sizes(6, 70, 20, 48)], ids=str)
 def test_any_number_of_threads(name: str, sizes: Sizes, dtype: np.dtype, isa: str) -> None:
-    """The same bits, random masks among them."""
+    """Options give the same bits on any number of threads, random masks among them."""
     values, options = with_options(CELLS[name], sizes, TOGETHER[name], dtype)
     everything = []
     for count in (1, 2, 3, 7):
@@ -71,7 +73,7 @@ def test_any_number_of_threads(name: str, sizes: Sizes, dtype: np.dtype, isa: st
 
 @pytest.mark.parametrize("name", TOGETHER)
 def test_any_neighbours_and_chunks(name: str, dtype: np.dtype, isa: str) -> None:
-    """In inference a row does not know those beside it, nor a chunk the whole."""
+    """In inference a row does not depend on those beside it, nor a chunk on the whole."""
     cell, sizes = CELLS[name], Sizes(9, 13, 33, 100)
     values, options = with_options(
         cell, sizes, [n for n in TOGETHER[name] if n != "recompute"], dtype
@@ -110,7 +112,7 @@ def test_any_neighbours_and_chunks(name: str, dtype: np.dtype, isa: str) -> None
 
 
 def test_seeds(cell: Cell) -> None:
-    """The same seed gives the same, another seed another, none another each time."""
+    """The same seed gives the same results, another seed others, and none others each time."""
     names = ["zoneout", "recurrent_dropout", "weight_dropout"]
     values, options = with_options(cell, Sizes(6, 5, 4, 40), names)
     del options["seed"]
@@ -126,7 +128,9 @@ def test_seeds(cell: Cell) -> None:
 
 
 def test_options_without_effect_change_nothing(cell: Cell, dtype: np.dtype, isa: str) -> None:
-    """Bounds that nothing reaches: the kernels with options compute what the plain ones do."""
+    """With bounds that nothing reaches the kernels with options give the bits of the plain
+    ones.
+    """
     sizes = Sizes(7, 9, 5, 50)
     values, _ = with_options(cell, sizes, [], dtype)
     for reverse in (False, True):
@@ -150,6 +154,9 @@ def test_layers_draw_apart(kind: str, dtype: np.dtype) -> None:
 
 
 def test_trace_and_cells_of_a_layer() -> None:
+    """A trace has every gate of every layer, zeros in the padding, and cells fit the
+    results.
+    """
     layer = fr.LSTM(3, 6, num_layers=2, bidirectional=True, batch_first=True, rng=0)
     x = np.random.default_rng(1).normal(size=(2, 5, 3)).astype(np.float32)
     y, (_, c_n), cells, trace = layer(x, lengths=[5, 3], return_cells=True, trace=True)
@@ -171,7 +178,7 @@ def test_trace_and_cells_of_a_layer() -> None:
 
 
 def test_recomputing_keeps_little(dtype: np.dtype) -> None:
-    """Of an LSTM h and c, of a GRU h."""
+    """With recompute an LSTM keeps h and c of a step and a GRU keeps h."""
     for name, kept in (("lstm", 1), ("gru", 0)):
         shapes = CELLS[name].parameter_shapes(4, 64)
         parameters = [np.zeros(shapes[n].lengths, dtype) for n in PARAMETERS[:4]]
@@ -181,6 +188,7 @@ def test_recomputing_keeps_little(dtype: np.dtype) -> None:
 
 
 def test_initialisation() -> None:
+    """Parameters start as the options say and have torch's names and shapes."""
     lstm = fr.LSTM(3, 8, proj_size=5, forget_bias=1.0, orthogonal=True, rng=0)
     p = lstm.state_dict()
     np.testing.assert_array_equal((p["bias_ih_l0"] + p["bias_hh_l0"])[8:16], 1)

@@ -41,12 +41,14 @@ def test_kernels_and_package_list_the_same_cells() -> None:
     ["config", "cuda", "functional", "layers", "plot", "reference.random", "stream"],
 )
 def test_examples_in_docstrings(module: str) -> None:
+    """The examples in docstrings run and show what they print."""
     results = doctest.testmod(importlib.import_module(f"fusedrnn.{module}"))
     assert results.failed == 0
     assert results.attempted > 0
 
 
 def test_public_names_have_docstrings() -> None:
+    """Every public name has a docstring; functions and layers have an example."""
     for name in fr.__all__:
         value = getattr(fr, name)
         if name != "__version__":
@@ -72,6 +74,7 @@ def test_reference_has_the_same_signatures() -> None:
 
 
 def test_environment_chooses_the_isa() -> None:
+    """FUSEDRNN_ISA chooses the instruction set, and one that is not there is refused."""
     for name, supported in _cpu.isas().items():
         done = run_python("import fusedrnn; print(fusedrnn.get_isa())", FUSEDRNN_ISA=name)
         if supported:
@@ -85,6 +88,7 @@ def test_environment_chooses_the_isa() -> None:
 
 
 def test_environment_chooses_the_threads() -> None:
+    """OMP_NUM_THREADS is the default number of threads."""
     code = "import fusedrnn; print(fusedrnn.get_num_threads())"
     assert run_python(code, OMP_NUM_THREADS="3").stdout.strip() == "3"
 
@@ -138,6 +142,7 @@ def test_importing_loads_only_numpy() -> None:
 
 
 def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
+    """show_config and `fusedrnn info` say what a bug report needs."""
     config = fr.show_config("dict")
     assert config["fusedrnn"] == fr.__version__
     assert config["isa"] in config["isas available"]
@@ -195,6 +200,7 @@ def test_demo_refuses_what_it_cannot_write(
     "arguments", [["demo", "--epochs", "0"], ["demo", "--airport", "ORD"], ["fly"], []]
 )
 def test_wrong_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong command ends with one line and status 2."""
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
@@ -204,6 +210,7 @@ def test_wrong_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]
 def test_demo_without_its_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Without its packages the demo names the extra to install."""
     monkeypatch.setitem(sys.modules, "rich.console", None)
     monkeypatch.delitem(sys.modules, "fusedrnn.demo", raising=False)
     monkeypatch.delattr(fr, "demo", raising=False)
@@ -212,7 +219,7 @@ def test_demo_without_its_extra(
 
 
 def test_demo_data_are_aligned() -> None:
-    """The series lies on every hour, gaps filled; targets are the hours that follow."""
+    """The demo's series lies on every hour, gaps filled; targets are the hours that follow."""
     weather = demo.read_weather(demo.weather_file())["JFK"]
     assert len(weather.temperature) == len(weather.features) == 8730
     assert np.isfinite(weather.features).all()

@@ -61,10 +61,12 @@ def double_complex(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def test_gradients_are_complex_step_derivatives(
     cell: Cell, reverse: bool, kind: str | None
 ) -> None:
+    """Gradients with and without masks are the derivatives, by complex steps."""
     check_derivatives(cell, [kind] if kind else [], reverse)
 
 
 def test_gradients_with_options_are_complex_step_derivatives(cell: Cell) -> None:
+    """Gradients with each option, and with many together, are the derivatives."""
     known = [*options_of(cell), *MASKS]
     for names in [*([name] for name in options_of(cell)), *TOGETHER]:
         if "bptt" not in names:  # it is not the derivative of anything
@@ -73,6 +75,7 @@ def test_gradients_with_options_are_complex_step_derivatives(cell: Cell) -> None
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_padding_is_not_looked_at(cell: Cell, reverse: bool) -> None:
+    """What x and dy hold beyond a row's length changes nothing."""
     values, mask = arguments(cell, SIZES), masks("both", SIZES)
     everything = []
     for spoil in (False, True):
@@ -88,7 +91,9 @@ def test_padding_is_not_looked_at(cell: Cell, reverse: bool) -> None:
 
 
 def test_lengths_and_resets_say_where_a_row_starts_and_ends(cell: Cell) -> None:
-    """Against the same steps cut apart by hand, in both directions."""
+    """Lengths and resets give the bits of the same steps cut apart by hand, in both
+    directions.
+    """
     values = arguments(cell, Sizes(5, 1, 2, 5))
     run = op(cell, "", reference)
     x, (h0, *c0) = values.pop("x"), [values.pop(n) for n in ("h0", "c0") if n in values]
@@ -118,6 +123,7 @@ def test_absent_biases_and_states_are_zeros(cell: Cell) -> None:
 
 
 def test_unbatched_equals_a_batch_of_one(cell: Cell) -> None:
+    """A sequence without a batch is a batch of one."""
     values = arguments(cell, SIZES._replace(B=1))
     flat = {
         k: v[:, 0] if k == "x" else v[0] if k in ("h0", "c0") else v for k, v in values.items()
@@ -134,7 +140,7 @@ def test_unbatched_equals_a_batch_of_one(cell: Cell) -> None:
 
 
 def test_random_numbers_are_philox() -> None:
-    """The known answers published with it (Salmon et al. 2011)."""
+    """Random numbers are Philox's: the known answers published with it (Salmon et al. 2011)."""
     full = 2**32 - 1
     pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
     for counter, key, expected in [
@@ -159,6 +165,7 @@ def test_masks_have_their_probability_and_know_no_sizes() -> None:
 
 
 def test_zoneout_keeps_what_was_with_its_probability() -> None:
+    """Zoneout keeps h and c of the step before, each with its probability."""
     cell, sizes = CELLS["lstm"], Sizes(8, 40, 3, 50)
     values = arguments(cell, sizes)
     options = {"zoneout": (0.2, 0.6), "return_cells": True, "training": True, "seed": 1}
@@ -169,7 +176,9 @@ def test_zoneout_keeps_what_was_with_its_probability() -> None:
 
 
 def test_no_gradient_passes_from_chunk_to_chunk() -> None:
-    """As if each chunk were a call of its own, from the state that the last one left."""
+    """With bptt each chunk's gradient is that of a call of its own, from the state before
+    it.
+    """
     cell, sizes = CELLS["gru"], Sizes(7, 2, 3, 5)
     values = arguments(cell, sizes)
     for reverse in (False, True):

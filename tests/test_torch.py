@@ -73,6 +73,7 @@ def compare(
 def test_agrees_with_torch(
     kind: str, num_layers: int, bidirectional: bool, dtype, isa_on_threads: None
 ) -> None:
+    """Layers agree with torch.nn in each number of layers and directions."""
     module, layer = pair(
         kind, dtype, 11, 37, num_layers=num_layers, bidirectional=bidirectional
     )
@@ -86,6 +87,7 @@ def test_agrees_with_torch(
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("batched", [True, False], ids=["batch-first", "unbatched"])
 def test_forms_of_input(kind: str, bias: bool, batched: bool, dtype) -> None:
+    """Layers agree with torch.nn without bias, batch first, and without a batch."""
     module, layer = pair(
         kind, dtype, 6, 20, num_layers=2, bias=bias, batch_first=True, bidirectional=True
     )
@@ -169,6 +171,7 @@ def test_same_parameters(kind: str) -> None:
 def test_projection_agrees_with_torch(
     num_layers: int, bidirectional: bool, dtype, isa_on_threads: None
 ) -> None:
+    """An LSTM with a projection agrees with torch.nn, and has the same parameters."""
     module, layer = pair(
         "LSTM", dtype, 11, 37, num_layers=num_layers, bidirectional=bidirectional, proj_size=13
     )

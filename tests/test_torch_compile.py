@@ -24,7 +24,7 @@ MODULES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize(("name", "options"), MODULES, ids=str)
 def test_compile(name: str, options: Any, backend: str) -> None:
-    """Without a break, and without compiling again for another T and B."""
+    """A module compiles without a break, and is not compiled again for another T and B."""
     module = getattr(ft, name)(3, 4, **options).eval()
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
@@ -50,7 +50,7 @@ def test_compile(name: str, options: Any, backend: str) -> None:
 
 
 def test_compile_draws_and_cells() -> None:
-    """Random numbers, and a loop of single steps, in one graph."""
+    """Random numbers, and a loop of single steps, are in one graph."""
     module = ft.GRU(3, 4, zoneout=0.3, recurrent_dropout=0.2)
     compiled = torch.compile(module, fullgraph=True)
     x = torch.randn(5, 2, 3)
@@ -72,6 +72,7 @@ def test_compile_draws_and_cells() -> None:
 @pytest.mark.parametrize(("name", "options"), MODULES, ids=str)
 @pytest.mark.parametrize("training", [False, True])
 def test_export(name: str, options: Any, training: bool) -> None:
+    """A module is exported with any T and B, saving for backward only in training."""
     module = getattr(ft, name)(3, 4, **options).train(training)
     T, B = torch.export.Dim("T", min=1), torch.export.Dim("B", min=1)
     dims = {0: B, 1: T} if options.get("batch_first") else {0: T, 1: B}
@@ -104,7 +105,7 @@ def test_symbolic_trace_takes_modules_as_leaves(kind: Any) -> None:
 
 
 def test_what_is_exported_in_inference_can_go_back() -> None:
-    """Then forward is computed again."""
+    """What is exported in inference computes forward again to go back."""
     module = ft.GRU(3, 4).eval()
     program = torch.export.export(module, (torch.randn(6, 5, 3),)).module()
     x = torch.randn(6, 5, 3)

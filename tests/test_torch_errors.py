@@ -99,6 +99,7 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 @pytest.mark.parametrize("has_gradient", [False, True])
 def test_wrong_calls(what: str, has_gradient: bool) -> None:
+    """A wrong argument of a call is named, with torch.nn's type of exception."""
     module, *arguments = wrong(what)
     error, message = WRONG[what]
     with pytest.raises(error, match=message), torch.set_grad_enabled(has_gradient):
@@ -116,6 +117,7 @@ def test_wrong_calls(what: str, has_gradient: bool) -> None:
     ],
 )
 def test_wrong_options_of_a_call(options: Any, error: Any, message: str) -> None:
+    """A wrong option of a call is named."""
     with pytest.raises(error, match=message):
         ft.GRU(3, 4, zoneout=0.1)(torch.zeros(5, 2, 3), **options)
 
@@ -139,13 +141,14 @@ def test_wrong_options_of_a_call(options: Any, error: Any, message: str) -> None
     ],
 )
 def test_wrong_arguments(name: str, options: Any, error: Any, message: str) -> None:
+    """A module names an argument that it cannot have."""
     with pytest.raises(error, match=message):
         getattr(ft, name)(3, 4, **options)
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
 def test_damaged_weights(name: str) -> None:
-    """One of another type, elsewhere or none at all is named."""
+    """A weight of another dtype, on another device or None is named."""
     x = torch.randn(5, 2, 3) if name == "LSTM" else torch.randn(2, 3)
     suffix = "_l0" * (name == "LSTM")
 
@@ -187,7 +190,7 @@ def test_dropout_of_one_layer_warns() -> None:
 
 
 def test_meta_modules() -> None:
-    """Shapes alone, and later filled."""
+    """A module on the meta device computes shapes alone, and can be filled later."""
     module = ft.LSTM(3, 4, num_layers=2, device="meta")
     y, (h_n, _) = module(torch.empty(5, 2, 3, device="meta"))
     assert y.shape == (5, 2, 4)
@@ -200,6 +203,7 @@ def test_meta_modules() -> None:
 
 @pytest.mark.parametrize("module", ["", ".call", ".modules", ".swapping"])
 def test_examples_in_docstrings(module: str) -> None:
+    """The examples in docstrings run and show what they print."""
     results = doctest.testmod(importlib.import_module(f"fusedrnn.torch{module}"))
     assert results.failed == 0
     assert results.attempted > 0
@@ -212,7 +216,7 @@ def test_public_names_have_docstrings() -> None:
 
 
 def test_every_cell_has_a_module() -> None:
-    """A new cell is seen here: it wants a module that makes it."""
+    """Every cell of CELLS, a new one too, has a module that runs it."""
     modules = [
         ft.LSTM(1, 1),
         ft.LSTM(1, 1, coupled_gates=True),

@@ -222,6 +222,7 @@ def with_ours(model: Any) -> Any:
 
 @pytest.mark.parametrize("training", [language_model, translation, reinforcement])
 def test_the_same_losses(training: Any) -> None:
+    """Each model trains with the same losses after its modules are swapped for ours."""
     expected = losses(training, lambda model: model)
     found = losses(training, with_ours)
     assert len(found) == STEPS
@@ -230,13 +231,18 @@ def test_the_same_losses(training: Any) -> None:
 
 
 def test_resets_are_what_masks_mean() -> None:
+    """A policy with resets in one call has the losses of one that cuts the sequence by
+    masks.
+    """
     expected = losses(reinforcement, lambda model: model)
     found = losses(reinforcement, with_ours, kind=PolicyWithResets)
     assert_close(found, expected, "training")
 
 
 def test_swap_keeps_what_a_module_had() -> None:
-    """Parameters, their order, hooks, mode; a class of one's own is left alone."""
+    """swap keeps parameters, their order, hooks and mode, and leaves a user's own class
+    alone.
+    """
 
     class Own(nn.GRU):
         pass
@@ -272,6 +278,7 @@ def test_swap_keeps_what_a_module_had() -> None:
 
 
 def test_swap_moves_parametrizations() -> None:
+    """swap keeps a parametrization and its parameters."""
     model = nn.Sequential(nn.LSTM(3, 4))
     nn.utils.parametrizations.weight_norm(model[0], "weight_hh_l0")
     parameters = dict(model.named_parameters())
@@ -287,5 +294,6 @@ def test_swap_moves_parametrizations() -> None:
     "model", [None, nn.LSTM, nn.LSTM(2, 2)], ids=["none", "class", "itself"]
 )
 def test_swap_refuses(model: Any) -> None:
+    """swap refuses what is no model with modules in it."""
     with pytest.raises(TypeError, match="model must"):
         ft.swap(model)

@@ -85,6 +85,7 @@ def sampled(kind: str) -> list[Any]:
 
 @pytest.mark.parametrize(("name", "sample"), sampled("inputs"))
 def test_torchs_own_inputs(name: str, sample: Any) -> None:
+    """Modules agree with torch.nn on the inputs of torch's own tests."""
     constructor, call = sample.constructor_input, sample.forward_input
     theirs, ours = pair(name, *constructor.args, **constructor.kwargs, dtype=DOUBLE)
     assert_same(theirs, ours, *call.args)
@@ -93,6 +94,7 @@ def test_torchs_own_inputs(name: str, sample: Any) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_torchs_own_packed_inputs(name: str, bidirectional: bool) -> None:
+    """Modules agree with torch.nn on the packed inputs of torch's own tests."""
     info = next(m for m in common_modules.module_db if m.module_cls is getattr(nn, name))
     if name == "LSTM":
         data = common_modules.make_packed_sequence(
@@ -117,7 +119,7 @@ def test_torchs_own_packed_inputs(name: str, bidirectional: bool) -> None:
 
 @pytest.mark.parametrize(("name", "sample"), sampled("error_inputs"))
 def test_what_torch_refuses(name: str, sample: Any) -> None:
-    """With the same type of exception, by module and by call."""
+    """What torch.nn refuses is refused with the same type of exception."""
     wrong = sample.module_error_input
     constructor = wrong.constructor_input
 
@@ -136,7 +138,7 @@ def test_what_torch_refuses(name: str, sample: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_arguments(name: str) -> None:
-    """In torch's order, with torch's defaults; ours come after, by keyword."""
+    """Arguments have torch's order; ours come after, by keyword."""
     ours = inspect.signature(getattr(ft, name).__init__).parameters
     documented = {
         "LSTM": "input_size hidden_size num_layers bias batch_first dropout bidirectional "
@@ -156,6 +158,7 @@ def test_arguments(name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("options", FORMS, ids=str)
 def test_parameters(name: str, options: dict[str, Any]) -> None:
+    """Parameters have torch's names, order and first values, and state dicts fit both ways."""
     theirs, ours = pair(name, 3, 5, **options)
     for a, b in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
         assert a[0] == b[0]
@@ -174,7 +177,9 @@ def test_parameters(name: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", ["batched", "unbatched", "packed", "sorted"])
 @pytest.mark.parametrize("has_state", [False, True])
 def test_agrees_with_torch(name: str, options: Any, kind: str, has_state: bool) -> None:
-    """In every form of input, dropout drawing the same numbers, packed or not."""
+    """Modules agree with torch.nn in every form of input, and dropout draws the same
+    numbers.
+    """
     theirs, ours = pair(name, 3, 5, **options, dtype=DOUBLE)
     rng = torch.Generator().manual_seed(1)
     first, count = options.get("batch_first", False), 4 if len(options) > 1 else 1
@@ -213,6 +218,7 @@ def test_agrees_with_torch(name: str, options: Any, kind: str, has_state: bool) 
 @pytest.mark.parametrize("name", NAMES[3:])
 @pytest.mark.parametrize("has_state", [False, True])
 def test_cells_agree_with_torch(name: str, has_state: bool) -> None:
+    """LSTMCell, GRUCell and RNNCell agree with torch.nn's, and have the same names and repr."""
     theirs, ours = pair(name, 3, 5, dtype=DOUBLE)
     assert [n for n, _ in theirs.named_parameters()] == [n for n, _ in ours.named_parameters()]
     states = [torch.randn(4, 5, dtype=DOUBLE, requires_grad=True) for _ in range(2)]
@@ -247,7 +253,9 @@ OPTION_CASES = [(name, options) for name, all_of in LAYER_OPTIONS.items() for op
 @pytest.mark.parametrize(("name", "options"), OPTION_CASES, ids=str)
 @pytest.mark.parametrize("training", [False, True])
 def test_options_agree_with_our_layers(name: str, options: Any, training: bool) -> None:
-    """Through two layers in both directions, masked, forward and backward."""
+    """Options give the bits of NumPy's layers, masked, through two layers in both
+    directions.
+    """
     more = {"num_layers": 2, "bidirectional": True, "batch_first": True, **options}
     module = getattr(ft, name)(3, 6, **more, dtype=DOUBLE).train(training)
     layer = getattr(fr, name)(3, 6, **more, dtype=np.float64)
@@ -302,7 +310,7 @@ RANDOM = [("zoneout", 0.3), ("recurrent_dropout", 0.3), ("weight_dropout", 0.3)]
 @pytest.mark.parametrize(("option", "p"), RANDOM)
 @pytest.mark.parametrize("name", LAYERS)
 def test_draws_without_gradients_too(name: str, option: str, p: float) -> None:
-    """Monte Carlo dropout: in training mode under no_grad, and not in evaluation."""
+    """Options draw in training mode under no_grad (Monte Carlo dropout), not in evaluation."""
     module, x = getattr(ft, name)(3, 9, **{option: p}), torch.randn(5, 2, 3)
     with torch.no_grad():
         drawn = [module(x, seed=seed)[0] for seed in (1, 2)]
@@ -329,6 +337,7 @@ def test_recompute_and_checkpoints_change_nothing() -> None:
 
 
 def test_init_options() -> None:
+    """Initial values follow the options, which cannot be changed afterwards."""
     lstm = ft.LSTM(3, 4, forget_bias=1.0, orthogonal=True, layer_norm=True)
     both = lstm.bias_ih_l0 + lstm.bias_hh_l0
     assert torch.equal(both[4:8], torch.ones(4))
@@ -361,7 +370,7 @@ def test_empty_batches_and_sequences(name: str) -> None:
 
 
 def test_other_strides() -> None:
-    """Views and parameters that are not contiguous."""
+    """Views and parameters that are not contiguous are taken."""
     theirs, ours = pair("LSTM", 3, 4, dtype=DOUBLE)
     for module in (theirs, ours):
         module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.detach().T.contiguous().T)
@@ -378,6 +387,7 @@ def test_other_strides() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_copies_and_files(name: str) -> None:
+    """A module that was copied, pickled or saved computes the same."""
     module = getattr(ft, name)(3, 4, clip=2.0)
     x = torch.randn(5, 3)
     expected = flat(module(x))[0]
@@ -400,7 +410,9 @@ def test_copies_and_files(name: str) -> None:
 
 
 def test_parametrize() -> None:
-    """A weight that is computed anew at each call, and the old weight drop that deletes one."""
+    """A weight may be computed anew at each call, also by a weight drop that deletes
+    parameters.
+    """
     theirs, ours = pair("LSTM", 3, 4, dtype=DOUBLE)
     for module in (theirs, ours):
         nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
@@ -425,6 +437,7 @@ class Half(nn.Module):
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "RMSprop"])
 def test_optimizers(name: str, optimizer: str) -> None:
+    """Training has the losses of torch.nn with each optimizer."""
     losses = []
     for module in pair(name, 3, 8, dtype=DOUBLE):
         step = getattr(torch.optim, optimizer)(module.parameters(), lr=0.01)
@@ -442,7 +455,9 @@ def test_optimizers(name: str, optimizer: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_halves_and_autocast_on_the_cpu(name: str, half: Any) -> None:
-    """Computed in float32: as close as the rounding of what goes in and comes out."""
+    """16 bits are computed in float32: as close as the rounding of what goes in and comes
+    out.
+    """
     module = getattr(ft, name)(3, 4)
     x = torch.randn(5, 2, 3) if name in LAYERS else torch.randn(5, 3)
     expected = flat(module(x))[0].detach()
@@ -461,7 +476,7 @@ def test_halves_and_autocast_on_the_cpu(name: str, half: Any) -> None:
 
 
 def test_inference_takes_weights_as_they_are_now() -> None:
-    """Also where they were written to behind autograd's back."""
+    """Inference takes weights as they are, even if written to behind autograd's back."""
     module, x = ft.LSTM(3, 4), torch.randn(9, 2, 3)
     with torch.no_grad():
         before = module(x)[0]
@@ -473,6 +488,7 @@ def test_inference_takes_weights_as_they_are_now() -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_threads_follow_torch(name: str) -> None:
+    """Calls take as many threads as torch does, until a user chooses another number."""
     before = torch.get_num_threads()
     module, x = getattr(ft, name)(3, 4), torch.randn(5, 2, 3)
     try:

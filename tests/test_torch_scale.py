@@ -92,6 +92,7 @@ def process(rank: int, folder: str) -> None:
 
 
 def test_processes_agree_with_one_on_the_joined_batch(tmp_path: Path) -> None:
+    """Two processes under DDP and FSDP2 have the losses of one on the joined batch."""
     expected = train(*make())
     torch.multiprocessing.spawn(process, (str(tmp_path),), WORLD)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORLD)]
@@ -119,7 +120,9 @@ class Encoded(Dataset):
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_workers_of_a_data_loader(start: str) -> None:
-    """Also where threads were at work before the fork."""
+    """Layers work in a DataLoader's workers, also where threads were at work before the
+    fork.
+    """
     data = Encoded()
     fr.set_num_threads(2)
     expected = torch.stack([data[n] for n in range(len(data))])
