@@ -4,15 +4,22 @@ is covered at once.
 
 from __future__ import annotations
 
+import itertools
+import os
 import sys
 from collections.abc import Iterator
 
-import numpy as np
-import pytest
+# Tests run side by side (pytest -n auto), one on each core: what is not about threads computes
+# on one, since threads that wait for a core they share take several times as long.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
 
-import fusedrnn as fr
-from fusedrnn import _cpu, checks
-from fusedrnn.cells import CELLS, Cell
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+import fusedrnn as fr  # noqa: E402
+from fusedrnn import _cpu, checks  # noqa: E402
+from fusedrnn.cells import CELLS, Cell  # noqa: E402
 
 
 @pytest.fixture(params=list(CELLS))
@@ -25,27 +32,45 @@ def dtype(request: pytest.FixtureRequest) -> np.dtype:
     return np.dtype(request.param)
 
 
-@pytest.fixture(params=list(_cpu.isas()))
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each compiled ISA that this CPU has, forced."""
-    if not _cpu.isas()[request.param]:
-        pytest.skip(f"this CPU has no {request.param}")
+def force_isa(name: str) -> Iterator[str]:
+    if not _cpu.isas()[name]:
+        pytest.skip(f"this CPU has no {name}")
     before = fr.get_isa()
-    fr.set_isa(request.param)
-    yield request.param
+    fr.set_isa(name)
+    yield name
     fr.set_isa(before)
 
 
+@pytest.fixture(params=list(_cpu.isas()))
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each compiled ISA that this CPU has, forced."""
+    yield from force_isa(request.param)
+
+
 @pytest.fixture(params=[1, 2, 5])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+def threads(request: pytest.FixtureRequest) -> int:
     fr.set_num_threads(request.param)
-    yield request.param
+    return request.param
+
+
+@pytest.fixture(params=list(zip(_cpu.isas(), itertools.cycle([5, 2, 1]))), ids=str)
+def isa_on_threads(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each ISA, each on one number of threads: another test shows that it changes no bit."""
+    isa, threads = request.param
+    fr.set_num_threads(threads)
+    yield from force_isa(isa)
+
+
+@pytest.fixture(autouse=True)
+def _default_threads() -> Iterator[None]:
+    """The number of threads that a test sets is its own."""
+    yield
     fr.set_num_threads(0)
 
 
 @pytest.fixture(autouse=True)
 def _team(request: pytest.FixtureRequest) -> None:
-    """Threads of ours, but in the tests of what runs on PyTorch's."""
+    """Kernels run on threads of our own, but on PyTorch's in the tests of fusedrnn.torch."""
     if "fusedrnn.torch" in sys.modules:
         from fusedrnn.torch import kernels
 

@@ -1,10 +1,10 @@
-"""Random asymmetric inputs, calls by cell, and the table of tolerances."""
+"""The table of tolerances, random asymmetric inputs, and the check against the reference."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +13,103 @@ import fusedrnn as fr
 from fusedrnn import reference
 from fusedrnn.cells import CELLS, Cell
 
-# Largest error against float64 on the inputs as rounded, relative to the scale of the
-# expected array. Gradients sum over T·B terms.
-TOLERANCE = {np.dtype(np.float32): 2e-5, np.dtype(np.float64): 1e-12}
+# Tolerances
+
+
+def largest_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The largest error of an element, relative to 1 + the largest expected element."""
+    return float(np.abs(actual - expected).max() / (1 + np.abs(expected).max()))
+
+
+def norm_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The norm of the error, relative to the norm of what is expected.
+
+    What nearly cancels, as a single dx may, is measured against the terms that cancel.
+    """
+    scale = max(np.linalg.norm(expected), 0.02 * expected.size**0.5, 1e-30)
+    return float(np.linalg.norm(actual - expected) / scale)
+
+
+class Limits(NamedTuple):
+    """The largest errors that tests allow, as `error` measures them."""
+
+    results: float
+    gradients: float  # sums over T·B terms
+    error: Callable[[np.ndarray, np.ndarray], float] = largest_error
+
+
+# Expected values are computed in float64 from the inputs as rounded, by the reference, by
+# PyTorch or by hand. The name of a row is the dtype of what is tested and where it ran.
+TOLERANCE = {
+    "float64": Limits(1e-13, 1e-12),
+    "float32": Limits(5e-6, 2e-5),
+    # PyTorch's modules on a CPU compute in float32 what they take and return in 16 bits.
+    "bfloat16": Limits(1e-2, 1e-2),
+    "float16": Limits(2e-3, 2e-3),
+    # The σ and tanh of onnxruntime are rational approximations.
+    "onnxruntime": Limits(1e-6, 1e-6),
+    # The losses of a training in float64, to which each step adds its rounding.
+    "training": Limits(1e-10, 1e-10),
+    # Kernels on a GPU, or on its emulator.
+    "float64 on GPU": Limits(1e-13, 1e-13, norm_error),
+    "float32 on GPU": Limits(2e-6, 2e-6, norm_error),
+    "tf32 on GPU": Limits(2e-3, 2e-3, norm_error),
+    "bfloat16 on GPU": Limits(2e-2, 2e-2, norm_error),
+    "float16 on GPU": Limits(3e-3, 3e-3, norm_error),
+    # The same call on a GPU and on the CPU: each has its own rounding errors.
+    "float64 on both": Limits(1e-12, 1e-11, norm_error),
+    "float32 on both": Limits(1e-5, 1e-5, norm_error),
+}
+
+
+def dtype_of(a: Any) -> str:
+    """The name of the dtype of an array of NumPy, PyTorch or ours on a GPU."""
+    return str(a.dtype).removeprefix("torch.")
+
+
+def as_double(a: Any) -> np.ndarray:
+    """The values of any array, in float64 (or complex) on the host."""
+    if hasattr(a, "detach"):
+        a = a.detach().cpu().double()
+    a = a.numpy() if hasattr(a, "numpy") else np.asarray(a)
+    return a if a.dtype.kind == "c" else a.astype(np.float64)
+
+
+def assert_close(
+    actual: Any,
+    expected: Any,
+    row: Any = None,
+    what: str = "",
+    gradient: bool = False,
+    factor: float = 1,
+) -> None:
+    """Compare arrays, or lists of them, by a row of `TOLERANCE`: that of their dtype if None.
+
+    Without a row actual must have expected's dtype, with "float64" or "float32" that one.
+    """
+    if expected is None or actual is None:
+        assert actual is expected, what
+        return
+    if isinstance(expected, (list, tuple)):
+        for a, e in zip(actual, expected, strict=True):
+            assert_close(a, e, row, what, gradient, factor)
+        return
+    if row is None:
+        row = dtype_of(expected)
+    elif not isinstance(row, str):
+        row = np.dtype(row).name
+    assert row not in ("float64", "float32") or dtype_of(actual) == row, what
+    a, e = as_double(actual), as_double(expected)
+    assert a.shape == e.shape, what
+    if e.size == 0:
+        return
+    limits = TOLERANCE[row]
+    error = limits.error(a, e)
+    limit = factor * (limits.gradients if gradient else limits.results)
+    assert error <= limit, f"{what}: error {error:.2e} > {limit:.0e}"
+
+
+# Inputs
 
 PARAMETERS = reference.Parameters._fields
 NAMES = ("x", *PARAMETERS[:4], "h0", "c0")
@@ -74,13 +168,18 @@ def options_of(cell: Cell) -> list[str]:
 
 
 def with_options(
-    cell: Cell, sizes: Sizes, names: Iterable[str], dtype: Any = np.float64, seed: int = 0
+    cell: Cell,
+    sizes: Sizes,
+    names: Iterable[str],
+    dtype: Any = np.float64,
+    seed: int = 0,
+    bias: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The array arguments of an op called with these options, and its other arguments."""
     rng = np.random.default_rng([seed, *sizes])
     T, H = sizes.T, sizes.H
-    values = arguments(cell, sizes, np.float64, seed)
-    given: dict[str, Any] = {"seed": 2**40 + seed, "training": True}
+    values = arguments(cell, sizes, np.float64, seed, bias)
+    options: dict[str, Any] = {"seed": 2**40 + seed, "training": True}
     for name in names:
         if name == "projection":
             R = H // 2 + 1
@@ -96,21 +195,21 @@ def with_options(
                 values["gamma_c"] = 0.5 + rng.random(H)
                 values["beta_c"] = rng.normal(size=H) / 4
         elif name == "clip":
-            given["clip"] = 0.8
+            options["clip"] = 0.8
         elif name == "cell_clip":
-            given["cell_clip"] = 0.5
+            options["cell_clip"] = 0.5
         elif name.startswith("zoneout"):
-            given["zoneout"] = (0.25, 0.4) if "c" in cell.states else 0.25
-            given["training"] &= name == "zoneout"
+            options["zoneout"] = (0.25, 0.4) if "c" in cell.states else 0.25
+            options["training"] &= name == "zoneout"
         elif name.endswith("dropout"):
-            given[name] = 0.3
+            options[name] = 0.3
         elif name == "bptt":
-            given[name] = max(T // 3, 1)
+            options[name] = max(T // 3, 1)
         elif name in MASKS:
-            given |= masks(name, sizes, seed)
+            options |= masks(name, sizes, seed)
         else:
-            given[name] = True
-    return {k: None if v is None else v.astype(dtype) for k, v in values.items()}, given
+            options[name] = True
+    return {k: None if v is None else v.astype(dtype) for k, v in values.items()}, options
 
 
 MASKS = ("lengths", "resets", "both")
@@ -154,27 +253,156 @@ def present(gradients: Any) -> list[Any]:
 def pulled(cell: Cell, pullback: Any, weights: list[np.ndarray]) -> Any:
     """The gradients, by name and without those that there are none of."""
     names = ["dy", *(f"d{letter}_n" for letter in cell.states), "d_cells"]
-    given = dict(zip(names, weights, strict=False))
-    return {k: v for k, v in pullback(**given)._asdict().items() if v is not None}
+    by_argument = dict(zip(names, weights, strict=False))
+    return {k: v for k, v in pullback(**by_argument)._asdict().items() if v is not None}
 
 
 def double(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if v is None else v.astype(np.float64) for k, v in values.items()}
+    return {k: None if v is None else as_double(v) for k, v in values.items()}
 
 
-def assert_close(actual: Any, expected: Any, dtype: Any, what: str) -> None:
-    """Compare with the tolerance of `dtype`."""
-    if expected is None or actual is None:
-        assert actual is expected, what
-        return
-    expected = np.asarray(expected)
-    assert actual.shape == expected.shape, what
-    assert actual.dtype == dtype, what
-    if expected.size == 0:
-        return
-    scale = 1 + np.abs(expected).max()
-    error = np.abs(actual - expected).max() / scale
-    assert error <= TOLERANCE[np.dtype(dtype)], f"{what}: error {error:.2e}"
+# The check against the reference
+
+
+class Place:
+    """Where an op runs and on which arrays: NumPy's, of a dtype, on the CPU.
+
+    `row` is that of `TOLERANCE`; results have `dtype`, states `state_dtype`.
+    """
+
+    STATES = ("h0", "c0", "h_n", "c_n", "dh_n", "dc_n", "cells", "d_cells")
+
+    def __init__(self, dtype: Any) -> None:
+        self.row = self.dtype = self.state_dtype = np.dtype(dtype).name
+
+    def dtype_of(self, name: str) -> str:
+        return self.state_dtype if name in self.STATES else self.dtype
+
+    def put(self, name: str, value: np.ndarray) -> Any:
+        """The argument or gradient of that name as an array of this place."""
+        return value.astype(self.dtype_of(name))
+
+    def put_all(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {k: None if v is None else self.put(k, v) for k, v in values.items()}
+
+    def call(self, cell: Cell, suffix: str, **arguments: Any) -> Any:
+        """Call a cell's op (suffix "") or its vjp ("_vjp")."""
+        return op(cell, suffix)(**arguments)
+
+    def factor(self, cell: Cell, options: Iterable[str]) -> float:
+        """By how much the tolerance is wider for this cell with these options."""
+        return 1
+
+
+def by_name(cell: Cell, results: tuple[Any, ...]) -> dict[str, Any]:
+    """An op's results by their names, the gates of a trace by theirs."""
+    names = ["y", *(f"{letter}_n" for letter in cell.states), "cells"]
+    arrays = [r for r in results if not isinstance(r, dict)]
+    gates = [r for r in results if isinstance(r, dict)]
+    return dict(zip(names, arrays, strict=False)) | (gates[0] if gates else {})
+
+
+def check_against_reference(
+    cell: Cell,
+    sizes: Sizes,
+    place: Any,
+    options: Iterable[str] = (),
+    *,
+    masks: dict[str, np.ndarray] | None = None,
+    reverse: bool = False,
+    bias: bool = True,
+    seed: int = 0,
+) -> None:
+    """An op's results and gradients agree with the reference, its results in inference with
+    those in training, bit for bit.
+
+    `place` is a `Place`, or a dtype for the CPU. `options` are names of `OPTIONS` and `MASKS`.
+    """
+    place = place if isinstance(place, Place) else Place(place)
+    arrays, asked = with_options(cell, sizes, options, seed=seed, bias=bias)
+    if set(options) <= set(MASKS):
+        del asked["seed"], asked["training"]
+    asked |= {"reverse": reverse, **(masks or {})}
+    spoil_padding(arrays["x"], asked)
+    inputs = place.put_all(arrays)
+    expected, expected_pullback = op(cell, "_vjp", reference)(**double(inputs), **asked)
+    results, pullback = place.call(cell, "_vjp", **inputs, **asked)
+    in_inference = {k: v for k, v in asked.items() if k not in ("bptt", "recompute")}
+    inference = by_name(cell, place.call(cell, "", **inputs, **in_inference))
+
+    row, factor = place.row, place.factor(cell, options)
+    actual, wanted = by_name(cell, results), by_name(cell, expected)
+    assert list(actual) == list(inference) == list(wanted)
+    for name, e in wanted.items():
+        assert dtype_of(actual[name]) == place.dtype_of(name), name
+        assert_close(actual[name], e, row, name, factor=factor)
+        np.testing.assert_array_equal(
+            as_double(actual[name]),
+            as_double(inference[name]),
+            f"{name}: training and inference differ",
+        )
+
+    names = ["dy", *(f"d{letter}_n" for letter in cell.states), "d_cells"]
+    weights = dict(zip(names, cotangents(expected, seed), strict=False))
+    for name in {"dy", "d_cells"} & set(weights):
+        spoil_padding(weights[name], asked)
+    weights = place.put_all(weights)
+    gradients = pulled(cell, pullback, list(weights.values()))
+    wanted = pulled(cell, expected_pullback, list(double(weights).values()))
+    assert set(gradients) == set(wanted)
+    for name, e in wanted.items():
+        assert_close(gradients[name], e, row, f"d{name}", gradient=True, factor=factor)
+
+
+def check_layers_against_reference(
+    layer: Any, x: np.ndarray, dropout: float = 0.0, seed: int = 0, **asked: Any
+) -> None:
+    """A bidirectional layer of two in training, y and every gradient, agrees with four runs of
+    the reference, put together by hand. `asked` are options and masks.
+    """
+    masks = {k: asked[k] for k in MASKS if k in asked}
+    (y, _), pullback = layer.vjp(x, **masks, seed=seed)
+    dy = np.random.default_rng(seed).normal(size=y.shape).astype(y.dtype)
+    gradients = pullback(dy)
+
+    cell, p = layer._cell, double(layer.state_dict())
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    suffixes = [["l0", "l0_reverse"], ["l1", "l1_reverse"]]
+    below, dropped, pullbacks = as_double(x), 1.0, {}
+    for l in range(2):
+        if l and dropout:
+            dropped = reference.dropout(below, dropout, seed=seed, where=0)
+            below = below * dropped
+        sides = []
+        for d, suffix in enumerate(suffixes[l]):
+            results, pullbacks[suffix] = reference.op(
+                cell.reference,
+                below,
+                [p[f"{name}_{suffix}"] for name in names],
+                [None] * len(cell.states),
+                where=2 * l + d,
+                reverse=d == 1,
+                seed=seed,
+                **asked,
+            )
+            sides.append(results[0])
+        below = np.concatenate(sides, -1)
+    assert_close(y, below, x.dtype, "y")
+
+    d_above = as_double(dy)
+    for l in (1, 0):
+        d_x = 0.0
+        for suffix, half in zip(suffixes[l], np.split(d_above, 2, -1), strict=True):
+            of_run = pullbacks[suffix](half)
+            d_x = d_x + of_run.x
+            for name in names:
+                actual, what = gradients.parameters[f"{name}_{suffix}"], f"d{name}_{suffix}"
+                assert_close(actual, getattr(of_run, name), x.dtype, what, gradient=True)
+        d_above = d_x * dropped if l else d_x
+    assert_close(gradients.x, d_above, x.dtype, "dx", gradient=True)
+
+
+# All pairs of options
 
 
 def pairwise(columns: list[list[Any]], seed: int = 0) -> list[tuple[Any, ...]]:

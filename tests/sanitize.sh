@@ -25,9 +25,9 @@ cp "$build"/_cpu*.so "$build/fusedrnn/"
 # Python itself is not built with a sanitizer, so the sanitizer's runtime is loaded before
 # Python, and leaks are not reported, because Python and NumPy leave memory allocated at exit.
 # Tests that need hypothesis or torch would only add time, so they are left out, as are large
-# shapes without vectors and 530 rows. For threads the portable kernels are left out, because
-# all instruction sets share one loop. Only the tests of options run cells that always need
-# the kernels with options.
+# shapes without vectors, 530 rows, and the process with small caches, which all tests have
+# here. For threads the portable kernels are left out, because all instruction sets share one
+# loop. Only the tests of options run cells that always need the kernels with options.
 export LD_PRELOAD="$(g++ -print-file-name=$library) $(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 export TSAN_OPTIONS="halt_on_error=1 second_deadlock_stack=1 suppressions=$PWD/tests/tsan.txt"
@@ -35,7 +35,7 @@ export PYTHONPATH="$build:tests" OPENBLAS_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 python -c "import fusedrnn; assert fusedrnn.__file__.startswith('$build')"
 # With small caches small shapes reach every order of tiles.
 export FUSEDRNN_L1_BYTES=4096 FUSEDRNN_L2_BYTES=32768
-left_out="any_shape or forked or 530 or (portable and (340 or 660 or 96))"
+left_out="any_shape or forked or 530 or small_caches or (portable and (340 or 660 or 96))"
 if [ "$preset" = tsan ]; then left_out+=" or portable"; fi
 left_out+=" or ((lstm_coupled or gru_before) and not test_options)"
 python -m pytest -q -n auto --capture=sys -p no:cacheprovider -k "not ($left_out)" $tests "${@:2}"

@@ -18,11 +18,12 @@ from gpu import (
     GPU,
     PRECISIONS,
     SHAPES,
+    Gpu,
     assert_same_bits,
-    check_against_reference,
+    choose_plan,
     exists,
+    mode,
     put,
-    wish,
 )
 from helpers import (
     CASE_IDS,
@@ -30,6 +31,7 @@ from helpers import (
     MASKS,
     Sizes,
     arguments,
+    check_against_reference,
     cotangents,
     masks,
     op,
@@ -52,38 +54,42 @@ def precision(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _no_wish() -> Iterator[None]:
+def _default_plan() -> Iterator[None]:
     yield
     cuda._module().wish()
 
 
 @pytest.mark.parametrize("sizes", [Sizes(5, 3, 4, 7), Sizes(3, 2, 5, 70)], ids=str)
 def test_each_option(cell: Cell, precision: str, sizes: Sizes) -> None:
+    """Each option alone agrees with the reference, in every precision."""
     for name in options_of(cell):
-        check_against_reference(cell, sizes, precision, names=[name])
+        check_against_reference(cell, sizes, Gpu(precision), [name])
 
 
 @pytest.mark.parametrize(("name", "row"), CASES, ids=CASE_IDS)
 def test_options_combine(name: str, row: tuple[Any, ...]) -> None:
+    """Options agree with the reference in all pairs."""
     *flags, reverse, dtype, sizes, _ = row
     names = [f for f in flags if f]
-    check_against_reference(CELLS[name], sizes, dtype, reverse, seed=1, names=names, factor=3)
+    check_against_reference(CELLS[name], sizes, Gpu(dtype), names, reverse=reverse, seed=1)
 
 
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_agrees_with_reference(cell: Cell, precision: str, exchange: str, sizes: Sizes) -> None:
-    wish(exchange=exchange)
+    """Every way to exchange h between blocks agrees with the reference."""
+    choose_plan(exchange=exchange)
     if not exists(cell, precision, sizes):
-        pytest.skip(f"no plan with {exchange} for {sizes}")
-    check_against_reference(cell, sizes, precision, reverse=sizes.T % 2 == 0)
+        pytest.skip(f"no plan with {exchange} for {sizes} fits this GPU")
+    check_against_reference(cell, sizes, Gpu(precision), reverse=sizes.T % 2 == 0)
 
 
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_masks(cell: Cell, precision: str, kind: str, reverse: bool) -> None:
+    """Lengths and resets, alone and together, agree with the reference."""
     sizes = Sizes(6, 11, 3, 20)
-    check_against_reference(cell, sizes, precision, reverse, mask=masks(kind, sizes))
+    check_against_reference(cell, sizes, Gpu(precision), [kind], reverse=reverse)
 
 
 # Options that leave a recurrence its plan.
@@ -130,33 +136,34 @@ def test_agrees_with_reference_on_any_plan(
     options: list[str],
     **plan: Any,
 ) -> None:
+    """Any plan that there is agrees with the reference on any shape."""
     cell = CELLS[name]
-    wish(**plan)
+    choose_plan(**plan)
     if not exists(cell, precision, sizes):
         return
-    if options:
-        names = [n for n in options if n in options_of(cell)] + [kind] * (kind is not None)
-        check_against_reference(cell, sizes, precision, reverse, names=names, factor=3)
-    else:
-        mask = {} if kind is None else masks(kind, sizes)
-        check_against_reference(cell, sizes, precision, reverse, bias, 3, mask)
+    names = [n for n in options if n in options_of(cell)] + [kind] * (kind is not None)
+    has_bias = bias or bool(options)
+    check_against_reference(
+        cell, sizes, Gpu(precision), names, reverse=reverse, bias=has_bias, seed=3
+    )
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_integers_are_exact(precision: str, exchange: str) -> None:
-    """A linear recurrence on small integers: every index and tail, without tolerance."""
+    """A linear recurrence on small integers is exact: every index and tail, without
+    tolerance.
+    """
     rng = np.random.default_rng(7)
     T, B, I, H = sizes = Sizes(2, 9, 3, 19)
-    wish(exchange=exchange)
+    choose_plan(exchange=exchange)
     assert exists(CELLS["rnn_identity"], precision, sizes)
     shapes = {"x": (T, B, I), "weight_ih": (H, I), "weight_hh": (H, H)}
     shapes |= {"bias_ih": (H,), "bias_hh": (H,), "h0": (B, H)}
     values = {k: rng.integers(-1, 2, shape).astype(np.float64) for k, shape in shapes.items()}
     mask = {"lengths": rng.integers(0, T + 1, B), "resets": rng.random((T, B)) < 0.3}
     expected, _ = reference.rnn_vjp(**values, **mask, nonlinearity="identity")
-    mode = "tf32" if precision == "tf32" else "exact"
     results, _ = fr.rnn_vjp(
-        **put(values, precision), **mask, nonlinearity="identity", precision=mode
+        **put(values, precision), **mask, nonlinearity="identity", precision=mode(precision)
     )
     for a, e in zip(results, expected, strict=True):
         np.testing.assert_array_equal(a.numpy(), e)
@@ -166,16 +173,18 @@ def test_integers_are_exact(precision: str, exchange: str) -> None:
     "sizes", [Sizes(0, 3, 4, 5), Sizes(3, 0, 4, 5), Sizes(0, 0, 1, 1)], ids=str
 )
 def test_empty_sequences_and_batches(cell: Cell, precision: str, sizes: Sizes) -> None:
-    check_against_reference(cell, sizes, precision)
+    """Sequences and batches of no length give what the reference gives."""
+    check_against_reference(cell, sizes, Gpu(precision))
 
 
 def test_missing_states_and_gradients_are_zeros(cell: Cell) -> None:
+    """States and gradients that are None count as zeros, bit for bit."""
     values = put(arguments(cell, Sizes(5, 4, 3, 18)), "float32")
     states = {k: v for k, v in values.items() if k in ("h0", "c0")}
-    given = {k: v for k, v in values.items() if k not in states}
+    on_gpu = {k: v for k, v in values.items() if k not in states}
     zeros = {k: cuda.array(np.zeros(v.shape, np.float32)) for k, v in states.items()}
-    results, pullback = op(cell, "_vjp")(**given)
-    same, same_pullback = op(cell, "_vjp")(**given, **zeros)
+    results, pullback = op(cell, "_vjp")(**on_gpu)
+    same, same_pullback = op(cell, "_vjp")(**on_gpu, **zeros)
     weights = [cuda.array(w) for w in cotangents(tuple(r.numpy() for r in results))]
     partial = [weights[0], *(None for _ in weights[1:])]
     filled = [weights[0], *(cuda.array(np.zeros(w.shape, np.float32)) for w in weights[1:])]
@@ -186,21 +195,21 @@ def test_missing_states_and_gradients_are_zeros(cell: Cell) -> None:
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_repetitions_are_bit_identical(precision: str, exchange: str) -> None:
-    """Whatever the order in which blocks and threads arrive."""
-    wish(exchange=exchange, tiles=1)
-    given = put(arguments(CELLS["lstm"], Sizes(5, 10, 4, 40)), precision)
-    mode = "tf32" if precision == "tf32" else "exact"
+    """Every call gives the same bits, in whatever order blocks and threads arrive."""
+    choose_plan(exchange=exchange, tiles=1)
+    on_gpu = put(arguments(CELLS["lstm"], Sizes(5, 10, 4, 40)), precision)
     first = None
     for _ in range(3 if EMULATED else 1000):
-        results, pullback = fr.lstm_vjp(**given, precision=mode)
+        results, pullback = fr.lstm_vjp(**on_gpu, precision=mode(precision))
         bits = [a.numpy().tobytes() for a in (*results, *present(pullback(*results)))]
         first = first or bits
         assert bits == first
 
 
 def test_exchanges_give_the_same_bits(precision: str) -> None:
-    """Over more steps than a graph holds, calls queued at once, some warps without a unit."""
-    mode = {"precision": "tf32" if precision == "tf32" else "exact"}
+    """All exchanges give the same bits: over more steps than a graph holds, in calls
+    queued at once, with some warps without a unit.
+    """
     plain = put(arguments(CELLS["gru"], Sizes(70, 3, 2, 40)), precision)
     names = ["peephole", "clip", "zoneout", "recurrent_dropout", "return_cells"]
     sizes = Sizes(70, 3, 2, 20 if precision == "float64" else 40)  # what fits the emulator
@@ -209,7 +218,7 @@ def test_exchanges_give_the_same_bits(precision: str) -> None:
 
     def run(exchange: str) -> list[Any]:
         staged = exchange == "staged grid"
-        wish(
+        choose_plan(
             exchange="grid" if staged else exchange,
             staged=staged,
             tiles=1,
@@ -217,7 +226,10 @@ def test_exchanges_give_the_same_bits(precision: str) -> None:
             splits=1,
             resident=0,
         )
-        queued = [fr.gru_vjp(**plain, **mode), fr.lstm_vjp(**values, **mode, **options)]
+        queued = [
+            fr.gru_vjp(**plain, precision=mode(precision)),
+            fr.lstm_vjp(**values, precision=mode(precision), **options),
+        ]
         return [
             a for results, pullback in queued for a in (*results, *present(pullback(*results)))
         ]
@@ -229,17 +241,18 @@ def test_exchanges_give_the_same_bits(precision: str) -> None:
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_no_nan_is_taken_for_nothing(precision: str, exchange: str) -> None:
-    """Blocks wait until words have not all bits set, which a state that is NaN may have."""
-    wish(exchange=exchange, tiles=1)
+    """A state that is NaN with all bits set, for which blocks wait, arrives like any other."""
+    choose_plan(exchange=exchange, tiles=1)
     values = arguments(CELLS["gru"], Sizes(6, 4, 2, 20))
     values["h0"][1:3] = np.uint64(2**64 - 1).view(np.float64)
-    given = put(values, precision)
+    on_gpu = put(values, precision)
     if precision != "float64":
-        bits = given["h0"].numpy().view(np.uint32)
+        bits = on_gpu["h0"].numpy().view(np.uint32)
         bits[1:3] = 2**32 - 1
-        given["h0"] = cuda.array(bits.view(np.float32))
-    mode = "tf32" if precision == "tf32" else "exact"
-    (y, h_n), pullback = fr.gru_vjp(**given, precision=mode, lengths=np.array([6, 6, 0, 2]))
+        on_gpu["h0"] = cuda.array(bits.view(np.float32))
+    (y, h_n), pullback = fr.gru_vjp(
+        **on_gpu, precision=mode(precision), lengths=np.array([6, 6, 0, 2])
+    )
     dx = pullback(y, h_n).x
     assert np.isnan(h_n.numpy()).any(axis=1).tolist() == [False, True, True, False]
     for a in (y, dx):
@@ -248,6 +261,7 @@ def test_no_nan_is_taken_for_nothing(precision: str, exchange: str) -> None:
 
 
 def test_unbatched_is_a_batch_of_one(cell: Cell) -> None:
+    """A sequence without a batch gives the bits of a batch of one."""
     values = arguments(cell, Sizes(5, 1, 3, 18), np.float32)
     alone = {k: v[..., 0, :] if k in ("x", "h0", "c0") else v for k, v in values.items()}
     mask = {"lengths": 4, "resets": np.array([False, True, False, False, False])}
@@ -263,12 +277,12 @@ def test_unbatched_is_a_batch_of_one(cell: Cell) -> None:
 
 
 def test_strided_input_and_gradient(cell: Cell) -> None:
-    """Rows in any order and distance; only the last axis must be contiguous."""
+    """Rows may lie in any order and distance; only the last axis must be contiguous."""
     values = arguments(cell, Sizes(5, 4, 3, 18), np.float32)
-    given = put(values, "float32")
+    on_gpu = put(values, "float32")
     batch_major = cuda.array(np.concatenate([values["x"].swapaxes(0, 1)] * 2, axis=-1))
-    strided = given | {"x": batch_major.swapaxes(0, 1)[..., :3]}
-    results, pullback = op(cell, "_vjp")(**given)
+    strided = on_gpu | {"x": batch_major.swapaxes(0, 1)[..., :3]}
+    results, pullback = op(cell, "_vjp")(**on_gpu)
     same, same_pullback = op(cell, "_vjp")(**strided)
     dy = np.random.default_rng(2).normal(size=(5, 4, 18)).astype(np.float32)
     sideways = cuda.array(dy.swapaxes(0, 1)).swapaxes(0, 1)
@@ -279,14 +293,15 @@ def test_strided_input_and_gradient(cell: Cell) -> None:
 
 
 def test_masks_may_be_on_the_gpu() -> None:
+    """Lengths and resets on the GPU give the bits of those on the host."""
     sizes = Sizes(6, 5, 3, 8)
-    given = put(arguments(CELLS["gru"], sizes), "float32")
+    on_gpu = put(arguments(CELLS["gru"], sizes), "float32")
     both = masks("both", sizes)
-    y, _ = fr.gru(**given, **both)
+    y, _ = fr.gru(**on_gpu, **both)
     for dtype in ("int32", "int64"):
         lengths = cuda._upload(both["lengths"].astype(dtype), dtype, 0, 0)
         resets = cuda._upload(both["resets"], "bool", 0, 0)
-        same, _ = fr.gru(**given, lengths=lengths, resets=resets)
+        same, _ = fr.gru(**on_gpu, lengths=lengths, resets=resets)
         np.testing.assert_array_equal(y.numpy(), same.numpy())
 
 

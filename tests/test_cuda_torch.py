@@ -11,13 +11,12 @@ import pytest
 from gpu import (
     EMULATED,
     GPU,
-    TOLERANCE,
-    norm_error,
     put,
 )
 from helpers import (
     Sizes,
     arguments,
+    assert_close,
     present,
 )
 
@@ -29,7 +28,7 @@ pytestmark = GPU
 
 
 @pytest.fixture(autouse=True)
-def _no_wish() -> Iterator[None]:
+def _default_plan() -> Iterator[None]:
     yield
     cuda._module().wish()
 
@@ -55,6 +54,7 @@ class HostTorch:
 @pytest.mark.skipif(not EMULATED, reason="a real GPU has test_torch_tensors")
 @pytest.mark.parametrize("dtype", cuda.DTYPES)
 def test_torch_tensors_on_the_emulator(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of PyTorch give the bits of our arrays."""
     torch = pytest.importorskip("torch")
     plain = cuda.framework_of
     framework = cuda._Torch(HostTorch(torch))
@@ -92,9 +92,9 @@ TORCH_OPTIONS = [
 def test_torch_operators_on_the_emulator(
     name: str, options: list[str], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What an operator's kernels make is of the form that its fake says, and is right."""
+    """An operator's results have the form that its fake says, and agree with the definition."""
     torch = pytest.importorskip("torch")
-    from test_torch_ops import call_of
+    from torch_calls import call_of
 
     from fusedrnn.torch import kernels, ops
     from fusedrnn.torch.call import Inputs
@@ -112,29 +112,29 @@ def test_torch_operators_on_the_emulator(
     def as_kind(a: Any, to: Any) -> Any:
         return a if a is None or not a.is_floating_point() else a.detach().to(to)
 
-    given = Inputs(
+    inputs = Inputs(
         as_kind(exact.x, kind),
         as_kind(exact.h0, wide),
         as_kind(exact.c0, wide),
         [as_kind(p, kind) for p in exact.parameters],
         *exact[4:],
     )
-    made = kernels.compute_forward(call, *given)
-    fake = ops._fake_forward(*call.text, *given)
+    actual = kernels.compute_forward(call, *inputs)
+    fake = ops._fake_forward(*call.text, *inputs)
     form = [(tuple(a.shape), a.dtype) for a in fake]
-    assert [(tuple(a.shape), a.dtype) for a in made] == form
-    leaves = [a if a is None else a.double().requires_grad_() for a in given.smooth]
-    expected = ops.define(call, *leaves[:3], leaves[3:], *given[4:])
-    outputs = list(zip(made[:4], expected[:4], call.is_there, strict=True))
+    assert [(tuple(a.shape), a.dtype) for a in actual] == form
+    leaves = [a if a is None else a.double().requires_grad_() for a in inputs.smooth]
+    expected = ops.define(call, *leaves[:3], leaves[3:], *inputs[4:])
+    outputs = list(zip(actual[:4], expected[:4], call.is_there, strict=True))
     pairs = [(a, e) for a, e, here in outputs if here]
     for a, e in pairs:
-        assert norm_error(a.double().numpy(), e.detach().numpy()) <= TOLERANCE[dtype]
+        assert_close(a, e, f"{dtype} on GPU")
     torch.manual_seed(0)
     d = [torch.randn_like(a) if here else None for a, _, here in outputs]
     smooth = [n for n, a in enumerate(leaves) if a is not None]
     for wanted_of in (smooth, smooth[-1:], smooth[:1], smooth[1:-1]):
         wanted = [n in wanted_of for n in range(len(leaves))]
-        read = (*d, made[0], made[3], made[5], *given)
+        read = (*d, actual[0], actual[3], actual[5], *inputs)
         gradients = kernels.compute_backward(call, wanted, *read)
         fakes = ops._fake_backward(*call.text, wanted, *read)
         forms = [(tuple(a.shape), a.dtype) for a in fakes]
@@ -146,8 +146,7 @@ def test_torch_operators_on_the_emulator(
             retain_graph=True,
         )
         for n, a, e in zip(wanted_of, gradients, right, strict=True):
-            error = norm_error(a.double().numpy(), e.numpy())
-            assert error <= 3 * TOLERANCE[dtype], n
+            assert_close(a, e, f"{dtype} on GPU", str(n), gradient=True, factor=3)
 
 
 # With PyTorch, on a real GPU
@@ -162,6 +161,7 @@ def torch_cuda() -> Any:
 
 @pytest.mark.parametrize("dtype", cuda.DTYPES)
 def test_torch_tensors(dtype: str) -> None:
+    """Ops take tensors of PyTorch on a stream of its own and agree with the reference."""
     torch = torch_cuda()
     values = arguments(CELLS["lstm"], Sizes(9, 5, 7, 33))
     state = torch.float64 if dtype == "float64" else torch.float32
@@ -180,10 +180,11 @@ def test_torch_tensors(dtype: str) -> None:
     assert all(isinstance(a, torch.Tensor) and a.is_cuda for a in (*results, *gradients))
     expected = reference.lstm(**{k: v.double().cpu().numpy() for k, v in tensors.items()})
     for a, e in zip(results, expected, strict=True):
-        assert norm_error(a.double().cpu().numpy(), e) <= TOLERANCE[dtype]
+        assert_close(a, e, f"{dtype} on GPU")
 
 
 def test_cuda_graph() -> None:
+    """A captured training step, replayed, gives the bits of one that ran."""
     torch = torch_cuda()
     values = arguments(CELLS["gru"], Sizes(9, 5, 7, 33), np.float32)
     tensors = {k: torch.tensor(v, device="cuda") for k, v in values.items()}
@@ -248,27 +249,29 @@ LAYERS = {
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_layer_with_options_is_the_same_on_both(kind: str) -> None:
-    """The same seed gives the same masks, and all else is the same to rounding."""
+    """On the GPU and the CPU the same seed gives the same masks, and all else agrees to
+    rounding.
+    """
     layer = LAYERS[kind]()
     there = copy.deepcopy(layer).to("cuda")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(6, 3, 4))
-    asked: dict[str, Any] = {"lengths": [6, 0, 4], "seed": 9, "trace": True, "bptt": 2}
+    options: dict[str, Any] = {"lengths": [6, 0, 4], "seed": 9, "trace": True, "bptt": 2}
     has_c = kind != "gru"
     if has_c:
-        asked["return_cells"] = True
-    (y, _, *more), pullback = layer.vjp(x, **asked)
-    (y_there, _, *more_there), pullback_there = there.vjp(cuda.array(x), **asked)
-    assert norm_error(y_there.numpy(), y) <= 1e-12
+        options["return_cells"] = True
+    (y, _, *more), pullback = layer.vjp(x, **options)
+    (y_there, _, *more_there), pullback_there = there.vjp(cuda.array(x), **options)
+    assert_close(y_there, y, "float64 on both")
     assert list(more[-1]) == list(more_there[-1])
     for name, gate in more[-1].items():
-        assert norm_error(more_there[-1][name].numpy(), gate) <= 1e-12, name
+        assert_close(more_there[-1][name], gate, "float64 on both", name)
     d = {"dy": rng.normal(size=y.shape)}
     if has_c:
         d["d_cells"] = rng.normal(size=more[0].shape)
     expected = pullback(**d)
     gradients = pullback_there(**{k: cuda.array(v) for k, v in d.items()})
-    assert norm_error(gradients.x.numpy(), expected.x) <= 1e-12
+    assert_close(gradients.x, expected.x, "float64 on both", "dx", gradient=True)
     assert list(gradients.parameters) == list(expected.parameters)
     for name, e in expected.parameters.items():
-        assert norm_error(gradients.parameters[name].numpy(), e) <= 1e-11, name
+        assert_close(gradients.parameters[name], e, "float64 on both", name, gradient=True)

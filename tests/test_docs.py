@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import assert_close
 
 import fusedrnn as fr
 
@@ -46,6 +47,7 @@ def run_page(page: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks_of(p)], ids=name_of)
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The examples of a page run, one after the other."""
     monkeypatch.chdir(tmp_path)  # where an example may leave a file
     monkeypatch.setenv("MPLBACKEND", "agg")
     run_page(page)
@@ -69,6 +71,7 @@ def anchors_of(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", LINKED, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
+    """Every link within the repository leads to a page and a heading that exist."""
     for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(page)):
         if re.match(r"https?:", target):
             continue
@@ -92,14 +95,15 @@ def test_every_page_is_in_the_table_of_contents() -> None:
 
 
 def test_pictures_are_as_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pictures in docs/images are those that docs/diagrams.py draws."""
     drawn = runpy.run_path(str(DOCS / "diagrams.py"), run_name="diagrams")
     draws = [f for name, f in drawn.items() if name.startswith("draw_")]
     for draw in draws:
         monkeypatch.setitem(draw.__globals__, "FOLDER", tmp_path)
         draw()
-    for made in tmp_path.iterdir():
-        kept = DOCS / "images" / made.name
-        assert kept.read_bytes() == made.read_bytes(), "run: python docs/diagrams.py"
+    for picture in tmp_path.iterdir():
+        kept = DOCS / "images" / picture.name
+        assert kept.read_bytes() == picture.read_bytes(), "run: python docs/diagrams.py"
     assert len(list(tmp_path.iterdir())) == len(draws)
 
 
@@ -179,6 +183,7 @@ MISTAKES: list[Callable[[], Any]] = [
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_messages_are_those_that_come(mistake: Callable[[], Any]) -> None:
+    """Each mistake gives a message that the page on troubleshooting quotes."""
     page = " ".join((DOCS / "troubleshooting.md").read_text("utf-8").split())
     with pytest.raises(Exception) as caught:  # noqa: PT011 — the page says which
         mistake()
@@ -252,40 +257,44 @@ def result(layer: Any, state_dict: dict[str, np.ndarray], x: np.ndarray) -> np.n
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 def test_weights_from_torch(cell: str) -> None:
+    """A layer with torch's weights computes what torch's module does."""
     torch = pytest.importorskip("torch", reason="PyTorch is the oracle")
     options = {"num_layers": 2, "bidirectional": True, "batch_first": True}
     module = getattr(torch.nn, cell)(I, H, dtype=torch.float64, **options)
     layer = getattr(fr, cell)(I, H, dtype=np.float64, **options)
     x = random(B, T, I)
     expected = module(torch.tensor(x))[0].detach().numpy()
-    np.testing.assert_allclose(result(layer, module.state_dict(), x), expected, atol=1e-12)
+    assert_close(result(layer, module.state_dict(), x), expected)
 
 
 # By hand compared with Keras 3.15.1 (on PyTorch): equal to 1e-6, in float32.
 
 
 def test_weights_from_keras_lstm(page: dict[str, Any]) -> None:
+    """The conversion from Keras's LSTM keeps what it computes."""
     x, weights = random(T, B, I), [random(I, 4 * H), random(H, 4 * H), random(4 * H)]
     y = result(fr.LSTM(I, H, dtype=np.float64), page["from_keras"](weights, "lstm"), x)
-    np.testing.assert_allclose(y, lstm_by_hand(x, *weights, "ifgo"), atol=1e-12)
+    assert_close(y, lstm_by_hand(x, *weights, "ifgo"))
 
 
 @pytest.mark.parametrize("reset_after", [True, False])
 def test_weights_from_keras_gru(page: dict[str, Any], reset_after: bool) -> None:
+    """The conversion from Keras's GRU keeps what it computes, resetting before or after."""
     bias = random(2, 3 * H) if reset_after else random(3 * H)
     x, weights = random(T, B, I), [random(I, 3 * H), random(H, 3 * H), bias]
     layer = fr.GRU(I, H, reset_after=reset_after, dtype=np.float64)
     y = result(layer, page["from_keras"](weights, "gru"), x)
     biases = bias if reset_after else (bias, 0.0)
     expected = gru_by_hand(x, *weights[:2], *biases, reset_after=reset_after)
-    np.testing.assert_allclose(y, expected, atol=1e-12)
+    assert_close(y, expected)
 
 
 def test_weights_from_keras_without_bias(page: dict[str, Any]) -> None:
+    """The conversion from Keras works for layers without bias."""
     x, weights = random(T, B, I), [random(I, H), random(H, H)]
     y = result(fr.RNN(I, H, dtype=np.float64), page["from_keras"](weights, "rnn"), x)
-    np.testing.assert_allclose(y[0], np.tanh(x[0] @ weights[0]), atol=1e-12)
-    np.testing.assert_allclose(y[1], np.tanh(x[1] @ weights[0] + y[0] @ weights[1]), atol=1e-12)
+    assert_close(y[0], np.tanh(x[0] @ weights[0]))
+    assert_close(y[1], np.tanh(x[1] @ weights[0] + y[0] @ weights[1]))
 
 
 @pytest.mark.parametrize("D", [1, 2])
@@ -308,7 +317,9 @@ def test_weights_from_onnx(
     attributes: dict[str, int],
     D: int,
 ) -> None:
-    """The oracle is onnxruntime, whose σ and tanh are approximations."""
+    """The conversion from ONNX keeps what onnxruntime computes, with its approximate σ and
+    tanh.
+    """
     from test_onnx import SIZES, run  # skips where there is none
 
     assert SIZES.H == H
@@ -324,12 +335,14 @@ def test_weights_from_onnx(
     x = inputs.pop("X")
     found = page["from_onnx"](operator, **inputs, input_forget="input_forget" in attributes)
     y = result(layer, found, x)
-    np.testing.assert_allclose(y, page["y_from_onnx"](expected[0]), atol=1e-5)
+    assert_close(y, page["y_from_onnx"](expected[0]), "onnxruntime")
 
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
 def test_weights_from_cudnn(page: dict[str, Any], cell: str) -> None:
-    """PyTorch's weights, laid out as the page says of cuDNN, whose own buffer needs a GPU."""
+    """The conversion from cuDNN keeps what PyTorch computes, whose weights are laid out as
+    the page says of cuDNN: its own buffer needs a GPU.
+    """
     torch = pytest.importorskip("torch", reason="PyTorch is the oracle")
     options = {"num_layers": 2, "bidirectional": True}
     module = getattr(torch.nn, cell)(I, H, dtype=torch.float64, **options)
@@ -342,18 +355,20 @@ def test_weights_from_cudnn(page: dict[str, Any], cell: str) -> None:
     x = random(T, B, I)
     expected = module(torch.tensor(x))[0].detach().numpy()
     y = result(getattr(fr, cell)(I, H, dtype=np.float64, **options), found, x)
-    np.testing.assert_allclose(y, expected, atol=1e-12)
+    assert_close(y, expected)
     with pytest.raises(ValueError, match="flat must have"):
         page["from_cudnn"](flat[1:], I, H, gates, layers=2, directions=2)
 
 
 def test_weights_from_haste(page: dict[str, Any]) -> None:
-    """The oracle is what Haste's kernels compute, written out: they need a GPU."""
+    """The conversion from Haste keeps what its kernels compute, written out: they need a
+    GPU.
+    """
     x, weights = random(T, B, I), [random(I, 4 * H), random(H, 4 * H), random(4 * H)]
     y = result(fr.LSTM(I, H, dtype=np.float64), page["from_haste"]("lstm", *weights), x)
-    np.testing.assert_allclose(y, lstm_by_hand(x, *weights, "igfo"), atol=1e-12)
+    assert_close(y, lstm_by_hand(x, *weights, "igfo"))
 
     biases = random(3 * H), random(3 * H, seed=1)
     weights = [random(I, 3 * H), random(H, 3 * H), *biases]
     y = result(fr.GRU(I, H, dtype=np.float64), page["from_haste"]("gru", *weights), x)
-    np.testing.assert_allclose(y, gru_by_hand(x, *weights), atol=1e-12)
+    assert_close(y, gru_by_hand(x, *weights))

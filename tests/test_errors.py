@@ -136,6 +136,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "spoil", "error", "message"), WRONG)
 def test_wrong_argument_of_lstm(name: str, spoil: Any, error: type, message: str) -> None:
+    """A wrong argument of an op is named, with what was expected and what came."""
     values = arguments(CELLS["lstm"], SIZES)
     values[name] = spoil(values.get(name))
     with refused(error, message):
@@ -146,6 +147,7 @@ def test_wrong_argument_of_lstm(name: str, spoil: Any, error: type, message: str
 
 
 def test_wrong_masks_of_an_unbatched_sequence() -> None:
+    """Without a batch lengths is one integer and resets have one axis."""
     values = {k: v for k, v in arguments(CELLS["gru"], SIZES).items() if k != "h0"}
     values["x"] = values["x"][:, 0]
     with refused(ValueError, "lengths must be one integer for x (T, I), got shape (1,)"):
@@ -178,6 +180,7 @@ def test_nothing_is_written_when_refused() -> None:
 
 @pytest.mark.parametrize("value", ["sigmoid", None, 3])
 def test_unknown_nonlinearity(value: Any) -> None:
+    """An unknown nonlinearity is refused with the list of those that exist."""
     values = arguments(CELLS["rnn_tanh"], SIZES)
     expected = f'nonlinearity must be one of "tanh", "relu", "identity", got {value!r}'
     with refused(ValueError, expected):
@@ -187,6 +190,7 @@ def test_unknown_nonlinearity(value: Any) -> None:
 
 
 def test_wrong_gradients() -> None:
+    """A pullback names a gradient of the wrong shape or dtype."""
     _, pullback = fr.lstm_vjp(**arguments(CELLS["lstm"], SIZES))
     with refused(ValueError, "dy must have shape (T, B, H) = (3, 2, 5), got (3, 5)"):
         pullback(np.zeros((3, 5)))
@@ -223,6 +227,7 @@ def test_y_of_a_vjp_is_read_only() -> None:
     ],
 )
 def test_wrong_size_of_a_layer(arguments_: tuple, error: type, message: str) -> None:
+    """A layer names a size or flag that it cannot have."""
     with refused(error, message):
         fr.LSTM(*arguments_)
 
@@ -233,6 +238,7 @@ def test_wrong_dtype_of_a_layer() -> None:
 
 
 def test_wrong_call_of_a_layer() -> None:
+    """A call of a layer names the wrong argument."""
     layer = fr.LSTM(4, 5, num_layers=2, bidirectional=True)
     x = np.zeros((3, 2, 4), np.float32)
     state = np.zeros((4, 2, 5), np.float32)
@@ -311,6 +317,7 @@ def test_wrong_number_of_threads(n: Any, error: type, message: str) -> None:
 
 
 def test_unknown_isa() -> None:
+    """An unknown instruction set is refused, and the one in use stays."""
     before = fr.get_isa()
     with refused(ValueError, "name must be one of "):
         fr.set_isa("sse9")

@@ -22,12 +22,6 @@ def with_masks(sizes: list[Sizes]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("sizes", "masked"), cases, ids=ids)
 
 
-@pytest.fixture(autouse=True)
-def follow_openmp_afterwards():
-    yield
-    fr.set_num_threads(0)
-
-
 def assert_identical(a, b) -> None:
     for left, right in zip(a, b, strict=True):
         np.testing.assert_array_equal(left, right)
@@ -37,6 +31,7 @@ def assert_identical(a, b) -> None:
 def test_any_number_of_threads(
     cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, masked: bool
 ) -> None:
+    """Results and gradients have the same bits on any number of threads."""
     values = arguments(cell, sizes, dtype) | (masks("both", sizes) if masked else {})
     everything = []
     for count in (1, 2, 3, 7):
@@ -49,9 +44,9 @@ def test_any_number_of_threads(
 
 @with_masks([*SHAPES[1:], LARGE])
 def test_any_neighbours_in_the_batch(
-    cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, threads: int, masked: bool
+    cell: Cell, sizes: Sizes, dtype: np.dtype, isa_on_threads: None, masked: bool
 ) -> None:
-    """y, states and their gradients of a row do not know which rows are beside it."""
+    """y, states and their gradients of a row do not depend on the rows beside it."""
     values = arguments(cell, sizes, dtype) | (masks("both", sizes) if masked else {})
     results, pullback = op(cell, "_vjp")(**values)
     weights = cotangents(results)
@@ -76,18 +71,19 @@ def test_any_neighbours_in_the_batch(
 
 @with_masks(SHAPES)
 def test_chunks_equal_the_whole(
-    cell: Cell, sizes: Sizes, dtype: np.dtype, isa: str, threads: int, masked: bool
+    cell: Cell, sizes: Sizes, dtype: np.dtype, isa_on_threads: None, masked: bool
 ) -> None:
+    """A sequence given in chunks, each from the state that the last one left, is the whole."""
     values = arguments(cell, sizes, dtype)
-    given = masks("both", sizes) if masked else {}
-    whole, *final = op(cell)(**values, **given)
+    mask = masks("both", sizes) if masked else {}
+    whole, *final = op(cell)(**values, **mask)
     x = values.pop("x")
     at = 0
     for length in (1, 3, 1, 100):
         part = x[at : at + length]
         if masked:
-            values["resets"] = given["resets"][at : at + length]
-            values["lengths"] = np.clip(given["lengths"] - at, 0, len(part))
+            values["resets"] = mask["resets"][at : at + length]
+            values["lengths"] = np.clip(mask["lengths"] - at, 0, len(part))
         y, *state = op(cell)(part, **values)
         np.testing.assert_array_equal(y, whole[at : at + length])
         values |= dict(zip(("h0", "c0"), state, strict=False))
@@ -97,19 +93,22 @@ def test_chunks_equal_the_whole(
 
 def test_masks_without_effect_change_nothing(cell: Cell, dtype: np.dtype, isa: str) -> None:
     T, B, *_ = MASKED
+    """Lengths that are all T and resets that are all false give the bits of no masks."""
     values = arguments(cell, MASKED, dtype)
     none = {"lengths": np.full(B, T), "resets": np.zeros((T, B), bool)}
     for reverse in (False, True):
         everything = []
-        for given in ({}, {"lengths": none["lengths"]}, {"resets": none["resets"]}, none):
-            results, pullback = op(cell, "_vjp")(**values, **given, reverse=reverse)
+        for mask in ({}, {"lengths": none["lengths"]}, {"resets": none["resets"]}, none):
+            results, pullback = op(cell, "_vjp")(**values, **mask, reverse=reverse)
             everything.append([*results, *present(pullback(*cotangents(results)))])
         for other in everything[1:]:
             assert_identical(other, everything[0])
 
 
 def test_a_short_row_equals_itself_alone(cell: Cell, dtype: np.dtype, isa: str) -> None:
-    """A row among longer ones is what it is without its padding, and that is 0."""
+    """A short row among longer ones gives the bits that it gives alone, and zeros after
+    its end.
+    """
     values = arguments(cell, MASKED, dtype)
     lengths = masks("lengths", MASKED)["lengths"]
     for reverse in (False, True):
@@ -124,7 +123,7 @@ def test_a_short_row_equals_itself_alone(cell: Cell, dtype: np.dtype, isa: str) 
 
 
 def test_layers_equal_ops(dtype: np.dtype) -> None:
-    """Two bidirectional layers are four ops, concatenated."""
+    """Two bidirectional layers give the bits of four ops, concatenated."""
     layer = fr.LSTM(5, 18, num_layers=2, bidirectional=True, dtype=dtype, rng=4)
     x = np.random.default_rng(0).normal(size=(7, 3, 5)).astype(dtype)
     y, (h_n, c_n) = layer(x)
@@ -147,7 +146,7 @@ def test_layers_equal_ops(dtype: np.dtype) -> None:
 def test_weights_as_they_are_equal_packed_ones(
     cell: Cell, dtype: np.dtype, isa: str, request: pytest.FixtureRequest
 ) -> None:
-    """A call over few rows reads the weights as they are: the same sums, in order."""
+    """A call over few rows, which reads the weights unpacked, gives the bits of packed ones."""
     request.addfinalizer(lambda: _cpu.set_few_rows(12))
     for sizes, kind in (
         (Sizes(2, 2, 19, 37), None),

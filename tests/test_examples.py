@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import json
 import re
 import subprocess
 import sys
@@ -26,12 +26,17 @@ NEEDS = {
 }
 
 
+def need_packages(*names: str) -> None:
+    for name in names:
+        for package in ("matplotlib", "rich", *NEEDS[name]):
+            if not importlib.util.find_spec(package):
+                pytest.skip(f"{name}.py needs {package}")
+
+
 def start(
     name: str, *arguments: str, folder: Path, launcher: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
-    for package in ("matplotlib", "rich", *NEEDS[name]):
-        if not importlib.util.find_spec(package):
-            pytest.skip(f"{name}.py needs {package}")
+    need_packages(name)
     return subprocess.run(
         [sys.executable, *launcher, str(EXAMPLES / f"{name}.py"), *arguments],
         capture_output=True,
@@ -39,7 +44,6 @@ def start(
         check=False,
         timeout=300,
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # several tests may run at once
     )
 
 
@@ -55,85 +59,90 @@ def run(name: str, *arguments: str, folder: Path, launcher: tuple[str, ...] = ()
     return done.stdout
 
 
-def numbers(line: str, told: str) -> list[float]:
+def numbers(line: str, printed: str) -> list[float]:
     """Return the numbers on the line that begins so."""
-    found = re.search(rf"^{re.escape(line)} .*$", told, re.M)
-    assert found, told
+    found = re.search(rf"^{re.escape(line)} .*$", printed, re.M)
+    assert found, printed
     return [float(n) for n in re.findall(r"-?\d+\.\d+", found[0][len(line) :])]
 
 
 def test_daily_weather(tmp_path: Path) -> None:
-    """A cell beats what was, the years before, and the season; none claims more."""
-    told = run("daily_weather", folder=tmp_path)
-    cell = numbers("GRU", told)
+    """The GRU beats today's temperature, the mean of years before and the seasonal curve."""
+    printed = run("daily_weather", folder=tmp_path)
+    cell = numbers("GRU", printed)
     for baseline in ("today's temperature", "mean of the day, years before", "seasonal curve"):
-        assert cell[0] < numbers(baseline, told)[0]
+        assert cell[0] < numbers(baseline, printed)[0]
 
 
 def test_stocks(tmp_path: Path) -> None:
-    """The forecast is no wild one, and the example says whether it beats none at all."""
-    told = run("stocks", folder=tmp_path)
-    (_, walk), (_, cell) = numbers("random walk: no change", told), numbers("GRU  ", told)
+    """The forecast is near the random walk's, and the example says whether it beats that."""
+    printed = run("stocks", folder=tmp_path)
+    (_, walk), (_, cell) = numbers("random walk: no change", printed), numbers("GRU  ", printed)
     assert 0.8 < cell / walk < 1.1
-    gain, doubt = map(float, re.findall(r"the random walk: (\S+) ± (\S+) %", told)[0])
-    assert ("GRU beats" in told) == (gain > 2 * doubt)
+    gain, doubt = map(float, re.findall(r"the random walk: (\S+) ± (\S+) %", printed)[0])
+    assert ("GRU beats" in printed) == (gain > 2 * doubt)
 
 
 def test_digits(tmp_path: Path) -> None:
-    told = run("digits", folder=tmp_path)
-    right = [float(share) for share in re.findall(r"(\S+)%", told)]
+    """The more rows of a picture were read, the more digits are right."""
+    printed = run("digits", folder=tmp_path)
+    right = [float(share) for share in re.findall(r"(\S+)%", printed)]
     assert len(right) == 8
     assert right[0] < right[3] < right[7]
     assert right[7] > 65
 
 
 def test_topics(tmp_path: Path) -> None:
-    told = run("topics", folder=tmp_path)
+    """Both models beat the most frequent topic, and the example says which is better."""
+    printed = run("topics", folder=tmp_path)
     frequent, words, cell = (
-        numbers(n, told)[0] for n in ("most frequent topic", "bag of words", "GRU  ")
+        numbers(n, printed)[0] for n in ("most frequent topic", "bag of words", "GRU  ")
     )
     assert frequent + 20 < cell
     assert frequent + 20 < words
-    assert ("GRU beats" in told) == (cell > words)
+    assert ("GRU beats" in printed) == (cell > words)
 
 
 def test_recall(tmp_path: Path) -> None:
-    """Who remembers turns right; who cannot, by chance."""
-    told = run("recall", folder=tmp_path)
-    assert numbers("GRU  ", told)[0] < 5
-    assert 40 < numbers("GRU without memory", told)[0] < 60
+    """A GRU that remembers turns right; one without memory does so by chance."""
+    printed = run("recall", folder=tmp_path)
+    assert numbers("GRU  ", printed)[0] < 5
+    assert 40 < numbers("GRU without memory", printed)[0] < 60
 
 
 def test_streaming(tmp_path: Path) -> None:
-    told = run("streaming", "--cell=LSTM", folder=tmp_path)
-    assert "the results equal bit for bit one call over all" in told
-    error, unchanged = numbers("November and December, mean absolute error", told)
+    """Single steps equal the whole sequence, and the forecast beats no change."""
+    printed = run("streaming", "--cell=LSTM", folder=tmp_path)
+    assert "the results equal bit for bit one call over all" in printed
+    error, unchanged = numbers("November and December, mean absolute error", printed)
     assert error < unchanged
-    half, *_, slowest = numbers("µs a step, layer ", told)[1::2]
+    half, *_, slowest = numbers("µs a step, layer ", printed)[1::2]
     assert 0 < half < slowest
 
 
 @pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["one", "torchrun"])
 def test_characters(launcher: tuple[str, ...], tmp_path: Path) -> None:
-    """One process and two tell the same losses, but for dropout; then the model writes."""
-    told = run("characters", folder=tmp_path, launcher=launcher)
-    found = re.search(r"training (\S+) bits a character  held out (\S+)", told)
+    """A model of characters learns, by one process and by two, and then writes."""
+    printed = run("characters", folder=tmp_path, launcher=launcher)
+    found = re.search(r"training (\S+) bits a character  held out (\S+)", printed)
     assert found
     assert 4 < float(found[2]) < float(found[1]) < 6
-    written = told.partition("\n\n")[2].rpartition("\n\n")[0]
+    written = printed.partition("\n\n")[2].rpartition("\n\n")[0]
     assert written.startswith("The ")
     assert len(written) == len("The ") + 300
-    assert re.search(r"^\d+ characters a second$", told, re.M)
+    assert re.search(r"^\d+ characters a second$", printed, re.M)
 
 
 def test_compare(tmp_path: Path) -> None:
-    told = run("compare", folder=tmp_path)
-    tables = [line for line in told.splitlines() if line.startswith("|")]
+    """The comparison prints its tables, six tasks each, for three cells."""
+    printed = run("compare", folder=tmp_path)
+    tables = [line for line in printed.splitlines() if line.startswith("|")]
     assert len(tables) == 3 * (2 + 6)
     assert all(line.count("|") == 5 for line in tables)
 
 
 def test_lightning_weather(tmp_path: Path) -> None:
+    """Training with Lightning in bfloat16 beats no change."""
     done = start("lightning_weather", "--epochs=2", "--precision=bf16-mixed", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = re.search(
@@ -143,26 +152,54 @@ def test_lightning_weather(tmp_path: Path) -> None:
     assert float(found[1]) < float(found[2])
 
 
-@pytest.mark.parametrize(
-    ("name", "wrong", "message"),
-    [
-        ("daily_weather", "--output=missing/it.png", "--output cannot be written"),
-        ("daily_weather", "--held-out=2012", "invalid choice: 2012"),
-        ("stocks", "--epochs=0", "--epochs must be 1 or more, got 0"),
-        ("stocks", "--output=it.jpg", "--output must end in .png, got it.jpg"),
-        ("streaming", "--cell=MLP", "invalid choice: 'MLP'"),
-        ("streaming", "--seed=-1", "--seed must be 0 or more, got -1"),
-        ("recall", "--longest=64", "--longest must be from 4 to 63, got 64"),
-        ("characters", "--prompt=Łódź", "--prompt must use only characters of the text"),
-        ("characters", "--temperature=0", "--temperature must be above 0, got 0.0"),
-    ],
-)
-def test_wrong_options(name: str, wrong: str, message: str, tmp_path: Path) -> None:
-    """One clear line, status 2, and nothing done or written."""
-    done = start(name, wrong, folder=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    *_, last = done.stderr.splitlines()
-    assert last.startswith(f"{name}.py: error: ")
-    assert message in last
+# One process calls the examples as a command would, since each imports for seconds.
+CALLS = """
+import contextlib, io, json, runpy, sys
+folder, calls = sys.argv[1], json.load(sys.stdin)
+sys.path[0] = folder
+ends = []
+for name, option in calls:
+    sys.argv = [f"{name}.py", option]
+    status, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(f"{folder}/{name}.py", run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code
+    ends.append([status, out.getvalue(), err.getvalue()])
+print(json.dumps(ends))
+"""
+WRONG_OPTIONS = [
+    ("daily_weather", "--output=missing/it.png", "--output cannot be written"),
+    ("daily_weather", "--held-out=2012", "invalid choice: 2012"),
+    ("stocks", "--epochs=0", "--epochs must be 1 or more, got 0"),
+    ("stocks", "--output=it.jpg", "--output must end in .png, got it.jpg"),
+    ("streaming", "--cell=MLP", "invalid choice: 'MLP'"),
+    ("streaming", "--seed=-1", "--seed must be 0 or more, got -1"),
+    ("recall", "--longest=64", "--longest must be from 4 to 63, got 64"),
+    ("characters", "--prompt=Łódź", "--prompt must use only characters of the text"),
+    ("characters", "--temperature=0", "--temperature must be above 0, got 0.0"),
+]
+
+
+def test_wrong_options(tmp_path: Path) -> None:
+    """A wrong option ends an example with one clear line and status 2; nothing is written."""
+    need_packages(*(name for name, *_ in WRONG_OPTIONS))
+    done = subprocess.run(
+        [sys.executable, "-c", CALLS, str(EXAMPLES)],
+        input=json.dumps([(name, option) for name, option, _ in WRONG_OPTIONS]),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    for (name, _, message), (status, out, err) in zip(
+        WRONG_OPTIONS, json.loads(done.stdout), strict=True
+    ):
+        assert status == 2, err
+        assert out == ""
+        *_, last = err.splitlines()
+        assert last.startswith(f"{name}.py: error: ")
+        assert message in last
     assert list(tmp_path.iterdir()) == []

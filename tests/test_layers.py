@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import check_layers_against_reference
 
 import fusedrnn as fr
 
@@ -28,6 +29,7 @@ def layer(request):
 
 
 def test_assigning_a_parameter_repacks(layer) -> None:
+    """A parameter that is assigned counts in the next call."""
     before, _ = layer(X)
     layer.weight_hh_l1 = layer.weight_hh_l1 * 2
     changed, _ = layer(X)
@@ -67,6 +69,7 @@ def test_pullback_keeps_the_state_it_started_from() -> None:
 
 
 def test_state_dict_round_trip(layer) -> None:
+    """A layer that loads another's parameters computes the same."""
     fresh = LAYERS[type(layer).__name__](num_layers=2, bidirectional=True)
     fresh.load_state_dict({k: v * 0 for k, v in fresh.state_dict().items()})
     fresh.load_state_dict(layer.state_dict())
@@ -77,6 +80,7 @@ def test_state_dict_round_trip(layer) -> None:
     "duplicate", [copy.copy, copy.deepcopy, lambda l: pickle.loads(pickle.dumps(l))]
 )
 def test_pickle_and_copy(layer, duplicate) -> None:
+    """A copied or unpickled layer computes the same, and changing it leaves the other alone."""
     y, _ = layer(X)
     twin = duplicate(layer)
     assert repr(twin) == repr(layer)
@@ -88,6 +92,7 @@ def test_pickle_and_copy(layer, duplicate) -> None:
 
 
 def test_repr() -> None:
+    """repr shows the arguments that differ from their defaults."""
     assert repr(fr.LSTM(3, 4)) == "LSTM(3, 4)"
     layer = fr.GRU(3, 4, 2, bidirectional=True, dtype=np.float64)
     assert repr(layer) == "GRU(3, 4, num_layers=2, bidirectional=True, dtype=float64)"
@@ -110,6 +115,7 @@ def test_batch_first_states_keep_their_shape() -> None:
 
 def test_four_threads_at_once() -> None:
     """Calls from several threads, each with its own team, share layers and weights."""
+    fr.set_num_threads(2)
     layer = fr.LSTM(24, 96, num_layers=2, rng=0)
     x = np.random.default_rng(1).normal(size=(4, 30, 5, 24)).astype(np.float32)
     expected = [layer.vjp(part) for part in x]
@@ -142,7 +148,7 @@ def _in_child(layer, x, queue) -> None:
     "fork" not in multiprocessing.get_all_start_methods(), reason="no fork here"
 )
 def test_a_forked_child_works() -> None:
-    """fork takes the pool's threads away; a call in the child starts its own."""
+    """A call works in a forked child, where the threads of the pool are gone."""
     layer = fr.LSTM(64, 256, rng=0)
     x = np.random.default_rng(1).normal(size=(20, 8, 64)).astype(np.float32)
     fr.set_num_threads(2)
@@ -158,7 +164,6 @@ def test_a_forked_child_works() -> None:
         child.join(60)
     finally:
         child.kill()
-        fr.set_num_threads(0)
     np.testing.assert_array_equal(in_child, y)
     assert child.exitcode == 0
 
@@ -176,14 +181,14 @@ def test_a_plain_call_equals_the_checked_one(name: str, dtype: np.dtype, threads
     spread[:] = x
     lists = [s.tolist() for s in state] if name == "LSTM" else state.tolist()
     lists = [np.array(s, dtype) for s in lists] if name == "LSTM" else np.array(lists, dtype)
-    for given in (None, state):
-        direct = layer(x, given)
+    for initial in (None, state):
+        direct = layer(x, initial)
         others = [
-            layer.vjp(x, given)[0],
-            layer(spread, given),
-            layer(np.asfortranarray(x), given),
+            layer.vjp(x, initial)[0],
+            layer(spread, initial),
+            layer(np.asfortranarray(x), initial),
         ]
-        if given is not None:
+        if initial is not None:
             others.append(layer(x, lists))
         for other in others:
             np.testing.assert_array_equal(other[0], direct[0])
@@ -208,24 +213,23 @@ def test_a_plain_call_equals_the_checked_one(name: str, dtype: np.dtype, threads
 def test_layers_and_directions_side_by_side(
     name: str, layers: int, both: bool, sizes: Any, options: Any, masked: bool
 ) -> None:
-    """The same bits on any number of threads, forward and backward."""
+    """Layers and directions side by side give the same bits on any number of threads."""
     T, B, I, H = sizes
     rng = np.random.default_rng(0)
     layer = getattr(fr, name)(I, H, layers, bidirectional=both, rng=0, **options)
     x = rng.normal(size=(T, B, I)).astype(np.float32)
-    given: dict[str, Any] = {"seed": 5}
+    arguments: dict[str, Any] = {"seed": 5}
     if masked:
-        given["lengths"] = rng.integers(0, T + 1, B)
-        given["resets"] = rng.random((T, B)) < 0.1
+        arguments["lengths"] = rng.integers(0, T + 1, B)
+        arguments["resets"] = rng.random((T, B)) < 0.1
     found = []
     for count in (1, 2, 3, 4):
         fr.set_num_threads(count)
-        (y, state), pullback = layer.vjp(x, **given)
-        plain, _ = layer(x, training=True, **given)
+        (y, state), pullback = layer.vjp(x, **arguments)
+        plain, _ = layer(x, training=True, **arguments)
         grads = pullback(y, state)
         states = [*flat(state), *flat(grads.state)]
         found.append([y, plain, *states, grads.x, *grads.parameters.values()])
-    fr.set_num_threads(0)
     for others in found[1:]:
         for a, e in zip(others, found[0], strict=True):
             np.testing.assert_array_equal(a, e)
@@ -237,37 +241,26 @@ def flat(state: Any) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("name", list(LAYERS))
 def test_all_layers_and_directions_have_the_same_masks(name: str, threads: int) -> None:
-    """Two bidirectional layers, batch first or not, are four reference runs."""
+    """Lengths and resets reach two bidirectional layers as they reach four reference runs, and
+    the same, bit for bit, where the batch comes first.
+    """
     lengths = np.array([6, 0, 3, 5])
     resets = np.random.default_rng(1).random((6, 4)) < 0.3
     results = []
     for batch_first in (False, True):
         layer = LAYERS[name](num_layers=2, bidirectional=True, batch_first=batch_first)
-        turn = (lambda a: a.swapaxes(0, 1)) if batch_first else (lambda a: a)
-        (y, state), pullback = layer.vjp(turn(X), lengths=lengths, resets=turn(resets))
+        if not batch_first:
+            check_layers_against_reference(layer, X, lengths=lengths, resets=resets)
+        swap = (lambda a: a.swapaxes(0, 1)) if batch_first else (lambda a: a)
+        (y, state), pullback = layer.vjp(swap(X), lengths=lengths, resets=swap(resets))
         grads = pullback(y)
-        results.append([turn(y), *state, turn(grads.x), *grads.parameters.values()])
+        results.append([swap(y), *state, swap(grads.x), *grads.parameters.values()])
     for a, b in zip(*results, strict=True):
         np.testing.assert_array_equal(a, b)
 
-    p = layer.state_dict()
-    below = X
-    options = {"lengths": lengths, "resets": resets}
-    if name == "RNN":
-        options["nonlinearity"] = "relu"
-    for l in range(2):
-        sides = []
-        for suffix in (f"l{l}", f"l{l}_reverse"):
-            weights = [
-                p[f"{n}_{suffix}"] for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            ]
-            run = getattr(fr.reference, name.lower())
-            sides.append(run(below, *weights, **options, reverse="_" in suffix)[0])
-        below = np.concatenate(sides, -1)
-    np.testing.assert_allclose(results[0][0], below, atol=1e-5)
-
 
 def test_masks_of_an_unbatched_sequence(layer) -> None:
+    """A sequence without a batch takes one length and one row of resets."""
     resets = np.arange(6) % 3 == 1
     (y, _), pullback = layer.vjp(X[:, 0], lengths=4, resets=resets)
     (batch, _), batch_pullback = layer.vjp(X[:, :1], lengths=[4], resets=resets[:, None])
@@ -276,7 +269,7 @@ def test_masks_of_an_unbatched_sequence(layer) -> None:
 
 
 def test_a_layer_alone_takes_masks() -> None:
-    """Its short way knows none of them."""
+    """A single layer takes masks, though its short way knows none."""
     layer = fr.GRU(3, 20, rng=1)
     y, h_n = layer(X, lengths=[6, 2, 0, 1])
     assert (y[2:, 1] == 0).all()
@@ -286,6 +279,7 @@ def test_a_layer_alone_takes_masks() -> None:
 
 
 def test_state_can_be_carried_on() -> None:
+    """Calls of one step each, carrying the state, give the bits of the whole sequence."""
     layer = fr.GRU(3, 20, num_layers=2, rng=1)
     whole, final = layer(X)
     state = None
@@ -296,29 +290,30 @@ def test_state_can_be_carried_on() -> None:
 
 
 def test_explain_tells_the_way() -> None:
+    """explain says which kernels a call takes and why, its operations, and its memory."""
     plain = fr.LSTM(8, 40, num_layers=2, bidirectional=True)
-    told = plain.explain(20, 6)
-    assert told["way"] == "fused product and cell"
-    assert list(told["plans"]) == ["l0", "l0_reverse", "l1", "l1_reverse"]
+    summary = plain.explain(20, 6)
+    assert summary["way"] == "fused product and cell"
+    assert list(summary["plans"]) == ["l0", "l0_reverse", "l1", "l1_reverse"]
     per_row = [4 * 40 * (I + 40) for I in (8, 8, 80, 80)]
-    assert told["flops"] == 2 * 20 * 6 * sum(per_row)
-    assert told["weight_bytes"] == sum(p.nbytes for p in plain.state_dict().values())
-    assert told["floor"] > 0
-    assert told["saved_bytes"] == 0
+    assert summary["flops"] == 2 * 20 * 6 * sum(per_row)
+    assert summary["weight_bytes"] == sum(p.nbytes for p in plain.state_dict().values())
+    assert summary["floor"] > 0
+    assert summary["saved_bytes"] == 0
     training = plain.explain(20, 6, training=True)
-    assert training["flops"] == 3 * told["flops"]
+    assert training["flops"] == 3 * summary["flops"]
     assert training["saved_bytes"] >= 4 * 4 * 20 * 6 * 5 * 40
-    assert "20" in str(told)
-    assert told["isa"] in str(told)
+    assert "20" in str(summary)
+    assert summary["isa"] in str(summary)
     for options, name in (
         ({"peephole": True}, "peephole"),
         ({"layer_norm": True}, "layer_norm"),
         ({"zoneout": 0.1}, "zoneout"),
         ({"coupled_gates": True}, "coupled_gates"),
     ):
-        told = fr.LSTM(8, 40, **options).explain(20, 6)
-        assert told["way"].startswith("row by row")
-        assert name in told["why"][0]
+        summary = fr.LSTM(8, 40, **options).explain(20, 6)
+        assert summary["way"].startswith("row by row")
+        assert name in summary["why"][0]
     dropped = fr.GRU(8, 40, recurrent_dropout=0.5)
     assert dropped.explain(20, 6)["way"] == "fused product and cell"
     assert "recurrent_dropout" in dropped.explain(20, 6, training=True)["why"][0]

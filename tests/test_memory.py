@@ -38,7 +38,7 @@ print(kept, resident() - start)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("calls", "threads"), [(300, 1), (60, 8)])
 def test_training_on_many_sizes_keeps_little(calls: int, threads: int) -> None:
-    """Below 100 MB when the threads have ended, and next to nothing once it is released."""
+    """Less than 100 MB are kept when the threads have ended, and little once it is released."""
     command = [sys.executable, "-c", SOAK, str(calls), str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     kept, rest = map(float, done.stdout.split())

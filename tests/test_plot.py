@@ -21,6 +21,7 @@ def drawn(figure: Any) -> dict[str, np.ndarray]:
 
 
 def test_each_gate_of_each_layer_and_the_cells() -> None:
+    """Each gate and the cells of the chosen row and units are drawn under their names."""
     lstm = fr.LSTM(4, 5, num_layers=2, bidirectional=True, rng=0)
     *_, cells, trace = lstm(X, return_cells=True, trace=True)
     found = drawn(plot.gates(trace, row=2, cells=cells, units=[4, 1], title="an LSTM"))
@@ -33,6 +34,7 @@ def test_each_gate_of_each_layer_and_the_cells() -> None:
 
 
 def test_of_an_op_a_module_and_without_a_batch() -> None:
+    """Traces of an op, of a module of PyTorch and without a batch are drawn."""
     gru = fr.GRU(4, 5, batch_first=True, rng=0)
     *_, trace = gru(X, trace=True)
     found = drawn(plot.gates(trace, row=6, batch_first=True))
@@ -58,11 +60,13 @@ def test_of_an_op_a_module_and_without_a_batch() -> None:
     ],
 )
 def test_bad_input(trace: Any, row: int, error: type[Exception], message: str) -> None:
+    """What is no trace, and a row that it has not, are refused."""
     with pytest.raises(error, match=message):
         plot.gates(trace, row)
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without matplotlib the extra to install is named."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "fusedrnn\[plot\]"'):
         plot.gates({"i": X})

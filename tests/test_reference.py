@@ -49,7 +49,7 @@ def check_derivatives(cell: Cell, names: list[str], reverse: bool) -> None:
         expected = sum(
             (w * r.imag).sum() / 1e-30 for w, r in zip(weights, outputs, strict=False)
         )
-        assert_close((gradients[name] * along).sum(), expected, np.float64, name)
+        assert_close((gradients[name] * along).sum(), expected, "float64", name, gradient=True)
 
 
 def double_complex(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -61,10 +61,12 @@ def double_complex(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def test_gradients_are_complex_step_derivatives(
     cell: Cell, reverse: bool, kind: str | None
 ) -> None:
+    """Gradients with and without masks are the derivatives, by complex steps."""
     check_derivatives(cell, [kind] if kind else [], reverse)
 
 
 def test_gradients_with_options_are_complex_step_derivatives(cell: Cell) -> None:
+    """Gradients with each option, and with many together, are the derivatives."""
     known = [*options_of(cell), *MASKS]
     for names in [*([name] for name in options_of(cell)), *TOGETHER]:
         if "bptt" not in names:  # it is not the derivative of anything
@@ -73,22 +75,25 @@ def test_gradients_with_options_are_complex_step_derivatives(cell: Cell) -> None
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_padding_is_not_looked_at(cell: Cell, reverse: bool) -> None:
-    values, given = arguments(cell, SIZES), masks("both", SIZES)
+    """What x and dy hold beyond a row's length changes nothing."""
+    values, mask = arguments(cell, SIZES), masks("both", SIZES)
     everything = []
     for spoil in (False, True):
         if spoil:
-            spoil_padding(values["x"], given)
-        results, pullback = op(cell, "_vjp", reference)(**values, **given, reverse=reverse)
+            spoil_padding(values["x"], mask)
+        results, pullback = op(cell, "_vjp", reference)(**values, **mask, reverse=reverse)
         weights = cotangents(results)
         if spoil:
-            spoil_padding(weights[0], given)
+            spoil_padding(weights[0], mask)
         everything.append([*results, *pulled(cell, pullback, weights).values()])
     for a, b in zip(*everything, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_lengths_and_resets_say_where_a_row_starts_and_ends(cell: Cell) -> None:
-    """Against the same steps cut apart by hand, in both directions."""
+    """Lengths and resets give the bits of the same steps cut apart by hand, in both
+    directions.
+    """
     values = arguments(cell, Sizes(5, 1, 2, 5))
     run = op(cell, "", reference)
     x, (h0, *c0) = values.pop("x"), [values.pop(n) for n in ("h0", "c0") if n in values]
@@ -118,6 +123,7 @@ def test_absent_biases_and_states_are_zeros(cell: Cell) -> None:
 
 
 def test_unbatched_equals_a_batch_of_one(cell: Cell) -> None:
+    """A sequence without a batch is a batch of one."""
     values = arguments(cell, SIZES._replace(B=1))
     flat = {
         k: v[:, 0] if k == "x" else v[0] if k in ("h0", "c0") else v for k, v in values.items()
@@ -125,16 +131,16 @@ def test_unbatched_equals_a_batch_of_one(cell: Cell) -> None:
     batched, pull_batched = op(cell, "_vjp", reference)(**values)
     single, pull_single = op(cell, "_vjp", reference)(**flat)
     for a, b in zip(single, batched, strict=True):
-        np.testing.assert_allclose(a, np.squeeze(b, -2), rtol=1e-13)
+        assert_close(a, np.squeeze(b, -2))
     weights = cotangents(batched)
     gradients = pulled(cell, pull_single, [np.squeeze(w, -2) for w in weights])
     expected = pulled(cell, pull_batched, weights)
     for a, b in zip(gradients.values(), expected.values(), strict=True):
-        np.testing.assert_allclose(a, b.reshape(a.shape), rtol=1e-12)
+        assert_close(a, b.reshape(a.shape), gradient=True)
 
 
 def test_random_numbers_are_philox() -> None:
-    """The known answers published with it (Salmon et al. 2011)."""
+    """Random numbers are Philox's: the known answers published with it (Salmon et al. 2011)."""
     full = 2**32 - 1
     pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
     for counter, key, expected in [
@@ -159,6 +165,7 @@ def test_masks_have_their_probability_and_know_no_sizes() -> None:
 
 
 def test_zoneout_keeps_what_was_with_its_probability() -> None:
+    """Zoneout keeps h and c of the step before, each with its probability."""
     cell, sizes = CELLS["lstm"], Sizes(8, 40, 3, 50)
     values = arguments(cell, sizes)
     options = {"zoneout": (0.2, 0.6), "return_cells": True, "training": True, "seed": 1}
@@ -169,7 +176,9 @@ def test_zoneout_keeps_what_was_with_its_probability() -> None:
 
 
 def test_no_gradient_passes_from_chunk_to_chunk() -> None:
-    """As if each chunk were a call of its own, from the state that the last one left."""
+    """With bptt each chunk's gradient is that of a call of its own, from the state before
+    it.
+    """
     cell, sizes = CELLS["gru"], Sizes(7, 2, 3, 5)
     values = arguments(cell, sizes)
     for reverse in (False, True):
@@ -181,4 +190,4 @@ def test_no_gradient_passes_from_chunk_to_chunk() -> None:
             part["x"] = values["x"][chunk]
             (_, part["h0"]), pull = reference.gru_vjp(**part, reverse=reverse)
             dx[chunk] = pull(y[chunk]).x
-        np.testing.assert_allclose(pullback(y).x, dx, rtol=1e-12, atol=1e-14)
+        assert_close(pullback(y).x, dx, gradient=True)

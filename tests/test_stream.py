@@ -43,6 +43,7 @@ def flat(state: Any) -> list[np.ndarray]:
 @pytest.mark.parametrize("B", [None, 1, 4])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_steps_equal_the_sequence(kind: str, B: int | None, dtype: np.dtype, isa: str) -> None:
+    """A stream's steps give the bits of the whole sequence."""
     layer = LAYERS[kind](dtype=dtype)
     x = sequence(layer, B)
     y, end = whole(layer, x)
@@ -53,6 +54,7 @@ def test_steps_equal_the_sequence(kind: str, B: int | None, dtype: np.dtype, isa
 
 
 def test_reset_starts_rows_anew() -> None:
+    """reset sets the state of all rows, or of those named, to zero."""
     layer = LAYERS["lstm"]()
     x = sequence(layer, 4)
     resets = np.zeros((6, 4), bool)
@@ -75,6 +77,7 @@ def test_reset_starts_rows_anew() -> None:
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_saved_stream_goes_on(kind: str, tmp_path: Path) -> None:
+    """A stream that loads a saved state goes on as the one that saved it."""
     layer = LAYERS[kind]()
     x = sequence(layer, 3)
     stream = fr.Stream(layer, 3)
@@ -94,9 +97,9 @@ def test_a_saved_stream_goes_on(kind: str, tmp_path: Path) -> None:
 def test_state_is_a_copy_both_ways() -> None:
     layer = LAYERS["gru"]()
     stream = fr.Stream(layer, 2)
-    given = np.ones((1, 2, 18), np.float32)
-    stream.state = given
-    given[:] = 7
+    initial = np.ones((1, 2, 18), np.float32)
+    stream.state = initial
+    initial[:] = 7
     stream.state[:] = 8
     np.testing.assert_array_equal(stream.state, np.ones((1, 2, 18)))
     stream.state = None
@@ -108,6 +111,7 @@ def refused(error: type[Exception], message: str) -> Any:
 
 
 def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
+    """Wrong arguments and damaged files are refused, and the state stays."""
     layer = LAYERS["lstm"]()
     with refused(TypeError, "layer must be an LSTM, GRU or RNN, got int"):
         fr.Stream(3)

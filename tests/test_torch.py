@@ -45,9 +45,9 @@ def compare(
     one = len(states) == 1
     y_t, final_t = module(x_t, states_t[0] if one else tuple(states_t), **masks)
     (y, final), pullback = layer.vjp(x, states[0] if one else tuple(states), **masks)
-    assert_close(y, y_t.detach().numpy(), dtype, "y")
+    assert_close(y, y_t, dtype, "y")
     for a, e in zip(flat(final), flat(final_t), strict=True):
-        assert_close(a, e.detach().numpy(), dtype, "state")
+        assert_close(a, e, dtype, "state")
     inference, _ = layer(x, states[0] if one else tuple(states), **masks)
     np.testing.assert_array_equal(inference, y)
 
@@ -58,21 +58,22 @@ def compare(
         [y_t, *flat(final_t)], [torch.from_numpy(d.astype(np.float64)) for d in (dy, *d_final)]
     )
     grads = pullback(dy, d_final[0] if one else tuple(d_final))
-    assert_close(grads.x, x_t.grad.numpy(), dtype, "dx")
+    assert_close(grads.x, x_t.grad, dtype, "dx", gradient=True)
     for a, e in zip(flat(grads.state), states_t, strict=True):
-        assert_close(a, e.grad.numpy(), dtype, "d state")
+        assert_close(a, e.grad, dtype, "d state", gradient=True)
     expected = dict(module.named_parameters())
     assert list(grads.parameters) == list(expected)
     for name, gradient in grads.parameters.items():
-        assert_close(gradient, expected[name].grad.numpy(), dtype, name)
+        assert_close(gradient, expected[name].grad, dtype, name, gradient=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "both-ways"])
 def test_agrees_with_torch(
-    kind: str, num_layers: int, bidirectional: bool, dtype, isa: str, threads: int
+    kind: str, num_layers: int, bidirectional: bool, dtype, isa_on_threads: None
 ) -> None:
+    """Layers agree with torch.nn in each number of layers and directions."""
     module, layer = pair(
         kind, dtype, 11, 37, num_layers=num_layers, bidirectional=bidirectional
     )
@@ -86,6 +87,7 @@ def test_agrees_with_torch(
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("batched", [True, False], ids=["batch-first", "unbatched"])
 def test_forms_of_input(kind: str, bias: bool, batched: bool, dtype) -> None:
+    """Layers agree with torch.nn without bias, batch first, and without a batch."""
     module, layer = pair(
         kind, dtype, 6, 20, num_layers=2, bias=bias, batch_first=True, bidirectional=True
     )
@@ -167,8 +169,9 @@ def test_same_parameters(kind: str) -> None:
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "both-ways"])
 def test_projection_agrees_with_torch(
-    num_layers: int, bidirectional: bool, dtype, isa: str, threads: int
+    num_layers: int, bidirectional: bool, dtype, isa_on_threads: None
 ) -> None:
+    """An LSTM with a projection agrees with torch.nn, and has the same parameters."""
     module, layer = pair(
         "LSTM", dtype, 11, 37, num_layers=num_layers, bidirectional=bidirectional, proj_size=13
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import assert_close
 
 from fusedrnn.cells import CELLS
 
@@ -99,6 +100,7 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 @pytest.mark.parametrize("has_gradient", [False, True])
 def test_wrong_calls(what: str, has_gradient: bool) -> None:
+    """A wrong argument of a call is named, with torch.nn's type of exception."""
     module, *arguments = wrong(what)
     error, message = WRONG[what]
     with pytest.raises(error, match=message), torch.set_grad_enabled(has_gradient):
@@ -106,7 +108,7 @@ def test_wrong_calls(what: str, has_gradient: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "error", "message"),
+    ("options", "error", "message"),
     [
         ({"trace": 1}, TypeError, "trace must be a bool, got int"),
         ({"recompute": "yes"}, TypeError, "recompute must be a bool, got str"),
@@ -115,9 +117,10 @@ def test_wrong_calls(what: str, has_gradient: bool) -> None:
         ({"seed": -1}, ValueError, "seed must be from 0"),
     ],
 )
-def test_wrong_options_of_a_call(asked: Any, error: Any, message: str) -> None:
+def test_wrong_options_of_a_call(options: Any, error: Any, message: str) -> None:
+    """A wrong option of a call is named."""
     with pytest.raises(error, match=message):
-        ft.GRU(3, 4, zoneout=0.1)(torch.zeros(5, 2, 3), **asked)
+        ft.GRU(3, 4, zoneout=0.1)(torch.zeros(5, 2, 3), **options)
 
 
 @pytest.mark.parametrize(
@@ -139,13 +142,14 @@ def test_wrong_options_of_a_call(asked: Any, error: Any, message: str) -> None:
     ],
 )
 def test_wrong_arguments(name: str, options: Any, error: Any, message: str) -> None:
+    """A module names an argument that it cannot have."""
     with pytest.raises(error, match=message):
         getattr(ft, name)(3, 4, **options)
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
 def test_damaged_weights(name: str) -> None:
-    """One of another type, elsewhere or none at all is named."""
+    """A weight of another dtype, on another device or None is named."""
     x = torch.randn(5, 2, 3) if name == "LSTM" else torch.randn(2, 3)
     suffix = "_l0" * (name == "LSTM")
 
@@ -178,7 +182,7 @@ def test_packed_sequences_under_another_default_device() -> None:
     lstm, x = ft.LSTM(3, 4), pack_padded_sequence(torch.randn(5, 2, 3), [5, 2])
     expected = lstm(x)[0].data
     with torch.device("meta"):
-        torch.testing.assert_close(lstm(x)[0].data, expected)
+        assert_close(lstm(x)[0].data, expected)
 
 
 def test_dropout_of_one_layer_warns() -> None:
@@ -187,7 +191,7 @@ def test_dropout_of_one_layer_warns() -> None:
 
 
 def test_meta_modules() -> None:
-    """Shapes alone, and later filled."""
+    """A module on the meta device computes shapes alone, and can be filled later."""
     module = ft.LSTM(3, 4, num_layers=2, device="meta")
     y, (h_n, _) = module(torch.empty(5, 2, 3, device="meta"))
     assert y.shape == (5, 2, 4)
@@ -200,6 +204,7 @@ def test_meta_modules() -> None:
 
 @pytest.mark.parametrize("module", ["", ".call", ".modules", ".swapping"])
 def test_examples_in_docstrings(module: str) -> None:
+    """The examples in docstrings run and show what they print."""
     results = doctest.testmod(importlib.import_module(f"fusedrnn.torch{module}"))
     assert results.failed == 0
     assert results.attempted > 0
@@ -212,18 +217,19 @@ def test_public_names_have_docstrings() -> None:
 
 
 def test_every_cell_has_a_module() -> None:
-    """A new cell is seen here: it wants a module that makes it."""
-    made = [
+    """Every cell of CELLS, a new one too, has a module that runs it."""
+    modules = [
         ft.LSTM(1, 1),
         ft.LSTM(1, 1, coupled_gates=True),
         ft.GRU(1, 1),
         ft.GRU(1, 1, reset_after=False),
         *(ft.RNN(1, 1, nonlinearity=n) for n in ("tanh", "relu", "identity")),
     ]
-    assert {m._cell for m in made} == set(CELLS)
+    assert {m._cell for m in modules} == set(CELLS)
 
 
 def test_numpy_layers_name_a_bfloat16_argument() -> None:
+    """NumPy's layers name the argument that is a bfloat16 tensor."""
     layer, x = fr.LSTM(4, 5), np.zeros((3, 2, 4), np.float32)
     state = torch.zeros(1, 2, 5, dtype=torch.bfloat16)
     with pytest.raises(TypeError, match=r"x must be an array .*a Tensor of torch\.bfloat16"):
@@ -233,6 +239,7 @@ def test_numpy_layers_name_a_bfloat16_argument() -> None:
 
 
 def test_numpy_layers_refuse_masked_arrays() -> None:
+    """NumPy's layers refuse masked arrays, whose mask they would not see."""
     layer, x = fr.GRU(4, 5), np.zeros((3, 2, 4), np.float32)
     with pytest.raises(TypeError, match="x must be an array without a mask"):
         layer(np.ma.masked_array(x, x == 0))

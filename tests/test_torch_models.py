@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from helpers import assert_close
 
 torch = pytest.importorskip("torch", reason="the models are PyTorch's")
 
@@ -145,8 +146,8 @@ class Policy(nn.Module):
         self.rnn = nn.LSTM(hidden, hidden)
         self.actor, self.critic = nn.Linear(hidden, actions), nn.Linear(hidden, 1)
 
-    def forward(self, seen: Any, masks: Any) -> Any:
-        x = self.base(seen)
+    def forward(self, observed: Any, masks: Any) -> Any:
+        x = self.base(observed)
         ends = (masks[1:] == 0).any(1).nonzero().squeeze(1).add(1).tolist()
         state = tuple(torch.zeros(1, x.shape[1], x.shape[2]).to(x) for _ in range(2))
         parts = []
@@ -161,8 +162,8 @@ class Policy(nn.Module):
 class PolicyWithResets(Policy):
     """The same in one call of ours."""
 
-    def forward(self, seen: Any, masks: Any) -> Any:
-        y, _ = self.rnn(self.base(seen), resets=masks == 0)
+    def forward(self, observed: Any, masks: Any) -> Any:
+        y, _ = self.rnn(self.base(observed), resets=masks == 0)
         return torch.distributions.Categorical(logits=self.actor(y)), self.critic(y)[..., 0]
 
 
@@ -170,13 +171,13 @@ def reinforcement(swapped: Callable[[Any], Any], kind: Any = Policy) -> Iterator
     model = swapped(kind())
     step = torch.optim.Adam(model.parameters(), lr=0.003, eps=1e-5)
     for _ in range(STEPS // 4):
-        seen = torch.randn(16, 4, 5)
-        masks = (torch.rand(16, 4) > 0.1).to(seen)
+        observed = torch.randn(16, 4, 5)
+        masks = (torch.rand(16, 4) > 0.1).to(observed)
         with torch.no_grad():
-            policy, value = model(seen, masks)
+            policy, value = model(observed, masks)
             actions = policy.sample()
             old = policy.log_prob(actions)
-            rewards = seen[..., 0] * (actions == 0) + seen[..., 1] * (actions == 1)
+            rewards = observed[..., 0] * (actions == 0) + observed[..., 1] * (actions == 1)
             advantages, gain = torch.zeros_like(rewards), torch.zeros(4)
             for t in reversed(range(15)):
                 delta = rewards[t] + 0.99 * value[t + 1] * masks[t + 1] - value[t]
@@ -184,7 +185,7 @@ def reinforcement(swapped: Callable[[Any], Any], kind: Any = Policy) -> Iterator
                 advantages[t] = gain
             returns = advantages + value
         for _ in range(4):
-            policy, now = model(seen, masks)
+            policy, now = model(observed, masks)
             ratio = (policy.log_prob(actions) - old).exp()
             clipped = ratio.clamp(0.8, 1.2)
             gained = torch.min(ratio * advantages, clipped * advantages).mean()
@@ -221,33 +222,38 @@ def with_ours(model: Any) -> Any:
 
 @pytest.mark.parametrize("training", [language_model, translation, reinforcement])
 def test_the_same_losses(training: Any) -> None:
+    """Each model trains with the same losses after its modules are swapped for ours."""
     expected = losses(training, lambda model: model)
     found = losses(training, with_ours)
     assert len(found) == STEPS
-    assert found == pytest.approx(expected, abs=1e-4)
-    assert found == pytest.approx(expected, abs=1e-9)  # it is much closer
+    assert_close(found, expected, "training")
     assert len(set(found)) == STEPS
 
 
 def test_resets_are_what_masks_mean() -> None:
+    """A policy with resets in one call has the losses of one that cuts the sequence by
+    masks.
+    """
     expected = losses(reinforcement, lambda model: model)
     found = losses(reinforcement, with_ours, kind=PolicyWithResets)
-    assert found == pytest.approx(expected, abs=1e-9)
+    assert_close(found, expected, "training")
 
 
 def test_swap_keeps_what_a_module_had() -> None:
-    """Parameters, their order, hooks, mode; a class of one's own is left alone."""
+    """swap keeps parameters, their order, hooks and mode, and leaves a user's own class
+    alone.
+    """
 
     class Own(nn.GRU):
         pass
 
     shared = nn.LSTM(3, 4, 2, dropout=0.1)
     x = torch.ones(5, 2, 3, requires_grad=True)
-    seen: list[Any] = []
-    backward: list[Any] = []
-    shared.register_forward_hook(lambda module, inputs, output: seen.append(type(module)))
+    forward_types: list[Any] = []
+    backward_types: list[Any] = []
+    shared.register_forward_hook(lambda module, *_: forward_types.append(type(module)))
     shared.weight_hh_l0.requires_grad_(False)
-    shared.register_full_backward_hook(lambda module, *_: backward.append(type(module)))
+    shared.register_full_backward_hook(lambda module, *_: backward_types.append(type(module)))
     shared.adapter, shared.tag = nn.Linear(4, 2), "mine"
     model = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared]), "own": Own(3, 4)}).eval()
     parameters, state = list(model.parameters()), copy.deepcopy(model.state_dict())
@@ -264,14 +270,15 @@ def test_swap_keeps_what_a_module_had() -> None:
     assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
     assert list(model.state_dict()) == list(state)
     again = model["a"](x)[0]
-    torch.testing.assert_close(again, y)
+    assert_close(again, y)
     again.sum().backward()
-    assert seen == backward == [nn.LSTM, ft.LSTM]
+    assert forward_types == backward_types == [nn.LSTM, ft.LSTM]
     assert model["a"].tag == "mine"
     assert str(ft.swap(nn.Sequential(nn.Linear(2, 2)))) == "no recurrent module of torch.nn"
 
 
 def test_swap_moves_parametrizations() -> None:
+    """swap keeps a parametrization and its parameters."""
     model = nn.Sequential(nn.LSTM(3, 4))
     nn.utils.parametrizations.weight_norm(model[0], "weight_hh_l0")
     parameters = dict(model.named_parameters())
@@ -280,12 +287,13 @@ def test_swap_moves_parametrizations() -> None:
     assert {n: id(p) for n, p in model.named_parameters()} == {
         n: id(p) for n, p in parameters.items()
     }
-    torch.testing.assert_close(model(torch.ones(5, 2, 3))[0], y)
+    assert_close(model(torch.ones(5, 2, 3))[0], y)
 
 
 @pytest.mark.parametrize(
     "model", [None, nn.LSTM, nn.LSTM(2, 2)], ids=["none", "class", "itself"]
 )
 def test_swap_refuses(model: Any) -> None:
+    """swap refuses what is no model with modules in it."""
     with pytest.raises(TypeError, match="model must"):
         ft.swap(model)

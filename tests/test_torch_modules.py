@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import masks
+from helpers import Sizes, assert_close, masks
 
 import fusedrnn as fr
 
@@ -36,11 +36,11 @@ FORMS: list[dict[str, Any]] = [
 
 def pair(name: str, *args: Any, **options: Any) -> tuple[Any, Any]:
     """Torch's module and ours, made from the same random numbers."""
-    made = []
+    modules = []
     for home in (nn, ft):
         torch.manual_seed(3)
-        made.append(getattr(home, name)(*args, **options))
-    return made[0], made[1]
+        modules.append(getattr(home, name)(*args, **options))
+    return modules[0], modules[1]
 
 
 def flat(results: Any) -> list[Any]:
@@ -49,9 +49,8 @@ def flat(results: Any) -> list[Any]:
     return [results.data if isinstance(results, PackedSequence) else results]
 
 
-def assert_same(theirs: Any, ours: Any, *inputs: Any, **tolerance: float) -> None:
+def assert_same(theirs: Any, ours: Any, *inputs: Any) -> None:
     """Results and the gradients of inputs and parameters, the random numbers alike."""
-    tolerance = tolerance or {"atol": 1e-12, "rtol": 1e-12}
     found = []
     for module in (theirs, ours):
         leaves = [a for a in flat(inputs) if a is not None]
@@ -63,8 +62,8 @@ def assert_same(theirs: Any, ours: Any, *inputs: Any, **tolerance: float) -> Non
         sum((r * torch.randn_like(r)).sum() for r in results).backward()
         gradients = [a.grad for a in leaves] + [p.grad for p in module.parameters()]
         found.append(([r.detach() for r in results], gradients))
-    for expected, actual in zip(*found, strict=True):
-        torch.testing.assert_close(actual, expected, **tolerance)
+    for gradient, (expected, actual) in enumerate(zip(*found, strict=True)):
+        assert_close(actual, expected, gradient=bool(gradient))
 
 
 # Torch's own tests' inputs
@@ -77,23 +76,25 @@ def sampled(kind: str) -> list[Any]:
         name = info.module_cls.__name__
         if name not in NAMES or info.module_cls.__module__ != "torch.nn.modules.rnn":
             continue
-        made = getattr(info, f"module_{kind}_func")(
+        samples = getattr(info, f"module_{kind}_func")(
             info, device="cpu", dtype=DOUBLE, requires_grad=kind == "inputs", training=True
         )
-        found += [pytest.param(name, m, id=f"{name}-{i}") for i, m in enumerate(made)]
+        found += [pytest.param(name, m, id=f"{name}-{i}") for i, m in enumerate(samples)]
     return found
 
 
 @pytest.mark.parametrize(("name", "sample"), sampled("inputs"))
 def test_torchs_own_inputs(name: str, sample: Any) -> None:
-    made, given = sample.constructor_input, sample.forward_input
-    theirs, ours = pair(name, *made.args, **made.kwargs, dtype=DOUBLE)
-    assert_same(theirs, ours, *given.args)
+    """Modules agree with torch.nn on the inputs of torch's own tests."""
+    constructor, call = sample.constructor_input, sample.forward_input
+    theirs, ours = pair(name, *constructor.args, **constructor.kwargs, dtype=DOUBLE)
+    assert_same(theirs, ours, *call.args)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_torchs_own_packed_inputs(name: str, bidirectional: bool) -> None:
+    """Modules agree with torch.nn on the packed inputs of torch's own tests."""
     info = next(m for m in common_modules.module_db if m.module_cls is getattr(nn, name))
     if name == "LSTM":
         data = common_modules.make_packed_sequence(
@@ -110,21 +111,20 @@ def test_torchs_own_packed_inputs(name: str, bidirectional: bool) -> None:
         training=True,
         with_packed_sequence=True,
     ):
-        made, given = sample.constructor_input, sample.forward_input
-        if isinstance(given.args[0], PackedSequence):
-            theirs, ours = pair(name, *made.args, **made.kwargs, dtype=DOUBLE)
-            for a, b in zip(flat(theirs(*given.args)), flat(ours(*given.args)), strict=True):
-                torch.testing.assert_close(b, a)
+        constructor, call = sample.constructor_input, sample.forward_input
+        if isinstance(call.args[0], PackedSequence):
+            theirs, ours = pair(name, *constructor.args, **constructor.kwargs, dtype=DOUBLE)
+            assert_close(flat(ours(*call.args)), flat(theirs(*call.args)))
 
 
 @pytest.mark.parametrize(("name", "sample"), sampled("error_inputs"))
 def test_what_torch_refuses(name: str, sample: Any) -> None:
-    """With the same type of exception, by module and by call."""
+    """What torch.nn refuses is refused with the same type of exception."""
     wrong = sample.module_error_input
-    made = wrong.constructor_input
+    constructor = wrong.constructor_input
 
     def make_and_call() -> None:
-        module = getattr(ft, name)(*made.args, **made.kwargs)
+        module = getattr(ft, name)(*constructor.args, **constructor.kwargs)
         module(*wrong.forward_input.args)
 
     with pytest.raises(sample.error_type) as refused:
@@ -138,7 +138,7 @@ def test_what_torch_refuses(name: str, sample: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_arguments(name: str) -> None:
-    """In torch's order, with torch's defaults; ours come after, by keyword."""
+    """Arguments have torch's order; ours come after, by keyword."""
     ours = inspect.signature(getattr(ft, name).__init__).parameters
     documented = {
         "LSTM": "input_size hidden_size num_layers bias batch_first dropout bidirectional "
@@ -158,6 +158,7 @@ def test_arguments(name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("options", FORMS, ids=str)
 def test_parameters(name: str, options: dict[str, Any]) -> None:
+    """Parameters have torch's names, order and first values, and state dicts fit both ways."""
     theirs, ours = pair(name, 3, 5, **options)
     for a, b in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
         assert a[0] == b[0]
@@ -176,7 +177,9 @@ def test_parameters(name: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", ["batched", "unbatched", "packed", "sorted"])
 @pytest.mark.parametrize("has_state", [False, True])
 def test_agrees_with_torch(name: str, options: Any, kind: str, has_state: bool) -> None:
-    """In every form of input, dropout drawing the same numbers, packed or not."""
+    """Modules agree with torch.nn in every form of input, and dropout draws the same
+    numbers.
+    """
     theirs, ours = pair(name, 3, 5, **options, dtype=DOUBLE)
     rng = torch.Generator().manual_seed(1)
     first, count = options.get("batch_first", False), 4 if len(options) > 1 else 1
@@ -197,7 +200,7 @@ def test_agrees_with_torch(name: str, options: Any, kind: str, has_state: bool) 
         x = PackedSequence(leaf.data.requires_grad_(), *leaf[1:])
         x_theirs, x_ours = (module(x, hx)[0] for module in (theirs, ours))
         if not options.get("dropout"):
-            torch.testing.assert_close(x_ours.data, x_theirs.data)
+            assert_close(x_ours.data, x_theirs.data)
         assert torch.equal(x_ours.batch_sizes, x_theirs.batch_sizes)
         assert (x_ours.unsorted_indices is None) == (x_theirs.unsorted_indices is None)
 
@@ -215,6 +218,7 @@ def test_agrees_with_torch(name: str, options: Any, kind: str, has_state: bool) 
 @pytest.mark.parametrize("name", NAMES[3:])
 @pytest.mark.parametrize("has_state", [False, True])
 def test_cells_agree_with_torch(name: str, has_state: bool) -> None:
+    """LSTMCell, GRUCell and RNNCell agree with torch.nn's, and have the same names and repr."""
     theirs, ours = pair(name, 3, 5, dtype=DOUBLE)
     assert [n for n, _ in theirs.named_parameters()] == [n for n, _ in ours.named_parameters()]
     states = [torch.randn(4, 5, dtype=DOUBLE, requires_grad=True) for _ in range(2)]
@@ -249,7 +253,9 @@ OPTION_CASES = [(name, options) for name, all_of in LAYER_OPTIONS.items() for op
 @pytest.mark.parametrize(("name", "options"), OPTION_CASES, ids=str)
 @pytest.mark.parametrize("training", [False, True])
 def test_options_agree_with_our_layers(name: str, options: Any, training: bool) -> None:
-    """Through two layers in both directions, masked, forward and backward."""
+    """Options give the bits of NumPy's layers, masked, through two layers in both
+    directions.
+    """
     more = {"num_layers": 2, "bidirectional": True, "batch_first": True, **options}
     module = getattr(ft, name)(3, 6, **more, dtype=DOUBLE).train(training)
     layer = getattr(fr, name)(3, 6, **more, dtype=np.float64)
@@ -257,14 +263,15 @@ def test_options_agree_with_our_layers(name: str, options: Any, training: bool) 
     assert list(layer.state_dict()) == list(module.state_dict())
     rng = np.random.default_rng(0)
     x = rng.normal(size=(5, 8, 3))
-    both = masks("both", fr_sizes(8, 5))
+    both = masks("both", Sizes(8, 5, 3, 6))
     both["resets"] = both["resets"].T.copy()
-    asked: dict[str, Any] = {"trace": True, "seed": 2**63 + 5}
+    options_of_call: dict[str, Any] = {"trace": True, "seed": 2**63 + 5}
     if name == "LSTM":
-        asked["return_cells"] = True
-    expected, pullback = layer.vjp(x, **both, **asked, training=training, bptt=3)
+        options_of_call["return_cells"] = True
+    expected, pullback = layer.vjp(x, **both, **options_of_call, training=training, bptt=3)
     x_t = torch.from_numpy(x).requires_grad_()
-    found = module(x_t, **{k: torch.from_numpy(v) for k, v in both.items()}, **asked, bptt=3)
+    both_t = {k: torch.from_numpy(v) for k, v in both.items()}
+    found = module(x_t, **both_t, **options_of_call, bptt=3)
     results = [r for r in flat(expected) if not isinstance(r, dict)]
     ours = [r for r in flat(found) if not isinstance(r, dict)]
     for a, e in zip(ours, results, strict=True):
@@ -280,12 +287,6 @@ def test_options_agree_with_our_layers(name: str, options: Any, training: bool) 
     np.testing.assert_array_equal(x_t.grad.numpy(), grads.x)
     for key, p in module.named_parameters():
         np.testing.assert_array_equal(p.grad.numpy(), grads.parameters[key], err_msg=key)
-
-
-def fr_sizes(T: int, B: int) -> Any:
-    from helpers import Sizes
-
-    return Sizes(T, B, 3, 6)
 
 
 def test_random_masks_come_from_torchs_generator() -> None:
@@ -309,7 +310,7 @@ RANDOM = [("zoneout", 0.3), ("recurrent_dropout", 0.3), ("weight_dropout", 0.3)]
 @pytest.mark.parametrize(("option", "p"), RANDOM)
 @pytest.mark.parametrize("name", LAYERS)
 def test_draws_without_gradients_too(name: str, option: str, p: float) -> None:
-    """Monte Carlo dropout: in training mode under no_grad, and not in evaluation."""
+    """Options draw in training mode under no_grad (Monte Carlo dropout), not in evaluation."""
     module, x = getattr(ft, name)(3, 9, **{option: p}), torch.randn(5, 2, 3)
     with torch.no_grad():
         drawn = [module(x, seed=seed)[0] for seed in (1, 2)]
@@ -332,15 +333,16 @@ def test_recompute_and_checkpoints_change_nothing() -> None:
         y.square().sum().backward()
         gradients.append([p.grad for p in module.parameters()])
     for others in gradients[1:]:
-        torch.testing.assert_close(others, gradients[0])
+        assert_close(others, gradients[0], gradient=True)
 
 
 def test_init_options() -> None:
+    """Initial values follow the options, which cannot be changed afterwards."""
     lstm = ft.LSTM(3, 4, forget_bias=1.0, orthogonal=True, layer_norm=True)
     both = lstm.bias_ih_l0 + lstm.bias_hh_l0
     assert torch.equal(both[4:8], torch.ones(4))
     for block in lstm.weight_hh_l0.split(4):
-        torch.testing.assert_close(block @ block.T, torch.eye(4))
+        assert_close(block @ block.T, torch.eye(4))
     assert torch.equal(lstm.gamma_ih_l0, torch.ones(16))
     assert torch.equal(lstm.beta_c_l0, torch.zeros(4))
     assert lstm.layer_norm is True
@@ -368,7 +370,7 @@ def test_empty_batches_and_sequences(name: str) -> None:
 
 
 def test_other_strides() -> None:
-    """Views and parameters that are not contiguous."""
+    """Views and parameters that are not contiguous are taken."""
     theirs, ours = pair("LSTM", 3, 4, dtype=DOUBLE)
     for module in (theirs, ours):
         module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.detach().T.contiguous().T)
@@ -377,7 +379,7 @@ def test_other_strides() -> None:
     h = torch.randn(4, 5, 1, dtype=DOUBLE).permute(2, 1, 0).detach().requires_grad_()
     assert_same(theirs, ours, x, (h, h))
     with torch.no_grad():
-        torch.testing.assert_close(ours(x, (h, h)), theirs(x, (h, h)))
+        assert_close(ours(x, (h, h)), theirs(x, (h, h)))
 
 
 # Around it
@@ -385,6 +387,7 @@ def test_other_strides() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_copies_and_files(name: str) -> None:
+    """A module that was copied, pickled or saved computes the same."""
     module = getattr(ft, name)(3, 4, clip=2.0)
     x = torch.randn(5, 3)
     expected = flat(module(x))[0]
@@ -407,7 +410,9 @@ def test_copies_and_files(name: str) -> None:
 
 
 def test_parametrize() -> None:
-    """A weight that is computed anew at each call, and the old weight drop that deletes one."""
+    """A weight may be computed anew at each call, also by a weight drop that deletes
+    parameters.
+    """
     theirs, ours = pair("LSTM", 3, 4, dtype=DOUBLE)
     for module in (theirs, ours):
         nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
@@ -421,7 +426,7 @@ def test_parametrize() -> None:
         module.register_parameter("weight_hh_l0_raw", raw)
         module.weight_hh_l0 = raw * 0
         results.append(module(torch.ones(1, 1, 3))[0])
-    torch.testing.assert_close(results[1], results[0])
+    assert_close(results[1], results[0])
 
 
 class Half(nn.Module):
@@ -432,6 +437,7 @@ class Half(nn.Module):
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "RMSprop"])
 def test_optimizers(name: str, optimizer: str) -> None:
+    """Training has the losses of torch.nn with each optimizer."""
     losses = []
     for module in pair(name, 3, 8, dtype=DOUBLE):
         step = getattr(torch.optim, optimizer)(module.parameters(), lr=0.01)
@@ -443,43 +449,46 @@ def test_optimizers(name: str, optimizer: str) -> None:
             loss.backward()
             step.step()
         losses.append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], abs=1e-10)
+    assert_close(losses[1], losses[0], "training")
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_halves_and_autocast_on_the_cpu(name: str, half: Any) -> None:
-    """Computed in float32: as close as the rounding of what goes in and comes out."""
+    """16 bits are computed in float32: as close as the rounding of what goes in and comes
+    out.
+    """
     module = getattr(ft, name)(3, 4)
     x = torch.randn(5, 2, 3) if name in LAYERS else torch.randn(5, 3)
     expected = flat(module(x))[0].detach()
     with torch.autocast("cpu", half):
         y = flat(module(x.to(half)))[0]
     assert y.dtype == torch.float32
-    torch.testing.assert_close(y, expected, atol=0.02, rtol=0.02)
+    assert_close(y, expected, str(half).removeprefix("torch."), "under autocast")
     y.sum().backward()
     assert next(module.parameters()).grad.dtype == torch.float32
     y = flat(module.to(half)(x.to(half)))[0]
     assert y.dtype == half
-    torch.testing.assert_close(y.float(), expected, atol=0.03, rtol=0.03)
+    assert_close(y, expected, str(half).removeprefix("torch."))
     y.float().sum().backward()
     with torch.no_grad():
         assert torch.equal(flat(module(x.to(half)))[0], y)
 
 
 def test_inference_takes_weights_as_they_are_now() -> None:
-    """Also where they were written to behind autograd's back."""
+    """Inference takes weights as they are, even if written to behind autograd's back."""
     module, x = ft.LSTM(3, 4), torch.randn(9, 2, 3)
     with torch.no_grad():
         before = module(x)[0]
         module.weight_hh_l0.data.mul_(2)
         after = module(x)[0]
     assert not torch.equal(before, after)
-    torch.testing.assert_close(after, module(x)[0])
+    assert_close(after, module(x)[0])
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_threads_follow_torch(name: str) -> None:
+    """Calls take as many threads as torch does, until a user chooses another number."""
     before = torch.get_num_threads()
     module, x = getattr(ft, name)(3, 4), torch.randn(5, 2, 3)
     try:
@@ -491,5 +500,4 @@ def test_threads_follow_torch(name: str) -> None:
         module(x)
         assert fr.get_num_threads() == 2
     finally:
-        fr.set_num_threads(0)
         torch.set_num_threads(before)
