@@ -21,7 +21,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from character_model import ALPHABET, TEXT, CharacterModel, write
-from common import COLOURS, Outcome, keep, outcome, parse, parser
+from common import COLOURS, Outcome, keep, options, outcome, parse, parser
 from torch import Tensor, distributed, nn
 
 RANKS, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -37,10 +37,19 @@ def loss_of(model: nn.Module, text: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 
 def train(
-    cell: str, epochs: int, seed: int, batch: int, hidden: int, steps: int | None = None
+    cell: str,
+    epochs: int,
+    seed: int,
+    batch: int,
+    hidden: int,
+    steps: int | None = None,
+    rate: float = 4e-3,
+    validate: bool = False,
+    **extra: float,
 ) -> tuple[CharacterModel, list[list[float]], Outcome]:
-    """Train on the first 95% of the text, in `batch` rows.
+    """Train on the first 95% of the text, in `batch` rows; `rate` is the greatest.
 
+    With `validate` the last 5% are not read, and the 5% before them are held out instead.
     Returns the model, (epochs, steps + 1) bits a character, held out last, and the outcome.
     """
     device = torch.device("cpu")
@@ -53,14 +62,15 @@ def train(
     numbers = torch.tensor([ALPHABET[c] for c in TEXT[: len(TEXT) // batch * batch]])
     text = numbers.view(batch, -1).T[:, mine].contiguous().to(device)  # (length, rows)
     held_out = len(text) // 20
+    text = text[:-held_out] if validate else text
     torch.manual_seed(seed)
-    model = CharacterModel(cell, hidden).to(device)
+    model = CharacterModel(cell, hidden, **extra).to(device)
     module = nn.parallel.DistributedDataParallel(model) if RANKS > 1 else model
     torch.manual_seed(seed + RANK)  # another dropout in each
     all_steps = (len(text) - held_out) // LENGTH
     steps = min(all_steps, steps or all_steps)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, epochs * steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * steps)
 
     curve, seconds = [], []
     for epoch in range(epochs):
@@ -110,6 +120,7 @@ def main() -> None:
     made = parser(__doc__, "characters.png", epochs=(5, 1))
     made.add_argument("--batch", type=int, default=32, help="rows, of all processes")
     made.add_argument("--hidden", type=int, default=256)
+    made.add_argument("--rate", type=float, default=4e-3, help="the greatest learning rate")
     made.add_argument("--steps", type=int, help="stop each epoch after so many; short: 15")
     made.add_argument("--prompt", default="The ", help="what it goes on from")
     made.add_argument("--temperature", type=float, default=0.6, help="smaller: more certain")
@@ -119,11 +130,12 @@ def main() -> None:
         made.error(f"--batch must be {told}, got {given.batch}")
     if not given.prompt or set(given.prompt) - set(ALPHABET):
         made.error(f"--prompt must have characters of the text alone, got {given.prompt!r}")
-    if not given.temperature > 0:
-        made.error(f"--temperature must be above 0, got {given.temperature}")
+    for name in ("rate", "temperature"):
+        if not getattr(given, name) > 0:
+            made.error(f"--{name} must be above 0, got {getattr(given, name)}")
     steps = given.steps or (15 if given.short else None)
-    sizes = (given.batch, given.hidden, steps)
-    model, curve, _ = train(given.cell, given.epochs, given.seed, *sizes)
+    sizes = (given.batch, given.hidden, steps, given.rate)
+    model, curve, _ = train(given.cell, given.epochs, given.seed, *sizes, **options(given.cell))
     if RANK == 0:
         speed = write(model, given.prompt, CHARACTERS, given.temperature, given.seed)
         print(f"\n\n{speed:.0f} characters a second")

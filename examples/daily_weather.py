@@ -54,9 +54,9 @@ def ahead(series: np.ndarray) -> np.ndarray:
 
 
 def train(
-    cell: str, epochs: int, seed: int, held_out: int = 2015
+    cell: str, epochs: int, seed: int, held_out: int = 2015, rate: float = 4e-3, **extra: float
 ) -> tuple[dict[str, np.ndarray], Outcome]:
-    """Train a cell; return all forecasts (days of the year held out, 7), and the outcome."""
+    """Train a cell, with extra options; return forecasts (days held out, 7) and the outcome."""
     days, table, first = read_days(held_out)
     waves = seasons(days)
     curve = waves @ np.linalg.lstsq(waves[:first], table[:first, :2], rcond=None)[0]
@@ -68,15 +68,15 @@ def train(
 
     rng = np.random.default_rng(seed)
     kept = {"zoneout": 0.1, "recurrent_dropout": 0.3}  # three years are few: it would overfit
-    layer = getattr(fr, cell)(x.shape[1], HIDDEN, rng=rng, **kept)
+    layer = getattr(fr, cell)(x.shape[1], HIDDEN, rng=rng, **kept, **extra)
     model, seconds = Forecaster(layer, rng, HORIZON, WARM_UP), []
     known = np.ones((WINDOW - WARM_UP, BATCH, HORIZON), bool)
     for epoch in range(epochs):
         begin, order = time.perf_counter(), rng.permutation(first - WINDOW - HORIZON)
-        rate = 4e-3 * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
+        now = rate * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
         for i in range(0, len(order) - BATCH + 1, BATCH):
             read = order[i : i + BATCH] + np.arange(WINDOW)[:, None]  # (T, B)
-            model.train_step(x[read], target[read[WARM_UP:]], known, rate)
+            model.train_step(x[read], target[read[WARM_UP:]], known, now)
         seconds.append(time.perf_counter() - begin)
 
     made = np.arange(first, len(days) - HORIZON)  # the days on which forecasts are made

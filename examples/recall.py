@@ -30,9 +30,9 @@ ENVIRONMENTS, STEPS, HIDDEN = 64, 64, 32
 class Policy(nn.Module):
     """Actor and critic on one recurrent layer."""
 
-    def __init__(self, cell: str, has_memory: bool) -> None:
+    def __init__(self, cell: str, has_memory: bool, **extra: float) -> None:
         super().__init__()
-        self.rnn = getattr(ft, cell)(3, HIDDEN, **options(cell))
+        self.rnn = getattr(ft, cell)(3, HIDDEN, **extra)
         self.actor, self.critic = nn.Linear(HIDDEN, 3), nn.Linear(HIDDEN, 1)
         self.has_memory = has_memory
 
@@ -54,12 +54,21 @@ def advantages(rewards: Tensor, ended: Tensor, values: Tensor) -> Tensor:
 
 
 def train(
-    cell: str, updates: int, seed: int, longest: int = 32, has_memory: bool = True
+    cell: str,
+    updates: int,
+    seed: int,
+    longest: int = 32,
+    has_memory: bool = True,
+    rate: float = 3e-3,
+    **extra: float,
 ) -> tuple[list[float], Outcome]:
     """Return the mean reward of the turns in each update; the error is that of wrong turns."""
     torch.manual_seed(seed)
-    policy, corridors = Policy(cell, has_memory), Corridors(ENVIRONMENTS, longest, seed)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
+    policy, corridors = (
+        Policy(cell, has_memory, **extra),
+        Corridors(ENVIRONMENTS, longest, seed),
+    )
+    optimizer = torch.optim.Adam(policy.parameters(), lr=rate)
     state, turns, seconds = None, [], []
     for _ in range(updates):
         begin, start, told = time.perf_counter(), state, []
@@ -119,7 +128,8 @@ def main() -> None:
     curves = {}
     for has_memory in (True, False):
         name = given.cell + ("" if has_memory else " without memory")
-        curves[name], came_to = train(given.cell, given.epochs, given.seed, longest, has_memory)
+        sizes = (given.epochs, given.seed, longest, has_memory)
+        curves[name], came_to = train(given.cell, *sizes, **options(given.cell))
         print(f"{name:20} {came_to.error:5.1f}% wrong turns at the end", end="  ")
         print(f"{came_to.parameters} parameters, {came_to.epoch_seconds:.3f} s an update")
     draw(curves, given.cell, longest, given.output)

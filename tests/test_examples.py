@@ -129,8 +129,8 @@ def test_characters(launcher: tuple[str, ...], tmp_path: Path) -> None:
 def test_compare(tmp_path: Path) -> None:
     told = run("compare", folder=tmp_path)
     tables = [line for line in told.splitlines() if line.startswith("|")]
-    assert len(tables) == 3 * (2 + 6)
-    assert all(line.count("|") == 5 for line in tables)
+    assert len(tables) == 5 * (2 + 6)
+    assert all(line.count("|") == 6 for line in tables)
 
 
 def test_lightning_weather(tmp_path: Path) -> None:
@@ -154,6 +154,7 @@ def test_lightning_weather(tmp_path: Path) -> None:
         ("streaming", "--seed=-1", "--seed must be 0 or more, got -1"),
         ("recall", "--longest=64", "--longest must be from 4 to 63, got 64"),
         ("characters", "--prompt=Łódź", "--prompt must have characters of the text alone"),
+        ("characters", "--rate=0", "--rate must be above 0, got 0.0"),
         ("characters", "--temperature=0", "--temperature must be above 0, got 0.0"),
     ],
 )
