@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import numpy as np
-from common import options
 from torch import Tensor, nn
 
 import fusedrnn as fr
@@ -20,10 +19,10 @@ ALPHABET = {c: i for i, c in enumerate(sorted(set(TEXT)))}
 class CharacterModel(nn.Module):
     """A model that predicts the next character from all before it."""
 
-    def __init__(self, cell: str, hidden: int) -> None:
+    def __init__(self, cell: str, hidden: int, **extra: float) -> None:
         super().__init__()
         self.embedding = nn.Embedding(len(ALPHABET), 64)
-        self.rnn = getattr(ft, cell)(64, hidden, num_layers=2, dropout=0.1, **options(cell))
+        self.rnn = getattr(ft, cell)(64, hidden, num_layers=2, dropout=0.1, **extra)
         self.head = nn.Linear(hidden, len(ALPHABET))
 
     def forward(self, text: Tensor, state: Any = None) -> tuple[Tensor, Any]:

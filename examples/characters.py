@@ -21,7 +21,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from character_model import ALPHABET, TEXT, CharacterModel, write
-from common import COLOURS, Outcome, keep, outcome, parse, parser
+from common import COLOURS, Outcome, keep, options, outcome, parse, parser
 from torch import Tensor, distributed, nn
 
 RANKS, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -37,10 +37,19 @@ def loss_of(model: nn.Module, text: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 
 def train(
-    cell: str, epochs: int, seed: int, batch: int, hidden: int, steps: int | None = None
+    cell: str,
+    epochs: int,
+    seed: int,
+    batch: int,
+    hidden: int,
+    steps: int | None = None,
+    rate: float = 4e-3,
+    validate: bool = False,
+    **extra: float,
 ) -> tuple[CharacterModel, list[list[float]], Outcome]:
-    """Train on the first 95% of the text, in `batch` rows.
+    """Train on the first 95% of the text, in `batch` rows; `rate` is the highest.
 
+    With `validate` the last 5% are not read, and the 5% before them are held out instead.
     Returns the model, the bits per character (epochs, steps + 1), in each epoch that of the
     held-out text last, and the outcome.
     """
@@ -54,14 +63,15 @@ def train(
     numbers = torch.tensor([ALPHABET[c] for c in TEXT[: len(TEXT) // batch * batch]])
     text = numbers.view(batch, -1).T[:, mine].contiguous().to(device)  # (length, rows)
     held_out = len(text) // 20
+    text = text[:-held_out] if validate else text
     torch.manual_seed(seed)
-    model = CharacterModel(cell, hidden).to(device)
+    model = CharacterModel(cell, hidden, **extra).to(device)
     module = nn.parallel.DistributedDataParallel(model) if RANKS > 1 else model
     torch.manual_seed(seed + RANK)  # each process draws its own dropout masks
     all_steps = (len(text) - held_out) // LENGTH
     steps = min(all_steps, steps or all_steps)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, epochs * steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * steps)
 
     curve, seconds = [], []
     for epoch in range(epochs):
@@ -112,6 +122,7 @@ def main() -> None:
     arg_parser = parser(__doc__, "characters.png", epochs=(5, 1))
     arg_parser.add_argument("--batch", type=int, default=32, help="rows, of all processes")
     arg_parser.add_argument("--hidden", type=int, default=256)
+    arg_parser.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
     arg_parser.add_argument("--steps", type=int, help="at most so many an epoch; short: 15")
     arg_parser.add_argument("--prompt", default="The ", help="the text to continue")
     arg_parser.add_argument("--temperature", type=float, default=0.6, help="low: more certain")
@@ -121,11 +132,12 @@ def main() -> None:
         arg_parser.error(f"--batch must be {expected}, got {args.batch}")
     if not args.prompt or set(args.prompt) - set(ALPHABET):
         arg_parser.error(f"--prompt must use only characters of the text, got {args.prompt!r}")
-    if not args.temperature > 0:
-        arg_parser.error(f"--temperature must be above 0, got {args.temperature}")
+    for name in ("rate", "temperature"):
+        if not getattr(args, name) > 0:
+            arg_parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
     steps = args.steps or (15 if args.short else None)
-    sizes = (args.batch, args.hidden, steps)
-    model, curve, _ = train(args.cell, args.epochs, args.seed, *sizes)
+    sizes = (args.batch, args.hidden, steps, args.rate)
+    model, curve, _ = train(args.cell, args.epochs, args.seed, *sizes, **options(args.cell))
     if RANK == 0:
         speed = write(model, args.prompt, CHARACTERS, args.temperature, args.seed)
         print(f"\n\n{speed:.0f} characters a second")

@@ -55,7 +55,7 @@ def ahead(series: np.ndarray) -> np.ndarray:
 
 
 def train(
-    cell: str, epochs: int, seed: int, held_out: int = 2015
+    cell: str, epochs: int, seed: int, held_out: int = 2015, rate: float = 4e-3, **extra: float
 ) -> tuple[dict[str, np.ndarray], Outcome]:
     """Train a cell; return all forecasts (days of the held-out year, 7), and the outcome."""
     days, table, first = read_days(held_out)
@@ -69,15 +69,15 @@ def train(
 
     rng = np.random.default_rng(seed)
     regularisation = {"zoneout": 0.1, "recurrent_dropout": 0.3}  # three years: it would overfit
-    layer = getattr(fr, cell)(x.shape[1], HIDDEN, rng=rng, **regularisation)
+    layer = getattr(fr, cell)(x.shape[1], HIDDEN, rng=rng, **regularisation, **extra)
     model, seconds = Forecaster(layer, rng, HORIZON, WARM_UP), []
     known = np.ones((WINDOW - WARM_UP, BATCH, HORIZON), bool)
     for epoch in range(epochs):
         begin, order = time.perf_counter(), rng.permutation(first - WINDOW - HORIZON)
-        rate = 4e-3 * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
+        now = rate * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
         for i in range(0, len(order) - BATCH + 1, BATCH):
             read = order[i : i + BATCH] + np.arange(WINDOW)[:, None]  # (T, B)
-            model.train_step(x[read], target[read[WARM_UP:]], known, rate)
+            model.train_step(x[read], target[read[WARM_UP:]], known, now)
         seconds.append(time.perf_counter() - begin)
 
     starts = np.arange(first, len(days) - HORIZON)  # the days of the forecasts

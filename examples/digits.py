@@ -28,9 +28,9 @@ HIDDEN, BATCH = 96, 64
 class Reader(nn.Module):
     """A network that predicts the digit from the rows read so far."""
 
-    def __init__(self, cell: str) -> None:
+    def __init__(self, cell: str, **extra: float) -> None:
         super().__init__()
-        self.rnn = getattr(ft, cell)(8, HIDDEN, 2, recurrent_dropout=0.2)
+        self.rnn = getattr(ft, cell)(8, HIDDEN, 2, recurrent_dropout=0.2, **extra)
         self.head = nn.Linear(HIDDEN, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,26 +38,33 @@ class Reader(nn.Module):
         return self.head(self.rnn(x)[0])
 
 
-def split(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the images of both parts, rows first (8, N, 8), and their digits."""
+def split(validate: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the images to train on, rows first (8, N, 8), their digits, and those held out.
+
+    With `validate` a quarter of the training images is held out instead.
+    """
     digits = load_digits()
-    parts = train_test_split(
-        digits.images / 16,
-        digits.target,
-        test_size=0.25,
-        stratify=digits.target,
-        random_state=seed,
-    )
+    x, y = digits.images / 16, digits.target
+    for _ in range(2 if validate else 1):
+        parts = train_test_split(x, y, test_size=0.25, stratify=y, random_state=0)
+        x, unseen, y, answers = parts
     x, unseen, y, answers = (torch.tensor(part) for part in parts)
     return x.float().transpose(0, 1), y, unseen.float().transpose(0, 1), answers
 
 
-def train(cell: str, epochs: int, seed: int) -> tuple[Reader, Outcome]:
+def train(
+    cell: str,
+    epochs: int,
+    seed: int,
+    rate: float = 5e-3,
+    validate: bool = False,
+    **extra: float,
+) -> tuple[Reader, Outcome]:
     """Train; the error is that of the last row, in per cent of the held-out images."""
-    x, y, unseen, answers = split(seed)
+    x, y, unseen, answers = split(validate)
     torch.manual_seed(seed)
-    model, seconds = Reader(cell), []
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    model, seconds = Reader(cell, **extra), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     weights = torch.arange(1.0, 9) / 36  # of the rows
     for _ in range(epochs):
@@ -117,7 +124,7 @@ def main() -> None:
     """Train, print the accuracy after each row, and draw."""
     args = parse(parser(__doc__, "digits.png", epochs=(40, 6)))
     model, result = train(args.cell, args.epochs, args.seed)
-    _, _, images, answers = split(args.seed)
+    _, _, images, answers = split()
     predicted = probabilities(model, images)
     right = (predicted.argmax(-1) == answers).float().mean(1)
     print(f"{args.cell}, {len(answers)} held-out images, right after each row:")

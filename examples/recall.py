@@ -30,9 +30,9 @@ ENVIRONMENTS, STEPS, HIDDEN = 64, 64, 32
 class Policy(nn.Module):
     """Actor and critic on one recurrent layer."""
 
-    def __init__(self, cell: str, has_memory: bool) -> None:
+    def __init__(self, cell: str, has_memory: bool, **extra: float) -> None:
         super().__init__()
-        self.rnn = getattr(ft, cell)(3, HIDDEN, **options(cell))
+        self.rnn = getattr(ft, cell)(3, HIDDEN, **extra)
         self.actor, self.critic = nn.Linear(HIDDEN, 3), nn.Linear(HIDDEN, 1)
         self.has_memory = has_memory
 
@@ -54,12 +54,19 @@ def advantages(rewards: Tensor, ended: Tensor, values: Tensor) -> Tensor:
 
 
 def train(
-    cell: str, updates: int, seed: int, longest: int = 32, has_memory: bool = True
+    cell: str,
+    updates: int,
+    seed: int,
+    longest: int = 32,
+    has_memory: bool = True,
+    rate: float = 3e-3,
+    **extra: float,
 ) -> tuple[list[float], Outcome]:
     """Return the mean reward of the turns in each update, and the outcome, in % wrong turns."""
     torch.manual_seed(seed)
-    policy, corridors = Policy(cell, has_memory), Corridors(ENVIRONMENTS, longest, seed)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
+    policy = Policy(cell, has_memory, **extra)
+    corridors = Corridors(ENVIRONMENTS, longest, seed)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=rate)
     state, turns, seconds = None, [], []
     for _ in range(updates):
         begin, start, steps = time.perf_counter(), state, []
@@ -120,7 +127,8 @@ def main() -> None:
     curves = {}
     for has_memory in (True, False):
         name = args.cell + ("" if has_memory else " without memory")
-        curves[name], result = train(args.cell, args.epochs, args.seed, longest, has_memory)
+        how = (args.epochs, args.seed, longest, has_memory)
+        curves[name], result = train(args.cell, *how, **options(args.cell))
         print(f"{name:20} {result.error:5.1f}% wrong turns at the end", end="  ")
         print(f"{result.parameters} parameters, {result.epoch_seconds:.3f} s an update")
     draw(curves, args.cell, longest, args.output)

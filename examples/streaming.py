@@ -32,24 +32,33 @@ FIRST = 24 * (demo.HELD_OUT_DAYS + demo.VALIDATION_DAYS)  # hours before the end
 
 
 def train(
-    cell: str, epochs: int, seed: int
+    cell: str,
+    epochs: int,
+    seed: int,
+    rate: float = 4e-3,
+    validate: bool = False,
+    **extra: float,
 ) -> tuple[demo.Forecaster, demo.Samples, float, Outcome]:
     """Train on all airports; return the model, JFK's samples, their scale, and the outcome.
 
-    The error is the mean absolute error of the next 24 hours in the held-out days, in °F.
+    The error is the mean absolute error of the next 24 hours in the held-out days, in °F. With
+    `validate` October is held out instead. `extra` are options of the layer.
     """
     weather = demo.read_weather(demo.weather_file())
     hours = len(weather[AIRPORT].temperature)
     prepared = {name: demo.prepare(w, hours - FIRST) for name, w in weather.items()}
     samples, scale = prepared[AIRPORT]
     rng = np.random.default_rng(seed)
-    model = demo.Forecaster(getattr(fr, cell)(samples.x.shape[1], HIDDEN, rng=rng), rng)
+    layer = getattr(fr, cell)(samples.x.shape[1], HIDDEN, rng=rng, **extra)
+    model = demo.Forecaster(layer, rng)
     everyone = [s for s, _ in prepared.values()]
     with Progress(console=Console(width=100), disable=True) as progress:
-        seconds = demo.train(model, everyone, hours - FIRST, epochs, rng, progress, scale)
-    held_out = slice(-24 * demo.HELD_OUT_DAYS, None)
-    wrong = np.abs(model.predict(samples.x[:, None])[:, 0] - samples.change)[held_out]
-    error = scale * wrong[samples.known[held_out]].mean()
+        seconds = demo.train(model, everyone, hours - FIRST, epochs, rng, progress, scale, rate)
+    end = -24 * demo.HELD_OUT_DAYS
+    # No forecast in October is of an hour in November.
+    scored = slice(-FIRST, end - demo.HORIZON) if validate else slice(end, None)
+    wrong = np.abs(model.predict(samples.x[:, None])[:, 0] - samples.change)[scored]
+    error = scale * wrong[samples.known[scored]].mean()
     return model, samples, scale, outcome(model.layer, [seconds], error)
 
 

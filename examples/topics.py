@@ -35,8 +35,11 @@ SHORTEST, LONGEST = 6, 100  # tokens: of the shortest paragraph; at most read of
 Paragraph = tuple[tuple[str, ...], int]  # its words, and its topic
 
 
-def read(seed: int) -> tuple[list[str], list[Paragraph], list[Paragraph]]:
-    """Return the topics' names, and the paragraphs to train on and those held out."""
+def read(validate: bool = False) -> tuple[list[str], list[Paragraph], list[Paragraph]]:
+    """Return the topics' names, and the paragraphs to train on and those held out.
+
+    With `validate` a quarter of the training paragraphs is held out instead.
+    """
     by_topic = {
         name: {tuple(re.findall(r"\w+|[^\w\s]", p.lower())) for p in text.split("\n\n")}
         for name, text in pydoc_data.topics.topics.items()
@@ -47,19 +50,21 @@ def read(seed: int) -> tuple[list[str], list[Paragraph], list[Paragraph]]:
         for name, paragraphs in by_topic.items()
     }
     names = sorted(own, key=lambda name: len(own[name]), reverse=True)[:TOPICS]
-    pairs = [(p, i) for i, name in enumerate(names) for p in own[name]]
-    topics = [i for _, i in pairs]
-    return names, *train_test_split(pairs, test_size=0.25, stratify=topics, random_state=seed)
+    known = [(p, i) for i, name in enumerate(names) for p in own[name]]
+    for _ in range(2 if validate else 1):
+        topics = [i for _, i in known]
+        known, unseen = train_test_split(known, test_size=0.25, stratify=topics, random_state=0)
+    return names, known, unseen
 
 
 class Classifier(nn.Module):
     """A classifier on the mean of a bidirectional layer's outputs."""
 
-    def __init__(self, cell: str, vocabulary: int) -> None:
+    def __init__(self, cell: str, vocabulary: int, **extra: float) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, EMBEDDING)
         self.dropout = nn.Dropout(0.5)
-        self.rnn = getattr(ft, cell)(EMBEDDING, HIDDEN, bidirectional=True)
+        self.rnn = getattr(ft, cell)(EMBEDDING, HIDDEN, bidirectional=True, **extra)
         self.head = nn.Linear(2 * HIDDEN, TOPICS)
 
     def forward(self, text: Tensor, lengths: Tensor) -> Tensor:
@@ -76,15 +81,22 @@ def numbered(texts: list[Paragraph], index: dict[str, int]) -> tuple[Tensor, Ten
     return nn.utils.rnn.pad_sequence(rows), lengths, torch.tensor([i for _, i in texts])
 
 
-def train(cell: str, epochs: int, seed: int) -> tuple[Tensor, Tensor, Outcome]:
+def train(
+    cell: str,
+    epochs: int,
+    seed: int,
+    rate: float = 3e-3,
+    validate: bool = False,
+    **extra: float,
+) -> tuple[Tensor, Tensor, Outcome]:
     """Return the predicted and the true held-out topics, and the outcome, in per cent."""
-    _, known, unseen = read(seed)
+    _, known, unseen = read(validate)
     counts = Counter(word for words, _ in known for word in words)
     index = {w: i + 1 for i, w in enumerate(sorted(w for w in counts if counts[w] > 1))}
     text, lengths, topics = numbered(known, index)
     torch.manual_seed(seed)
-    model, seconds = Classifier(cell, len(index) + 1), []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    model, seconds = Classifier(cell, len(index) + 1, **extra), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     for _ in range(epochs):
         begin = time.perf_counter()
         model.train()
@@ -132,7 +144,7 @@ def draw(
 def main() -> None:
     """Train, print the accuracies, and draw."""
     args = parse(parser(__doc__, "topics.png", epochs=(25, 8)))
-    names, known, unseen = read(args.seed)
+    names, known, unseen = read()
     predicted, answers, result = train(args.cell, args.epochs, args.seed)
     right = {  # topics are sorted: the first has the most paragraphs
         "most frequent topic": float((answers == 0).float().mean()),

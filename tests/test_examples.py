@@ -134,11 +134,11 @@ def test_characters(launcher: tuple[str, ...], tmp_path: Path) -> None:
 
 
 def test_compare(tmp_path: Path) -> None:
-    """The comparison prints its tables, six tasks each, for three cells."""
+    """The comparison prints its tables, six tasks each, for the cells."""
     printed = run("compare", folder=tmp_path)
     tables = [line for line in printed.splitlines() if line.startswith("|")]
-    assert len(tables) == 3 * (2 + 6)
-    assert all(line.count("|") == 5 for line in tables)
+    assert len(tables) == 5 * (2 + 6)
+    assert all(line.count("|") == 6 for line in tables)
 
 
 def test_lightning_weather(tmp_path: Path) -> None:
@@ -178,6 +178,7 @@ WRONG_OPTIONS = [
     ("streaming", "--seed=-1", "--seed must be 0 or more, got -1"),
     ("recall", "--longest=64", "--longest must be from 4 to 63, got 64"),
     ("characters", "--prompt=Łódź", "--prompt must use only characters of the text"),
+    ("characters", "--rate=0", "--rate must be above 0, got 0.0"),
     ("characters", "--temperature=0", "--temperature must be above 0, got 0.0"),
 ]
 

@@ -282,18 +282,22 @@ def train(
     rng: np.random.Generator,
     progress: Progress,
     scale: float,
+    rate: float = 4e-3,
 ) -> float:
-    """Train, load the parameters of the best epoch, and return the seconds of one epoch."""
+    """Train, load the parameters of the best epoch, and return the seconds of one epoch.
+
+    `rate` is the learning rate of the first epoch. It falls along a cosine to 0.
+    """
     name = type(model.layer).__name__
     validation = np.arange(train_hours, train_hours + 24 * VALIDATION_DAYS - HORIZON)
     times, best = [], (np.inf, model.layer.state_dict(), model.head)
     for epoch in range(epochs):
         title = f"{name} epoch {epoch + 1:2}/{epochs}"
         task = progress.add_task(title, total=count_batches(samples, train_hours))
-        rate = 4e-3 * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
+        now = rate * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
         begin, losses = time.perf_counter(), []
         for x, change, known in batches(samples, train_hours, rng):
-            losses.append(model.train_step(x, change, known, float(rate)))
+            losses.append(model.train_step(x, change, known, float(now)))
             progress.advance(task)
         times.append(time.perf_counter() - begin)
         errors = [
