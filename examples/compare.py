@@ -146,7 +146,7 @@ def main() -> None:
     """Train every cell on every task, print the tables, and draw."""
     arg_parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     arg_parser.add_argument("--output", type=Path, default=Path("compare.png"), metavar="PNG")
-    arg_parser.add_argument("--short", action="store_true", help="one epoch, rate and seed each")
+    arg_parser.add_argument("--short", action="store_true", help="one epoch, rate and seed")
     args = arg_parser.parse_args()
     try:
         check_output("--output", args.output, ".png")

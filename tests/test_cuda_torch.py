@@ -125,7 +125,7 @@ def test_torch_operators_on_the_emulator(
     assert [(tuple(a.shape), a.dtype) for a in actual] == form
     leaves = [a if a is None else a.double().requires_grad_() for a in inputs.smooth]
     expected = ops.define(call, *leaves[:3], leaves[3:], *inputs[4:])
-    outputs = list(zip(actual[:4], expected[:4], call.is_there, strict=True))
+    outputs = list(zip(actual[:4], expected[:4], call.has_results, strict=True))
     pairs = [(a, e) for a, e, here in outputs if here]
     for a, e in pairs:
         assert_close(a, e, f"{dtype} on GPU")

@@ -99,7 +99,7 @@ def test_opcheck(name: str, options: list[str], clean: None) -> None:
     library.opcheck(ops.forward, (*text.text, *tensors))
     with torch.no_grad():
         y, h_n, c_n, cells, _, saved = ops.compute_forward(text, *tensors)
-    made = zip((y, h_n, c_n, cells), text.is_there, strict=True)
+    made = zip((y, h_n, c_n, cells), text.has_results, strict=True)
     d = [torch.randn_like(a).requires_grad_() if here else None for a, here in made]
     wanted = [a is not None for a in tensors.smooth]
     # To trace backward twice takes long, and a tracer cannot know a seed's masks.

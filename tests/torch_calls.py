@@ -68,7 +68,7 @@ def call_with(cell: Cell, *, reverse: bool, **given: Any) -> tuple[Any, Inputs]:
 
 def smooth(call: Any, results: Any) -> tuple[Any, ...]:
     """Those that have gradients and are there."""
-    return tuple(r for r, here in zip(results, call.is_there, strict=False) if here)
+    return tuple(r for r, here in zip(results, call.has_results, strict=False) if here)
 
 
 def leaves_of(tensors: Inputs) -> tuple[list[int], list[Any]]:

@@ -121,9 +121,11 @@ class Recurrent(nn.Module):
         checked = check_options(CELLS[self._cell], of_calls | {"training": True, "seed": 0})
         self._is_random = checked.is_random
         if given.get("forget_bias") is not None:
-            checks.number("forget_bias", given["forget_bias"])
+            forget_bias = checks.number("forget_bias", given["forget_bias"])
             if not self.bias or given["coupled_gates"]:
-                raise ValueError("forget_bias must be None without a forget gate or a bias")
+                raise ValueError(
+                    f"forget_bias must be None without a forget gate or a bias, got {forget_bias}"
+                )
 
     def _describe(self, **more: Any) -> str:
         """Return the string that describes layers of this cell and options to an operator."""

@@ -1,4 +1,4 @@
-"""What the operators are given: tensors by name, and two strings of all else."""
+"""The arguments of the operators: named tensors, and two strings for everything else."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ..reference import Options, Parameters
 
 Maybe = Tensor | None
 
-_USUAL = Parameters._fields[:4]
-OTHER_PARAMETERS = "parameters must be those that the call names, of one size"
+_DEFAULT_KINDS = Parameters._fields[:4]
+OTHER_PARAMETERS = "parameters must be those that the call names, all of one size"
 
 
 class Inputs(NamedTuple):
-    """The tensors that `forward` takes, after the strings.
+    """The tensors that `forward` takes after the strings.
 
     Attributes
     ----------
     x: (T, B, I). h0, c0: (layers*directions, B, R) and (…, B, H), or None for zeros.
-    parameters: of each layer and direction those that exist, in the order of
+    parameters: those that exist for each layer and direction, in the order of
         `reference.Parameters`.
     lengths: (B,) integers. resets: (T, B) bool.
-    seed: an int64 on the CPU, where random numbers decide.
+    seed: an int64 on the CPU, needed if the call draws random numbers.
     """
 
     x: Tensor
@@ -43,30 +43,30 @@ class Inputs(NamedTuple):
 
     @property
     def is_on_gpu(self) -> bool:
-        """Whether the kernels of CUDA are asked; what is nowhere is as on the CPU."""
+        """Whether CUDA's kernels run. Meta tensors count as tensors on the CPU."""
         return self.x.is_cuda
 
     @property
     def smooth(self) -> list[Maybe]:
-        """Those that have gradients: x, h0, c0 and the parameters."""
+        """The tensors that have gradients: x, h0, c0 and the parameters."""
         return [*self[:3], *self.parameters]
 
 
-# What `forward` returns, empty tensors for what is not asked for or the cell has not:
+# The results of `forward`; those that the call does not have are empty tensors:
 #   y (T, B, directions*R), h_n (layers*directions, B, R), c_n (…, B, H),
-#   cells: every c of the last layer, (T, B, directions*H); those four have gradients,
+#   cells: every c of the last layer, (T, B, directions*H); these four have gradients,
 #   trace: every gate, (layers*directions, T, B, gates, H),
-#   saved: what backward reads beside those and the inputs.
+#   saved: what backward reads in addition to the results and the inputs.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 SMOOTH_OUTPUTS = 4
 
-# So many tensors `backward` reads before the inputs: the gradients of those four, or None, then
-# y, cells and saved.
+# The number of tensors that `backward` reads before the inputs: the gradients of those four, or
+# None, then y, cells and saved.
 READ = 7
 
 
 class Sizes(NamedTuple):
-    """Sizes of a call; T and B may be symbols."""
+    """The sizes of a call. T and B may be symbols."""
 
     T: Any
     B: Any
@@ -75,16 +75,16 @@ class Sizes(NamedTuple):
     R: int
 
 
-@dataclass(frozen=True, eq=False)  # one for each pair of strings
+@dataclass(frozen=True, eq=False)  # one object for each pair of strings
 class Call:
-    """What is asked for beside the tensors.
+    """The arguments of a call that are not tensors.
 
     Attributes
     ----------
-    text: the strings that `parse` made it of.
-    kinds: the parameters that each layer and direction has.
-    reverse: whether a single direction goes from the end.
-    saves: whether backward will be asked for.
+    text: the strings that `parse` read.
+    kinds: the names of the parameters that each layer and direction has.
+    reverse: whether a single direction runs from the last step to the first.
+    saves: whether forward saves values for backward.
     """
 
     text: tuple[str, str]
@@ -99,17 +99,17 @@ class Call:
 
     @property
     def has_c(self) -> bool:
-        """Whether the cell carries c."""
+        """Whether the cell has a state c."""
         return "c" in self.cell.states
 
     @property
     def count(self) -> int:
-        """How many layers and directions there are together."""
+        """The number of layers times that of directions."""
         return self.layers * self.directions
 
     @property
-    def is_there(self) -> tuple[bool, bool, bool, bool]:
-        """Whether y, h_n, c_n and cells are made."""
+    def has_results(self) -> tuple[bool, bool, bool, bool]:
+        """Whether the call has y, h_n, c_n and cells."""
         return True, True, self.has_c, self.options.return_cells
 
     @functools.cached_property
@@ -119,12 +119,12 @@ class Call:
 
     @functools.cached_property
     def saving(self) -> Call:
-        """The same call with backward asked for."""
+        """The same call, saving values for backward."""
         layers, asked = self.text
         return parse(layers, f"{asked} save")
 
     def keeps_cells(self, on_gpu: bool) -> bool:
-        """Whether every c is an output, for the user or for a GPU's backward."""
+        """Whether every c is a result, for the user or for backward on a GPU."""
         return self.options.return_cells or (on_gpu and self.options.recompute and self.has_c)
 
     def sizes(self, given: Inputs) -> Sizes:
@@ -134,7 +134,7 @@ class Call:
         return Sizes(T, B, I, H, given.parameters[1].shape[1])
 
     def output_shapes(self, s: Sizes, on_gpu: bool) -> list[tuple[Any, ...] | None]:
-        """Return the shapes of y, h_n, c_n, cells and trace, None for what is not made."""
+        """Return the shapes of y, h_n, c_n, cells and trace, None for absent ones."""
         n, D, gates = self.count, self.directions, len(self.cell.gates)
         return [
             (s.T, s.B, D * s.R),
@@ -159,7 +159,7 @@ class Call:
         return {}
 
     def on_cpu(self, x: Tensor, parameters: Sequence[Tensor]) -> _cpu.TensorLayers:
-        """Return what calls the kernels of the CPU."""
+        """Return the layers in compiled code for the CPU, of the sizes of these tensors."""
         shapes = (x.shape[-1], *parameters[1].shape)
         layers = self._by_shapes.get(shapes)
         if layers is None:
@@ -169,7 +169,7 @@ class Call:
         return layers
 
     def of_sizes(self, I: int, H: int, R: int) -> _cpu.TensorLayers:
-        """Return what calls the kernels of the CPU for I, H and R units."""
+        """Return the layers in compiled code for the CPU, of these sizes."""
         if R != H and "weight_hr" not in self.kinds:
             raise ValueError(OTHER_PARAMETERS)
         kinds = sum(1 << k for k, n in enumerate(Parameters._fields) if n in self.kinds)
@@ -180,46 +180,46 @@ class Call:
 def describe(
     cell: str,
     options: Mapping[str, Any],
-    kinds: Sequence[str] = _USUAL,
+    kinds: Sequence[str] = _DEFAULT_KINDS,
     layers: int = 1,
     directions: int = 1,
     reverse: bool = False,
     where: int = 0,
     precision: str = "exact",
 ) -> str:
-    """Return the string that describes layers, a JSON object without what is as usual.
+    """Return the string that describes layers: a JSON object that leaves out default values.
 
-    `where` is the number of the first layer and direction, which tells their random numbers
-    apart. `options` are those of the cell's op in `fusedrnn.functional`.
+    `where` is the number of the first layer and direction, from which their random numbers
+    follow. `options` are those of the cell's op in `fusedrnn.functional`.
     """
-    own = {
+    values = {
         "layers": (layers, 1),
         "directions": (directions, 1),
         "reverse": (reverse, False),
         "where": (where, 0),
         "precision": (precision, "exact"),
-        "parameters": (list(kinds), list(_USUAL)),
+        "parameters": (list(kinds), list(_DEFAULT_KINDS)),
     }
-    unusual = {name: value for name, (value, usual) in own.items() if value != usual}
-    return json.dumps({"cell": cell} | unusual | dict(options))
+    changed = {name: value for name, (value, default) in values.items() if value != default}
+    return json.dumps({"cell": cell} | changed | dict(options))
 
 
 @functools.cache
 def parse(layers: str, asked: str = "") -> Call:
-    """Read the strings that say what is asked for.
+    """Read the two strings of a call.
 
     Parameters
     ----------
-    layers: what `describe` returns.
-    asked: words of what a call is asked for: save (backward follows), training, return_cells,
-        trace, recompute, bptt=<number>.
+    layers: the string that `describe` returns.
+    asked: words that say what the call does: save (values for backward), training,
+        return_cells, trace, recompute, bptt=<number>.
 
     >>> parse('{"cell": "gru", "clip": 3.0}', "save bptt=5").options.bptt
     5
     """
     given = json.loads(layers)
     cell, where = CELLS[given.pop("cell")], given.pop("where", 0)
-    kinds = tuple(given.pop("parameters", _USUAL))
+    kinds = tuple(given.pop("parameters", _DEFAULT_KINDS))
     numbers = given.pop("layers", 1), given.pop("directions", 1)
     reverse, precision = given.pop("reverse", False), given.pop("precision", "exact")
     words = asked.split()
@@ -233,9 +233,11 @@ def parse(layers: str, asked: str = "") -> Call:
 
 
 def with_seed(call: Call, seed: Maybe) -> Options:
-    """Return the options with the seed that a tensor holds, where it matters."""
+    """Return the options, with the value of `seed` if the call draws random numbers."""
     if not call.is_random:
         return call.options
     if seed is None:
-        raise ValueError("seed must be a tensor of one int64 where random numbers decide")
+        raise ValueError(
+            "seed must be a tensor of one int64 for options that draw random numbers"
+        )
     return call.options._replace(seed=int(seed) % 2**64)

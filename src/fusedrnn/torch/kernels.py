@@ -1,4 +1,4 @@
-"""The kernels on tensors: those on the CPU are used in place, those on a GPU on its stream."""
+"""Calls of the kernels with PyTorch's tensors, on the CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ from .call import OTHER_PARAMETERS, READ, Call, Inputs, Maybe, Outputs, with_see
 
 
 def share_team() -> bool:
-    """Run on PyTorch's own threads, which spin on their cores after each of its operations."""
+    """Let the kernels run on PyTorch's threads, and return whether they can.
+
+    PyTorch's threads spin on their cores after each operation, so other threads would wait.
+    """
     home = pathlib.Path(torch.__file__).parent
     files = [*home.glob("lib/lib*.so*"), *home.parent.glob("torch.libs/lib*.so*")]
     found = [f for f in files if f.name.startswith(("libgomp", "libiomp", "libomp"))]
-    # A library of that name may have been loaded from elsewhere before.
+    # A library of this name may already be loaded from another folder.
     return any(_cpu.share_team(name) for file in found for name in (str(file), file.name))
 
 
 share_team()
 _followed = 0
 _C: Any = torch._C
-# What tells that more than autograd looks at a call: modes, transforms, tracers.
+# With these functions compiled code finds out whether something other than autograd observes a
+# call: modes, transforms, tracers.
 _cpu.set_torch(
     torch,
     torch.nn.Parameter,
@@ -46,7 +50,7 @@ _cpu.set_torch(
 
 
 def follow_threads() -> None:
-    """Let calls use as many threads as PyTorch does, where the user did not say how many."""
+    """Use as many threads as PyTorch does, unless the user has set the number."""
     global _followed
     threads = torch.get_num_threads()
     if threads != _followed:
@@ -58,7 +62,7 @@ def follow_threads() -> None:
 
 
 class NeedsLookError(Exception):
-    """An argument of a call that was tried as it comes needs checking or preparing."""
+    """An argument of a direct call must be checked or converted first."""
 
 
 def try_forward(
@@ -71,7 +75,7 @@ def try_forward(
     resets: Maybe,
     seed: Maybe,
 ) -> Outputs | None:
-    """Run the CPU's kernels on unchecked tensors; None where they cannot read one as it is."""
+    """Run the CPU's kernels on unchecked tensors, or return None if they cannot read one."""
     if not (x.is_cpu and lengths is None and resets is None):
         return None
     follow_threads()
@@ -99,12 +103,12 @@ def try_backward(
     resets: Maybe,
     seed: Maybe,
 ) -> list[Tensor] | None:
-    """Run the CPU's kernels backward on unchecked tensors; None as of `try_forward`."""
+    """Run the CPU's kernels backward on unchecked tensors, or return None as `try_forward`."""
     if not (call.saves and x.is_cpu and lengths is None and resets is None):
         return None
     follow_threads()
     d = [
-        g if g is None or g.is_contiguous() else g.contiguous()  # that of a sum is not
+        g if g is None or g.is_contiguous() else g.contiguous()  # gradients of sums are not
         for g in (dy, dh_n, dc_n, d_cells)
     ]
     user_cells = cells if call.options.return_cells else None
@@ -115,17 +119,17 @@ def try_backward(
     return gradients
 
 
-def _whole(a: Maybe) -> Maybe:
-    """Return a tensor as the kernels read it."""
+def _readable(a: Maybe) -> Maybe:
+    """Return a tensor that the kernels can read: contiguous, without a pending negation."""
     return None if a is None else a.resolve_neg().contiguous()
 
 
-# From x on to the options, as `_cpu.TensorLayers` takes them.
+# The arguments of `_cpu.TensorLayers` from x to the options.
 _Arguments = tuple[Any, Maybe, Maybe, Sequence[Any], Maybe, Maybe, Options]
 
 
 def _prepared(call: Call, given: Inputs) -> _Arguments:
-    """Return the arguments of the kernels from x to the options, checked and contiguous."""
+    """Return the arguments of the kernels from x to the options, checked and readable."""
     x, h0, c0, parameters, lengths, resets, seed = given
     T, B, _ = x.shape
     if lengths is not None:
@@ -134,8 +138,16 @@ def _prepared(call: Call, given: Inputs) -> _Arguments:
     if resets is not None:
         values = checks.resets(resets.numpy(force=True), (T, B), "(T, B)")
         resets = torch.from_numpy(values).contiguous()
-    weights = list(map(_whole, parameters))
-    return _whole(x), _whole(h0), _whole(c0), weights, lengths, resets, with_seed(call, seed)
+    weights = list(map(_readable, parameters))
+    return (
+        _readable(x),
+        _readable(h0),
+        _readable(c0),
+        weights,
+        lengths,
+        resets,
+        with_seed(call, seed),
+    )
 
 
 def _forward_on_cpu(call: Call, given: Inputs) -> Outputs:
@@ -150,7 +162,7 @@ def _forward_on_cpu(call: Call, given: Inputs) -> Outputs:
 
 
 def _without_steps(call: Call, given: Inputs) -> Outputs:
-    """Return the results for no steps or rows: the state stays."""
+    """Return the results of a call without steps or rows, which keeps the state."""
     s, x = call.sizes(given), given.x
     shapes = call.output_shapes(s, False)
     made = [x.new_zeros((0,) if shape is None else shape) for shape in shapes]
@@ -178,19 +190,19 @@ def _backward_on_cpu(
         ]
     follow_threads()
     user_cells = cells if call.options.return_cells else None
-    read = (_whole(y), _whole(user_cells), _whole(saved), *_prepared(call, given))
-    layers, seeds = call.on_cpu(given.x, given.parameters), list(map(_whole, d))
+    read = (_readable(y), _readable(user_cells), _readable(saved), *_prepared(call, given))
+    layers, seeds = call.on_cpu(given.x, given.parameters), list(map(_readable, d))
     gradients: list[Tensor] | None = layers.backward(wanted, seeds, *read, False)
     if gradients is None:
         raise ValueError("gradients must have the sizes and dtype of what they belong to")
     return gradients
 
 
-# On a GPU, one layer in one direction at a time
+# On a GPU, where a call has one layer and one direction
 
 
 class _OnGpu:
-    """A call, its tensors as the kernels see them."""
+    """A call and its tensors, as arrays of the GPU backend."""
 
     def __init__(self, call: Call, given: Inputs) -> None:
         self.call, self.given = call, given
@@ -203,16 +215,16 @@ class _OnGpu:
         self.by_rows = bool(asked_of_layer(call.cell, self.parameters, False))
 
     def see(self, a: Maybe) -> Any:
-        """See a tensor, whatever autograd thinks of it."""
+        """Return a tensor as an array of the backend, without regard to autograd."""
         return None if a is None else self.on.see(a.contiguous())
 
     def empty(self, shape: tuple[int, ...] | None, of_state: bool = False) -> Any:
-        """Make a tensor of x's dtype or that of states, none for no shape."""
+        """Create a tensor of the dtype of x, or of states; None if shape is None."""
         dtype = self.on.state_dtype(self.x.dtype) if of_state else self.x.dtype
         return None if shape is None else self.on.empty(shape, dtype)
 
     def problem(self, y: Any, final: Any, cells: Any, trace: Any) -> Problem:
-        """Return what is to be computed from and into arrays."""
+        """Return the arrays and options of the call as one object."""
         call, given, on = self.call, self.given, self.on
         (T, B, _), lengths, resets = self.x.shape, given.lengths, given.resets
         if lengths is not None:
@@ -225,13 +237,13 @@ class _OnGpu:
         return Problem(call.cell, *where, y, final, self.options, self.by_rows, cells, trace)
 
     def pack(self, backward: bool) -> Weights:
-        """Pack the parameters for a forward or a backward."""
+        """Pack the parameters for forward or backward."""
         seen = self.on.with_weights_dropped(self.parameters, self.options)
         packed: Weights = self.on.pack(self.call.cell, seen, backward, self.by_rows)
         return packed
 
     def forward(self) -> Outputs:
-        """Return what `fusedrnn::forward` does."""
+        """Return the results of `fusedrnn::forward`."""
         on, call, x = self.on, self.call, self.given.x
         shapes = call.output_shapes(call.sizes(self.given), True)
         made = [self.empty(shape, 0 < i < 4) for i, shape in enumerate(shapes)]
@@ -252,7 +264,7 @@ class _OnGpu:
         cells: Tensor,
         saved: Tensor,
     ) -> list[Tensor]:
-        """Return what `fusedrnn::backward` does."""
+        """Return the results of `fusedrnn::backward`."""
         on, call, see = self.on, self.call, self.see
         problem = self.problem(see(y), (), see(cells) if call.keeps_cells(True) else None, None)
         tape = PassTape(on, problem, self.pack(True), see(saved) if saved.numel() else None)
@@ -272,14 +284,14 @@ class _OnGpu:
         )
         of_state = [*d_state, None][:2]
         found = [dx, *of_state, *(getattr(d_parameters, n) for n in call.kinds)]
-        return [on.give(a) for a, is_there in zip(found, wanted, strict=True) if is_there]
+        return [on.give(a) for a, is_wanted in zip(found, wanted, strict=True) if is_wanted]
 
 
 # Both
 
 
 def compute_forward(call: Call, *tensors: Any) -> Outputs:
-    """Run the kernels: what `fusedrnn::forward` does."""
+    """Run the kernels, and return the results of `fusedrnn::forward`."""
     outputs = try_forward(call, *tensors)
     if outputs is not None:
         return outputs
@@ -288,10 +300,11 @@ def compute_forward(call: Call, *tensors: Any) -> Outputs:
 
 
 def compute_backward(call: Call, wanted: Sequence[bool], *tensors: Any) -> list[Tensor]:
-    """Run the kernels backward: what `fusedrnn::backward` does.
+    """Run the kernels backward, and return the results of `fusedrnn::backward`.
 
-    Tensors: the gradients of y, h_n, c_n and cells, or None; y, cells and saved; `Inputs`.
-    `wanted` says of `Inputs.smooth` whose gradients are returned, in that order.
+    `tensors` are the gradients of y, h_n, c_n and cells, or None, then y, cells and saved, then
+    `Inputs`. `wanted` has a flag for each tensor of `Inputs.smooth`. The gradients of those
+    with True are returned, in the same order.
     """
     gradients = try_backward(call, wanted, *tensors)
     if gradients is not None:
@@ -307,7 +320,7 @@ def compute_backward(call: Call, wanted: Sequence[bool], *tensors: Any) -> list[
 
 
 def check_tensors(call: Call, given: Inputs) -> None:
-    """Refuse tensors of which the kernels would read out of bounds."""
+    """Raise an error for tensors that the kernels would read out of bounds."""
     s, n = call.sizes(given), call.count
     shapes = [(n, s.B, s.R), (n, s.B, s.H), *call.parameter_shapes(s.I, s.H, s.R)]
     names = ["h0", "c0", *call.kinds * n]
@@ -330,7 +343,7 @@ def check_tensors(call: Call, given: Inputs) -> None:
 
 
 def saved_shape(call: Call, given: Inputs) -> tuple[Any, ...]:
-    """Return the shape of what a forward saves."""
+    """Return the shape of the values that forward saves."""
     s = call.sizes(given)
     if not call.saves:
         return (0,)
@@ -347,7 +360,7 @@ def saved_shape(call: Call, given: Inputs) -> tuple[Any, ...]:
 
 @functools.cache
 def _saved_bytes(call: Call, I: int, H: int, R: int, dtype: str, device: int) -> int:
-    """Return how many bytes a step and row have on a GPU."""
+    """Return the number of bytes that a GPU saves for each step and row."""
     module = cuda._module()
     is_wide = dtype in ("float32", "float64")
     wide = dtype if is_wide else "float32"
@@ -356,10 +369,10 @@ def _saved_bytes(call: Call, I: int, H: int, R: int, dtype: str, device: int) ->
     by_rows = call.cell.resets_before or {"weight_hr", "gamma_ih"} & set(call.kinds)
     if by_rows and not is_wide:
         dtype, precision = wide, "tf32"
-    T = 256  # so that no rounding shows
+    T = 256  # a multiple of any alignment, so that the quotient is exact
 
     def view(shape: tuple[int, ...], dtype: str) -> Any:
-        return module.View(256, shape, None, dtype, device, None)  # null would be none
+        return module.View(256, shape, None, dtype, device, None)  # any address but 0
 
     shapes = zip(call.kinds, call.parameter_shapes(I, H, R), strict=True)
     arrays = {

@@ -1,8 +1,8 @@
-"""Layers as operators of PyTorch: `fusedrnn::forward` and `::backward`.
+"""Layers as operators of PyTorch: `fusedrnn::forward` and `fusedrnn::backward`.
 
-Both take tensors and two strings that say what is asked for, so that a graph shows it.
-Derivatives of derivatives, and forward-mode ones, come from the cell's definition
-(`fusedrnn.reference`), which runs on tensors, too.
+Both take tensors and two strings that describe the call, so that a graph shows it. Second
+derivatives and forward-mode derivatives are those of the cell's definition
+(`fusedrnn.reference`), which also runs on tensors.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, library
 from torch._library.autograd import make_autograd_impl
 
-from .. import reference
-from ..reference import Parameters
-from .call import READ, SMOOTH_OUTPUTS, Call, Inputs, Maybe, Outputs, parse, with_seed
+from .call import READ, SMOOTH_OUTPUTS, Call, Inputs, Maybe, Outputs, parse
+from .definition import define, state_dtype
 from .kernels import (
     NeedsLookError,
     check_tensors,
@@ -28,14 +27,9 @@ from .kernels import (
 )
 
 
-def _state_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of states for x: at least float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _fake_forward(layers: str, asked: str, *tensors: Any) -> Outputs:
     call, given = parse(layers, asked), Inputs(*tensors)
-    of_x, of_state = given.x.dtype, _state_dtype(given.x)
+    of_x, of_state = given.x.dtype, state_dtype(given.x)
     dtypes = (of_x, of_state, of_state, of_state, of_x)
     shapes = call.output_shapes(call.sizes(given), given.is_on_gpu)
     made = [
@@ -54,7 +48,7 @@ def _fake_backward(
     layers: str, asked: str, wanted: Sequence[bool], *tensors: Any
 ) -> list[Tensor]:
     call, given = parse(layers, asked), Inputs(*tensors[READ:])
-    s, of_state = call.sizes(given), _state_dtype(given.x)
+    s, of_state = call.sizes(given), state_dtype(given.x)
     shapes = [(s.T, s.B, s.I), *call.output_shapes(s, False)[1:3]]
     shapes += [tuple(p.shape) for p in given.parameters]
     return [
@@ -113,8 +107,8 @@ _C: Any = torch._C
 # Derivatives
 
 
-# Returns the hooks that autograd calls for tensors that it saves, or None; PyTorch 2.6 has no
-# such function, and there y stays where it is.
+# Returns the hooks that autograd calls for tensors that it saves, or None. PyTorch 2.6 does not
+# have this function, and calls no hooks for y there.
 _top_saved_hooks: Any = getattr(
     _C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_tracing: None
 )
@@ -126,7 +120,7 @@ def _flat(given: Sequence[Any]) -> list[Maybe]:
 
 
 def _inputs(flat: Sequence[Any]) -> Inputs:
-    """Undo `_flat`."""
+    """Return the `Inputs` that `_flat` put into one list."""
     x, h0, c0, lengths, resets, seed, *parameters = flat
     return Inputs(x, h0, c0, parameters, lengths, resets, seed)
 
@@ -143,8 +137,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(
     call: Call, needs: Sequence[bool], d: Sequence[Maybe], read: Sequence[Any], given: Inputs
 ) -> list[Maybe]:
-    """Return the gradients of `Inputs.smooth` that are needed, None for the others."""
-    seeds = [g if here else None for g, here in zip(d, call.is_there, strict=False)]
+    """Return the needed gradients of `Inputs.smooth`, and None for the others."""
+    seeds = [g if here else None for g, here in zip(d, call.has_results, strict=False)]
     if all(g is None for g in seeds):
         return [None] * len(needs)
     found = iter(run_backward(call, needs, *seeds, *read, *given))
@@ -160,10 +154,10 @@ def _pull(ctx: Any, *d: Maybe) -> tuple[Any, ...]:
 
 
 class _Eager(torch.autograd.Function):
-    """The same as `forward` with its derivative: an operator takes three times as long.
+    """`forward` and its derivative for plain autograd, in a third of an operator's time.
 
-    The tensors come flat. y is kept beside what autograd keeps, so that it may be changed in
-    place: then backward computes it again.
+    It takes the tensors in one list. y is kept on `ctx`, so that it may be changed in place.
+    If it was, backward computes it again.
     """
 
     @staticmethod
@@ -179,7 +173,7 @@ class _Eager(torch.autograd.Function):
         ctx.mark_non_differentiable(trace, saved)
         if _top_saved_hooks(False) is None:
             ctx.y, kept = y.detach(), saved
-        else:  # who moves or drops what is saved gets y, too
+        else:  # hooks that move or drop saved tensors get y, too
             ctx.y, kept = None, y
         ctx.save_for_backward(kept, cells, saved, *flat)
         return made
@@ -196,7 +190,7 @@ class _Eager(torch.autograd.Function):
 
 
 class _EagerStep(torch.autograd.Function):
-    """`_Eager` for a single step on the CPU: x (B, I), h and c (B, ·), and the state after."""
+    """`_Eager` for one step on the CPU, from x (B, I), h and c (B, ·) to the next state."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, layers: Any, *read: Any) -> Any:
@@ -224,7 +218,7 @@ class _EagerStep(torch.autograd.Function):
         if y._version and ctx.y is not None:
             y, *_, saved = layers.forward(x, h, c, weights, *masks, True, True)
         needs = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():  # a derivative of this one is wanted
+        if torch.is_grad_enabled():  # a second derivative may follow
             h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
             given = Inputs(x.unsqueeze(0), h, c, weights)
             d_h, d_c = (None if g is None else g.unsqueeze(0) for g in (dy, dc))
@@ -235,7 +229,7 @@ class _EagerStep(torch.autograd.Function):
             return None, None, *of_call
         if dy is None and dc is None:
             return (None,) * (2 + len(needs))
-        if dy is not None and not dy.is_contiguous():  # that of a sum
+        if dy is not None and not dy.is_contiguous():  # the gradient of a sum
             dy = dy.contiguous()
         if dc is not None and not dc.is_contiguous():
             dc = dc.contiguous()
@@ -246,7 +240,7 @@ class _EagerStep(torch.autograd.Function):
 
 
 class _Transformed(torch.autograd.Function):
-    """`forward` for torch.func's transforms, which do not take an operator's derivative."""
+    """`forward` for the transforms of torch.func, which reject an operator's derivative."""
 
     @staticmethod
     def forward(call: Call, *flat: Any) -> Outputs:
@@ -274,47 +268,6 @@ class _Transformed(torch.autograd.Function):
         return _vmap_forward(info.batch_size, call, _inputs(in_dims[1:]), _inputs(flat))
 
 
-def define(call: Call, *tensors: Any) -> Outputs:
-    """Compute what `forward` does by operations of PyTorch, which know every derivative.
-
-    16 bits are float32 in between, as states are.
-    """
-    of_state, of_x = _state_dtype(tensors[0]), tensors[0].dtype
-
-    def wide(a: Any) -> Any:
-        return a.to(of_state) if a is not None and a.is_floating_point() else a
-
-    given = Inputs(*tensors)
-    options, D = with_seed(call, given.seed), call.directions
-    parameters = iter(map(wide, given.parameters))
-    x, states = wide(given.x), [wide(a) for a in given[1 : 1 + len(call.cell.states)]]
-    ends, traces = [], []
-    for layer in range(call.layers):
-        done = []
-        for at in range(layer * D, (layer + 1) * D):
-            of_pass = Parameters(**{kind: next(parameters) for kind in call.kinds})
-            start = [None if a is None else a[at] for a in states]
-            options = options._replace(where=call.options.where + at)
-            reverse = call.reverse or at % D == 1
-            masks = (given.lengths, given.resets, reverse)
-            run: Any = reference.run
-            done.append(run(call.cell.reference, x, of_pass, start, *masks, options))
-        x = torch.cat([of.y for of in done], -1)
-        ends += [of.state for of in done]
-        traces += [torch.stack(list(of.gates.values()), 2) for of in done]
-    none = given.x.new_empty(0)
-    h_n, *c_n = (torch.stack(of_letter) for of_letter in zip(*ends, strict=True))
-    keeps_cells = call.options.return_cells
-    return (
-        x.to(of_x),
-        h_n,
-        c_n[0] if c_n else none,
-        torch.cat([of.cells for of in done], -1) if keeps_cells else none,
-        torch.stack(traces).to(of_x) if call.options.trace else none,
-        none,
-    )
-
-
 def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     layers, asked, ctx.wanted, *tensors = inputs
     ctx.call = parse(layers, asked)
@@ -325,13 +278,13 @@ def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _pull_second(ctx: Any, d: Sequence[Maybe]) -> tuple[list[Maybe], list[Maybe]]:
     """Differentiate the gradients of the definition.
 
-    Return the gradients of the four that `backward` takes, and those of `Inputs.smooth`.
+    Returns the gradients of the four gradients that `backward` takes, and of `Inputs.smooth`.
     """
     call = ctx.call
     dy, dh_n, dc_n, d_cells, _, _, _, *flat = ctx.saved_tensors
     given = _inputs(flat)
-    is_there = call.is_there
-    seeds = [g for g, here in zip((dy, dh_n, dc_n, d_cells), is_there, strict=True) if here]
+    exists = call.has_results
+    seeds = [g for g, here in zip((dy, dh_n, dc_n, d_cells), exists, strict=True) if here]
     smooth = given.smooth
     names = [n for n, a in enumerate(smooth) if a is not None]
     wanted = [names.index(n) for n, is_wanted in enumerate(ctx.wanted) if is_wanted]
@@ -341,7 +294,7 @@ def _pull_second(ctx: Any, d: Sequence[Maybe]) -> tuple[list[Maybe], list[Maybe]
         for n, value in zip(names, values, strict=True):
             changed[n] = value
         made = define(call, *changed[:3], changed[3:], *given[4:])[:SMOOTH_OUTPUTS]
-        return tuple(a for a, here in zip(made, is_there, strict=True) if here)
+        return tuple(a for a, here in zip(made, exists, strict=True) if here)
 
     vjp: Any = torch.func.vjp
     values: list[Any] = [smooth[n] for n in names]
@@ -363,7 +316,7 @@ def _pull_second(ctx: Any, d: Sequence[Maybe]) -> tuple[list[Maybe], list[Maybe]
     for n, gradient in zip(names, d_values, strict=True):
         by_input[n] = gradient
     by_seed = iter(d_seeds)
-    of_seeds = [next(by_seed) if here else None for here in is_there]
+    of_seeds = [next(by_seed) if here else None for here in exists]
     given_seeds = zip(of_seeds, (dy, dh_n, dc_n, d_cells), strict=True)
     known = [None if given is None else d_seed for d_seed, given in given_seeds]
     return known, by_input
@@ -375,7 +328,7 @@ def _pull_second_of_operator(ctx: Any, d: Sequence[Maybe]) -> tuple[Any, ...]:
 
 
 class _TransformedBackward(torch.autograd.Function):
-    """`backward` likewise."""
+    """`backward` for the transforms of torch.func."""
 
     @staticmethod
     def forward(call: Call, wanted: Sequence[bool], *tensors: Any) -> tuple[Tensor, ...]:
@@ -405,7 +358,8 @@ class _TransformedBackward(torch.autograd.Function):
 
 forward.register_autograd(_pull, setup_context=_keep)
 backward.register_autograd(_pull_second_of_operator, setup_context=_keep_for_second)
-# As states are float32 at least. The modules cast to what autocast says; PyTorch 2.6 cannot.
+# States are at least float32. The modules cast x to autocast's dtype. PyTorch 2.6 does not have
+# this method.
 if hasattr(forward, "register_autocast"):
     forward.register_autocast("cpu", torch.float32)
     forward.register_autocast("cuda", torch.float32)
@@ -417,17 +371,17 @@ def _keys(device: str) -> int:
     return int((kernel | autograd).raw_repr())
 
 
-# The keys that the dispatcher has left in autograd's kernel if only our kernel follows.
+# The keys that autograd's kernel gets from the dispatcher if only our kernel follows.
 _ONLY_KERNEL_FOLLOWS = {_keys("CPU"), _keys("CUDA")}
 
 
 def _shorten(operator: Any, run: Callable[..., Any]) -> None:
-    """Let an operator run at once where nothing comes between autograd and its kernels.
+    """Let an operator call the kernels directly if nothing else observes the call.
 
-    `library.custom_op` has three layers of Python on the way to them, which take 30 µs. The
-    first is autograd's kernel for all devices, which only PyTorch's private
-    `make_autograd_impl` returns; the dispatcher prefers a kernel that is registered for a
-    device.
+    `library.custom_op` runs three functions in Python before them, which takes 30 µs. The first
+    is its autograd kernel for all devices. The dispatcher prefers a kernel that is registered
+    for one device. That kernel calls the first one, which PyTorch's private
+    `make_autograd_impl` creates, if the call is recorded.
     """
     recorded = make_autograd_impl(operator._opoverload, operator)
 
@@ -451,7 +405,7 @@ _OUTPUT_ROWS = (1, 1, 1, 1, 2, 1)
 
 
 def _vmap_forward(V: int, call: Call, dims: Inputs, tensors: Inputs) -> Any:
-    """Let rows of all calls be rows of one, where only those differ; else call after call."""
+    """Join the rows of all calls into one call if nothing else differs, else call in turn."""
     differ = {n for n, d in zip(Inputs._fields, dims, strict=True) if d is not None}
     is_shared = all(d is None for d in dims.parameters)
     differ -= {"parameters"} if is_shared else set()
@@ -471,12 +425,12 @@ def _vmap_forward(V: int, call: Call, dims: Inputs, tensors: Inputs) -> Any:
             a = a.movedim(d, at)
         joined.append(a.flatten(at, at + 1))
     joint = run_forward(call, *joined)
-    is_there = [a.dim() > 1 for a in joint]
+    exists = [a.dim() > 1 for a in joint]
     views = [
         a.unflatten(at, (V, a.shape[at] // V)) if here else a
-        for a, at, here in zip(joint, _OUTPUT_ROWS, is_there, strict=True)
+        for a, at, here in zip(joint, _OUTPUT_ROWS, exists, strict=True)
     ]
-    where = [at if here else None for at, here in zip(_OUTPUT_ROWS, is_there, strict=True)]
+    where = [at if here else None for at, here in zip(_OUTPUT_ROWS, exists, strict=True)]
     return tuple(views), tuple(where)
 
 
@@ -523,7 +477,7 @@ def _(
 # Calls
 
 
-# `apply` of PyTorch's core, without a look whether a transform is at work, which is known.
+# `apply` of PyTorch's core. It skips the check for a transform, which was made before.
 _in_autograd: Any = super(torch.autograd.Function, _Eager).apply
 _step_in_autograd: Any = super(torch.autograd.Function, _EagerStep).apply
 _in_transform: Any = _Transformed.apply
@@ -532,12 +486,12 @@ _OWN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func is at work."""
+    """Whether a transform of torch.func is active."""
     return _C._functorch.peek_interpreter_stack() is not None
 
 
 def _is_observed(tensors: Sequence[Any]) -> bool:
-    """Whether a mode, a tracer or a subclass looks at a call, or kernels are missing."""
+    """Whether a mode, tracer or subclass observes a call, or the device has no kernels."""
     x = tensors[0]
     if _C._len_torch_dispatch_stack() > 0 or not (x.is_cpu or x.is_cuda):
         return True
@@ -547,12 +501,12 @@ def _is_observed(tensors: Sequence[Any]) -> bool:
 
 
 def has_gradient(tensors: Iterable[Any]) -> bool:
-    """Whether autograd looks at a call."""
+    """Whether autograd records a call."""
     return torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in tensors)
 
 
 def run_forward(call: Call, *tensors: Any) -> Outputs:
-    """Call the operator, or what it does, or for forward-mode derivatives its definition."""
+    """Call the operator or, directly, its kernels; for forward-mode AD its definition."""
     results: Outputs
     if torch.compiler.is_compiling():
         results = forward(*call.text, *tensors)
@@ -572,9 +526,9 @@ def run_forward(call: Call, *tensors: Any) -> Outputs:
 def record(
     call: Call, x: Tensor, h0: Maybe, c0: Maybe, weights: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """Do what `run_forward` does where autograd alone looks at a call without masks.
+    """`run_forward` for a call without masks that only autograd records.
 
-    Raises `NeedsLookError` where an argument is not as the kernels read it.
+    Raises `NeedsLookError` if the kernels cannot read an argument directly.
     """
     flat = (x, h0, c0, None, None, None, *weights)
     made: Sequence[Tensor] = _in_autograd(call, False, *flat)
@@ -584,15 +538,16 @@ def record(
 def record_step(
     call: Call, layers: Any, x: Tensor, h: Maybe, c: Maybe, weights: Sequence[Tensor]
 ) -> Any:
-    """Take a step where autograd alone looks: x (B, I), states (B, ·); return the state.
+    """Take one step that only autograd records, and return the next state.
 
-    Raises `NeedsLookError` where an argument is not as the kernels read it.
+    x is (B, I), and states are (B, ·). Raises `NeedsLookError` if the kernels cannot read an
+    argument directly.
     """
     return _step_in_autograd(call, layers, x, h, c, *weights)
 
 
 def run_backward(call: Call, wanted: Sequence[bool], *tensors: Any) -> Sequence[Tensor]:
-    """Call the operator, or what it does."""
+    """Call the operator or, directly, its kernels."""
     gradients: Sequence[Tensor]
     if torch.compiler.is_compiling():
         gradients = backward(*call.text, wanted, *tensors)
