@@ -118,7 +118,7 @@ struct GradientsOf {
   S *dweight_ih, *dweight_hh, *dbias_ih, *dbias_hh;  // contiguous, torch's shapes
   S* dweight_hr;
   Vectors<S> dvectors;
-  S *dh0, *dc0;
+  S *dh0, *dc0;  // or null, on the CPU
 };
 
 // A backward call has the arguments and results of its forward call, and the gradients.

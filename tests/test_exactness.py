@@ -146,10 +146,13 @@ def test_layers_equal_ops(dtype: np.dtype) -> None:
 def test_weights_as_they_are_equal_packed_ones(
     cell: Cell, dtype: np.dtype, isa: str, request: pytest.FixtureRequest
 ) -> None:
-    """A call over few rows, which reads the weights unpacked, gives the bits of packed ones."""
+    """A call over few rows or one step, which reads the weights unpacked, gives the bits of
+    packed ones.
+    """
     request.addfinalizer(lambda: _cpu.set_few_rows(12))
     for sizes, kind in (
         (Sizes(2, 2, 19, 37), None),
+        (Sizes(1, 61, 35, 50), None),
         (Sizes(3, 9, 5, 64), None),
         (Sizes(1, 1, 40, 33), None),
         *((Sizes(3, 9, 5, 64), kind) for kind in MASKS),

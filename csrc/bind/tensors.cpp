@@ -552,17 +552,11 @@ py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence
     return PyObject_IsTrue(py::object(wanted[at]).ptr()) == 1;
   };
   NewTensors outputs(size);
-  Memory unwanted;  // the kernels always write the state's gradients
-  const index of_state = n * c.B * H_ * size;
-  if (!is_wanted(1) || (has_c_ && !is_wanted(2))) {
-    unwanted = Memory(static_cast<std::size_t>(2 * of_state));
-  }
   if (is_wanted(0)) c.dx = outputs.add(sequence(I_));
   c.dx_b = I_ * size;
   c.dx_t = c.B * c.dx_b;
-  c.dh0 = is_wanted(1) ? outputs.add(state(R_)) : unwanted.as<char>();
-  if (has_c_)
-    c.dc0 = is_wanted(2) ? outputs.add(state(H_)) : unwanted.as<char>() + of_state;
+  if (is_wanted(1)) c.dh0 = outputs.add(state(R_));
+  if (has_c_ && is_wanted(2)) c.dc0 = outputs.add(state(H_));
   std::vector<char*> gradients;
   index at = 3;
   for (index of = 0; of < n; ++of) {

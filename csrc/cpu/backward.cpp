@@ -141,6 +141,7 @@ class BackwardPass {
       b.step = &step;
       b.panels = panels;
       b.partial_sums = memory_.partial_sums;
+      b.panel_memory = memory_.panel;
       b.has_options = p_.has_options;
     };
     const char* const packed = p_.weights;
@@ -222,7 +223,7 @@ class BackwardPass {
         copy_padded(p_.c0 + b * of_c, p_.H, memory_.c0 + b * row);
       }
       if (i >= working) {
-        std::memcpy(p_.dh0 + b * of_h, memory_.direct + b * row, of_h);
+        if (p_.dh0) std::memcpy(p_.dh0 + b * of_h, memory_.direct + b * row, of_h);
         store_dc0(b);
       }
       if (drops(p_.options)) {
@@ -248,7 +249,7 @@ class BackwardPass {
     if (p_.has_options && own_.alone) team_.meet();
   }
   void store_dc0(index b) const {
-    if (!l_.shape.has_c) return;
+    if (!p_.dc0) return;
     const index of_c = l_.bytes(p_.H);
     std::memcpy(p_.dc0 + b * of_c, memory_.dc + b * l_.padded_bytes(), of_c);
   }
@@ -356,23 +357,25 @@ class BackwardPass {
     };
     run({0, taken < later ? taken : later}, true, passes_by);
     run({later, taken}, false, true);
-    if (later > taken) store_dh0(taken, later, run, passes_by);
+    if (later > taken) store_start(taken, later, run, passes_by);
     if (s >= 0) finish(s, taken);
   }
 
-  // Stores dh0 and dc0 of the rows whose first step was the one after this.
+  // Stores dh0 and dc0, if wanted, of the rows whose first step was the one after this.
   template <class F>
-  void store_dh0(index taken, index later, const F& run, bool adds_direct) {
-    const auto [after, used, prefetched] =
-        std::tuple(product_.after, product_.used, product_.prefetched_count);
-    product_.after = l_.k.store_dh0;
-    product_.used = bit(role::da_after) | bit(role::direct) | bit(role::dh0) |
-                    (used & bit(role::mask_h));
-    product_.prefetched_count = 0;
-    run({taken, later}, true, adds_direct);
-    product_.after = after;
-    product_.used = used;
-    product_.prefetched_count = prefetched;
+  void store_start(index taken, index later, const F& run, bool adds_direct) {
+    if (p_.dh0) {
+      const auto [after, used, prefetched] =
+          std::tuple(product_.after, product_.used, product_.prefetched_count);
+      product_.after = l_.k.store_dh0;
+      product_.used = bit(role::da_after) | bit(role::direct) | bit(role::dh0) |
+                      (used & bit(role::mask_h));
+      product_.prefetched_count = 0;
+      run({taken, later}, true, adds_direct);
+      product_.after = after;
+      product_.used = used;
+      product_.prefetched_count = prefetched;
+    }
     const Range rows = own_.share(team_, later - taken);
     for (index i = rows.begin; i < rows.end; ++i) store_dc0(own_.rows.row(taken + i));
   }

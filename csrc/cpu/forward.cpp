@@ -109,6 +109,7 @@ class ForwardPass {
       b.panels = own_.panels;
       b.has_options = p_.has_options;
       b.operands = memory_.operands;
+      b.panel_memory = memory_.panel;
     };
     if (!fused_) {
       inputs_.emplace(l_.forward_block(p_.weights, unpacked(), true, false));

@@ -191,6 +191,7 @@ struct Block {
   bool backwards = false;
   char* partial_sums;  // if pieces > 1: memory for the sums between pieces
   char* operands;      // if the product has put_left: memory for a tile of each term
+  char* panel_memory;  // without packed panels: memory for one panel of each term
   // The sums start at a record's slots, else at the bias, else at zero.
   int start_role = -1;
   const char* start = nullptr;

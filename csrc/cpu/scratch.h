@@ -16,11 +16,12 @@ struct StepScratch : Arena {
   char* vectors;               // padded
   char* zoneout;               // see Zoneout
   char* operands;              // of a product that does not read rows in place
+  char* panel;                 // of weights that are not packed beforehand
   char **h, **c, **h_dropped;  // the rows' states before a step, (B) each
 
   template <class Problem>
   StepScratch(const Layout& l, const Problem& p, bool by_rows, bool has_operands,
-              char* memory, int rank, int threads)
+              index panel_bytes, char* memory, int rank, int threads)
       : Arena(memory) {
     const index row = l.padded_bytes(), widest = p.I > p.H ? p.I : p.H;
     const index lists = p.masks.resets || (p.masks.lengths && p.reverse) ? p.B : 0;
@@ -33,6 +34,7 @@ struct StepScratch : Arena {
         of_thread(Zoneout::bytes(l, p.options, p.has_options, p.B, threads, by_rows),
                   rank, threads);
     operands = of_thread(has_operands ? l.operand_bytes(widest, p.R) : 0, rank, threads);
+    panel = of_thread(panel_bytes, rank, threads);
     h = of_thread<char*>(lists, rank, threads);
     c = of_thread<char*>(lists, rank, threads);
     h_dropped = of_thread<char*>(lists, rank, threads);
@@ -66,10 +68,14 @@ struct ForwardScratch : StepScratch {
   static bool saves(const Layout& l, const Forward& p) {
     return p.saved && saves_slots(l.shape.saves, p.options);
   }
+  static index panel_bytes(const Layout& l, const Forward& p) {
+    const bool packs = p.unpacked && p.T * p.B > l.tile_rows();
+    return packs ? l.panel_bytes(p.I) + l.panel_bytes(p.R) : 0;
+  }
 
   ForwardScratch(const Layout& l, const Forward& p, char* memory, int rank, int threads)
       : StepScratch(l, p, Blocks::cuts_rows(l, p, l.panels(), l.tile_rows(), threads),
-                    true, memory, rank, threads) {
+                    true, panel_bytes(l, p), memory, rank, threads) {
     const index all = p.B * l.padded_bytes(), steps = time_block(l, p);
     const index time_block_rows = fuses(l, steps) ? 0 : steps * p.B;
     schedule = of_thread<index>(Schedule::size(p, p.masks), rank, threads);
@@ -115,11 +121,14 @@ struct BackwardScratch : StepScratch {
   static bool recomputes(const Layout& l, const Backward& p) {
     return !p.saved && saves_slots(l.shape.saves, p.options);
   }
+  static index panel_bytes(const Layout& l, const Backward& p) {
+    return !p.weights && p.T * p.B > l.back_tile() ? l.back_panel_bytes() : 0;
+  }
 
   BackwardScratch(const Layout& l, const Backward& p, char* memory, int rank, int threads)
       : StepScratch(l, p,
                     Blocks::cuts_rows(l, p, l.dense_panels(p.R), l.back_tile(), threads),
-                    recomputes(l, p), memory, rank, threads) {
+                    recomputes(l, p), panel_bytes(l, p), memory, rank, threads) {
     const index row = l.padded_bytes(), all = p.B * row, steps = time_block(l, p);
     const index of_cuts = p.masks.resets || p.options.bptt ? p.B : 0;
     const index time_block_rows = steps * p.B, of_dx = p.dx ? time_block_rows : 0;

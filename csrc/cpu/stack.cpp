@@ -321,7 +321,12 @@ class StackForwardPass : StackPass<Forward> {
     clear();
     if (is_empty()) return keep_state();
     const index n = stack_.count();
-    for (index at = 0; at < n; ++at) add(at, 1);
+    for (index at = 0; at < n; ++at) {
+      Forward& p = add(at, 1).problem;
+      const auto packed = weights(at).forward(steps_, steps_ * call_.B, has_options_);
+      p.weights = packed.start;
+      p.unpacked = packed.unpacked;
+    }
     plan();
     const auto [one, other] = scratch();
     const index zeros = reads_zeros() ? call_.B * element() * stack_.layout().H : 0;
@@ -416,9 +421,6 @@ class StackForwardPass : StackPass<Forward> {
     const index layer = at / D_, d = at % D_, B = call_.B;
     const bool is_last = layer == layers_ - 1;
     const index row = row_of_y(), R = l.bytes(l.R), H = l.bytes(l.H);
-    const auto packed = weights(at).forward(steps_ * B, has_options_);
-    p.weights = packed.start;
-    p.unpacked = packed.unpacked;
     const auto y_of = [&](index of) { return c_.saved ? saved.y[of] : buffers[of % 2]; };
     if (layer == 0) {
       p.x = call_.x, p.x_t = call_.x_t, p.x_b = call_.x_b;
@@ -483,9 +485,11 @@ class StackBackwardPass : StackPass<Backward> {
     }
     const index n = stack_.count(), rows = steps_ * call_.B;
     for (index k = 0; k < n; ++k) {
-      add(at(k), 2).problem.dx = const_cast<char*>(call_.x);  // any, to say it is wanted
-      if (at(k) < D_ && !c_.dx) passes_.back().problem.dx = nullptr;
-      passes_.back().problem.saved = saved_.records[at(k)];
+      Backward& p = add(at(k), 2).problem;
+      p.weights = weights(at(k)).backward(steps_, rows, has_options_);
+      p.dx = const_cast<char*>(call_.x);  // any, to say it is wanted
+      if (at(k) < D_ && !c_.dx) p.dx = nullptr;
+      p.saved = saved_.records[at(k)];
     }
     plan();
     const auto [one, other] = scratch();
@@ -563,11 +567,11 @@ class StackBackwardPass : StackPass<Backward> {
     const Layout& l = weights(n).layout();
     const bool is_last = layer == layers_ - 1;
     const index row = row_of_y(), R = l.bytes(l.R), H = l.bytes(l.H);
-    p.weights = weights(n).backward(steps_ * B, has_options_);
     if (has_options_) {
       const bool is_recomputed = BackwardScratch::recomputes(l, p);
-      p.forward_weights =
-          is_recomputed ? weights(n).forward(steps_ * B, true).start : weights(n).bias();
+      p.forward_weights = is_recomputed
+                              ? weights(n).forward(steps_, steps_ * B, true).start
+                              : weights(n).bias();
     }
     if (layer == 0) {
       p.x = call_.x, p.x_t = call_.x_t, p.x_b = call_.x_b;
@@ -608,8 +612,8 @@ class StackBackwardPass : StackPass<Backward> {
     } else {
       p.dx = buffers[layer % 2], p.dx_t = B * of_x, p.dx_b = of_x;
     }
-    p.dh0 = c_.dh0 + n * B * R;
-    p.dc0 = l.shape.has_c ? c_.dc0 + n * B * H : nullptr;
+    p.dh0 = c_.dh0 ? c_.dh0 + n * B * R : nullptr;
+    p.dc0 = c_.dc0 ? c_.dc0 + n * B * H : nullptr;
     const auto& d_of = gradients_[n];
     p.dweight_ih = d_of[0], p.dweight_hh = d_of[1], p.dbias_ih = d_of[2];
     p.dbias_hh = d_of[3], p.dweight_hr = d_of[4];

@@ -67,7 +67,7 @@ struct StackBackward : StackCall {
   index dcells_t, dcells_b;
   char* dx;  // or null
   index dx_t, dx_b;
-  char *dh0, *dc0;
+  char *dh0, *dc0;         // each may be null
   char* const* gradients;  // null for each that is not wanted
 };
 

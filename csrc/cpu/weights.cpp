@@ -102,18 +102,23 @@ const char* Weights::find(Slot& slot, Packing packing) const {
   return found->as<const char>();
 }
 
-Weights::Packed Weights::forward(index rows, bool has_options) const {
+// Returns whether to multiply rows of one more call without a packing.
+static bool skips_packing(std::atomic<index>& rows_before, index steps, index rows,
+                          index few) {
+  const index before = rows_before.fetch_add(rows);
+  return before + rows <= few || (before == 0 && steps == 1 && few > 0);
+}
+
+Weights::Packed Weights::forward(index steps, index rows, bool has_options) const {
   if (!forward_.load(std::memory_order_acquire) && !has_options) {
-    if (rows_forward_.fetch_add(rows) + rows <= few_rows) {
-      return {bias(), true};
-    }
+    if (skips_packing(rows_forward_, steps, rows, few_rows)) return {bias(), true};
   }
   return {find(forward_, Packing::forward), false};
 }
 
-const char* Weights::backward(index rows, bool has_options) const {
+const char* Weights::backward(index steps, index rows, bool has_options) const {
   if (!backward_.load(std::memory_order_acquire) && !has_options) {
-    if (rows_backward_.fetch_add(rows) + rows <= 3 * few_rows) return nullptr;
+    if (skips_packing(rows_backward_, steps, rows, 3 * few_rows)) return nullptr;
   }
   return find(backward_, Packing::backward);
 }

@@ -1,9 +1,10 @@
 // Weights holds the parameters of a layer in one direction, and their packings for
 // forward and backward.
 //
-// A packing is created when a call first needs it, and then kept. The first few rows are
-// multiplied with the weights as they lie in memory instead, in the same order of sums,
-// because packing would take longer. Calls with options always use a packing.
+// A packing is created when a call first needs it, and then kept. The first few rows, and
+// a first call of one step, are multiplied with the weights as they lie in memory
+// instead, in the same order of sums, because packing would take longer. Calls with
+// options always use a packing.
 #pragma once
 
 #include <atomic>
@@ -54,10 +55,10 @@ class Weights {
     const char* start;
     bool unpacked;  // only the biases are packed
   };
-  Packed forward(index rows, bool has_options) const;
+  Packed forward(index steps, index rows, bool has_options) const;
   const char* bias() const { return find(bias_, Packing::bias); }
   // Returns null for unpacked weights.
-  const char* backward(index rows, bool has_options) const;
+  const char* backward(index steps, index rows, bool has_options) const;
   // Returns the bytes of the packing for forward.
   index packed_bytes() const { return fusedrnn::packed_bytes(layout_, Packing::forward); }
 

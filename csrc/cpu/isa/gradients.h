@@ -52,7 +52,7 @@ void add_tile(const S* left, const S* right, index depth, S* const* to, index n,
               bool first) {
   using V = Vec<S>;
   constexpr int tile = gradient_tile<S>, lanes = V::lanes;
-  for (int r = 0; r < tile && !first; ++r) {
+  for (int r = 0; r < tile; ++r) {
     for (int w = 0; w < width && to[r]; ++w) __builtin_prefetch(to[r] + n + w * lanes, 1);
   }
   V sum[tile][width];

@@ -33,12 +33,15 @@ class BlockRun {
   const Block& b_;
   const PanelProduct* product_ = nullptr;
   index column_units_;  // of a panel
+  // Without packed panels a single tile reads the weights as the user has them. For more
+  // tiles each panel is packed where it is used, and stays in the second-level cache.
+  const bool packs_;
   int rows_ = 0;
   index place_ = -1;
   Tile tile_{};
   StartAt start_{};
   TermAt terms_[most_terms];
-  const char* right_[most_terms];  // of panel 0
+  const char* right_[most_terms];  // of panel 0, or of the only one in memory
   char* at_[most_roles][most_tile_rows];
   const char* same_start_[most_tile_rows];  // one start for all rows
   const char* left_[most_tile_rows];
@@ -50,7 +53,10 @@ class BlockRun {
 
  public:
   explicit BlockRun(const Block& block)
-      : b_(block), column_units_(block.unit_vectors * index{lanes}) {
+      : b_(block),
+        column_units_(block.unit_vectors * index{lanes}),
+        packs_(block.panel_memory && !block.terms[0].panels &&
+               block.places.end - block.places.begin > block.panel_product->tile) {
     tile_.at = at_;
     tile_.used = b_.used;
     if (b_.has_options) __builtin_memset(at_, 0, sizeof(at_));
@@ -59,13 +65,22 @@ class BlockRun {
   void run() {
     if (b_.product->enter) b_.product->enter();
     const bool narrow = b_.transposed && ends_narrow();
+    const auto run_panel = [&](index panel) {
+      if (packs_) pack(panel);
+      for_tiles(b_.places, [&](index place, int rows) {
+        run_tile(place, rows, {panel, panel + 1}, 1, false);
+      });
+    };
     prepare(*b_.panel_product);
-    run_blocks(b_.places, {b_.panels.begin, b_.panels.end - narrow}, b_.backwards);
+    const Range wide{b_.panels.begin, b_.panels.end - narrow};
+    if (packs_) {
+      for (index panel = wide.begin; panel < wide.end; ++panel) run_panel(panel);
+    } else {
+      run_blocks(b_.places, wide, b_.backwards);
+    }
     if (narrow && b_.panels.begin < b_.panels.end) {
       prepare(*b_.narrow_product);
-      for_tiles(b_.places, [&](index place, int rows) {
-        run_tile(place, rows, {b_.panels.end - 1, b_.panels.end}, 1, false);
-      });
+      run_panel(b_.panels.end - 1);
     }
     if (b_.product->leave) b_.product->leave();
   }
@@ -118,6 +133,26 @@ class BlockRun {
       terms_[n].scale = scale_[n];
     }
   }
+
+  // Packs a panel of each term.
+  FUSEDRNN_LONG void pack(index panel) {
+    char* to = b_.panel_memory;
+    for (int n = 0; n < b_.count; ++n) {
+      const Term& of = b_.terms[n];
+      const Matrix& weights = *of.matrix;
+      S* const start = reinterpret_cast<S*>(to);
+      if (b_.transposed) {
+        for (int slot = 0; slot < weights.slots; ++slot) {
+          pack_columns(weights, slot, {0, weights.P}, panel, start);
+        }
+      } else {
+        pack_panel(weights, b_.unit_vectors, panel, start);
+      }
+      right_[n] = to + of.from * of.k_bytes / b_.width * product_->width;
+      to += of.panel_bytes;
+    }
+  }
+
   // Returns the memory for the rows of a tile as the operand of term n.
   char* operand_at(int n) const {
     char* at = b_.operands;
@@ -332,7 +367,7 @@ class BlockRun {
         start_at_edge(start, other_rows, together, b_.padded - unit);
       }
     }
-    if (b_.count > 0 && !b_.terms[0].panels) {
+    if (b_.count > 0 && !b_.terms[0].panels && !packs_) {
       by_panels[together - 1](to, start, terms_, 0);
       return multiply_unpacked(to, panel, together);
     }
@@ -341,7 +376,7 @@ class BlockRun {
     }
     for (int n = 0; n < b_.count; ++n) {
       const Term& of = b_.terms[n];
-      terms_[n].right = right_[n] + panel * of.panel_bytes;
+      terms_[n].right = packs_ ? right_[n] : right_[n] + panel * of.panel_bytes;
       if (of.from > 0) terms_[n].left = left_from(of, of.from);
     }
     by_panels[together - 1](to, start, terms_, b_.count);
