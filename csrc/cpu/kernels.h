@@ -20,6 +20,11 @@
 namespace fusedrnn {
 
 constexpr int most_tile_rows = 16, most_roles = 16, most_terms = 2;
+// The most rows, of one tile, that are multiplied with weights as the user has them.
+constexpr int most_unpacked_rows = 6;
+inline bool packs_panels(index rows, int tile) {
+  return rows > tile || rows > most_unpacked_rows;
+}
 constexpr int gradient_tiles_at_once = 32;
 constexpr index gradient_depth = 256;
 constexpr index most_partial_rows = 512;  // that share panels larger than a cache

@@ -69,7 +69,7 @@ struct ForwardScratch : StepScratch {
     return p.saved && saves_slots(l.shape.saves, p.options);
   }
   static index panel_bytes(const Layout& l, const Forward& p) {
-    const bool packs = p.unpacked && p.T * p.B > l.tile_rows();
+    const bool packs = p.unpacked && packs_panels(p.T * p.B, l.tile_rows());
     return packs ? l.panel_bytes(p.I) + l.panel_bytes(p.R) : 0;
   }
 
@@ -122,7 +122,8 @@ struct BackwardScratch : StepScratch {
     return !p.saved && saves_slots(l.shape.saves, p.options);
   }
   static index panel_bytes(const Layout& l, const Backward& p) {
-    return !p.weights && p.T * p.B > l.back_tile() ? l.back_panel_bytes() : 0;
+    const bool packs = !p.weights && packs_panels(p.T * p.B, l.back_tile());
+    return packs ? l.back_panel_bytes() : 0;
   }
 
   BackwardScratch(const Layout& l, const Backward& p, char* memory, int rank, int threads)

@@ -39,7 +39,7 @@ index panel_bytes(int width, index K) {
 }
 
 template <class S>
-void pack_panel(const Matrix& of, int unit_vectors, index panel, S* to) {
+FUSEDRNN_LONG void pack_panel(const Matrix& of, int unit_vectors, index panel, S* to) {
   using V = Vec<S>;
   constexpr int lanes = V::lanes;
   const int width = of.slots * unit_vectors;
@@ -67,7 +67,8 @@ void pack_panels(const Matrix& of, int unit_vectors, Range panels, char* to) {
 // Packs some units of one slot for one panel of columns of weight (blocks·H, K), which
 // starts at `to`.
 template <class S>
-void pack_columns(const Matrix& of, int slot, Range units, index panel, S* to) {
+FUSEDRNN_LONG void pack_columns(const Matrix& of, int slot, Range units, index panel,
+                                S* to) {
   using V = Vec<S>;
   constexpr index lanes = V::lanes, columns = 2 * lanes, ahead = 32;
   const index N = of.K, first = panel * columns;

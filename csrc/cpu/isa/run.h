@@ -33,8 +33,8 @@ class BlockRun {
   const Block& b_;
   const PanelProduct* product_ = nullptr;
   index column_units_;  // of a panel
-  // Without packed panels a single tile reads the weights as the user has them. For more
-  // tiles each panel is packed where it is used, and stays in the second-level cache.
+  // Without packed panels a small tile reads the weights as the user has them. For more
+  // rows each panel is packed where it is used, and stays in the second-level cache.
   const bool packs_;
   int rows_ = 0;
   index place_ = -1;
@@ -56,7 +56,8 @@ class BlockRun {
       : b_(block),
         column_units_(block.unit_vectors * index{lanes}),
         packs_(block.panel_memory && !block.terms[0].panels &&
-               block.places.end - block.places.begin > block.panel_product->tile) {
+               packs_panels(block.places.end - block.places.begin,
+                            block.panel_product->tile)) {
     tile_.at = at_;
     tile_.used = b_.used;
     if (b_.has_options) __builtin_memset(at_, 0, sizeof(at_));

@@ -89,7 +89,9 @@ void add_unpacked(const Matrix& of, int unit_vectors, const S* const* left, int 
                   index panel, int together, int C, int offset, S* sums) {
   using V = Vec<S>;
   constexpr index lanes = V::lanes;
-  constexpr int most = is_small ? 1 : V::registers == 32 && sizeof(S) == 4 ? 8 : 4;
+  constexpr int most = is_small                               ? 1
+                       : V::registers == 32 && sizeof(S) == 4 ? most_unpacked_rows
+                                                              : 4;
   const int width = of.slots * unit_vectors;
   for (int p = 0; p < together; ++p) {
     for (int vector = 0; vector < width; ++vector) {
