@@ -22,7 +22,8 @@
 //
 // A gradient has the name of its array with the prefix d. A null pointer stands for zeros
 // among dy, dh_n, dc_n and dcells, and for no mask among the masks. A null dx or
-// parameter gradient is not wanted and costs nothing. Outputs alias nothing.
+// parameter gradient, and on the CPU a null dh0 or dc0, is not wanted and costs nothing.
+// Outputs alias nothing.
 #pragma once
 
 #include <cstdint>
@@ -118,7 +119,7 @@ struct GradientsOf {
   S *dweight_ih, *dweight_hh, *dbias_ih, *dbias_hh;  // contiguous, torch's shapes
   S* dweight_hr;
   Vectors<S> dvectors;
-  S *dh0, *dc0;  // or null, on the CPU
+  S *dh0, *dc0;
 };
 
 // A backward call has the arguments and results of its forward call, and the gradients.

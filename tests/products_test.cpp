@@ -54,7 +54,7 @@ index panel_bytes_s8(int width, index K) {
 void pack_s8(const Matrix& of, int unit_vectors, Range panels, char* to) {
   const int width = of.slots * unit_vectors, columns = width * lanes;
   for (index panel = panels.begin; panel < panels.end; ++panel) {
-    char* const start = to + panel * panel_bytes_s8(width, of.K);
+    char* const start = to + (panel - panels.begin) * panel_bytes_s8(width, of.K);
     float* const scales = reinterpret_cast<float*>(start + round_up(of.K * columns, 4));
     for (int c = 0; c < columns; ++c) {
       float most = 1e-30f;
@@ -131,8 +131,8 @@ index panel_bytes_matrix(int width, index K) {
 void pack_matrix(const Matrix& of, int unit_vectors, Range panels, char* to) {
   const int width = of.slots * unit_vectors, columns = width * lanes;
   for (index panel = panels.begin; panel < panels.end; ++panel) {
-    float* const start =
-        reinterpret_cast<float*>(to + panel * panel_bytes_matrix(width, of.K));
+    float* const start = reinterpret_cast<float*>(
+        to + (panel - panels.begin) * panel_bytes_matrix(width, of.K));
     for (index k = 0; k < round_up(of.K, block); ++k) {
       for (int c = 0; c < columns; ++c) {
         start[(k / 2 * columns + c) * 2 + k % 2] =

@@ -207,9 +207,9 @@ def test_an_interrupted_run_keeps_what_was_measured(
     ("arguments", "message"),
     [
         (["--suite", "properties", "--only", "speed"], "--only must match one of scaling,"),
-        (["--suite", "properties", "--shapes", "weather"], "--shapes: the suite properties"),
-        (["--forms", "bent"], "--forms must be of two-layers, both-directions"),
-        (["--only", "TCN"], "--only TCN: none of"),
+        (["--suite", "properties", "--shapes", "weather"], "--shapes is for cases"),
+        (["--forms", "bent"], "--forms must be among two-layers, both-directions"),
+        (["--only", "TCN"], "--only TCN matches the name of none of"),
         (["--seconds", "0"], "must be a positive number of seconds, got '0'"),
         (["--suite", "slow"], "invalid choice: 'slow'"),
         (["--cells", "LSTM", "TCN"], "invalid choice: 'TCN'"),
@@ -218,12 +218,12 @@ def test_an_interrupted_run_keeps_what_was_measured(
         (["--shapes", "1,1,1,99999999"], "no array may have more than"),
         (["--threads", "0"], "must be an integer from 1"),
         (["--threads", "9999"], "--threads must be at most"),
-        (["--dtypes", "bfloat16"], "--dtypes must be of float32, float64 on cpu"),
-        (["--against", "haste"], "--against must be of torch, onnxruntime"),
+        (["--dtypes", "bfloat16"], "--dtypes must be among float32, float64 on cpu"),
+        (["--against", "haste"], "--against must be among torch, onnxruntime"),
         (["--json", "nowhere/run.json"], "--json cannot be written"),
         (["--json", "run.txt"], "--json must end in .json"),
         (["--html", "."], "--html must end in .html"),
-        (["--compare", "nowhere.json"], "--compare nowhere.json: No such file"),
+        (["--compare", "nowhere.json"], "--compare cannot be read, No such file"),
     ],
 )
 def test_bad_input_is_reported_in_one_line(

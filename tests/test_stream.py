@@ -131,7 +131,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
         stream.reset([0.5])
     with refused(ValueError, "rows must have shape (B,) = (2,), got (3,)"):
         stream.reset(np.ones(3, bool))
-    with refused(TypeError, "state must be a pair of arrays or None"):
+    with refused(TypeError, "state must be a pair (h, c) or None"):
         stream.state = np.zeros((1, 2, 18), np.float32)
     with refused(ValueError, "state, c, must have shape (layers, B, H) = (1, 2, 18)"):
         stream.state = (np.zeros((1, 2, 18), np.float32), np.zeros((1, 3, 18), np.float32))

@@ -263,7 +263,7 @@ def test_swap_keeps_what_a_module_had() -> None:
     assert str(done) == (
         "a: LSTM(3, 4, num_layers=2, dropout=0.1)\n"
         "b.0: LSTM(3, 4, num_layers=2, dropout=0.1)\n"
-        "own: kept, Own is a class of its own"
+        "own: kept, Own is a subclass"
     )
     assert model["a"] is model["b"][0]
     assert not model["a"].training

@@ -1,8 +1,6 @@
 // This is the module fusedrnn._cpu.
 #include <pybind11/stl.h>
 
-#include <algorithm>
-
 #include "../cpu/team.h"
 #include "tensors.h"
 

@@ -197,27 +197,28 @@ class TensorReader {
     const Shim& shim = torch().shim;
     const py::list handles(torch().to_handles(tensors_));
     for (std::size_t n = 0; n < handles.size(); ++n) {
-      View v;
+      View& v = views_.emplace_back();
       v.handle =
           static_cast<Shim::Handle>(PyCapsule_GetPointer(handles[n].ptr(), nullptr));
       std::int32_t dtype = -1, device = -1;
       std::int64_t rank = 0;
       std::int64_t *shape = nullptr, *strides = nullptr;
       void* start = nullptr;
-      shim.get_dim(v.handle, &rank);
-      shim.get_sizes(v.handle, &shape);
-      shim.get_strides(v.handle, &strides);
-      shim.get_dtype(v.handle, &dtype);
-      shim.get_device_type(v.handle, &device);
+      // Sparse and nested tensors have no sizes, strides or data.
+      if (shim.get_dim(v.handle, &rank) || shim.get_sizes(v.handle, &shape) ||
+          shim.get_strides(v.handle, &strides) || shim.get_dtype(v.handle, &dtype) ||
+          shim.get_device_type(v.handle, &device) || device != shim.cpu ||
+          shim.get_data_ptr(v.handle, &start)) {
+        fail();
+        continue;
+      }
       v.rank = rank;
       v.shape = shape;
       v.strides = strides;
-      if (device == shim.cpu) shim.get_data_ptr(v.handle, &start);
       v.start = static_cast<const char*>(start);
       const index size = dtype == shim.float32 ? 4 : dtype == shim.float64 ? 8 : 0;
       if (element == 0) element = size;
-      if (device != shim.cpu || (!others_[n] && (size == 0 || size != element))) fail();
-      views_.push_back(v);
+      if (!others_[n] && (size == 0 || size != element)) fail();
     }
   }
 
@@ -498,6 +499,7 @@ py::object TensorLayers::forward(const py::handle& x, const py::handle& h0,
   } else {
     c.saved = outputs.add(values > 0 ? saved_axes : Axes{0});
   }
+  if (values == 0) c.saved = nullptr;
   if (clears_saved && values > 0) std::memset(c.saved, 0, bytes);
   {
     const py::gil_scoped_release release;
@@ -519,6 +521,7 @@ py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence
   StackBackward c{};
   std::vector<const char*> addresses;
   const AxesOf axes = step ? AxesOf::step : AxesOf::sequence;
+  if (d.size() != 4 || wanted.size() != 3 + parameters.size()) return py::none();
   if (!collect(reader, x, h0, c0, parameters, lengths, resets)) return py::none();
   for (const py::handle& a : {y, cells, saved}) reader.collect(a);
   for (const py::handle g : d) reader.collect(g);

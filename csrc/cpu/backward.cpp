@@ -176,7 +176,7 @@ class BackwardPass {
     product_.rows[role::dh] = rows_of(memory_.dh, row);
     product_.rows[mask_h] = rows_of(memory_.mask, row);
     product_.rows[dm] = rows_of(l_.has_second() ? memory_.dm : memory_.dh, row);
-    product_.rows[dh0] = rows_of(p_.dh0, l_.bytes(p_.R));
+    if (p_.dh0) product_.rows[dh0] = rows_of(p_.dh0, l_.bytes(p_.R));
 
     if (l_.model.projects) {
       const index depth = round_up(p_.R, l_.lanes);
@@ -423,7 +423,8 @@ class BackwardPass {
     }
   }
 
-  // Computes dx = Wᵀ da; the threads share the rows of the time block.
+  // Computes dx = Wᵀ da. The threads share the rows of the time block or, if weights are
+  // packed where they are used, the panels.
   void write_dx(index begin, index end) {
     if (!p_.dx) return;
     for (index s = begin; s < end; ++s) {
@@ -432,7 +433,9 @@ class BackwardPass {
                     l_.bytes(p_.I));
       }
     }
-    const Range own = team_.share(all_.count(begin, end), l_.back_tile());
+    const index count = all_.count(begin, end);
+    const Range own = p_.weights ? team_.share(count, l_.back_tile()) : Range{0, count};
+    if (!p_.weights) dx_.panels = team_.share(l_.dense_panels(p_.I));
     if (own.begin >= own.end) return;
     Schedule::Entry next = all_.entry(begin, own.begin);
     for (index n = 0; n < own.end - own.begin; ++n, all_.advance(next)) {

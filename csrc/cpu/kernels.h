@@ -7,8 +7,8 @@
 // What depends on the cell or on the number of lanes is a number here. Memory is counted
 // in bytes unless a comment says otherwise.
 //
-// The header has data only: an inline function here would become a weak symbol in every
-// instruction set's object.
+// The header has data and FUSEDRNN_SHARED functions only: another inline function here
+// would become a weak symbol in every instruction set's object.
 #pragma once
 
 #include <span>
@@ -21,8 +21,8 @@ namespace fusedrnn {
 
 constexpr int most_tile_rows = 16, most_roles = 16, most_terms = 2;
 // The most rows, of one tile, that are multiplied with weights as the user has them.
-constexpr int most_unpacked_rows = 6;
-inline bool packs_panels(index rows, int tile) {
+constexpr int most_unpacked_rows = 4;
+FUSEDRNN_SHARED constexpr bool packs_panels(index rows, int tile) {
   return rows > tile || rows > most_unpacked_rows;
 }
 constexpr int gradient_tiles_at_once = 32;

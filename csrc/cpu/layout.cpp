@@ -191,7 +191,9 @@ void pack(const Layout& layout, const Parameters<char>& p, Packing packing, char
   const Matrix W = with_weight(layout.of_input, p.weight_ih);
   const Matrix R = with_weight(layout.of_recurrent, p.weight_hh);
   const auto transposed = [&](const Matrix& of, char* at) {
-    k.pack_transposed(of, team.share(layout.dense_panels(of.K)), at);
+    const Range own = team.share(layout.dense_panels(of.K));
+    const index panel = k.product.panel_bytes(2, of.slots * of.P);
+    k.pack_transposed(of, own, at + own.begin * panel);
   };
   if (packing == Packing::backward) {
     transposed(W, to);
@@ -204,13 +206,20 @@ void pack(const Layout& layout, const Parameters<char>& p, Packing packing, char
   }
   if (team.rank == 0) k.pack_bias(layout.shape, p, layout.P, to);
   if (packing == Packing::bias) return;
-  const Range own = team.share(layout.panels());
-  k.product.pack(W, layout.unit_vectors, own, to + layout.input_panels());
-  k.product.pack(R, layout.unit_vectors, own, to + layout.recurrent_panels());
+  const auto pack_own = [&](const Matrix& of, int unit_vectors, index panels, index at,
+                            index panel_bytes) {
+    const Range own = team.share(panels);
+    k.product.pack(of, unit_vectors, own, to + at + own.begin * panel_bytes);
+  };
+  pack_own(W, layout.unit_vectors, layout.panels(), layout.input_panels(),
+           layout.panel_bytes(layout.I));
+  pack_own(R, layout.unit_vectors, layout.panels(), layout.recurrent_panels(),
+           layout.panel_bytes(layout.R));
   if (!layout.has_second()) return;
-  k.product.pack(
-      with_weight(layout.of_second, p.model.projects ? p.weight_hr : p.weight_hh), 2,
-      team.share(layout.dense_panels(layout.of_second.H)), to + layout.second_panels());
+  const char* const second = p.model.projects ? p.weight_hr : p.weight_hh;
+  pack_own(with_weight(layout.of_second, second), 2,
+           layout.dense_panels(layout.of_second.H), layout.second_panels(),
+           layout.second_panel_bytes());
 }
 
 }  // namespace fusedrnn

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <mutex>
 #include <new>
+#include <thread>
 #include <vector>
 
 #if defined(__linux__) || defined(__APPLE__)
@@ -18,6 +19,9 @@ namespace {
 constexpr std::size_t line = 64, page = 4096, huge_page = std::size_t{1} << 21;
 constexpr std::size_t least_kept = std::size_t{1}
                                    << 16;  // smaller blocks stay with malloc
+// Blocks of so many bytes are kept in all, or of three times the largest of the last
+// requests, but never of more than `most_kept`.
+constexpr std::size_t always_kept = std::size_t{80} << 20;
 constexpr std::size_t most_kept = std::size_t{256} << 20;
 constexpr std::uint64_t most_idle = 32;  // requests
 constexpr std::size_t most_scratch = std::size_t{1} << 20;
@@ -96,6 +100,10 @@ class FreeBlocks {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return {};
     ++requests_;
+    if (bytes >= largest_ || largest_at_ + most_idle < requests_) {
+      largest_ = bytes;
+      largest_at_ = requests_;
+    }
     std::size_t best = blocks_.size();
     for (std::size_t n = blocks_.size(); n-- > 0;) {
       const std::size_t size = blocks_[n].bytes;
@@ -113,15 +121,20 @@ class FreeBlocks {
     if (!lock || bytes > most_kept) return release(start, bytes);
     blocks_.push_back({start, bytes, requests_});
     total_ += bytes;
-    while (total_ > most_kept || blocks_.front().freed + most_idle < requests_) drop();
+    const std::size_t most = bound();
+    while (total_ > most || blocks_.front().freed + most_idle < requests_) drop();
   }
 
   void clear() {
-    const std::lock_guard lock(mutex_);
-    while (!blocks_.empty()) drop();
+    std::unique_lock lock(mutex_, std::defer_lock);
+    for (int tries = 0; tries < 1000 && !lock.try_lock(); ++tries) {
+      std::this_thread::yield();
+    }
+    while (lock && !blocks_.empty()) drop();
   }
 
  private:
+  std::size_t bound() const { return std::clamp(3 * largest_, always_kept, most_kept); }
   void erase(std::size_t n) {
     total_ -= blocks_[n].bytes;
     blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(n));
@@ -134,7 +147,8 @@ class FreeBlocks {
   std::mutex mutex_;
   std::vector<Block> blocks_;
   std::size_t total_ = 0;
-  std::uint64_t requests_ = 0;
+  std::uint64_t requests_ = 0, largest_at_ = 0;
+  std::size_t largest_ = 0;
 };
 
 // It is never destroyed, because arrays may be freed after static destructors ran.

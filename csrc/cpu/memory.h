@@ -4,8 +4,10 @@
 // Blocks of 64 KB and more are mapped from the operating system instead of malloc, whose
 // heap would fragment around them. Freed blocks are kept and reused, because a training
 // step asks for the same sizes every time, and clearing fresh pages took the operating
-// system 11% of a step at H = 1024. The kept blocks are bounded: 256 MB in all, no block
-// that the last 32 requests did not use, and none after release_memory().
+// system 11% of a step at H = 1024. The kept blocks are bounded: 80 MB in all or, if
+// more, three times the largest of the last 32 requests, but never more than 256 MB, and
+// none after release_memory(). Whenever a block is freed, those that the last 32 requests
+// did not use are released.
 #pragma once
 
 #include <cstddef>

@@ -21,7 +21,7 @@ struct StepScratch : Arena {
 
   template <class Problem>
   StepScratch(const Layout& l, const Problem& p, bool by_rows, bool has_operands,
-              index panel_bytes, char* memory, int rank, int threads)
+              index panel_memory_bytes, char* memory, int rank, int threads)
       : Arena(memory) {
     const index row = l.padded_bytes(), widest = p.I > p.H ? p.I : p.H;
     const index lists = p.masks.resets || (p.masks.lengths && p.reverse) ? p.B : 0;
@@ -34,7 +34,8 @@ struct StepScratch : Arena {
         of_thread(Zoneout::bytes(l, p.options, p.has_options, p.B, threads, by_rows),
                   rank, threads);
     operands = of_thread(has_operands ? l.operand_bytes(widest, p.R) : 0, rank, threads);
-    panel = of_thread(panel_bytes, rank, threads);
+    panel =
+        panel_memory_bytes > 0 ? of_thread(panel_memory_bytes, rank, threads) : nullptr;
     h = of_thread<char*>(lists, rank, threads);
     c = of_thread<char*>(lists, rank, threads);
     h_dropped = of_thread<char*>(lists, rank, threads);
@@ -68,14 +69,14 @@ struct ForwardScratch : StepScratch {
   static bool saves(const Layout& l, const Forward& p) {
     return p.saved && saves_slots(l.shape.saves, p.options);
   }
-  static index panel_bytes(const Layout& l, const Forward& p) {
+  static index panel_memory_bytes(const Layout& l, const Forward& p) {
     const bool packs = p.unpacked && packs_panels(p.T * p.B, l.tile_rows());
     return packs ? l.panel_bytes(p.I) + l.panel_bytes(p.R) : 0;
   }
 
   ForwardScratch(const Layout& l, const Forward& p, char* memory, int rank, int threads)
       : StepScratch(l, p, Blocks::cuts_rows(l, p, l.panels(), l.tile_rows(), threads),
-                    true, panel_bytes(l, p), memory, rank, threads) {
+                    true, panel_memory_bytes(l, p), memory, rank, threads) {
     const index all = p.B * l.padded_bytes(), steps = time_block(l, p);
     const index time_block_rows = fuses(l, steps) ? 0 : steps * p.B;
     schedule = of_thread<index>(Schedule::size(p, p.masks), rank, threads);
@@ -121,7 +122,7 @@ struct BackwardScratch : StepScratch {
   static bool recomputes(const Layout& l, const Backward& p) {
     return !p.saved && saves_slots(l.shape.saves, p.options);
   }
-  static index panel_bytes(const Layout& l, const Backward& p) {
+  static index panel_memory_bytes(const Layout& l, const Backward& p) {
     const bool packs = !p.weights && packs_panels(p.T * p.B, l.back_tile());
     return packs ? l.back_panel_bytes() : 0;
   }
@@ -129,7 +130,7 @@ struct BackwardScratch : StepScratch {
   BackwardScratch(const Layout& l, const Backward& p, char* memory, int rank, int threads)
       : StepScratch(l, p,
                     Blocks::cuts_rows(l, p, l.dense_panels(p.R), l.back_tile(), threads),
-                    recomputes(l, p), panel_bytes(l, p), memory, rank, threads) {
+                    recomputes(l, p), panel_memory_bytes(l, p), memory, rank, threads) {
     const index row = l.padded_bytes(), all = p.B * row, steps = time_block(l, p);
     const index of_cuts = p.masks.resets || p.options.bptt ? p.B : 0;
     const index time_block_rows = steps * p.B, of_dx = p.dx ? time_block_rows : 0;

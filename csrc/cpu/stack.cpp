@@ -209,14 +209,16 @@ class StackPass {
     };
     for (index first = 0; first < std::ssize(passes_);) {
       const Pass<Problem>& pass = passes_[first];
-      const bool is_pair = D_ == 2 || can_overlap(first, limit);
-      const int threads_each = is_pair ? useful_threads(pass, 2) / 2 : 0;
+      const bool may_pair = D_ == 2 || can_overlap(first, limit);
+      const int threads_each = may_pair ? useful_threads(pass, 2) / 2 : 0;
+      // Layers that overlap wait for each other, so each needs a thread.
+      const bool overlaps = D_ == 1 && threads_each > 0, is_pair = D_ == 2 || overlaps;
       const Group group{first, is_pair ? 2 : 1,
                         std::max(threads_each, useful_threads(pass, 1))};
       threads_ =
           std::max(threads_, std::max(2 * threads_each, is_pair ? 1 : group.threads));
       groups_.push_back(group);
-      if (D_ == 1 && threads_each > 0) overlap(first);
+      if (overlaps) overlap(first);
       first += group.count;
     }
   }
@@ -253,14 +255,17 @@ class StackPass {
   static index scratch_bytes(const Pass<Backward>& pass, int threads) {
     return backward_workspace(*pass.layout, pass.problem, threads);
   }
-  // Returns the bytes of scratch memory of the passes on either side.
+  // Returns the bytes of scratch memory of the passes on either side. Passes may run on
+  // any number of threads up to threads_, and need most memory on any of these.
   std::pair<index, index> scratch() const {
     index sides[2] = {};
     for (const Group& group : groups_) {
       for (int n = 0; n < group.count; ++n) {
         const Pass<Problem>& pass = passes_[group.first + n];
-        index bytes = scratch_bytes(pass, 1);
-        if (threads_ > 1) bytes = std::max(bytes, scratch_bytes(pass, threads_));
+        index bytes = 0;
+        for (int threads = 1; threads <= threads_; ++threads) {
+          bytes = std::max(bytes, scratch_bytes(pass, threads));
+        }
         sides[0] = std::max(sides[0], bytes);
         if (n == 1 && threads_ > 1) sides[1] = std::max(sides[1], bytes);
       }
@@ -487,7 +492,8 @@ class StackBackwardPass : StackPass<Backward> {
     for (index k = 0; k < n; ++k) {
       Backward& p = add(at(k), 2).problem;
       p.weights = weights(at(k)).backward(steps_, rows, has_options_);
-      p.dx = const_cast<char*>(call_.x);  // any, to say it is wanted
+      p.dx =
+          const_cast<char*>(call_.x);  // the scratch memory depends on whether it is null
       if (at(k) < D_ && !c_.dx) p.dx = nullptr;
       p.saved = saved_.records[at(k)];
     }

@@ -12,7 +12,6 @@
 #pragma once
 
 #include <memory>
-#include <span>
 #include <vector>
 
 #include "weights.h"

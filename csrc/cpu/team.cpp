@@ -240,10 +240,8 @@ bool share_team(const char* library) {
                      find(omp.num_threads, "omp_get_num_threads") &&
                      find(omp.max_threads, "omp_get_max_threads");
   if (!found) return false;
-  static OpenMP shared;
-  shared = omp;
-  shared.forks = forks();
-  shared_openmp.store(&shared, std::memory_order_release);
+  omp.forks = forks();
+  shared_openmp.store(new OpenMP(omp), std::memory_order_release);  // read for ever
   return true;
 #else
   static_cast<void>(library);

@@ -1,6 +1,7 @@
 #include "weights.h"
 
 #include <cstring>
+#include <memory>
 
 #include "../random.h"
 #include "workforce.h"
@@ -65,7 +66,7 @@ Weights::~Weights() {
 void Weights::expand() {
   const int gates = layout_.shape.gates, absent = layout_.shape.differs.absent;
   const int peepholes = layout_.shape.peephole_count;
-  const int of_peephole = peephole_of(layout_.shape, absent);
+  const int of_peephole = peepholes > 0 ? peephole_of(layout_.shape, absent) : 0;
   const index row = layout_.bytes(layout_.H);
   const index bytes = gates * row * (layout_.I + layout_.R + 4) + peepholes * row;
   expanded_ = Memory(static_cast<std::size_t>(bytes));
@@ -91,21 +92,22 @@ const char* Weights::find(Slot& slot, Packing packing) const {
   }
   constexpr index values_per_thread = 1 << 18;
   const index bytes = fusedrnn::packed_bytes(layout_, packing);
-  auto* const packed = new Memory(static_cast<std::size_t>(bytes));
+  auto packed = std::make_unique<const Memory>(static_cast<std::size_t>(bytes));
   with_team(threads_for(bytes / layout_.size, values_per_thread), false, 0,
             [&](const Team& team) {
               pack(layout_, parameters_, packing, packed->as<char>(), team);
             });
   const Memory* found = nullptr;
-  if (slot.compare_exchange_strong(found, packed)) return packed->as<const char>();
-  delete packed;  // another thread was first
-  return found->as<const char>();
+  if (slot.compare_exchange_strong(found, packed.get())) found = packed.release();
+  return found->as<const char>();  // of this thread, or of another that was first
 }
 
-// Returns whether to multiply rows of one more call without a packing.
+// Counts the rows of one more call, and returns whether to multiply them without a
+// packing. More rows at once than most_unpacked_rows would be packed in each step.
 static bool skips_packing(std::atomic<index>& rows_before, index steps, index rows,
                           index few) {
   const index before = rows_before.fetch_add(rows);
+  if (steps > 1 && rows > steps * most_unpacked_rows) return false;
   return before + rows <= few || (before == 0 && steps == 1 && few > 0);
 }
 

@@ -2,9 +2,10 @@
 // forward and backward.
 //
 // A packing is created when a call first needs it, and then kept. The first few rows, and
-// a first call of one step, are multiplied with the weights as they lie in memory
-// instead, in the same order of sums, because packing would take longer. Calls with
-// options always use a packing.
+// a first call of one step, are multiplied without it, in the same order of sums, because
+// packing would take longer: with the weights as they lie in memory or, for more rows at
+// once than most_unpacked_rows, with panels that are packed where they are used
+// (isa/run.h). Calls with options always use a packing.
 #pragma once
 
 #include <atomic>
@@ -55,6 +56,7 @@ class Weights {
     const char* start;
     bool unpacked;  // only the biases are packed
   };
+  // `rows`: those of all steps.
   Packed forward(index steps, index rows, bool has_options) const;
   const char* bias() const { return find(bias_, Packing::bias); }
   // Returns null for unpacked weights.

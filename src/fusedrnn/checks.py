@@ -31,14 +31,14 @@ def as_array(name: str, value: Any) -> Array:
     return converted
 
 
-def array(name: str, value: Any, dtype: np.dtype[Any] | None = None) -> Array:
-    """Return `value` as an array of `dtype`, or of float32 or float64 if that is None."""
+def array(name: str, value: Any, dtype: np.dtype[Any] | None = None, like: str = "x") -> Array:
+    """Return `value` as an array of `dtype`, which `like` has, or of float32 or float64."""
     if value is None:
         raise TypeError(f"{name} must be an array, got None")
     converted = as_array(name, value)
     if dtype is not None:
         if converted.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype} like x, got {converted.dtype}")
+            raise TypeError(f"{name} must be {dtype} like {like}, got {converted.dtype}")
     elif converted.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32 or float64, got {converted.dtype}")
     return converted
@@ -63,17 +63,23 @@ def sequence(x: Any, axes: str, input_size: int | None = None) -> None:
         raise ValueError(f"x must have at least one feature, got shape {x.shape}")
 
 
-def positive(name: str, value: Any) -> int:
-    """Return a size as an int >= 1."""
+def integer(name: str, value: Any, least: int, most: int, range_: str = "") -> int:
+    """Return an int from `least` to `most`; messages show `range_` in place of these."""
     try:
-        size = operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got bool")
-    if not 1 <= size <= 2**31:
-        raise ValueError(f"{name} must be from 1 to 2**31, got {size}")
-    return size
+    if not least <= number <= most:
+        expected = range_ or f"from {least} to {most}"
+        raise ValueError(f"{name} must be {expected}, got {number}")
+    return number
+
+
+def positive(name: str, value: Any) -> int:
+    """Return a size as an int >= 1."""
+    return integer(name, value, 1, 2**31, "from 1 to 2**31")
 
 
 def flag(name: str, value: Any) -> bool:
@@ -124,15 +130,7 @@ def seed(value: Any) -> int | None:
     """Return a seed of 64 bits, or None."""
     if value is None:
         return None
-    try:
-        integer = operator.index(value)
-    except TypeError:
-        raise TypeError(f"seed must be an integer, got {type(value).__name__}") from None
-    if isinstance(value, bool):
-        raise TypeError("seed must be an integer, got bool")
-    if not 0 <= integer < 2**64:
-        raise ValueError(f"seed must be from 0 to 2**64 - 1, got {integer}")
-    return integer
+    return integer("seed", value, 0, 2**64 - 1, "from 0 to 2**64 - 1")
 
 
 def lengths(value: Any, T: int, batch: tuple[int, ...]) -> Array:

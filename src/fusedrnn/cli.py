@@ -45,7 +45,7 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     demo.add_argument("--epochs", type=_count, default=8, help="per cell; default: 8")
     demo.add_argument("--hidden-size", type=_count, default=48, help="default: 48")
-    demo.add_argument("--seed", type=int, default=0, help="default: 0")
+    demo.add_argument("--seed", type=_seed, default=0, help="default: 0")
     demo.add_argument(
         "--output",
         type=Path,
@@ -102,7 +102,10 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         "cell, or an option, as zoneout",
     )
     bench.add_argument(
-        "--only", default="", metavar="PATTERN", help="only cases whose name matches"
+        "--only",
+        default="",
+        metavar="PATTERN",
+        help="only cases whose name matches this regular expression",
     )
     bench.add_argument(
         "--seconds", type=_seconds, metavar="S", help="about how long to time each case"
@@ -118,7 +121,8 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         nargs="*",
         metavar="peer",
         help="any of torch onnxruntime openvino reference, compiled (our module under "
-        "torch.compile), plain (our layer without the form), or none; default: the suite's",
+        "torch.compile), plain (our layer without the form); without a name, fusedrnn runs "
+        "alone; default: the suite's",
     )
     bench.add_argument(
         "--before",
@@ -143,6 +147,12 @@ def _count(text: str) -> int:
     if not 1 <= value <= 10_000:
         raise argparse.ArgumentTypeError(f"must be an integer from 1 to 10000, got {text!r}")
     return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer from 0, got {text!r}")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

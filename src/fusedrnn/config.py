@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import platform
 from typing import Any, Literal, overload
 
 import numpy as np
 
-from . import _cpu, cuda, machine
+from . import _cpu, checks, cuda, machine
 from ._version import __version__
 
 
@@ -31,13 +30,7 @@ def set_num_threads(n: int) -> None:
     1
     >>> set_num_threads(0)
     """
-    try:
-        count = operator.index(n)
-    except TypeError:
-        raise TypeError(f"n must be an integer, got {type(n).__name__}") from None
-    if not 0 <= count <= 4096:
-        raise ValueError(f"n must be from 0 to 4096, got {count}")
-    _cpu.set_num_threads(count)
+    _cpu.set_num_threads(checks.integer("n", n, 0, 4096))
 
 
 def get_num_threads() -> int:
@@ -49,9 +42,10 @@ def release_memory() -> None:
     """Release the memory that is kept for later calls.
 
     Freed blocks of 64 kB and more are kept, because fresh pages of memory are slow: at most
-    256 MB in all, and no block that the last 32 requests did not use. Each thread also keeps up
-    to 1 MB of scratch memory until it ends. This function frees the blocks of all threads and
-    the scratch memory of the calling one.
+    80 MB in all or three times the largest of the last 32 requests, never more than 256 MB, and
+    no block that the last 32 requests did not use. Each thread also keeps up to 1 MB of scratch
+    memory until it ends. This function frees the blocks of all threads and the scratch memory
+    of the calling one.
 
     >>> release_memory()
     """

@@ -33,7 +33,9 @@ Precision = Literal["exact", "tf32"]
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 # The plan of calls that the persistent recurrences do not support.
-ROW_WISE = {"a step": "its products by cuBLASLt, between them a block to a row"}
+ROW_WISE = {
+    "step": "cuBLASLt computes the products; between them, one block of threads processes a row"
+}
 
 # CUDA's own number of the caller's default stream.
 _DEFAULT_STREAM = 0
@@ -139,7 +141,7 @@ def explain(
         (blocks that share memory), "grid" (all blocks at once, through L2) or "step" (a launch
         for each step); "weights" is where the recurrent weights stay, "operand" where warps
         read h from (in the backward, da); the other entries describe the launch. For
-        "gru_before", whose steps always go row by row, there is only "a step".
+        "gru_before", whose steps always go row by row, there is only "step".
 
     Raises
     ------
@@ -177,7 +179,7 @@ def precision_of(dtype: str, precision: Any) -> str:
     if precision == "exact":
         return dtype
     if dtype != "float32":
-        raise ValueError(f'precision "tf32" is for float32 on a GPU, got {dtype}')
+        raise ValueError(f'precision must be "exact" for {dtype}, got "tf32"')
     return "tf32"
 
 
@@ -186,7 +188,7 @@ def check_device(device: Any) -> None:
     if isinstance(device, bool) or not isinstance(device, int):
         raise TypeError(f"device must be an integer, got {type(device).__name__}")
     if not 0 <= device < count():
-        raise ValueError(f"device must be one of {count()} GPUs, got {device}")
+        raise ValueError(f"device must be from 0 to {count() - 1}, got {device}")
 
 
 # Arrays

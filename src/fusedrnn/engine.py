@@ -8,6 +8,7 @@ functions here check and convert the arguments, or raise an error.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from . import checks, cuda
@@ -61,9 +62,11 @@ def split_state(name: str, cell: Cell, value: Any) -> tuple[Any, ...]:
     if value is None:
         return (None,) * count
     if not isinstance(value, (tuple, list)) or len(value) != count:
-        items = f"{len(value)} items" if hasattr(value, "__len__") else "no pair"
+        is_sequence = isinstance(value, (tuple, list))
+        length = f" of length {len(value)}" if is_sequence else ""
         raise TypeError(
-            f"{name} must be a pair of arrays or None, got {type(value).__name__} with {items}"
+            f"{name} must be a pair ({', '.join(cell.states)}) or None, "
+            f"got {type(value).__name__}{length}"
         )
     return tuple(value)
 
@@ -145,7 +148,9 @@ def check_parameters(
     norms = [n for n in shapes if n.startswith(("gamma", "beta"))]
     missing = [n for n in norms if n not in checked]
     if missing and len(missing) < len(norms):
-        raise ValueError(f"{missing[0]} must be given with the others of {', '.join(norms)}")
+        raise ValueError(
+            f"{missing[0]} must be given with the others of {', '.join(norms)}, got None"
+        )
     return Parameters(**checked)
 
 
@@ -265,7 +270,7 @@ class OpCall:
         self.state = check_state(on, spec, names, states, x.dtype, batch)
         self.masks = check_masks(on, spec, x, others.get("lengths"), others.get("resets"))
         reverse = checks.flag("reverse", others.get("reverse", False))
-        self.spec = Spec(cell, x.shape[-1], H, R, reverse=reverse, **fields)
+        self.spec = replace(spec, reverse=reverse)
         options = {n: v for n, v in arguments.items() if n not in (*_ARRAYS, *_OTHERS)}
         self.options = check_options(cell, options, training, is_vjp=training)
         if out is not None:

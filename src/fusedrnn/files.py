@@ -22,12 +22,12 @@ def check_output(option: str, path: Path, suffix: str) -> None:
         raise UserError(f"{option} cannot be written: {path}")
     with _write_errors(option, path):
         temporary = _temporary(path)
-        temporary.touch()
+        temporary.touch(exist_ok=False)
         temporary.unlink()
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.part")
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
 
 
 @contextmanager

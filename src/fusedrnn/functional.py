@@ -124,7 +124,8 @@ def lstm(
     -------
     y: (T, B, H) or (T, H), every h.
     h_n, c_n: (B, H) or (H,), the state after each row's last step.
-    cells, gates: with return_cells, with trace.
+    cells: every c, shaped like y but with H units; only with return_cells.
+    gates: a dict of every gate; only with trace.
 
     Raises
     ------

@@ -71,7 +71,9 @@ class _Layer(ParameterStore, Generic[StateT]):
         y: (T, B, directions*H), (B, T, …) or (T, …), every h of the last layer.
         state: the state after each row's last step in each direction, shaped like the initial
             state.
-        cells, gates: with return_cells, shaped like y but of H units; with trace.
+        cells: every c of the last layer, shaped like y but with H units; only with
+            return_cells.
+        gates: a dict of every gate; only with trace.
 
         Raises
         ------
@@ -111,7 +113,7 @@ class _Layer(ParameterStore, Generic[StateT]):
         The arguments are those of a call, with bptt and recompute as in `fusedrnn.lstm_vjp`.
         x is kept by reference and y is read-only, because the pullback reads both; the rest is
         copied. On a GPU everything is kept by reference, y and cells too: do not change them
-        before the pullback was called. New parameters may be assigned in between.
+        before you call the pullback. New parameters may be assigned in between.
 
         Returns
         -------
@@ -133,13 +135,15 @@ class _Layer(ParameterStore, Generic[StateT]):
             )
         results, tape = self._run(x, state, lengths, resets, options, True)
         on_cpu, names = self.device == "cpu", list(self._parameters)
+        made_with = (self.precision, self._spec, self.dtype)  # `to` may change them
 
         def pullback(dy: Any = None, d_state: Any = None, d_cells: Any = None) -> Any:
             grads = tape.backward(dy, d_state, d_cells) if on_cpu else None
             if grads is None:
-                grads = self._pull_back(tape, x, results, options, dy, d_state, d_cells)
-            dx, d_start, gradients = grads
-            return LayerGrads(dx, d_start, dict(zip(names, gradients, strict=True)))
+                gradients = (dy, d_state, d_cells)
+                grads = self._pull_back(made_with, tape, x, results, options, *gradients)
+            dx, d_start, d_parameters = grads
+            return LayerGrads(dx, d_start, dict(zip(names, d_parameters, strict=True)))
 
         return (self._with_gates(results) if trace else results), pullback
 
@@ -175,7 +179,7 @@ class _Layer(ParameterStore, Generic[StateT]):
         >>> import fusedrnn as fr
         >>> explanation = fr.LSTM(3, 4, peephole=True).explain(10, 2)
         >>> explanation["way"], explanation["flops"]
-        ('row by row after each product', 4480)
+        ('kernels with options', 4480)
         """
         options = self._call_options(
             training=training,
@@ -224,6 +228,7 @@ class _Layer(ParameterStore, Generic[StateT]):
 
     def _pull_back(
         self,
+        made_with: tuple[Any, ...],
         tape: Any,
         x: Any,
         results: tuple[Any, ...],
@@ -235,7 +240,8 @@ class _Layer(ParameterStore, Generic[StateT]):
         """Check the gradients of the results and run backward."""
         cells = results[2] if options.return_cells else None
         split = engine.split_state("d_state", self._cell, d_state)
-        where = (engine.backend_of(x, self.precision), self._spec, tape, self.dtype)
+        precision, spec, dtype = made_with
+        where = (engine.backend_of(x, precision), spec, tape, dtype)
         gradients = (dy, split, d_cells)
         return engine.pull_back(*where, results[0], cells, *gradients, "d_state, d{}_n,")
 
@@ -338,7 +344,8 @@ class LSTM(_Layer[tuple[Array, Array]]):
         dtype: npt.DTypeLike = np.float32,
         rng: np.random.Generator | int | None = None,
     ) -> None:
-        self.proj_size = 0 if proj_size == 0 else checks.positive("proj_size", proj_size)
+        expected = "from 0, for none, to hidden_size - 1"
+        self.proj_size = checks.integer("proj_size", proj_size, 0, 2**31, expected)
         self.peephole = checks.flag("peephole", peephole)
         self.coupled_gates = checks.flag("coupled_gates", coupled_gates)
         self.layer_norm = checks.flag("layer_norm", layer_norm)

@@ -91,7 +91,7 @@ def check_options(
         known += _LSTM_ONLY
     for name in arguments:
         if name not in known:
-            why = ": that of an LSTM" if name in _LSTM_ONLY else ""
+            why = ", which only an LSTM has" if name in _LSTM_ONLY else ""
             raise TypeError(f"{cell.op} has no option {name!r}{why}")
     get = arguments.get
     clip, cell_clip = (checks.bound(n, get(n)) for n in ("clip", "cell_clip"))
@@ -112,7 +112,7 @@ def with_seed(options: Options, seed: int | None) -> Options:
 
 
 def asked_of_call(options: Options) -> list[str]:
-    """Return the options for which a call on the CPU needs the row-by-row kernels."""
+    """Return the options for which a call on the CPU needs the kernels with options."""
     o = options
     in_use = {
         "clip": o.clip < math.inf,
@@ -127,7 +127,7 @@ def asked_of_call(options: Options) -> list[str]:
 
 
 def asked_of_layer(cell: Cell, parameters: Parameters, on_cpu: bool) -> list[str]:
-    """Return the features of a layer that need the row-by-row kernels in every call."""
+    """Return the features of a layer for which every call needs the kernels with options."""
     in_use = {
         "proj_size": parameters.weight_hr is not None,
         "layer_norm": parameters.gamma_ih is not None,

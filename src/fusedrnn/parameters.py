@@ -30,7 +30,8 @@ _DEFAULTS: dict[str, Any] = {
     "bidirectional": False,
     "proj_size": 0,
 } | DEFAULTS
-_FIXED = ("input_size", "hidden_size", *_DEFAULTS, "dtype", "device", "precision")
+_MOVED = ("dtype", "device", "precision")
+_FIXED = ("input_size", "hidden_size", *_DEFAULTS, *_MOVED)
 _KINDS = Parameters._fields
 _PARAMETERS = tuple(f"{kind}_l" for kind in _KINDS)
 
@@ -293,10 +294,13 @@ class ParameterStore:
             parameters[name] = self._checked(name, value)
             self._forget_packed()
         elif parameters and (name in _FIXED or name.startswith(_PARAMETERS)):
-            reason = (
-                "is fixed when the layer is made" if name in _FIXED else "is no parameter of it"
-            )
-            raise AttributeError(f"{name} {reason}: {self!r}")
+            if name in _MOVED:
+                raise AttributeError(
+                    f"{name} cannot be assigned; use to(device, dtype, precision): {self!r}"
+                )
+            if name in _FIXED:
+                raise AttributeError(f"{name} is fixed when the layer is created: {self!r}")
+            raise AttributeError(f"{self!r} has no parameter {name}")
         else:
             object.__setattr__(self, name, value)
 

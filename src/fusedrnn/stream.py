@@ -112,7 +112,7 @@ class Stream:
         name, device = f"state, {letter},", self.layer.device
         framework = cuda.framework_of(value)
         on_host = framework is None or device == "cpu"
-        array = checks.array(name, value, self._dtype) if on_host else value
+        array = checks.array(name, value, self._dtype, "the layer") if on_host else value
         expected, axes = shape, "(layers, B, H)"
         if self.batch_size is None:
             expected, axes = shape[::2], "(layers, H)"

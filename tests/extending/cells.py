@@ -2,9 +2,9 @@
 # ruff: noqa: F821
 
 
-def _gated(x: Array, seen: Array, state: State, p: Parameters, o: Options) -> Step:
+def _gated(x: Array, h_dropped: Array, state: State, p: Parameters, o: Options) -> Step:
     a_x, pull_x = _input_part(x, slice(None), p)
-    a_h, pull_h = _recurrent_part(seen, slice(None), p)
+    a_h, pull_h = _recurrent_part(h_dropped, slice(None), p)
     bounded, passes = _clipped(a_x + a_h, o.clip)
     a_i, a_g = blocks(bounded, 2)
     i, g = sigmoid(a_i), module_of(a_g).tanh(a_g)
@@ -17,10 +17,10 @@ def _gated(x: Array, seen: Array, state: State, p: Parameters, o: Options) -> St
     return Step((i * g,), {"i": i, "g": g}, pull)
 
 
-def _ligru(x: Array, seen: Array, state: State, p: Parameters, o: Options) -> Step:
+def _ligru(x: Array, h_dropped: Array, state: State, p: Parameters, o: Options) -> Step:
     (h_prev,) = state
     a_x, pull_x = _input_part(x, slice(None), p)
-    a_h, pull_h = _recurrent_part(seen, slice(None), p)
+    a_h, pull_h = _recurrent_part(h_dropped, slice(None), p)
     bounded, passes = _clipped(a_x + a_h, o.clip)
     a_z, a_n = blocks(bounded, 2)
     z = sigmoid(a_z)

@@ -5,7 +5,7 @@
 //   forward     [panel][k][slot][vector of units][lanes]
 //   transposed  [panel][slot·P + unit][2 vectors of columns, the last 1 if enough][lanes]
 //
-// Padding is zero.
+// Padding is zero. The functions take the place of the first of some panels.
 #pragma once
 
 #include "../../vec/math.h"
@@ -39,28 +39,25 @@ index panel_bytes(int width, index K) {
 }
 
 template <class S>
-FUSEDRNN_LONG void pack_panel(const Matrix& of, int unit_vectors, index panel, S* to) {
+void pack_panels(const Matrix& of, int unit_vectors, Range panels, char* to) {
   using V = Vec<S>;
   constexpr int lanes = V::lanes;
   const int width = of.slots * unit_vectors;
-  for (int vector = 0; vector < width; ++vector) {
-    S* column = to + vector * lanes;
-    for (index k = 0; k < of.K; k += lanes, column += lanes * width * lanes) {
-      V square[lanes];
-      const index left = of.K - k;
-      load_square(of, unit_vectors, panel, vector, k, left, square);
+  for (index panel = panels.begin; panel < panels.end; ++panel) {
+    S* const start = reinterpret_cast<S*>(to);
+    for (int vector = 0; vector < width; ++vector) {
+      S* column = start + vector * lanes;
+      for (index k = 0; k < of.K; k += lanes, column += lanes * width * lanes) {
+        V square[lanes];
+        const index left = of.K - k;
+        load_square(of, unit_vectors, panel, vector, k, left, square);
 #pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) {
-        if (i < left) square[i].store(column + i * width * lanes);
+        for (int i = 0; i < lanes; ++i) {
+          if (i < left) square[i].store(column + i * width * lanes);
+        }
       }
     }
-  }
-}
-template <class S>
-void pack_panels(const Matrix& of, int unit_vectors, Range panels, char* to) {
-  const index bytes = panel_bytes<S>(of.slots * unit_vectors, of.K);
-  for (index panel = panels.begin; panel < panels.end; ++panel) {
-    pack_panel(of, unit_vectors, panel, reinterpret_cast<S*>(to + panel * bytes));
+    to += panel_bytes<S>(width, of.K);
   }
 }
 
@@ -98,7 +95,7 @@ void pack_transposed(const Matrix& of, Range panels, char* to) {
       const index end = begin + rows_at_once < of.P ? begin + rows_at_once : of.P;
       for (index panel = panels.begin; panel < panels.end; ++panel) {
         pack_columns(of, slot, {begin, end}, panel,
-                     reinterpret_cast<S*>(to) + panel * panel_values);
+                     reinterpret_cast<S*>(to) + (panel - panels.begin) * panel_values);
       }
     }
   }

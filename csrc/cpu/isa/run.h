@@ -141,15 +141,12 @@ class BlockRun {
     for (int n = 0; n < b_.count; ++n) {
       const Term& of = b_.terms[n];
       const Matrix& weights = *of.matrix;
-      S* const start = reinterpret_cast<S*>(to);
       if (b_.transposed) {
-        for (int slot = 0; slot < weights.slots; ++slot) {
-          pack_columns(weights, slot, {0, weights.P}, panel, start);
-        }
+        pack_transposed<S>(weights, {panel, panel + 1}, to);
       } else {
-        pack_panel(weights, b_.unit_vectors, panel, start);
+        b_.product->pack(weights, b_.unit_vectors, {panel, panel + 1}, to);
       }
-      right_[n] = to + of.from * of.k_bytes / b_.width * product_->width;
+      right_[n] = to;
       to += of.panel_bytes;
     }
   }

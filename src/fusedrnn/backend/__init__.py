@@ -84,8 +84,6 @@ class Backend(Protocol):
     argument as the backend reads it.
     """
 
-    on_cpu: bool
-
     def array(
         self, name: str, value: Any, dtype: Any | None = None, whole: bool = False
     ) -> Any:

@@ -34,8 +34,6 @@ def _rows(a: Array) -> Array:
 class Host:
     """The CPU."""
 
-    on_cpu = True
-
     def __str__(self) -> str:
         return "cpu"
 

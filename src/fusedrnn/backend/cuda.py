@@ -95,8 +95,6 @@ class Weights:
 class Device:
     """The GPU that x is on, its current stream, and x's framework."""
 
-    on_cpu = False
-
     def __init__(self, x: Any, framework: cuda.Framework, precision: str) -> None:
         self._cuda = cuda._module()
         self._x = x

@@ -55,8 +55,11 @@ class OtherBuild:
     def _ask(self, question: Any) -> Any:
         assert self._process.stdin
         assert self._process.stdout
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise RuntimeError("the other build's process has ended") from None
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"the other build ended with status {self._process.wait()}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -33,12 +34,25 @@ from ..files import UserError, check_output, replacing
 from . import race
 from .cases import DTYPES, GPU_SUITES, MODES, NAMED, SUITES, Case, Suite, cases_of
 from .contenders import CONTENDERS, PEERS, missing
-from .forms import FORMS, Sizes
+from .forms import FORMS, OPTIONS, Sizes
 from .race import Result
 from .tables import Table, comparison, tables
 
 FORMAT = 1  # of the JSON
 LARGEST = 1 << 30  # elements of an array
+# Options of the command that choose cases.
+_OF_CASES = (
+    "shapes",
+    "forms",
+    "compare",
+    "before",
+    "against",
+    "dtypes",
+    "modes",
+    "threads",
+    "budget",
+)
+_HAVE_OPTIONS = ("plain", "compiled")  # contenders for the forms with an option
 
 Measure = Callable[[Case, Sequence[str]], Result]
 
@@ -116,13 +130,18 @@ def run(request: Request) -> int:
             "tables": [],
             "left out": {},
         }
-        done = _measure(cases, names, measured, console, measure, request.budget)
+        names_of = partial(_contenders_of, names=names, before=request.before)
+        done = _measure(cases, names_of, measured, console, measure, request.budget)
     for name in properties if done else ():
         try:
             table = run_property(name, request.seconds)
         except KeyboardInterrupt:
             done = False
             break
+        except (ModuleNotFoundError, RuntimeError) as failure:
+            measured["left out"][name] = str(failure)
+            console.print(f"Left out {name}: {failure}", highlight=False)
+            continue
         _print(table, console)
         measured["tables"].append(asdict(table))
     measured["interrupted"] = not done
@@ -172,18 +191,28 @@ def _properties(request: Request) -> list[str]:
     """Return the names of the properties to measure."""
     if request.suite != "properties":
         return []
-    for option in ("shapes", "forms", "compare"):
-        if getattr(request, option):
-            raise UserError(f"--{option}: the suite properties has no cases")
+    for option in _OF_CASES:
+        if getattr(request, option) not in (None, ""):
+            raise UserError(
+                f"--{option} is for cases, which the suite properties does not have"
+            )
     if request.device == "cuda":
-        raise UserError("--suite properties: is measured on the cpu alone")
+        raise UserError("--suite properties can only be measured on the CPU")
     from . import properties
 
-    found = [name for name in properties.PROPERTIES if re.search(request.only, name)]
+    wanted = _pattern(request.only)
+    found = [name for name in properties.PROPERTIES if wanted.search(name)]
     if not found:
         known = ", ".join(properties.PROPERTIES)
         raise UserError(f"--only must match one of {known}, got {request.only}")
     return found
+
+
+def _pattern(only: str) -> re.Pattern[str]:
+    try:
+        return re.compile(only)
+    except re.error as error:
+        raise UserError(f"--only must be a regular expression, got {only}: {error}") from None
 
 
 def run_property(name: str, seconds: float | None) -> Table:
@@ -199,16 +228,16 @@ def _cases(request: Request) -> list[Case]:
             raise UserError(f"--device cuda: there is no GPU to use: {fr.cuda.status()}")
         if missing("torch"):
             raise UserError(
-                '--device cuda: needs torch; install with: pip install "fusedrnn[peers]"'
+                '--device cuda needs torch; install it with: pip install "fusedrnn[peers]"'
             )
         if "streaming" in (request.modes or ()):
-            raise UserError("--modes streaming: is measured on the cpu alone")
+            raise UserError("--modes streaming can only be measured on the CPU")
     known = DTYPES[request.device]
     dtypes = request.dtypes or (known[0],)
     for dtype in dtypes:
         if dtype not in known:
             raise UserError(
-                f"--dtypes must be of {', '.join(known)} on {request.device}, got {dtype}"
+                f"--dtypes must be among {', '.join(known)} on {request.device}, got {dtype}"
             )
     threads = request.threads
     if threads is None:
@@ -221,7 +250,8 @@ def _cases(request: Request) -> list[Case]:
     shapes = {text: _sizes(text) for text in request.shapes or ()}
     for form in request.forms or ():
         if form not in FORMS:
-            raise UserError(f"--forms must be of {', '.join(filter(None, FORMS))}, got {form}")
+            known_forms = ", ".join(filter(None, FORMS))
+            raise UserError(f"--forms must be among {known_forms}, got {form}")
     cases = cases_of(
         _suite(request),
         request.cells,
@@ -232,20 +262,32 @@ def _cases(request: Request) -> list[Case]:
         request.device,
         request.forms,
     )
-    found = [case for case in cases if re.search(request.only, str(case))]
+    wanted = _pattern(request.only)
+    found = [case for case in cases if wanted.search(str(case))]
     if not found:
         raise UserError(
-            f"--only {request.only}: none of {len(cases)} cases has such a name, as {cases[0]}"
+            f"--only {request.only} matches the name of none of {len(cases)} cases, such as "
+            f"{cases[0]}"
             if cases
             else "--cells, --modes and --forms leave no case"
         )
+    if missing("torch"):
+        possible = [case for case in found if case.interface != "torch"]
+        if not possible:
+            raise UserError(
+                'these cases need torch; install it with: pip install "fusedrnn[peers]"'
+            )
+        return possible
     return found
 
 
 def _suite(request: Request) -> Suite:
     suites = GPU_SUITES if request.device == "cuda" else SUITES
     if request.suite not in suites:
-        raise UserError(f"--suite must be of {', '.join(suites)} on {request.device}")
+        raise UserError(
+            f"--suite must be one of {', '.join(suites)} on {request.device}, "
+            f"got {request.suite}"
+        )
     return suites[request.suite]
 
 
@@ -254,7 +296,8 @@ def _sizes(text: str) -> Sizes:
         return NAMED[text]
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){3}", text):
         raise UserError(
-            f"--shapes must be T,B,I,H (as 96,64,7,64) or of {', '.join(NAMED)}, got {text}"
+            f"--shapes must be T,B,I,H (such as 96,64,7,64) or a name among "
+            f"{', '.join(NAMED)}, got {text}"
         )
     T, B, I, H = map(int, text.split(","))
     if max(T * B * max(I, 4 * H), 4 * H * max(I, H)) > LARGEST:
@@ -268,7 +311,9 @@ def _contenders(request: Request) -> list[str]:
         return []
     suite = _suite(request).against
     if request.before and request.device == "cuda":
-        raise UserError("--before: two builds are compared on the cpu alone")
+        raise UserError("--before can only be used on the CPU")
+    if request.before:
+        _check_build(request.before)
     if request.before and request.against is None:
         return ["plain"] if suite == ("plain",) else []
     if request.device == "cpu":
@@ -281,32 +326,63 @@ def _contenders(request: Request) -> list[str]:
     for name in request.against:
         if name not in offered:
             raise UserError(
-                f"--against must be of {', '.join(offered)} on {request.device}, got {name}"
+                f"--against must be among {', '.join(offered)} on {request.device}, got {name}"
             )
         if missing(name):
             raise UserError(
-                f"--against {name}: needs {' and '.join(missing(name))}; install with: "
+                f"--against {name} needs {' and '.join(missing(name))}; install it with: "
                 'pip install "fusedrnn[peers]"'
             )
+    impossible = [name for name in request.against if name not in _HAVE_OPTIONS]
+    if impossible and request.forms and set(request.forms) <= set(OPTIONS):
+        raise UserError(
+            f"--against must be among {', '.join(_HAVE_OPTIONS)} for the forms "
+            f"{', '.join(request.forms)}, got {impossible[0]}"
+        )
     return list(dict.fromkeys(request.against))
+
+
+def _check_build(command: str) -> None:
+    """Raise UserError if a command is not a Python that imports fusedrnn."""
+    try:
+        test = [*shlex.split(command), "-c", "import fusedrnn"]
+        done = subprocess.run(test, capture_output=True, text=True, check=False)
+        why = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
+    except (OSError, ValueError) as error:
+        done, why = None, str(error)
+    if done is None or done.returncode:
+        raise UserError(
+            f"--before must be a Python that imports fusedrnn, got {command}: {why}"
+        )
+
+
+def _contenders_of(case: Case, names: Sequence[str], before: str) -> list[str]:
+    """Return the contenders that can run a case; an option is compared with none."""
+    if case.form not in OPTIONS:
+        return list(names)
+    return [n for n in names if n in _HAVE_OPTIONS] or ([] if before else ["plain"])
 
 
 def _earlier(path: Path) -> dict[str, Any]:
     try:
         measured = json.loads(path.read_text("utf-8"))
         if measured["format"] != FORMAT:
-            raise UserError(f"--compare {path}: has format {measured['format']}, not {FORMAT}")
+            raise UserError(
+                f"--compare must be a file of format {FORMAT}, got {measured['format']}: {path}"
+            )
         comparison(measured["cases"], measured["cases"])
     except OSError as error:
-        raise UserError(f"--compare {path}: {error.strerror}") from None
+        raise UserError(f"--compare cannot be read, {error.strerror}: {path}") from None
     except (ValueError, KeyError, TypeError, UnicodeDecodeError):
-        raise UserError(f"--compare {path}: is not what --json of this command wrote") from None
+        raise UserError(
+            f"--compare must be a file that --json of this command wrote, got {path}"
+        ) from None
     return dict(measured)
 
 
 def _measure(
     cases: Sequence[Case],
-    names: Sequence[str],
+    names_of: Callable[[Case], Sequence[str]],
     measured: dict[str, Any],
     console: Console,
     measure: Measure,
@@ -336,7 +412,7 @@ def _measure(
                 if disable:
                     console.print(f"{n + 1}/{len(cases)} {case}", highlight=False)
                 try:
-                    measured["cases"].append(measure(case, names))
+                    measured["cases"].append(measure(case, names_of(case)))
                 except (MemoryError, TimeoutError, RuntimeError) as failure:
                     measured["left out"][str(case)] = str(failure)
                     console.print(f"Left out {case}: {failure}", highlight=False)

@@ -13,13 +13,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from .contenders import CONTENDERS
 from .race import Result
 from .tables import Group, Table, best, geometric_mean, grouped, tables
 
-COLOURS = dict(
-    zip(CONTENDERS, ("#0b62c4", "#e0641b", "#2f8f3a", "#8a4fbf", "#8c8c8c"), strict=False)
-)
+COLOURS = {
+    "ours": "#0b62c4",
+    "torch": "#e0641b",
+    "onnxruntime": "#2f8f3a",
+    "openvino": "#8a4fbf",
+    "reference": "#8c8c8c",
+    "compiled": "#c2185b",
+    "plain": "#00838f",
+    "before": "#6d4c41",
+}
 MARKERS = {"inference": "o", "training": "s", "streaming": "^"}
 CELL_COLOURS = {"LSTM": "#0b62c4", "GRU": "#e0641b", "RNN": "#2f8f3a"}
 ENOUGH = 3  # points that make a curve

@@ -94,6 +94,7 @@ class Recurrent(nn.Module):
         super().__init__()
         check_kind("input_size", input_size, int)
         check_kind("hidden_size", hidden_size, int)
+        check_kind("proj_size", proj_size, int)
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
             if size <= 0:
                 raise ValueError(f"{name} must be greater than zero, got {size}")
@@ -123,9 +124,8 @@ class Recurrent(nn.Module):
         if given.get("forget_bias") is not None:
             forget_bias = checks.number("forget_bias", given["forget_bias"])
             if not self.bias or given["coupled_gates"]:
-                raise ValueError(
-                    f"forget_bias must be None without a forget gate or a bias, got {forget_bias}"
-                )
+                reason = "without a forget gate or a bias"
+                raise ValueError(f"forget_bias must be None {reason}, got {forget_bias}")
 
     def _describe(self, **more: Any) -> str:
         """Return the string that describes layers of this cell and options to an operator."""

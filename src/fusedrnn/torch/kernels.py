@@ -61,7 +61,7 @@ def follow_threads() -> None:
 # On the CPU
 
 
-class NeedsLookError(Exception):
+class NeedsChecksError(Exception):
     """An argument of a direct call must be checked or converted first."""
 
 
@@ -290,27 +290,36 @@ class _OnGpu:
 # Both
 
 
-def compute_forward(call: Call, *tensors: Any) -> Outputs:
-    """Run the kernels, and return the results of `fusedrnn::forward`."""
-    outputs = try_forward(call, *tensors)
+def compute_forward(call: Call, *tensors: Any, checked: bool = True) -> Outputs:
+    """Run the kernels, and return the results of `fusedrnn::forward`.
+
+    `checked`: the sizes of the tensors were checked.
+    """
+    given = Inputs(*tensors)
+    outputs = None if given.is_on_gpu else try_forward(call, *tensors)
     if outputs is not None:
         return outputs
-    given = Inputs(*tensors)
+    if not checked:
+        check_tensors(call, given)
     return _OnGpu(call, given).forward() if given.is_on_gpu else _forward_on_cpu(call, given)
 
 
-def compute_backward(call: Call, wanted: Sequence[bool], *tensors: Any) -> list[Tensor]:
+def compute_backward(
+    call: Call, wanted: Sequence[bool], *tensors: Any, checked: bool = True
+) -> list[Tensor]:
     """Run the kernels backward, and return the results of `fusedrnn::backward`.
 
     `tensors` are the gradients of y, h_n, c_n and cells, or None, then y, cells and saved, then
     `Inputs`. `wanted` has a flag for each tensor of `Inputs.smooth`. The gradients of those
     with True are returned, in the same order.
     """
-    gradients = try_backward(call, wanted, *tensors)
+    given = Inputs(*tensors[READ:])
+    gradients = None if given.is_on_gpu else try_backward(call, wanted, *tensors)
     if gradients is not None:
         return gradients
+    if not checked:
+        check_tensors(call, given)
     *d, y, cells, saved = tensors[:READ]
-    given = Inputs(*tensors[READ:])
     if not call.saves:
         call = call.saving
         saved = compute_forward(call, *given)[-1]

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..cells import CELLS, gru_cell, lstm_cell, rnn_cell
 from . import ops
 from .base import GRUOptions, LSTMOptions, Recurrent, RNNOptions, check_kind, of_cell
-from .kernels import NeedsLookError
+from .kernels import NeedsChecksError
 from .packed import Layout
 
 if TYPE_CHECKING:
@@ -145,9 +145,12 @@ class _Layers(Recurrent):
         RuntimeError, ValueError, TypeError: the same type as torch.nn raises; each names the
             argument, what was expected and what came.
         """
-        asks = return_cells or trace or recompute or not (lengths is resets is bptt is None)
-        if not (asks or (self.training and (self._is_random or self.dropout))):
-            results = self._as_it_comes(input, hx)
+        is_plain = (
+            return_cells is trace is recompute is False
+            and lengths is resets is bptt is seed is None
+        )
+        if is_plain and not (self.training and (self._is_random or self.dropout)):
+            results = self._try_unchecked(input, hx)
             if results is not None:
                 return results
         kept: dict[str, Any] = {
@@ -188,15 +191,19 @@ class _Layers(Recurrent):
             resets = resets.unsqueeze(1) if unbatched else resets
             resets = resets.transpose(0, 1) if self.batch_first and not unbatched else resets
         made = self._run(x, state, lengths, resets, weights, kept, seed)
+        return self._results(self._layout(unbatched), made, kept, unbatched)
 
-        def give(a: Tensor) -> Tensor:
+    def _layout(self, unbatched: bool) -> Callable[[Tensor], Tensor]:
+        """Return a function that converts sequences (T, B, …) to the user's layout."""
+
+        def convert(a: Tensor) -> Tensor:
             if unbatched:
                 return a.squeeze(1)
             return a.transpose(0, 1) if self.batch_first else a
 
-        return self._results(give, made, kept, unbatched)
+        return convert
 
-    def _as_it_comes(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
+    def _try_unchecked(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
         """Run a call without options on unchecked tensors; return None if it needs checks."""
         if torch.compiler.is_compiling():
             return None
@@ -212,17 +219,11 @@ class _Layers(Recurrent):
         weights: list[Any] = list(map(self._parameters.get, self._names))
         try:
             y, *ends = ops.record(self._saving, x, h0, c0, weights)
-        except NeedsLookError:
+        except NeedsChecksError:
             return None
         made = _Made(y, ends[: 1 + self._is_pair], y, {})
         kept = {"return_cells": False, "trace": False}
-
-        def give(a: Tensor) -> Tensor:
-            if unbatched:
-                return a.squeeze(1)
-            return a.transpose(0, 1) if self.batch_first else a
-
-        return self._results(give, made, kept, unbatched)
+        return self._results(self._layout(unbatched), made, kept, unbatched)
 
     def _results(
         self, give: Callable[[Tensor], Any], made: _Made, kept: dict[str, Any], unbatched: bool
@@ -256,8 +257,8 @@ class _Layers(Recurrent):
             self._check_like_weights(name, a, like, RuntimeError)
             if a.dim() != 3 - unbatched:
                 raise RuntimeError(
-                    f"{name} must have {3 - unbatched} dimensions for an input of "
-                    f"{3 - unbatched}, got shape {tuple(a.shape)}"
+                    f"{name} must have {3 - unbatched} dimensions like input, "
+                    f"got shape {tuple(a.shape)}"
                 )
             expected = (count, width) if unbatched else (count, B, width)
             if a.shape != expected:
@@ -343,9 +344,16 @@ class _Layers(Recurrent):
         seed: int | None,
     ) -> tuple[Any, ...]:
         """Run over a PackedSequence."""
-        for name, a in (("lengths", lengths), ("resets", resets)):
-            if a is not None:
-                raise TypeError(f"{name} must be None with a PackedSequence, which has its own")
+        if lengths is not None:
+            raise TypeError(
+                "lengths must be None with a PackedSequence, which has its own lengths, "
+                f"got {type(lengths).__name__}"
+            )
+        if resets is not None:
+            raise TypeError(
+                f"resets must be None with a PackedSequence, got {type(resets).__name__}; pass "
+                "a padded tensor and lengths instead"
+            )
         data, _, order, back = packed
         self._check_like_weights("input.data", data, weights[0], ValueError)
         if data.dim() != 2:
@@ -533,4 +541,7 @@ class RNN(_Layers):
 
 def _check_no_projection(options: Mapping[str, Any]) -> None:
     if "proj_size" in options:
-        raise ValueError("proj_size is an LSTM's")
+        raise ValueError(
+            f"proj_size must be left out, because only an LSTM has a projection, got "
+            f"{options['proj_size']}"
+        )

@@ -17,12 +17,10 @@ from torch._library.autograd import make_autograd_impl
 from .call import READ, SMOOTH_OUTPUTS, Call, Inputs, Maybe, Outputs, parse
 from .definition import define, state_dtype
 from .kernels import (
-    NeedsLookError,
-    check_tensors,
+    NeedsChecksError,
     compute_backward,
     compute_forward,
     saved_shape,
-    try_backward,
     try_forward,
 )
 
@@ -65,21 +63,11 @@ _ARGUMENTS = ", ".join(
 
 
 def _forward(layers: str, asked: str, *tensors: Any) -> Outputs:
-    call = parse(layers, asked)
-    outputs = try_forward(call, *tensors)
-    if outputs is None:
-        check_tensors(call, Inputs(*tensors))
-        outputs = compute_forward(call, *tensors)
-    return outputs
+    return compute_forward(parse(layers, asked), *tensors, checked=False)
 
 
 def _backward(layers: str, asked: str, wanted: Sequence[bool], *tensors: Any) -> list[Tensor]:
-    call = parse(layers, asked)
-    gradients = try_backward(call, wanted, *tensors)
-    if gradients is None:
-        check_tensors(call, Inputs(*tensors[READ:]))
-        gradients = compute_backward(call, wanted, *tensors)
-    return gradients
+    return compute_backward(parse(layers, asked), wanted, *tensors, checked=False)
 
 
 forward = library.custom_op(
@@ -162,11 +150,10 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, prepares: bool, *flat: Any) -> Outputs:
-        made = try_forward(call, *_inputs(flat))
-        if made is None and not prepares:
-            raise NeedsLookError
+        inputs = _inputs(flat)
+        made = compute_forward(call, *inputs) if prepares else try_forward(call, *inputs)
         if made is None:
-            made = compute_forward(call, *_inputs(flat))
+            raise NeedsChecksError
         y, _, _, cells, trace, saved = made
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -197,7 +184,7 @@ class _EagerStep(torch.autograd.Function):
         x, h, c, *weights = read
         made = layers.forward(x, h, c, weights, None, None, call.options, True, True)
         if made is None:
-            raise NeedsLookError
+            raise NeedsChecksError
         *state, saved = made
         y = state[0]
         ctx.call, ctx.layers = call, layers
@@ -528,7 +515,7 @@ def record(
 ) -> Sequence[Tensor]:
     """`run_forward` for a call without masks that only autograd records.
 
-    Raises `NeedsLookError` if the kernels cannot read an argument directly.
+    Raises `NeedsChecksError` if the kernels cannot read an argument directly.
     """
     flat = (x, h0, c0, None, None, None, *weights)
     made: Sequence[Tensor] = _in_autograd(call, False, *flat)
@@ -540,7 +527,7 @@ def record_step(
 ) -> Any:
     """Take one step that only autograd records, and return the next state.
 
-    x is (B, I), and states are (B, ·). Raises `NeedsLookError` if the kernels cannot read an
+    x is (B, I), and states are (B, ·). Raises `NeedsChecksError` if the kernels cannot read an
     argument directly.
     """
     return _step_in_autograd(call, layers, x, h, c, *weights)

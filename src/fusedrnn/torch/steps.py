@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..cells import gru_cell, lstm_cell, rnn_cell
 from . import ops
 from .base import GRUOptions, LSTMOptions, Recurrent, RNNOptions, of_cell
-from .kernels import NeedsLookError
+from .kernels import NeedsChecksError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,8 +58,9 @@ class _Step(Recurrent):
         ------
         RuntimeError, ValueError, TypeError: the same type as torch.nn raises.
         """
-        if not (torch.compiler.is_compiling() or (self.training and self._is_random)):
-            state = self._as_it_comes(input, hx)
+        is_random = self.training and self._is_random
+        if seed is None and not (torch.compiler.is_compiling() or is_random):
+            state = self._try_unchecked(input, hx)
             if state is not None:
                 return state
         if isinstance(input, fx.Proxy):
@@ -89,7 +90,7 @@ class _Step(Recurrent):
         ends = [a[0, 0] if unbatched else a[0] for a in made[1 : 2 + self._is_pair]]
         return tuple(ends) if self._is_pair else ends[0]
 
-    def _as_it_comes(self, input: Any, hx: Any) -> Any:
+    def _try_unchecked(self, input: Any, hx: Any) -> Any:
         """Run a step without options on unchecked tensors; return None if it needs checks."""
         state = self._infer(input, hx, 2)
         if state is not False:
@@ -98,7 +99,7 @@ class _Step(Recurrent):
         weights: list[Any] = list(map(self._parameters.get, self._names))
         try:
             return ops.record_step(self._saving, self._plain[1], input, h, c, weights)
-        except NeedsLookError:
+        except NeedsChecksError:
             return None
 
 

@@ -93,7 +93,7 @@ def swap(model: nn.Module) -> Swapped:
             kind = None if child is None else _kind(child)
             if child is None or kind is None:
                 if isinstance(child, tuple(_OURS)):
-                    done.kept[path] = f"{type(child).__name__} is a class of its own"
+                    done.kept[path] = f"{type(child).__name__} is a subclass"
                 continue
             if child not in made:
                 made[child] = _replacement(child, kind)
