@@ -5,7 +5,7 @@ The kernels read arrays through a `_cuda.View`. Results are arrays of x's framew
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,79 +17,21 @@ from ..cells import Cell
 from ..options import asked_of_layer
 from ..reference import Options, Parameters
 from . import Spec
+from .cuda_arguments import (
+    Problem,
+    Weights,
+    h_and_c,
+    part_of,
+    time_major,
+    time_major_mask,
+    values_of,
+    with_axes,
+    with_forget_gate,
+)
 
 if TYPE_CHECKING:
     from .._cuda import Kernel, View
     from .._cuda import Options as KernelOptions
-
-
-# The parameters with blocks for gates, and the number of their blocks in a coupled LSTM.
-_BLOCKS = dict.fromkeys(
-    ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "gamma_ih", "gamma_hh"), 3
-) | {"weight_ch": 2}
-
-
-def _with_forget_gate(parameters: Parameters, insert: Callable[[Any, int], Any]) -> Parameters:
-    """Return a coupled LSTM's parameters with blocks for f, or their gradients without.
-
-    `insert` takes an array and the number of its blocks, and adds a block of zeros after the
-    first one or removes it. The kernels do not read the blocks of f.
-    """
-    changed = {
-        name: insert(p, _BLOCKS[name])
-        for name, p in parameters._asdict().items()
-        if name in _BLOCKS and p is not None
-    }
-    return parameters._replace(**changed)
-
-
-def _h_and_c(state: Sequence[Any]) -> tuple[Any, Any]:
-    """Return the two parts of a state or its gradient, None for c if the cell has no c."""
-    h, *c = state
-    return h, c[0] if c else None
-
-
-def values_of(o: Options) -> tuple[Any, ...]:
-    """Return options in the order in which the kernels take them."""
-    masks = (*o.zoneout, o.recurrent_dropout, o.training, o.seed, o.where)
-    return o.clip, o.cell_clip, *masks, o.bptt
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The arguments of one layer in one direction, and the arrays for its results.
-
-    Attributes
-    ----------
-    x: (T, B, I). state: h0 (B, R), and c0 (B, H) of an LSTM. y: (T, B, R).
-    lengths: (B,) int32 or int64. resets: (T, B). final: the state after the last step.
-    by_rows: whether a kernel takes each step row by row, because the persistent recurrences do
-        not support all options.
-    cells: every c, (T, B, H), or None. trace: every gate, (T, B, gates, H), or None.
-    """
-
-    cell: Cell
-    x: Any
-    state: tuple[Any, ...]
-    lengths: View | None
-    resets: View | None
-    reverse: bool
-    y: Any
-    final: tuple[Any, ...]
-    options: Options
-    by_rows: bool
-    cells: Any = None
-    trace: Any = None
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A layer's parameters in one direction, packed for the forward or the backward."""
-
-    cell: Cell
-    parameters: Parameters
-    packed: View | None  # None where steps go row by row
-    stream: int  # the stream that packs them
 
 
 class Device:
@@ -262,7 +204,7 @@ class Device:
     ) -> Weights:
         """Pack parameters for a forward or for a backward."""
         if cell.is_coupled:
-            parameters = _with_forget_gate(parameters, self._insert)
+            parameters = with_forget_gate(parameters, self._insert)
         if by_rows:
             return Weights(cell, parameters, None, self.stream)
         kernel = self._kernel(cell)
@@ -352,7 +294,7 @@ class Device:
         self, weights: Weights, problem: Problem, adds_dx: bool = False
     ) -> tuple[Kernel, dict[str, Any], KernelOptions]:
         """Return a call's kernel, the arrays that both directions read, and the options."""
-        h0, c0 = _h_and_c(problem.state)
+        h0, c0 = h_and_c(problem.state)
         lengths, resets = problem.lengths, problem.resets
         arrays = {"x": problem.x, "h0": h0, "c0": c0} | weights.parameters._asdict()
         arrays = {k: self._input(k, a, problem) for k, a in arrays.items()}
@@ -366,7 +308,7 @@ class Device:
         """Queue a forward, which writes y and the final state; return the saved values."""
         self._await(weights)
         kernel, arrays, options = self._call(weights, problem)
-        h_n, c_n = _h_and_c(problem.final)
+        h_n, c_n = h_and_c(problem.final)
         y, trace = self._output("y", problem.y, problem), problem.trace
         gates, kernel_gates = problem.cell.gates, problem.cell.kernel_gates
         if trace is not None and kernel_gates != gates:
@@ -448,8 +390,8 @@ class PassTape:
         d = Parameters(**dict.fromkeys(Parameters._fields))._replace(
             **{n: on.empty(p.shape, x.dtype) for n, p in present.items()}
         )
-        dh_n, dc_n = _h_and_c(d_final)
-        dh0, dc0 = _h_and_c(d_state)
+        dh_n, dc_n = h_and_c(d_final)
+        dh0, dc0 = h_and_c(d_state)
         on._await(self.weights)
         kernel, arrays, options = on._call(self.weights, problem, adds)
         arrays |= {k: on._input(k, a, problem) for k, a in (("y", y), ("dy", dy))}
@@ -467,27 +409,11 @@ class PassTape:
             on._finish(outputs[name], to)
         on._keep(*arrays.values())
         if coupled:
-            d = _with_forget_gate(d, on._remove)
+            d = with_forget_gate(d, on._remove)
         if problem.options.drops_weights and d.weight_hh is not None:
             view = on.see(d.weight_hh)
             on.drop_weights(view, problem.options, view)
         return d
-
-
-def _time_major(a: Any, spec: Spec) -> Any:
-    """Return a sequence as (T, B, …)."""
-    if a is None:
-        return None
-    if a.ndim == 2:
-        return a[:, None]
-    return a.swapaxes(0, 1) if spec.batch_first else a
-
-
-def _part(a: Any, direction: int, width: int, directions: int) -> Any:
-    """Return one direction's part of a sequence that both share; None stays None."""
-    if a is None or directions == 1:
-        return a
-    return a[..., direction * width : (direction + 1) * width]
 
 
 @dataclass(frozen=True)
@@ -528,16 +454,16 @@ class Layers:
         """Queue a call; see `backend.Layers`."""
         on, spec = self.on, self.spec
         unbatched = x.ndim == 2
-        sequence = _time_major(x, spec)
+        sequence = time_major(x, spec)
         if resets is not None:
-            resets = resets[:, None] if unbatched else _time_major_mask(resets, spec)
+            resets = resets[:, None] if unbatched else time_major_mask(resets, spec)
         (T, B, _), D = sequence.shape, spec.directions
         letters, state_dtype = spec.cell.states, on.state_dtype(x.dtype)
         pair = state if isinstance(state, tuple) else (state,) * len(letters)
         widths = (spec.R, spec.H)[: len(letters)]
         final = [on.empty((spec.layers * D, B, width), state_dtype) for width in widths]
         ends = [on.see(s) for s in final]
-        starts = [_with_axes(s, spec, unbatched) for s in pair]
+        starts = [with_axes(s, spec, unbatched) for s in pair]
         keeps_cells = options.recompute and "c" in letters
         cells, traces, tapes = None, [], []
         for at in range(spec.layers * D):
@@ -560,11 +486,11 @@ class Layers:
                 lengths,
                 resets,
                 spec.reverse or direction == 1,
-                _part(sequence, direction, spec.R, D),
+                part_of(sequence, direction, spec.R, D),
                 tuple(s[at] for s in ends),
                 pass_options,
                 bool(asked_of_layer(spec.cell, parameters, False)),
-                None if cells is None else _part(on.see(cells), direction, spec.H, D),
+                None if cells is None else part_of(on.see(cells), direction, spec.H, D),
                 on.see(traces[-1]) if traces else None,
             )
             weights = self._weights(at, parameters, pass_options, False)
@@ -608,19 +534,6 @@ class Layers:
         return tuple(states) if len(states) > 1 else states[0]
 
 
-def _time_major_mask(resets: View, spec: Spec) -> View:
-    return resets.swapaxes(0, 1) if spec.batch_first else resets
-
-
-def _with_axes(state: View | None, spec: Spec, unbatched: bool) -> View | None:
-    """Return a state as (layers·directions, B, n)."""
-    if state is None:
-        return None
-    if not spec.layered:
-        state = state[None]
-    return state[:, None] if unbatched else state
-
-
 @dataclass(frozen=True)
 class Tape:
     """The record of a training call on a GPU, for its backward."""
@@ -639,11 +552,11 @@ class Tape:
         T, B, _ = first.x.shape
         letters, state_dtype = spec.cell.states, on.state_dtype(first.x.dtype)
         pair = d_state if isinstance(d_state, tuple) else (d_state,) * len(letters)
-        ends = [_with_axes(d, spec, self.unbatched) for d in pair]
+        ends = [with_axes(d, spec, self.unbatched) for d in pair]
         widths = (spec.R, spec.H)[: len(letters)]
         d_start = [on.empty((spec.layers * D, B, width), state_dtype) for width in widths]
         d_starts = [on.see(d) for d in d_start]
-        dy, d_cells = _time_major(dy, spec), _time_major(d_cells, spec)
+        dy, d_cells = time_major(dy, spec), time_major(d_cells, spec)
         gradients: list[list[Any]] = []
         for at in reversed(range(spec.layers * D)):
             layer, direction = divmod(at, D)
@@ -651,9 +564,9 @@ class Tape:
             if direction == D - 1:
                 dx = on.empty((T, B, tape.problem.x.shape[-1]), tape.problem.x.dtype)
             d_parameters = tape.backward(
-                _part(dy, direction, spec.R, D),
+                part_of(dy, direction, spec.R, D),
                 tuple(None if d is None else d[at] for d in ends),
-                _part(d_cells, direction, spec.H, D) if layer == spec.layers - 1 else None,
+                part_of(d_cells, direction, spec.H, D) if layer == spec.layers - 1 else None,
                 on.see(dx),
                 tuple(d[at] for d in d_starts),
                 adds=direction < D - 1,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import _cpu, checks, cuda
-from ..backend.cuda import PassTape, Problem, Weights, values_of
+from ..backend.cuda import PassTape
+from ..backend.cuda_arguments import Problem, Weights, values_of
 from ..engine import backend_of
 from ..options import asked_of_layer
 from ..reference import Options, Parameters
