@@ -59,9 +59,9 @@ class Gpu(Place):
 
     def factor(self, cell: Cell, options: Iterable[str]) -> float:
         factor = 3.0 if len(set(options) & set(OPTIONS)) > 1 else 1.0
-        # The slope of relu jumps: where an h is rounded to 0 it is another. So does that of a
-        # clip. Below 1e-5 no rounding of these inputs crosses a jump.
-        jumps = cell.reference.jumps or "clip" in options
+        # The slope of relu jumps: where an h is rounded to 0 it is another. So do those of the
+        # clips. Below 1e-5 no rounding of these inputs crosses a jump.
+        jumps = cell.reference.jumps or {"clip", "cell_clip"} & set(options)
         if jumps and factor * TOLERANCE[self.row].results > 1e-5:
             factor *= 30
         if cell.name == "lstm_coupled":  # da_i is of g - c', which may nearly cancel
