@@ -33,7 +33,7 @@ struct Vec {
   FUSEDRNN_DEVICE friend Vec if_less(Vec a, Vec b, Vec x, Vec y) {
     return a.value < b.value ? x : y;
   }
-  // Where exp(-x) overflows to inf, its reciprocal is the right σ(x), 0.
+  // exp(-x) may overflow to inf, whose reciprocal, 0, is the right σ(x).
   FUSEDRNN_DEVICE friend Vec sigmoid(Vec x) {
     return {cuda::reciprocal(1 + cuda::exp_of(-x.value))};
   }

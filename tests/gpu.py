@@ -1,4 +1,4 @@
-"""What tests of the CUDA backend share: precisions, plans, the GPU as a place of a check."""
+"""Precisions, plans and the GPU as a place of a check, for the tests of the CUDA backend."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def largest_error(actual: np.ndarray, expected: np.ndarray) -> float:
 def norm_error(actual: np.ndarray, expected: np.ndarray) -> float:
     """The norm of the error, relative to the norm of what is expected.
 
-    What nearly cancels, as a single dx may, is measured against the terms that cancel.
+    A value that nearly cancels, as a single dx may, is measured against its terms.
     """
     scale = max(np.linalg.norm(expected), 0.02 * expected.size**0.5, 1e-30)
     return float(np.linalg.norm(actual - expected) / scale)
@@ -265,7 +265,7 @@ def double(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class Place:
-    """Where an op runs and on which arrays: NumPy's, of a dtype, on the CPU.
+    """The place of a check: an op on NumPy's arrays of a dtype, on the CPU.
 
     `row` is that of `TOLERANCE`; results have `dtype`, states `state_dtype`.
     """

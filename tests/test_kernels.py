@@ -211,7 +211,7 @@ def test_masks_of_an_unbatched_sequence(cell: Cell) -> None:
 
 
 def test_a_cut_gradient_is_not_multiplied_by_zero(cell: Cell, isa: str) -> None:
-    """Where a reset cuts a gradient, even an infinite one does not pass."""
+    """A gradient that a reset cuts does not pass, even if it is infinite."""
     values = arguments(cell, Sizes(4, 9, 3, 18))
     resets = np.zeros((4, 9), bool)
     resets[2] = True

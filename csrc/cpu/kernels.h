@@ -4,7 +4,7 @@
 // The time loop (forward.cpp, backward.cpp) is compiled once for all instruction sets,
 // cells and element types. It knows steps, threads, masks and time blocks, and calls
 // run() once for each product, step and thread. The table's functions know none of these.
-// What depends on the cell or on the number of lanes is a number here. Memory is counted
+// Numbers describe what depends on the cell or on the number of lanes. Memory is counted
 // in bytes unless a comment says otherwise.
 //
 // The header has data and FUSEDRNN_SHARED functions only: another inline function here

@@ -50,7 +50,7 @@ GPU_SHAPES: dict[str, Sizes] = {
     for H in (768, 512, 1024, 256, 128, 64, 2048)
     for B in (16, 1, 64, 256)
 }
-# Those of the suite "shapes" come first, because a run may be cut short.
+# Shapes of the suite "shapes" come first, because a run may be cut short.
 GPU_ORDER = tuple(
     sorted(
         GPU_SHAPES,

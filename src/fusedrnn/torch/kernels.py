@@ -66,67 +66,55 @@ class NeedsChecksError(Exception):
     """An argument of a direct call must be checked or converted first."""
 
 
-def try_forward(
-    call: Call,
-    x: Tensor,
-    h0: Maybe,
-    c0: Maybe,
-    parameters: Sequence[Tensor],
-    lengths: Maybe,
-    resets: Maybe,
-    seed: Maybe,
-) -> Outputs | None:
-    """Run the CPU's kernels on unchecked tensors, or return None if they cannot read one."""
+# The arguments of `_cpu.TensorLayers` from x to the options.
+_Arguments = tuple[Any, Maybe, Maybe, Sequence[Any], Maybe, Maybe, Options]
+
+
+def _unchecked(call: Call, given: Inputs) -> _Arguments | None:
+    """Return the kernels' arguments from x to the options, or None for those to be checked."""
+    x, h0, c0, parameters, lengths, resets, seed = given
     if not (x.is_cpu and lengths is None and resets is None):
         return None
     follow_threads()
-    states_and_weights = (h0, c0, parameters, None, None, with_seed(call, seed))
-    outputs: Outputs | None
-    outputs = call.on_cpu(x, parameters).forward(x, *states_and_weights, call.saves, False)
+    return x, h0, c0, parameters, None, None, with_seed(call, seed)
+
+
+def try_forward(call: Call, given: Inputs) -> Outputs | None:
+    """Run the CPU's kernels on unchecked tensors, or return None if they cannot read one."""
+    arguments = _unchecked(call, given)
+    if arguments is None:
+        return None
+    layers = call.on_cpu(given.x, given.parameters)
+    outputs: Outputs | None = layers.forward(*arguments, call.saves, False)
     return outputs
 
 
-def try_backward(
+def _try_backward(
     call: Call,
     wanted: Sequence[bool],
-    dy: Maybe,
-    dh_n: Maybe,
-    dc_n: Maybe,
-    d_cells: Maybe,
+    d: Sequence[Maybe],
     y: Tensor,
     cells: Tensor,
     saved: Tensor,
-    x: Tensor,
-    h0: Maybe,
-    c0: Maybe,
-    parameters: Sequence[Tensor],
-    lengths: Maybe,
-    resets: Maybe,
-    seed: Maybe,
+    given: Inputs,
 ) -> list[Tensor] | None:
     """Run the CPU's kernels backward on unchecked tensors, or return None as `try_forward`."""
-    if not (call.saves and x.is_cpu and lengths is None and resets is None):
+    arguments = _unchecked(call, given) if call.saves else None
+    if arguments is None:
         return None
-    follow_threads()
-    d = [
-        g if g is None or g.is_contiguous() else g.contiguous()  # gradients of sums are not
-        for g in (dy, dh_n, dc_n, d_cells)
+    seeds = [  # the gradient of a sum is not contiguous
+        g if g is None or g.is_contiguous() else g.contiguous() for g in d
     ]
     user_cells = cells if call.options.return_cells else None
-    states_and_weights = (h0, c0, parameters, None, None, with_seed(call, seed))
-    layers = call.on_cpu(x, parameters)
+    layers = call.on_cpu(given.x, given.parameters)
     gradients: list[Tensor] | None
-    gradients = layers.backward(wanted, d, y, user_cells, saved, x, *states_and_weights, False)
+    gradients = layers.backward(wanted, seeds, y, user_cells, saved, *arguments, False)
     return gradients
 
 
 def _readable(a: Maybe) -> Maybe:
     """Return a tensor that the kernels can read: contiguous, without a pending negation."""
     return None if a is None else a.resolve_neg().contiguous()
-
-
-# The arguments of `_cpu.TensorLayers` from x to the options.
-_Arguments = tuple[Any, Maybe, Maybe, Sequence[Any], Maybe, Maybe, Options]
 
 
 def _prepared(call: Call, given: Inputs) -> _Arguments:
@@ -297,7 +285,7 @@ def compute_forward(call: Call, *tensors: Any, checked: bool = True) -> Outputs:
     `checked`: the sizes of the tensors were checked.
     """
     given = Inputs(*tensors)
-    outputs = None if given.is_on_gpu else try_forward(call, *tensors)
+    outputs = None if given.is_on_gpu else try_forward(call, given)
     if outputs is not None:
         return outputs
     if not checked:
@@ -315,12 +303,14 @@ def compute_backward(
     with True are returned, in the same order.
     """
     given = Inputs(*tensors[READ:])
-    gradients = None if given.is_on_gpu else try_backward(call, wanted, *tensors)
+    *d, y, cells, saved = tensors[:READ]
+    gradients = None
+    if not given.is_on_gpu:
+        gradients = _try_backward(call, wanted, d, y, cells, saved, given)
     if gradients is not None:
         return gradients
     if not checked:
         check_tensors(call, given)
-    *d, y, cells, saved = tensors[:READ]
     if not call.saves:
         call = call.saving
         saved = compute_forward(call, *given)[-1]

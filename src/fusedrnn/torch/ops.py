@@ -151,7 +151,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, prepares: bool, *flat: Any) -> Outputs:
         inputs = _inputs(flat)
-        made = compute_forward(call, *inputs) if prepares else try_forward(call, *inputs)
+        made = compute_forward(call, *inputs) if prepares else try_forward(call, inputs)
         if made is None:
             raise NeedsChecksError
         y, _, _, cells, trace, saved = made
