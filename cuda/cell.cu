@@ -17,7 +17,7 @@ constexpr Runs<S> runs_of() {
 template <template <class> class CellOf, class P>
 constexpr Kernels kernels_in() {
   using L = Layer<CellOf, P>;
-  return {L::packed_bytes, L::pack, L::choose, runs_of<void, L>()};
+  return {L::packed_bytes, L::pack, L::choose, L::candidates, runs_of<void, L>()};
 }
 
 template <template <class> class CellOf>

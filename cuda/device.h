@@ -24,7 +24,11 @@
 //                            reads and writes after it, for all blocks that use fences
 //   add_to(p, x)             *p += x in memory, without waiting for the result
 //   wait_until(ready)        calls ready() until it is true in the whole warp, which it
-//                            synchronizes
+//                            synchronizes. With FUSEDRNN_POLL_LIMIT this and wait_for()
+//                            end the kernel with an error after so many polls
+//   exp2_of(x), reciprocal(x), of floats, as the chip approximates them: errors of 2 and
+//                            1 ULP; the reciprocal of more than 2^126 is 0
+//   less_of(a, b)            of floats; the other where one is NaN
 //   MmaTensorFloat32, MmaBFloat16, MmaFloat16
 //                            (d, a, b): d += a·b of one warp, 16 rows × 8 columns, 32
 //                            bytes of depth; fragments as in PTX's m16n8k8 and m16n8k16
@@ -81,6 +85,18 @@ FUSEDRNN_DEVICE char* shared() {
 FUSEDRNN_DEVICE void sync_warp() { __syncwarp(); }
 FUSEDRNN_DEVICE void sync_block() { __syncthreads(); }
 
+// Polls counts those of one wait.
+struct Polls {
+#if FUSEDRNN_POLL_LIMIT > 0
+  int left = FUSEDRNN_POLL_LIMIT;
+  FUSEDRNN_DEVICE void count() {
+    if (--left < 0) __trap();
+  }
+#else
+  FUSEDRNN_DEVICE void count() {}
+#endif
+};
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 FUSEDRNN_DEVICE std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
@@ -115,7 +131,9 @@ FUSEDRNN_DEVICE void expect(Arrivals* a, int bytes) {
 }
 FUSEDRNN_DEVICE void wait_for(Arrivals* a, bool odd) {
   std::uint32_t done;
+  Polls polls;
   do {
+    polls.count();
     asm volatile(
         "{\n"
         ".reg .pred complete;\n"
@@ -162,8 +180,8 @@ FUSEDRNN_DEVICE void add_to(float* p, float x) { atomicAdd(p, x); }
 FUSEDRNN_DEVICE void add_to(double* p, double x) { atomicAdd(p, x); }
 template <class F>
 FUSEDRNN_DEVICE void wait_until(const F& ready) {
-  while (!__all_sync(~0u, ready())) {
-  }
+  Polls polls;
+  while (!__all_sync(~0u, ready())) polls.count();
   __syncwarp();
 }
 
@@ -201,7 +219,12 @@ FUSEDRNN_DEVICE TensorFloat32 to_tensor_float32(float x) {
 
 FUSEDRNN_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 FUSEDRNN_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
-FUSEDRNN_DEVICE float exp_of(float x) { return __expf(x); }
+FUSEDRNN_DEVICE float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FUSEDRNN_DEVICE float less_of(float a, float b) { return fminf(a, b); }
 // Functions of doubles are long, so they are called: inlined they were a third of the
 // code.
 __device__ __noinline__ inline double exp_of(double x) { return exp(x); }
@@ -209,8 +232,7 @@ FUSEDRNN_DEVICE float tanh_of(float x) { return tanhf(x); }
 __device__ __noinline__ inline double tanh_of(double x) { return tanh(x); }
 FUSEDRNN_DEVICE float root_of(float x) { return sqrtf(x); }
 FUSEDRNN_DEVICE double root_of(double x) { return sqrt(x); }
-// This is not __frcp_rn, which calls a function for denormals. The error is 1 ULP, the
-// result 0 for inf.
+// This is not __frcp_rn, which calls a function for denormals.
 FUSEDRNN_DEVICE float reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -72,6 +72,7 @@ struct Kernels {
   index (*packed_bytes)(index H, bool backward);
   void (*pack)(const PackCall&);
   Plan (*choose)(const Sizes&, int device, bool backward);
+  std::vector<Candidate> (*candidates)(const Sizes&, int device, bool backward);
   Runs<void> runs;
 };
 

@@ -4,6 +4,7 @@
 
 #include <map>
 #include <mutex>
+#include <set>
 #include <utility>
 
 namespace fusedrnn::cuda {
@@ -75,6 +76,7 @@ struct Chain {
 struct Function {
   std::mutex allowing, chaining;
   std::map<int, cudaError_t> allowed;  // by device
+  std::set<int> launched;              // on devices
   std::map<std::pair<int, Stream>, Chain> chains;
 };
 Function& known(const void* function) {
@@ -103,11 +105,26 @@ cudaError_t allow(const void* function, int ordinal) {
   return own.allowed[ordinal] = status;
 }
 
+// Allows a kernel what a launch may need. The first launch loads the kernel, which some
+// drivers cannot do while a graph is captured.
+void prepare_launch(const void* function, Stream stream) {
+  const int ordinal = current_device();
+  check(allow(function, ordinal), "attributes of a kernel");
+  Function& own = known(function);
+  const std::lock_guard lock(own.allowing);
+  if (own.launched.contains(ordinal)) return;
+  if (is_capturing(stream)) {
+    throw Error(
+        "the first call of its kind loads kernels: make it before a graph is captured");
+  }
+  own.launched.insert(ordinal);
+}
+
 }  // namespace
 
 void launch(const void* function, const void* kernel, const Launch& shape,
             Stream stream) {
-  check(allow(function, current_device()), "attributes of a kernel");
+  prepare_launch(function, stream);
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configuration(shape, stream, attributes);
   void* argument = const_cast<void*>(kernel);
@@ -123,11 +140,10 @@ void launch_in_order(const void* function, index count, const KernelList& kernel
   const index alone = is_capturing(stream) ? count : count % Chain::length;
   for (index i = 0; i < alone; ++i) launch(function, at(i), shape, stream);
   if (alone == count) return;
+  prepare_launch(function, stream);
   Function& own = known(function);
   const std::lock_guard lock(own.chaining);
-  const int ordinal = current_device();
-  check(allow(function, ordinal), "attributes of a kernel");
-  Chain& chain = own.chains[{ordinal, stream}];
+  Chain& chain = own.chains[{current_device(), stream}];
   for (index first = alone; first < count; first += Chain::length) {
     if (!chain.ready) {
       if (chain.graph) cudaGraphDestroy(chain.graph);  // of an attempt that failed

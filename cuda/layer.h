@@ -126,11 +126,9 @@ class Layer {
           begin + scratch.time_block < call.T ? begin + scratch.time_block : call.T;
       const index earliest = earliest_time(call, begin, end);
       const index rows = (end - begin) * call.B, width = gates * call.H;
-      Matrix some = x;
-      some.data = static_cast<const S*>(x.data) + earliest * call.B * x.stride;
-      some.rows = rows;
       products.multiply_inputs(
-          some, {scratch.a_x, state_element<A>, rows, width, width, false});
+          rows_of<S>(x, earliest * call.B, rows),
+          {scratch.a_x, state_element<A>, rows, width, width, false});
       with_instance(plan, [&]<int tiles, bool resident>() {
         launch_iterations(call, plan, begin, end, [&](index from, index to) {
           Forwards<tiles, resident> p{};
@@ -177,32 +175,16 @@ class Layer {
     if (call.T == 0) return;
     const index H = call.H, rows = call.T * call.B;
 
-    const auto previous = [&](const A* mask) {
-      const Previous<Stored> kernel{call,
-                                    Stored::of(call.precision),
-                                    static_cast<const S*>(call.y),
-                                    call.B * call.y_b,
-                                    call.y_b,
-                                    static_cast<const A*>(call.h0),
-                                    scratch.h_prev,
-                                    scratch.mask_arrays.masks(call),
-                                    mask};
-      launch_each(kernel, rows * H, call.device, call.stream);
-    };
-    // The products read h' masked, the part of h' that bypasses them unmasked.
-    const bool differs = Cell::has_direct && scratch.mask_arrays.mask;
-    if (!differs || scratch.saved) previous(scratch.mask_arrays.mask);
+    const std::vector<Entering> entering = entering_of(call, scratch);
     const Element element = element_of(call.precision);
     const Matrix x =
         matrix_of_x<Stored>(call, element, scratch.x, scratch.mask_arrays.masks(call));
     const auto products = products_of(call, scratch);
-    const Matrix h_prev{scratch.h_prev, element, rows, H, H, false};
     Arena saving(call.saved ? call.saved : scratch.saved);
     const Saved saved(call, saving);
     if (scratch.saved) {
-      recompute(call, scratch, products, x, h_prev, saved);
+      recompute(call, scratch, products, x, entering.front().h, saved);
     }
-    if (differs) previous(nullptr);
     if (scratch.dweight_ch) {
       const index bytes = call.B * Cell::peephole_count * H * index{sizeof(A)};
       clear(scratch.dweight_ch, bytes, call.stream);
@@ -212,10 +194,8 @@ class Layer {
         Backwards<tiles, resident> p{};
         fill(p, call, plan, scratch, from, to);
         p.weights = static_cast<const Quad*>(call.packed);
-        p.h_prev = scratch.h_prev;
-        p.y = static_cast<const S*>(call.y);
-        p.y_t = call.B * call.y_b;
-        p.y_b = call.y_b;
+        p.h = {Stored::of(call.precision), static_cast<const A*>(call.h0),
+               static_cast<const S*>(call.y), call.B * call.y_b, call.y_b};
         p.saved = saved.slots;
         p.cells = cells_of(call, saved);
         p.dy = static_cast<const S*>(call.dy);
@@ -228,30 +208,32 @@ class Layer {
         p.dh = dh;
         p.dc = dc;
         p.da = scratch.da;
+        p.dbias = scratch.dbias;
         p.bptt = call.options.bptt < call.T ? static_cast<int>(call.options.bptt) : 0;
         p.units.dweight_ch = scratch.dweight_ch;
         return p;
       });
     });
-    if (differs) previous(scratch.mask_arrays.mask);
 
     const index da_stride = slots * H;
     products.write_gradients(
         call, {scratch.da + first_input * H, element, rows, gates * H, da_stride, false},
-        x, h_prev, [&](int slot, int count) {
+        x, entering, [&](int slot, int count) {
           return Matrix{scratch.da + slot * H, element, rows, count * H, da_stride, true};
         });
-    BiasGradients<Stored> bias{Stored::of(call.precision),
-                               scratch.da,
-                               rows,
-                               H,
-                               slots,
-                               {},
-                               {},
-                               static_cast<S*>(call.dbias_ih),
-                               static_cast<S*>(call.dbias_hh)};
-    blocks_of_slots<Cell>(bias.input_block, bias.recurrent_block);
-    if (bias.dbias_ih || bias.dbias_hh) launch_columns(bias, call.stream);
+    if (scratch.dbias) {
+      BiasGradients<Stored> bias{Stored::of(call.precision),
+                                 scratch.dbias,
+                                 Scratch::operand_rows(plan) / 2,
+                                 H,
+                                 slots,
+                                 {},
+                                 {},
+                                 static_cast<S*>(call.dbias_ih),
+                                 static_cast<S*>(call.dbias_hh)};
+      blocks_of_slots<Cell>(bias.input_block, bias.recurrent_block);
+      launch_columns(bias, call.stream);
+    }
     if constexpr (Cell::peephole_count > 0) {
       if (!scratch.dweight_ch || !call.dvectors.weight_ch) return;
       RowSums<A> sums{};
@@ -267,12 +249,19 @@ class Layer {
   }
 
   static Plan choose(const Sizes& p, int device, bool backward) {
-    return backward
-               ? choose_plan(p, device, work_of<BackwardEngine>(), instances<Backwards>())
-               : choose_plan(p, device, work_of<ForwardEngine>(), instances<Forwards>());
+    return choose_plan(p, device, work(backward), instances(backward));
+  }
+  static std::vector<Candidate> candidates(const Sizes& p, int device, bool backward) {
+    return cuda::candidates(p, device, work(backward), instances(backward));
   }
 
  private:
+  static Work work(bool backward) {
+    return backward ? work_of<BackwardEngine>() : work_of<ForwardEngine>();
+  }
+  static std::span<const Instance> instances(bool backward) {
+    return backward ? instances_of<Backwards>() : instances_of<Forwards>();
+  }
   static index packed_quads(index H, bool backward) {
     return backward ? BackwardEngine::packed_quads(H) : ForwardEngine::packed_quads(H);
   }
@@ -285,7 +274,7 @@ class Layer {
   }
 
   template <template <int, bool> class Recurrence>
-  static std::span<const Instance> instances() {
+  static std::span<const Instance> instances_of() {
     static const std::vector<Instance> all = [] {
       std::vector<Instance> list;
       for_each_instance([&]<int tiles, bool resident>() {
@@ -319,8 +308,8 @@ class Layer {
       c_b = call.H;
     }
   };
-  static Cells<A> cells_of(const Call& call, const Saved& saved) {
-    return {static_cast<const A*>(call.c0), saved.c, saved.c_t, saved.c_b};
+  static States<Exact<A>> cells_of(const Call& call, const Saved& saved) {
+    return {{}, static_cast<const A*>(call.c0), saved.c, saved.c_t, saved.c_b};
   }
   // Scratch is the scratch memory that both directions have.
   struct Scratch {
@@ -351,17 +340,24 @@ class Layer {
     }
   };
   struct BackwardScratch : Scratch {
-    S *da, *h_prev;
-    S* x;           // a copy, or null
-    A* dweight_ch;  // or null
-    char* saved;    // recomputed values, from bias and sums; or null
+    S* da;
+    S* h_entering;          // (T, B, H), or (B, H) of the first step; or null
+    S* x;                   // a copy, or null
+    A *dbias, *dweight_ch;  // or null
+    char* saved;            // recomputed values, from bias and sums; or null
     A *bias, *sums;
     BackwardScratch(const BackwardCall& call, const Plan& plan, Arena& arena)
         : Scratch(call, plan, gates, arena),
           da(arena.take<S>(call.T * call.B * slots * call.H)),
-          h_prev(arena.take<S>(call.T * call.B * call.H)),
+          h_entering(call.T == 0                 ? nullptr
+                     : copies_entering(call)     ? arena.take<S>(call.T * call.B * call.H)
+                     : call.h0 && !stores_states ? arena.take<S>(call.B * call.H)
+                                                 : nullptr),
           x(row_stride(call) && !call.lengths ? nullptr
                                               : arena.take<S>(call.T * call.B * call.I)),
+          dbias(call.dbias_ih || call.dbias_hh
+                    ? arena.take<A>(Scratch::operand_rows(plan) / 2 * slots * call.H)
+                    : nullptr),
           dweight_ch(call.vectors.weight_ch
                          ? arena.take<A>(call.B * Cell::peephole_count * call.H)
                          : nullptr),
@@ -375,6 +371,52 @@ class Layer {
                                     : arena.take<A>(call.T * call.B * slots * call.H);
     }
   };
+
+  static constexpr bool stores_states = sizeof(S) == sizeof(A);
+
+  // Returns whether products need a copy of h' that enters the steps: R reads it masked,
+  // or it is not y of the step before, or all rows must be one matrix.
+  static bool copies_entering(const BackwardCall& call) {
+    const bool recomputes = !call.saved && saved_bytes(call) > 0;
+    return call.lengths || call.resets || drops(call.options) || recomputes ||
+           call.T == 1;
+  }
+  // Returns h' that enters the steps as R reads it, after queueing the copy if there is
+  // one. The step from the initial state is the first part, because 16 bits round a sum
+  // once more after each.
+  static std::vector<Entering> entering_of(const BackwardCall& call,
+                                           const BackwardScratch& scratch) {
+    const index B = call.B, H = call.H, rows = call.T * B;
+    const Element element = element_of(call.precision);
+    if (copies_entering(call)) {
+      const Previous<Stored> kernel{call,
+                                    Stored::of(call.precision),
+                                    static_cast<const S*>(call.y),
+                                    B * call.y_b,
+                                    call.y_b,
+                                    static_cast<const A*>(call.h0),
+                                    scratch.h_entering,
+                                    scratch.mask_arrays.masks(call),
+                                    scratch.mask_arrays.mask};
+      launch_each(kernel, rows * H, call.device, call.stream);
+      return {{0, {scratch.h_entering, element, rows, H, H, false}}};
+    }
+    std::vector<Entering> parts;
+    if (call.h0) {
+      const void* first = call.h0;
+      if constexpr (!stores_states) {
+        first = scratch.h_entering;
+        convert(
+            {call.h0, 0, H, scratch.h_entering, 0, H, 1, B, H, state_element<A>, element},
+            call.device, call.stream);
+      }
+      parts.push_back({call.reverse ? rows - B : 0, {first, element, B, H, H, false}});
+    }
+    const Matrix y{call.y, element, rows, H, call.y_b, false};
+    parts.push_back(
+        {call.reverse ? 0 : B, rows_of<S>(y, call.reverse ? B : 0, rows - B)});
+    return parts;
+  }
 
   static UnitOptions<A> units_of(const Call& call, const Scratch& scratch) {
     auto units = UnitOptions<A>::of(call);
@@ -459,12 +501,15 @@ class Layer {
   static void launch_iterations(const Call& call, const Plan& plan, index begin,
                                 index end, const F& kernel) {
     const Launch shape = shape_of(plan);
+    Timer* timer = nullptr;
+    if (timers) timer = &timers->emplace_back(call.stream);
     if (plan.exchange == Exchange::step) {
       const auto one = [&](index i) { return kernel(begin + i, begin + i + 1); };
       launch_in_order(end - begin, one, shape, call.stream);
     } else {
       launch(kernel(begin, end), shape, call.stream);
     }
+    if (timer) timer->stop(call.stream);
   }
 
   template <class F>

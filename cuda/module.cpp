@@ -17,6 +17,7 @@
 #include "../csrc/random.h"
 #include "dlpack.h"
 #include "kernels.h"
+#include "plans.h"
 
 namespace py = pybind11;
 
@@ -334,6 +335,15 @@ class Kernel {
     summary["shared bytes"] = plan.shared_bytes;
     summary["launches"] = plan.exchange == Exchange::step ? T + (backward ? 1 : 0) : 1;
     return summary;
+  }
+  // Returns all plans that this thread's choices leave.
+  py::list plans(index T, index B, index I, index H, bool backward) const {
+    py::list all;
+    for (const Candidate& candidate :
+         kernels_.candidates({T, B, I, H, H, false}, device_, backward)) {
+      all.append(to_dict(candidate));
+    }
+    return all;
   }
 
  private:
@@ -769,17 +779,10 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
       .def("forward", &Kernel::forward)
       .def("saved_bytes", &Kernel::saved_bytes)
       .def("backward", &Kernel::backward)
-      .def("explain", &Kernel::explain);
+      .def("explain", &Kernel::explain)
+      .def("plans", &Kernel::plans);
 
-  m.def(
-      "wish",
-      [](int exchange, int tiles, int resident, int staged, int groups, int splits,
-         int blocks_x) {
-        plan_override = {exchange, tiles, resident, staged, groups, splits, blocks_x};
-      },
-      py::arg("exchange") = -1, py::arg("tiles") = 0, py::arg("resident") = -1,
-      py::arg("staged") = -1, py::arg("groups") = 0, py::arg("splits") = 0,
-      py::arg("blocks_x") = 0);
+  define_plans(m);
   m.def("cells", [] {
     py::list names;
     for (const CellEntry* cell : cells()) names.append(std::string(cell->name));
@@ -796,6 +799,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
     facts["multiprocessors"] = d.multiprocessors;
     facts["shared_bytes"] = d.shared_bytes;
     facts["largest_cluster"] = d.largest_cluster;
+    facts["clock"] = d.clock;
     return facts;
   });
   m.def("runtime_version", &runtime_version);
@@ -803,6 +807,10 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("is_capturing", [](int ordinal, std::uintptr_t stream) {
     const OnDevice current(ordinal);
     return is_capturing(reinterpret_cast<Stream>(stream));
+  });
+  m.def("synchronize", [](int ordinal, std::uintptr_t stream) {
+    const OnDevice current(ordinal);
+    synchronize(reinterpret_cast<Stream>(stream));
   });
   m.def("order", [](int ordinal, std::uintptr_t before, std::uintptr_t after) {
     const OnDevice current(ordinal);

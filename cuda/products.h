@@ -2,6 +2,8 @@
 // matrix, W x and R h' of some times, and from da the gradients of x, W and R.
 #pragma once
 
+#include <span>
+
 #include "recurrence.h"
 #include "rows.h"
 
@@ -19,6 +21,20 @@ inline Element element_of(Precision precision) {
       return Element::float32;
   }
 }
+
+// Returns `count` rows of a matrix of S.
+template <class S>
+Matrix rows_of(Matrix m, index first, index count) {
+  m.data = static_cast<const S*>(m.data) + first * m.stride;
+  m.rows = count;
+  return m;
+}
+
+// Entering has h' that enters some rows of T·B, in their order: those from `first` on.
+struct Entering {
+  index first;
+  Matrix h;
+};
 
 // LayerProducts has the products of a layer's weights, for a cell whose slots from
 // `first_slot` on multiply R with h'.
@@ -69,10 +85,10 @@ struct LayerProducts {
     });
   }
   // Computes dx, dW and dR from da of the input parts and of the recurrent parts;
-  // of_recurrent(slot, count) is transposed.
+  // of_recurrent(slot, count) is transposed. All other rows enter with zeros.
   template <class Call, class F>
   void write_gradients(const Call& call, const Matrix& of_input, const Matrix& x,
-                       const Matrix& h, const F& of_recurrent) const {
+                       std::span<const Entering> entering, const F& of_recurrent) const {
     const index I = sizes.I, R = sizes.R, H = sizes.H;
     multiply(of_input, blocks(weight_ih, I, 0, gates, false),
              {call.dx, element, of_input.rows, I, call.dx_b, false}, call.adds_dx);
@@ -82,7 +98,12 @@ struct LayerProducts {
     S* const all = static_cast<S*>(call.dweight_hh);
     each_recurrent_block<Cell>(first_slot, [&](int slot, int block, int count) {
       S* const to = all ? all + block * H * R : nullptr;
-      multiply(of_recurrent(slot, count), h, {to, element, count * H, R, R, false});
+      bool adds = false;
+      for (const auto& [first, h] : entering) {
+        multiply(rows_of<S>(of_recurrent(slot, count), first, h.rows), h,
+                 {to, element, count * H, R, R, false}, adds);
+        adds = true;
+      }
     });
   }
 };

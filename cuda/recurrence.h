@@ -132,13 +132,11 @@ class Engine {
   FUSEDRNN_DEVICE bool has_units() const { return unit_group_ < plan_.unit_groups; }
   // Returns whether the thread has an item: two rows of a tile, of each octet's unit.
   FUSEDRNN_DEVICE bool has_item() const { return split_ < tiles && has_units(); }
-  FUSEDRNN_DEVICE index unit(int unit_octet) const {
-    return index{unit_group_} * group_units + unit_octet * 8 + lane_unit();
+  FUSEDRNN_DEVICE int unit(int unit_octet) const {
+    return unit_group_ * group_units + unit_octet * 8 + lane_unit();
   }
   // Returns the first of its two rows.
-  FUSEDRNN_DEVICE index row() const {
-    return index{row_group_} * rows + split_ * 8 + lane_row();
-  }
+  FUSEDRNN_DEVICE int row() const { return row_group_ * rows + split_ * 8 + lane_row(); }
 
   FUSEDRNN_DEVICE void start(int row_group, index begin, index end) {
     row_group_ = row_group;
@@ -176,10 +174,6 @@ class Engine {
     } else if constexpr (!resident) {
       add_blocks<true>(product, global_operand(n, 0), row_quads() * 16);
     }
-    // The fence orders what others wrote before what they read next. It also orders what
-    // was marked as unwritten in the iteration before it before what is sent next, so
-    // that no reader finds the old content.
-    if (plan_.exchange == Exchange::grid) fence();
     if (plan_.splits == 1) {
 #pragma unroll
       for (int p = 0; p < pairs; ++p) {
@@ -262,6 +256,13 @@ class Engine {
     }
   }
 
+  // Called by every thread after the send of an iteration. The fence orders what the
+  // thread marked as unwritten before what it sends next, and what it received before
+  // what it polls next, so that no reader finds the old content of a buffer.
+  FUSEDRNN_DEVICE void end_iteration() const {
+    if (plan_.exchange == Exchange::grid) fence();
+  }
+
  private:
   FUSEDRNN_DEVICE static int odd(index n) { return static_cast<int>(n) & 1; }
   FUSEDRNN_DEVICE char* global_operand(index n, int row_in_group) const {
@@ -320,22 +321,23 @@ class Engine {
     for (int o = 0; o < octets; ++o) to[o] = block[o * Block::quads];
   }
 
-  // Loads from(i), unless it is null, of an operand that others write, repeatedly until
-  // all of it is written. `to` must be zeros.
+  // Loads from(i), unless it is null, of an operand that others write: all at once, and
+  // again what was not yet written. `to` must be zeros.
   template <int count, class F>
   FUSEDRNN_DEVICE static void load_written(Quad (&to)[count], const F& from) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      if (const Quad* const quad = from(i)) to[i] = load_exchanged(quad);
+    }
     wait_until([&] {
+      bool all = true;
 #pragma unroll
       for (int i = 0; i < count; ++i) {
-        if (const Quad* const quad = from(i)) to[i] = load_exchanged(quad);
+        if (fullest_word<E>(to[i]) != unwritten) continue;
+        to[i] = load_exchanged(from(i));
+        all = false;
       }
-      std::uint32_t fullest = 0;
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        const std::uint32_t word = fullest_word<E>(to[i]);
-        fullest = word > fullest ? word : fullest;
-      }
-      return fullest != unwritten;
+      return all;
     });
   }
 
@@ -343,26 +345,34 @@ class Engine {
     return segments * plan_.P * static_cast<int>(sizeof(E)) / 16;
   }
   // Copies the operand of iteration n from L2 into shared memory, where all groups read
-  // it.
+  // it. A warp copies some rows, of which each thread asks for as many quads as its
+  // registers hold before it waits for the first.
   FUSEDRNN_DEVICE void fetch(index n) const {
-    constexpr int at_once = 4;  // rows
+    constexpr int at_once = fetched_at_once(resident, sizeof(A) == 8);
+    int row = thread() / 32, first = 0;
 #pragma unroll 1
-    for (int first_row = 0; first_row < rows; first_row += at_once) {
-#pragma unroll 1
-      for (int first = 0; first < row_quads(); first += threads()) {
-        const int quad = first + thread();
-        const bool exists = quad < row_quads();
-        Quad part[at_once] = {};
-        load_written(part, [&](int row) -> const Quad* {
-          return exists ? at_byte(global_operand(n, first_row + row), quad * 16)
-                        : nullptr;
-        });
-        if (!exists) continue;
-        char* const to = shared_operand(n) + first_row * plan_.row_bytes + quad * 16;
+    while (row < rows) {
+      Quad part[at_once] = {};
+      int place[at_once];  // rows · quad + row, or -1
 #pragma unroll
-        for (int row = 0; row < at_once; ++row) {
-          *at_byte(to, row * plan_.row_bytes) = part[row];
+      for (int i = 0; i < at_once; ++i) {
+        const int quad = first + lane();
+        place[i] = row < rows && quad < row_quads() ? quad * rows + row : -1;
+        first += 32;
+        if (first >= row_quads()) {
+          first = 0;
+          row += threads() / 32;
         }
+      }
+      load_written(part, [&](int i) -> const Quad* {
+        if (place[i] < 0) return nullptr;
+        return at_byte(global_operand(n, place[i] % rows), place[i] / rows * 16);
+      });
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) {
+        if (place[i] < 0) continue;
+        char* const to = shared_operand(n) + place[i] % rows * plan_.row_bytes;
+        *at_byte(to, place[i] / rows * 16) = part[i];
       }
     }
     sync_block();
@@ -493,19 +503,26 @@ void each_recurrent_block(int first, const F& f) {
   }
 }
 
-// Cells has every c, and c0.
-template <class A>
-struct Cells {
-  const A* c0;  // or null: zeros
-  const A* c;   // (T, B, H), unspecified at times without a step
-  index c_t, c_b;
+// States has a state after every step, as stored, and the initial state.
+template <class P>
+struct States {
+  using S = typename P::Storage;
+  using A = typename P::State;
 
-  // Returns the c from which a row takes the step of a time, if it is not reset.
-  FUSEDRNN_DEVICE A c_before(const Sizes& p, const Masks& masks, index t, int length,
-                             index b, index unit) const {
+  P precision;
+  const A* initial;  // or null: zeros
+  const S* all;      // (T, B, H), unspecified at times without a step
+  index all_t, all_b;
+
+  FUSEDRNN_DEVICE A at(index t, index b, index unit) const {
+    return precision.state(all[t * all_t + b * all_b + unit]);
+  }
+  // Returns the state from which a row takes the step of a time, if it is not reset.
+  FUSEDRNN_DEVICE A before(const Sizes& p, const Masks& masks, index t, int length,
+                           index b, index unit) const {
     const index time = masks.time_before(p, t, length);
-    if (time >= 0) return c[time * c_t + b * c_b + unit];
-    return c0 ? c0[b * p.H + unit] : A{0};
+    if (time >= 0) return at(time, b, unit);
+    return initial ? initial[b * p.H + unit] : A{0};
   }
 };
 
@@ -623,6 +640,7 @@ struct ForwardRecurrence : Recurrence<P> {
         }
         if (n + 1 < T) engine.send(n);
       }
+      engine.end_iteration();
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (!real[r]) continue;
@@ -662,15 +680,14 @@ struct BackwardRecurrence : Recurrence<P> {
   static constexpr int gates = Cell::gates, slots = Cell::slots, octets = 2;
   using Engine = cuda::Engine<P, octets, gates, octets, tiles, resident>;
 
-  const S* h_prev;  // (T, B, H) the state that entered the step at each time
-  const S* y;
-  index y_t, y_b;
-  const S* saved;  // null for cells that save nothing
-  Cells<A> cells;  // where the cell has c
-  const S* dy;     // or null
+  States<typename P::Stored> h;  // y
+  const S* saved;                // null for cells that save nothing
+  States<Exact<A>> cells;        // where the cell has c
+  const S* dy;                   // or null
   index dy_t, dy_b;
   A *dh, *dc;  // gradients that bypass the product; at the end dh0, dc0
   S* da;
+  A* dbias;  // (rows of row groups / 2, slots, H), sums over iterations; or null
   int bptt;  // 0: gradients pass everywhere
 
   FUSEDRNN_DEVICE void operator()() const {
@@ -683,29 +700,37 @@ struct BackwardRecurrence : Recurrence<P> {
     A slots_[slots], prev_h, prev_c, c, dy;
   };
 
+  FUSEDRNN_DEVICE static bool bit(unsigned bits, int i) { return bits >> i & 1; }
+
   FUSEDRNN_DEVICE void run(Engine& engine) const {
-    const index first_row = engine.row();
+    const int first_row = engine.row();
     const bool has_unit = engine.has_item();
     int length[2];
-    bool resets[2] = {false, false}, cuts[2] = {false, false};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       length[r] = has_unit && first_row + r < B ? masks.length(first_row + r) : 0;
     }
-    bool real[octets][2];
-    A dh_now[octets][2], dc_now[octets][2];
+    A dh_now[octets][2], dc_now[octets][2], dbias_now[octets][slots];
     // The low bits are what zoneout keeps of items, two bits each; from bit dropped_shift
     // on they are what dropout hides (units.h).
     constexpr int dropped_shift = 4 * octets;
     unsigned mask_bits = 0;
+    // These have a bit for each item, and for each row.
+    unsigned real = 0, resets = 0, cuts = 0;
 #pragma unroll
     for (int o = 0; o < octets; ++o) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const index unit = engine.unit(o), b = first_row + r;
-        real[o][r] = has_unit && unit < H && b < B;
-        dh_now[o][r] = real[o][r] ? dh[b * H + unit] : 0;
-        dc_now[o][r] = Cell::has_c && real[o][r] ? dc[b * H + unit] : 0;
+        const bool exists = has_unit && unit < H && b < B;
+        real |= unsigned{exists} << (o * 2 + r);
+        dh_now[o][r] = exists ? dh[b * H + unit] : 0;
+        dc_now[o][r] = Cell::has_c && exists ? dc[b * H + unit] : 0;
+      }
+      const A* const sums = dbias_of(engine, o);
+#pragma unroll
+      for (int k = 0; k < slots; ++k) {
+        dbias_now[o][k] = sums && begin > 0 ? sums[k * H] : A{0};
       }
     }
     if (units.mask && has_unit) {
@@ -717,11 +742,14 @@ struct BackwardRecurrence : Recurrence<P> {
     Inputs ahead[octets][2] = {};
     const auto load_ahead = [&](index n) {
       if (n == T) return;
+      resets = cuts = 0;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int t = static_cast<int>(this->time(T - 1 - n));
-        resets[r] = real[0][r] && masks.is_reset(t, first_row + r);
-        cuts[r] = resets[r] || masks.begins_chunk(*this, bptt, t, length[r]);
+        const bool is_reset = bit(real, r) && masks.is_reset(t, first_row + r);
+        const bool is_cut = is_reset || masks.begins_chunk(*this, bptt, t, length[r]);
+        resets |= unsigned{is_reset} << r;
+        cuts |= unsigned{is_cut} << r;
       }
       if (units.zoneout_bits && has_unit) {
         const index t = this->time(T - 1 - n);
@@ -732,7 +760,7 @@ struct BackwardRecurrence : Recurrence<P> {
       for (int o = 0; o < octets; ++o) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          if (!real[o][r]) continue;
+          if (!bit(real, o * 2 + r)) continue;
           const index t = this->time(T - 1 - n);
           read(ahead[o][r], t, length[r], first_row + r, engine.unit(o));
         }
@@ -748,9 +776,8 @@ struct BackwardRecurrence : Recurrence<P> {
       if (engine.has_item()) {
 #pragma unroll
         for (int i = 0; i < own.count; ++i) {
-          dh_now[i / 2][i % 2] += mask_bits >> (dropped_shift + i) & 1
-                                      ? A{0}
-                                      : sum[0][i] * units.dropout_scale;
+          dh_now[i / 2][i % 2] +=
+              bit(mask_bits, dropped_shift + i) ? A{0} : sum[0][i] * units.dropout_scale;
         }
         const bool active[2] = {is_step && masks.is_within(t, length[0]),
                                 is_step && masks.is_within(t, length[1])};
@@ -758,7 +785,7 @@ struct BackwardRecurrence : Recurrence<P> {
           Items<Cell, V, 2 * octets> all;  // in memory, for the function call
 #pragma unroll
           for (int i = 0; i < own.count; ++i) {
-            load_item(ahead[i / 2][i % 2], resets[i % 2], dh_now[i / 2][i % 2],
+            load_item(ahead[i / 2][i % 2], bit(resets, i % 2), dh_now[i / 2][i % 2],
                       dc_now[i / 2][i % 2], all, i);
           }
           step_items_back(units, t, first_row, engine.unit(0), active[0] | active[1] << 1,
@@ -771,10 +798,10 @@ struct BackwardRecurrence : Recurrence<P> {
           for (int r = 0; r < 2; ++r) {
             Unit<Cell, V>& at = own.at[o * 2 + r];
             bool passes = true;
-            if (real[o][r] && active[r]) {
-              passes = !cuts[r];
+            if (bit(real, o * 2 + r) && active[r]) {
+              passes = !bit(cuts, r);
               if (!units.any) {
-                load_item(ahead[o][r], resets[r], dh_now[o][r], dc_now[o][r], own,
+                load_item(ahead[o][r], bit(resets, r), dh_now[o][r], dc_now[o][r], own,
                           o * 2 + r);
                 at.state =
                     Cell::backward(at.v, own.prev[o * 2 + r], own.c[o * 2 + r],
@@ -791,15 +818,17 @@ struct BackwardRecurrence : Recurrence<P> {
         }
         if (is_step) engine.send(n);
       }
+      engine.end_iteration();
 #pragma unroll
       for (int o = 0; o < octets; ++o) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          if (!real[o][r] || !is_step) continue;
+          if (!bit(real, o * 2 + r) || !is_step) continue;
           S* const to = da + (t * B + first_row + r) * slots * H + engine.unit(o);
 #pragma unroll
           for (int k = 0; k < slots; ++k) {
             to[k * H] = precision.storage(own.at[o * 2 + r].v[k].value);
+            dbias_now[o][k] += own.at[o * 2 + r].v[k].value;
           }
         }
       }
@@ -808,12 +837,23 @@ struct BackwardRecurrence : Recurrence<P> {
     for (int o = 0; o < octets; ++o) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        if (!real[o][r]) continue;
+        if (!bit(real, o * 2 + r)) continue;
         const index at = (first_row + r) * H + engine.unit(o);
         dh[at] = dh_now[o][r];
         if constexpr (Cell::has_c) dc[at] = dc_now[o][r];
       }
+      A* const sums = dbias_of(engine, o);
+      if (!sums) continue;
+#pragma unroll
+      for (int k = 0; k < slots; ++k) sums[k * H] = dbias_now[o][k];
     }
+  }
+
+  // Returns where the thread's sums of a unit are, or null.
+  FUSEDRNN_DEVICE A* dbias_of(const Engine& engine, int unit_octet) const {
+    const index unit = engine.unit(unit_octet);
+    if (!dbias || !engine.has_item() || unit >= H) return nullptr;
+    return dbias + engine.row() / 2 * slots * H + unit;
   }
 
   FUSEDRNN_DEVICE void read(Inputs& in, index t, int length, index b, index unit) const {
@@ -822,14 +862,14 @@ struct BackwardRecurrence : Recurrence<P> {
 #pragma unroll
       for (int k = 0; k < slots; ++k) in.slots_[k] = precision.state(from[k * H]);
     } else {
-      in.slots_[0] = precision.state(y[t * y_t + b * y_b + unit]);
+      in.slots_[0] = h.at(t, b, unit);
     }
     if constexpr (Cell::has_direct) {
-      in.prev_h = precision.state(h_prev[(t * B + b) * H + unit]);
+      in.prev_h = h.before(*this, masks, t, length, b, unit);
     }
     if constexpr (Cell::has_c) {
-      in.c = cells.c[t * cells.c_t + b * cells.c_b + unit];
-      in.prev_c = cells.c_before(*this, masks, t, length, b, unit);
+      in.c = cells.at(t, b, unit);
+      in.prev_c = cells.before(*this, masks, t, length, b, unit);
     }
     in.dy = dy ? precision.state(dy[t * dy_t + b * dy_b + unit]) : 0;
   }
@@ -840,7 +880,7 @@ struct BackwardRecurrence : Recurrence<P> {
 #pragma unroll
     for (int k = 0; k < slots; ++k) own.at[item].v[k] = {in.slots_[k]};
     own.at[item].state = {{dh_in + in.dy}, {dc_in}};
-    if constexpr (Cell::has_direct) own.prev[item].h = {in.prev_h};
+    if constexpr (Cell::has_direct) own.prev[item].h = {is_reset ? A{0} : in.prev_h};
     if constexpr (Cell::has_c) {
       own.prev[item].c = {is_reset ? A{0} : in.prev_c};
       own.c[item] = {in.c};
@@ -858,7 +898,7 @@ struct RecomputeSlots : Sizes {
   UnitOptions<A> units;
   Masks masks;
   const A* bias;  // (slots, H)
-  Cells<A> cells;
+  States<Exact<A>> cells;
   A* slots_;  // (T, B, slots, H)
 
   FUSEDRNN_DEVICE void operator()() const {
@@ -869,7 +909,7 @@ struct RecomputeSlots : Sizes {
       Unit<Cell, V> at{};
       for (int k = 0; k < slots; ++k) at.v[k] = {own[k * H] + bias[k * H + unit]};
       if (Cell::has_c && !masks.is_reset(t, b)) {
-        at.state.c = {cells.c_before(*this, masks, t, length, b, unit)};
+        at.state.c = {cells.before(*this, masks, t, length, b, unit)};
       }
       step_unit(units, unit, 0, at);
       for (int k = 0; k < slots; ++k) own[k * H] = at.v[k].value;

@@ -343,15 +343,15 @@ struct Convert : Conversion {
   }
 };
 
-// Sums each column of (rows, slots·H) into the biases of its slot. A block sums 32
-// columns: each warp some rows, in order, then all warps' sums in order.
+// Sums each column of (rows, slots·H), which are sums of da, into the biases of its slot.
+// A block sums 32 columns: each warp some rows, in order, then all warps' sums in order.
 template <class P>
 struct BiasGradients {
   using S = typename P::Storage;
   using A = typename P::State;
 
   P precision;
-  const S* da;
+  const A* sums_of_da;
   index rows, H;
   int slots;
   int input_block[4], recurrent_block[4];
@@ -365,7 +365,7 @@ struct BiasGradients {
     if (column < columns) {
 #pragma unroll 8
       for (index row = warp; row < rows; row += warps) {
-        sum += precision.state(da[row * columns + column]);
+        sum += sums_of_da[row * columns + column];
       }
     }
     sums[thread()] = sum;

@@ -794,9 +794,9 @@ class RowLayer {
       return Matrix{
           scratch.gradients + from, element, all, columns, gradient, transposed};
     };
+    const Entering entering[] = {{0, {scratch.h_dropped, element, all, R, R, false}}};
     products_of(call, scratch)
-        .write_gradients(call, of(at.input, gates * H, false), x,
-                         {scratch.h_dropped, element, all, R, R, false},
+        .write_gradients(call, of(at.input, gates * H, false), x, entering,
                          [&](int slot, int count) {
                            return of(at.recurrent + slot * H, count * H, true);
                          });

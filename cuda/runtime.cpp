@@ -51,6 +51,7 @@ Device read_device(int ordinal) {
   d.shared_bytes = fact(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const bool clusters = d.capability >= 90 && fact(cudaDevAttrClusterLaunch);
   d.largest_cluster = clusters ? 16 : 1;
+  d.clock = fact(cudaDevAttrClockRate) * 1e3;
   return d;
 }
 
@@ -142,6 +143,35 @@ Event::Event(Stream stream) {
 Event::~Event() { cudaEventDestroy(static_cast<cudaEvent_t>(event_)); }
 bool Event::is_done() const {
   return cudaEventQuery(static_cast<cudaEvent_t>(event_)) != cudaErrorNotReady;
+}
+
+Timer::Timer(Stream stream) : begin_(nullptr), end_(nullptr) {
+  for (void** const at : {&begin_, &end_}) {
+    cudaEvent_t event;
+    check(cudaEventCreate(&event), "event");
+    *at = event;
+  }
+  check(cudaEventRecord(static_cast<cudaEvent_t>(begin_),
+                        static_cast<cudaStream_t>(stream)),
+        "event");
+}
+Timer::~Timer() {
+  for (void* const event : {begin_, end_}) {
+    if (event) cudaEventDestroy(static_cast<cudaEvent_t>(event));
+  }
+}
+void Timer::stop(Stream stream) {
+  check(
+      cudaEventRecord(static_cast<cudaEvent_t>(end_), static_cast<cudaStream_t>(stream)),
+      "event");
+}
+double Timer::seconds() const {
+  float milliseconds = 0;
+  check(cudaEventSynchronize(static_cast<cudaEvent_t>(end_)), "event");
+  check(cudaEventElapsedTime(&milliseconds, static_cast<cudaEvent_t>(begin_),
+                             static_cast<cudaEvent_t>(end_)),
+        "event");
+  return milliseconds * 1e-3;
 }
 
 void order(Stream before, Stream after) {

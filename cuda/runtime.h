@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstddef>
+#include <list>
 #include <stdexcept>
 #include <string>
 
@@ -28,6 +29,7 @@ struct Device {
   int multiprocessors;
   index shared_bytes;  // the most that a block may use
   index largest_cluster;
+  double clock;  // Hz, the highest
 };
 
 int device_count();  // throws Error where there is no driver
@@ -73,6 +75,22 @@ class Event {
  private:
   void* event_;
 };
+
+// A Timer measures the time that a stream takes from its construction to stop().
+class Timer {
+ public:
+  explicit Timer(Stream stream);
+  ~Timer();
+  Timer(const Timer&) = delete;
+  Timer& operator=(const Timer&) = delete;
+  void stop(Stream stream);
+  double seconds() const;  // waits for the end
+
+ private:
+  void *begin_, *end_;
+};
+// Where the recurrences of this thread's calls add a Timer each, or null.
+inline thread_local std::list<Timer>* timers = nullptr;
 
 struct Launch {
   int blocks_x, blocks_y, threads;

@@ -1,85 +1,12 @@
 #include "tuning.h"
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <tuple>
 
 namespace fusedrnn::cuda {
 namespace {
-
-// Costs are in cycles of a multiprocessor: estimates from the CUDA programming guide and
-// from published measurements of Hopper, not yet our own.
-struct Costs {
-  double cluster_alone = 100;    // the barrier of a cluster of one block
-  double cluster_meets = 400;    // of a cluster of several
-  double cluster_bytes = 32;     // per cycle, received by a block
-  double grid_meets = 900;       // an exchange through L2
-  double step_launch = 4000;     // a launch for each step
-  double step_ends = 250;        // the cell and what it reads
-  double staging = 100;          // an operand copied to shared memory
-  double joins = 60, join = 10;  // adding partial sums of a group, and of each warp
-  double matrix_issue = 8;     // issue of 16 × 8 × 32 bytes on a scheduler's matrix unit
-  double matrix_latency = 33;  // until the next product may add to the same sum
-  double shared_quad = 4;      // 16 bytes for each lane of a warp
-  double l2_latency = 600;
-  double l2_bytes = 24;  // per cycle, all multiprocessors reading at once
-};
-
-// Estimates the cycles of a step of all row groups.
-double estimate(const Plan& plan, const Work& work, int at_once) {
-  const auto most = [](double a, double b) { return a > b ? a : b; };
-  const Costs costs;
-  const bool in_cluster = plan.exchange == Exchange::cluster;
-  const bool steps = plan.exchange == Exchange::step;
-  const bool weights_from_l2 = !plan.resident && !plan.on_chip;
-  const int warps = plan.groups * plan.splits, lane_rows = work.on_matrix_units ? 1 : 2;
-  const double issue_rounds = static_cast<double>(ceil_div(warps, 4));  // of a scheduler
-  const double block_bytes =
-      8.0 * static_cast<double>(work.block_depth * work.operand_bytes);
-
-  // One block of depth in all warps takes as long as the slowest resource.
-  double block = 0;
-  if (work.on_matrix_units) {
-    const int sums = (work.octets + 1) / 2 * plan.tiles;
-    block = most(2 * sums * costs.matrix_issue * issue_rounds,
-                 (sums == 1 ? 1 : 2) * costs.matrix_latency);
-  } else {
-    block = 2.0 * work.octets * plan.tiles * work.block_depth * issue_rounds *
-            static_cast<double>(work.operand_bytes) / 4;
-  }
-  const int quads = (plan.on_chip ? work.octets : 0) +
-                    (plan.shares_operand() ? plan.tiles * lane_rows : 0);
-  block = most(block, quads * costs.shared_quad * warps);
-  const int octets =
-      (weights_from_l2 ? work.octets : 0) + (plan.shares_operand() ? 0 : plan.tiles);
-  block = most(block, octets * block_bytes * warps / costs.l2_bytes);
-  if (weights_from_l2) block = most(block, costs.l2_latency / 2);
-
-  const index blocks = work.segments * ceil_div(plan.P / work.block_depth, plan.splits);
-  double step = costs.step_ends + static_cast<double>(blocks) * block;
-  if (plan.splits > 1) step += costs.joins + costs.join * plan.splits;
-  const index bytes = 8 * plan.tiles * work.segments * plan.P * work.operand_bytes;
-  if (in_cluster && plan.blocks_x > 1) {
-    step += static_cast<double>(bytes) / costs.cluster_bytes;
-  } else if (!in_cluster) {  // the operand comes in parts; grid_meets has the first
-    const int fit = 8 / (plan.tiles * lane_rows);
-    index parts = ceil_div(blocks, fit < 1 ? 1 : fit);
-    if (plan.staged) {
-      step += costs.staging + static_cast<double>(bytes) / costs.l2_bytes;
-      parts = 2 * plan.tiles * ceil_div(bytes / (128 * plan.tiles), plan.threads());
-    }
-    step += static_cast<double>(parts - 1) * costs.l2_latency;
-  }
-  if (steps) {
-    const index blocks_in_all = index{plan.blocks_x} * plan.row_groups;
-    return costs.step_launch +
-           step * static_cast<double>(ceil_div(blocks_in_all, at_once));
-  }
-  step += !in_cluster          ? costs.grid_meets
-          : plan.blocks_x == 1 ? costs.cluster_alone
-                               : costs.cluster_meets;
-  return step * static_cast<double>(ceil_div(plan.row_groups, at_once));
-}
 
 // Calls f(plan) for each plausible plan of an instance, without the layout of its shared
 // memory.
@@ -133,6 +60,8 @@ void for_each_candidate(const Sizes& p, const Work& work, const Device& gpu, int
         for (const bool on_chip : {false, true}) {
           if (on_chip && (resident || steps)) continue;
           if (!on_chip && !resident && in_cluster) continue;
+          if (plan_override.on_chip >= 0 && (plan_override.on_chip > 0) != on_chip)
+            continue;
           for (const bool staged : {false, true}) {
             // Weights in registers require the operand in shared memory.
             if (staged ? in_cluster : resident && !in_cluster) continue;
@@ -148,36 +77,65 @@ void for_each_candidate(const Sizes& p, const Work& work, const Device& gpu, int
   }
 }
 
-Plan search(const Sizes& p, int ordinal, const Work& work,
-            std::span<const Instance> instances) {
-  const OnDevice current(ordinal);
-  const Device& gpu = device(ordinal);
-  Plan best{};
-  double least = 0;
-  for (const Instance& instance : instances) {
-    const auto consider = [&](Plan& plan) {
-      instance.lay_out(plan);
-      if (plan.shared_bytes > gpu.shared_bytes) return;
-      // This counts row groups, or single blocks of a step.
-      int at_once = gpu.multiprocessors;
-      if (plan.exchange == Exchange::grid) at_once /= plan.blocks_x;
-      if (plan.exchange == Exchange::cluster && plan.blocks_x > 1) {
-        at_once = instance.clusters_at_once(shape_of(plan));
-        if (at_once == 0) return;
-      }
-      const double cycles = estimate(plan, work, at_once);
-      if (best.tiles == 0 || cycles < least) {
-        best = plan;
-        least = cycles;
-      }
-    };
-    for_each_candidate(p, work, gpu, instance.tiles, instance.resident, consider);
-  }
-  if (best.tiles == 0) throw Error("no plan for this layer meets the plan override");
-  return best;
-}
-
 }  // namespace
+
+double estimate(const Candidate& candidate, const Costs& costs) {
+  const auto& [plan, work, at_once] = candidate;
+  const auto most = [](double a, double b) { return a > b ? a : b; };
+  const bool in_cluster = plan.exchange == Exchange::cluster;
+  const bool steps = plan.exchange == Exchange::step;
+  const bool weights_from_l2 = !plan.resident && !plan.on_chip;
+  const int warps = plan.groups * plan.splits, lane_rows = work.on_matrix_units ? 1 : 2;
+  const double issue_rounds = static_cast<double>(ceil_div(warps, 4));  // of a scheduler
+  const double block_bytes =
+      8.0 * static_cast<double>(work.block_depth * work.operand_bytes);
+
+  // One block of depth in all warps takes as long as the slowest resource.
+  double block = 0;
+  if (work.on_matrix_units) {
+    const int sums = (work.octets + 1) / 2 * plan.tiles;
+    block = most(2 * sums * costs.matrix_issue * issue_rounds,
+                 (sums == 1 ? 1 : 2) * costs.matrix_latency);
+  } else {
+    block = 2.0 * work.octets * plan.tiles * work.block_depth * issue_rounds *
+            static_cast<double>(work.operand_bytes) / 4;
+  }
+  const int quads = (plan.on_chip ? work.octets : 0) +
+                    (plan.shares_operand() ? plan.tiles * lane_rows : 0);
+  block = most(block, quads * costs.shared_quad * warps);
+  const int octets =
+      (weights_from_l2 ? work.octets : 0) + (plan.shares_operand() ? 0 : plan.tiles);
+  block = most(block, octets * block_bytes * warps / costs.l2_bytes);
+  if (weights_from_l2) block = most(block, costs.l2_latency / 2);
+
+  const index blocks = work.segments * ceil_div(plan.P / work.block_depth, plan.splits);
+  double step = costs.step_ends + static_cast<double>(blocks) * block;
+  if (plan.splits > 1) step += costs.joins + costs.join * plan.splits;
+  const index bytes = 8 * plan.tiles * work.segments * plan.P * work.operand_bytes;
+  if (in_cluster && plan.blocks_x > 1) {
+    step += static_cast<double>(bytes) / costs.cluster_bytes;
+  } else if (!in_cluster) {  // the operand comes in parts; grid_meets has the first
+    const int fit = 8 / (plan.tiles * lane_rows);
+    index parts = ceil_div(blocks, fit < 1 ? 1 : fit);
+    if (plan.staged) {
+      step += costs.staging + static_cast<double>(bytes) / costs.l2_bytes;
+      const index row_quads = bytes / (128 * plan.tiles),
+                  own_rows = ceil_div(8 * plan.tiles, warps);
+      parts = ceil_div(own_rows * ceil_div(row_quads, 32),
+                       fetched_at_once(plan.resident, work.operand_bytes == 8));
+    }
+    step += static_cast<double>(parts - 1) * costs.l2_latency;
+  }
+  if (steps) {
+    const index blocks_in_all = index{plan.blocks_x} * plan.row_groups;
+    return costs.step_launch +
+           step * static_cast<double>(ceil_div(blocks_in_all, at_once));
+  }
+  step += !in_cluster          ? costs.grid_meets
+          : plan.blocks_x == 1 ? costs.cluster_alone
+                               : costs.cluster_meets;
+  return step * static_cast<double>(ceil_div(plan.row_groups, at_once));
+}
 
 Launch shape_of(const Plan& plan) {
   return {plan.blocks_x,
@@ -186,6 +144,28 @@ Launch shape_of(const Plan& plan) {
           plan.shared_bytes,
           plan.exchange == Exchange::cluster,
           plan.exchange == Exchange::grid};
+}
+
+std::vector<Candidate> candidates(const Sizes& p, int ordinal, const Work& work,
+                                  std::span<const Instance> instances) {
+  const OnDevice current(ordinal);
+  const Device& gpu = device(ordinal);
+  std::vector<Candidate> all;
+  for (const Instance& instance : instances) {
+    const auto add = [&](Plan& plan) {
+      instance.lay_out(plan);
+      if (plan.shared_bytes > gpu.shared_bytes) return;
+      int at_once = gpu.multiprocessors;
+      if (plan.exchange == Exchange::grid) at_once /= plan.blocks_x;
+      if (plan.exchange == Exchange::cluster && plan.blocks_x > 1) {
+        at_once = instance.clusters_at_once(shape_of(plan));
+        if (at_once == 0) return;
+      }
+      all.push_back({plan, work, at_once});
+    };
+    for_each_candidate(p, work, gpu, instance.tiles, instance.resident, add);
+  }
+  return all;
 }
 
 Plan choose_plan(const Sizes& p, int device, const Work& work,
@@ -197,7 +177,11 @@ Plan choose_plan(const Sizes& p, int device, const Work& work,
   const auto key = std::tuple(instances.data(), device, p.B, p.H, plan_override);
   const auto known = chosen.find(key);
   if (known != chosen.end()) return known->second;
-  return chosen[key] = search(p, device, work, instances);
+  const std::vector<Candidate> all = candidates(p, device, work, instances);
+  if (all.empty()) throw Error("no plan for this layer meets the plan override");
+  const auto best =
+      std::ranges::min_element(all, {}, [](const auto& c) { return estimate(c, {}); });
+  return chosen[key] = best->plan;
 }
 
 }  // namespace fusedrnn::cuda

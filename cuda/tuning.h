@@ -14,6 +14,7 @@
 #include <compare>
 #include <cstddef>
 #include <span>
+#include <vector>
 
 #include "../csrc/contract.h"
 #include "runtime.h"
@@ -24,6 +25,12 @@ namespace fusedrnn::cuda {
 constexpr int most_threads = 256;
 
 enum class Exchange { cluster, grid, step };
+
+// This is how many times 16 bytes a thread asks for at once where warps copy an operand
+// to shared memory. Weights in registers and float64 leave room for fewer.
+constexpr int fetched_at_once(bool resident, bool wide) {
+  return resident ? 4 : wide ? 8 : 16;
+}
 
 struct Plan {
   Exchange exchange;
@@ -66,7 +73,7 @@ constexpr index padded_units(index H) { return round_up(H, 32); }
 // A PlanOverride fixes parts of a plan, for tests and benchmarks; 0 or less leaves a part
 // free.
 struct PlanOverride {
-  int exchange = -1, tiles = 0, resident = -1, staged = -1;
+  int exchange = -1, tiles = 0, resident = -1, on_chip = -1, staged = -1;
   int groups = 0, splits = 0, blocks_x = 0;
   auto operator<=>(const PlanOverride&) const = default;
 };
@@ -95,8 +102,25 @@ struct Instance {
 
 Launch shape_of(const Plan&);
 
-// Returns the plan with the lowest estimate of those that the device can run, cached
-// after the first search. The instances must stay where they are.
+struct Costs {
+#define COST(name, value) double name = value;
+#include "costs.inc"
+#undef COST
+};
+
+// A Candidate is a plan that a device can run, and what else its time depends on.
+struct Candidate {
+  Plan plan;
+  Work work;
+  int at_once;  // row groups, or single blocks of a step
+};
+// Estimates the cycles of a step of all row groups.
+double estimate(const Candidate&, const Costs&);
+// Returns all plans that a device can run and that meet the override.
+std::vector<Candidate> candidates(const Sizes&, int device, const Work&,
+                                  std::span<const Instance>);
+// Returns that with the lowest estimate, cached after the first search. The instances
+// must stay where they are.
 Plan choose_plan(const Sizes&, int device, const Work&, std::span<const Instance>);
 
 }  // namespace fusedrnn::cuda

@@ -61,6 +61,22 @@ def isa_on_threads(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from force_isa(isa)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """End the process of a test that lost the GPU: there every later call fails.
+
+    pytest-xdist starts another process for the tests that are left.
+    """
+    if item.get_closest_marker("gpu") is None or not fr.cuda.is_available():
+        return
+    try:
+        fr.cuda._module().synchronize(0, 0)
+    except RuntimeError as failure:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"{item.nodeid}: {failure}", returncode=1)
+
+
 @pytest.fixture(autouse=True)
 def _default_threads() -> Iterator[None]:
     """The number of threads that a test sets is its own."""

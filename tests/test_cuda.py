@@ -6,7 +6,11 @@ compiled for the host, where blocks and threads are fibers that arrive in a rand
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -169,6 +173,34 @@ def test_integers_are_exact(precision: str, exchange: str) -> None:
         np.testing.assert_array_equal(a.numpy(), e)
 
 
+def test_sigmoid_and_tanh_over_the_whole_range() -> None:
+    """In float32 σ is within 8 ULP and tanh within 4; what would be subnormal may be 0."""
+    H = 512
+    weights = np.concatenate(
+        [np.geomspace(1e-12, 110, H // 2), np.linspace(-110, -0.2, H // 2)]
+    )
+    x = np.array([1, -1, 0.9, -0.7, 0.51, -0.3, 1e-3, 3e38], np.float32)[:, None]
+    off = np.zeros(2 * H, np.float32)[:, None]
+    weights = weights.astype(np.float32)[:, None]
+    with np.errstate(over="ignore"):
+        sums = (x * weights.T).astype(np.float64)  # (B, H), rounded to float32
+        sigmoid = 1 / (1 + np.exp(-sums))
+    # A state of 1 becomes z where n is 0, and n where z is.
+    arguments = {"x": x[None], "weight_hh": np.zeros((3 * H, H), np.float32)}
+    z, _ = fr.gru(
+        **{k: cuda.array(v) for k, v in arguments.items()},
+        weight_ih=cuda.array(np.concatenate([off[:H], weights, off[:H]])),
+        h0=cuda.array(np.ones((len(x), H), np.float32)),
+    )
+    n, _ = fr.rnn(
+        cuda.array(x[None]), cuda.array(weights), cuda.array(np.zeros((H, H), np.float32))
+    )
+    for actual, expected, ulps in ((z, sigmoid, 8), (n, np.tanh(sums), 4)):
+        ulp = np.spacing(np.abs(expected).astype(np.float32)).astype(np.float64)
+        within = np.maximum(ulps * ulp, np.finfo(np.float32).smallest_normal)
+        assert (np.abs(actual.numpy()[0] - expected) <= within).all()
+
+
 @pytest.mark.parametrize(
     "sizes", [Sizes(0, 3, 4, 5), Sizes(3, 0, 4, 5), Sizes(0, 0, 1, 1)], ids=str
 )
@@ -310,3 +342,93 @@ def test_full_lengths_change_no_bit(cell: Cell, precision: str) -> None:
     values = put(arguments(cell, sizes), precision)
     plain = op(cell)(**values)
     assert_same_bits(op(cell)(**values, lengths=np.full(sizes.B, sizes.T)), plain)
+
+
+def test_every_plan_can_be_chosen_and_is_timed() -> None:
+    """Each plan can be chosen alone, its time estimated, and the recurrence timed."""
+    module = cuda._module()
+    sizes = Sizes(3, 9, 4, 40)
+    kernel = module.Kernel("gru", "bfloat16", 0, 0)
+    plans = kernel.plans(*sizes, False)
+    values = put(arguments(CELLS["gru"], sizes), "bfloat16")
+    chosen = ("exchange", "tiles", "resident", "on_chip", "staged", "groups", "splits")
+    assert len({tuple(plan[k] for k in chosen) for plan in plans}) == len(plans) > 20
+    for plan in plans[::10]:
+        module.wish(**{k: plan[k] for k in chosen})
+        assert kernel.plans(*sizes, False) == [plan]
+        seconds = module.time_recurrences(lambda: fr.gru(**values))
+        assert len(seconds) == 1
+        assert seconds[0] > 0
+    module.wish()
+    usual = module.estimates(plans, {})
+    best = plans[int(np.argmin(usual))]
+    assert cuda.explain("gru", *sizes, "bfloat16")["rows"] == 8 * best["tiles"]
+    assert min(usual) > 0
+    dear = module.estimates(plans, {"grid_meets": 1e9})
+    for plan, before, after in zip(plans, usual, dear, strict=True):
+        assert (after > before) == (plan["exchange"] == EXCHANGES["grid"])
+
+
+FAULTY = """
+import numpy as np, fusedrnn as fr
+from fusedrnn import cuda
+cuda._module().wish(exchange={exchange})
+rng = np.random.default_rng(0)
+shapes = (9, 20, 3), (160, 3), (160, 40)
+x, *weights = (cuda.array(rng.normal(size=shape), "float32") for shape in shapes)
+for _ in range(2):
+    try:
+        fr.lstm(x, *weights)
+    except RuntimeError as failure:
+        print(failure)
+"""
+
+
+@pytest.mark.parametrize("exchange", ["cluster", "grid"])
+def test_what_never_arrives_ends_a_call(exchange: str) -> None:
+    """A call whose blocks wait in vain fails, and so does every later one of the process."""
+    if not EMULATED:
+        pytest.skip("this fault can only be made on the emulator")
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTY.format(exchange=EXCHANGES[exchange])],
+        env=os.environ | {"EMULATOR_LOSES_STORE": "501"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lost = "the context is lost: every thread waits for memory that nobody writes"
+    assert done.stdout.splitlines() == [lost] * 2
+
+
+def test_a_lost_gpu_costs_one_test(tmp_path: Path) -> None:
+    """The tests after one that lost the GPU run in another process."""
+    if not EMULATED:
+        pytest.skip("this fault can only be made on the emulator")
+    (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
+    (tmp_path / "test_some.py").write_text(
+        """
+import numpy as np, os, pytest, fusedrnn as fr
+from fusedrnn import cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", range(4))
+def test_one(n):
+    if n == 1:
+        os.environ["EMULATOR_LOSES_STORE"] = "10"
+    cuda._module().wish(exchange=1)
+    x, *weights = (cuda.array(np.ones(s), "float32") for s in ((9, 20, 3), (160, 3), (160, 40)))
+    fr.lstm(x, *weights)
+"""
+    )
+    for parallel, counts in (
+        (["-n1"], "2 failed, 3 passed"),
+        (["-pno:xdist"], "1 failed, 1 passed"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", *parallel, tmp_path],
+            env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode != 0
+        assert counts in done.stdout

@@ -148,15 +148,24 @@ struct MmaHalf {
 using MmaBFloat16 = MmaHalf<true>;
 using MmaFloat16 = MmaHalf<false>;
 
-inline float multiply_add(float a, float b, float c) { return a * b + c; }
+inline float multiply_add(float a, float b, float c) {
+  return static_cast<float>(double{a} * b + c);
+}
 inline double multiply_add(double a, double b, double c) { return a * b + c; }
-inline float exp_of(float x) { return std::exp(x); }
+// The approximations have the errors that those of the chip may have, of either sign.
+inline float off_by(float exact, std::uint32_t ulps) {
+  if (!std::isnormal(exact)) return std::isnan(exact) || exact > 1 ? exact : 0;
+  const auto bits = std::bit_cast<std::uint32_t>(exact);
+  return std::bit_cast<float>(bits * 0x9e3779b9u >> 31 ? bits + ulps : bits - ulps);
+}
+inline float exp2_of(float x) { return off_by(std::exp2(x), 2); }
+inline float less_of(float a, float b) { return std::fmin(a, b); }
 inline double exp_of(double x) { return std::exp(x); }
 inline float tanh_of(float x) { return std::tanh(x); }
 inline double tanh_of(double x) { return std::tanh(x); }
 inline float root_of(float x) { return std::sqrt(x); }
 inline double root_of(double x) { return std::sqrt(x); }
-inline float reciprocal(float x) { return 1 / x; }
+inline float reciprocal(float x) { return off_by(1 / x, 1); }
 inline double reciprocal(double x) { return 1 / x; }
 
 }  // namespace fusedrnn::cuda

@@ -4,10 +4,10 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <stdexcept>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -110,6 +110,7 @@ struct Store {
 };
 std::vector<Store> stores;
 unsigned stores_issued = 0;
+int stores_until_fault = 0;
 
 void perform_store(std::size_t at) {
   for (std::size_t before = 0; before < at; ++before) {
@@ -127,8 +128,7 @@ void run_all(std::vector<std::unique_ptr<Fiber>>& fibers, std::mt19937& random) 
   std::size_t left = fibers.size(), idle = 0;
   while (left > 0) {
     if (ready.empty()) {
-      std::fprintf(stderr, "emulator: a barrier waits for threads that never come\n");
-      std::abort();
+      throw std::runtime_error("a barrier waits for threads that never come");
     }
     std::size_t at = random() % ready.size();
     while (ready[at]->slow && random() % 8 != 0) at = random() % ready.size();
@@ -154,9 +154,7 @@ void run_all(std::vector<std::unique_ptr<Fiber>>& fibers, std::mt19937& random) 
     woken.clear();
     idle = polled && !progressed ? idle + 1 : 0;
     if (idle > 10'000'000) {
-      std::fprintf(stderr,
-                   "emulator: every thread waits for memory that nobody writes\n");
-      std::abort();
+      throw std::runtime_error("every thread waits for memory that nobody writes");
     }
   }
 }
@@ -201,6 +199,7 @@ void delay_store(const void* place, std::function<void()> store) {
   // halves. For some time all stores of one kind are held back, then all of the other,
   // then none.
   const unsigned number = stores_issued++;
+  if (--stores_until_fault == 0) return;
   const bool held = number / 2 % 2 == number / 512 % 4;
   stores.push_back({running, place, std::move(store), held});
 }
@@ -218,6 +217,8 @@ void flush_stores() {
 void run(const Grid& grid, const std::function<void()>& kernel) {
   std::mt19937 random(grid.seed);
   body = &kernel;
+  const char* const fault = std::getenv("EMULATOR_LOSES_STORE");
+  stores_until_fault = fault ? std::atoi(fault) : 0;
   std::vector<std::unique_ptr<Cluster>> clusters;
   for (int y = 0; y < grid.blocks_y; ++y) {
     auto cluster = std::make_unique<Cluster>(grid.threads * grid.blocks_x);

@@ -6,6 +6,9 @@
 // order. It says nothing about time, and it does not reorder a thread's other accesses.
 //
 // A fiber runs until it waits. Shared memory of every block starts as NaN.
+//
+// EMULATOR_LOSES_STORE=n in the environment is a fault: the n-th delayed store of a grid
+// never arrives.
 #pragma once
 
 #include <cstddef>
@@ -63,8 +66,7 @@ Here& here();
 void delay_store(const void* place, std::function<void()> store);
 void flush_stores();
 
-// Lets other fibers run. A fiber that waits for memory to change calls it repeatedly; if
-// all fibers do so for long, the program ends with a message.
+// Lets other fibers run. A fiber that waits for memory to change calls it repeatedly.
 void yield_waiting();
 
 struct Grid {
@@ -73,6 +75,7 @@ struct Grid {
   bool at_once;  // all blocks run together; else a few at a time, as on a small device
   unsigned seed;
 };
+// Throws std::runtime_error if every fiber waits for another for ever.
 void run(const Grid& grid, const std::function<void()>& kernel);
 
 }  // namespace emulator

@@ -7,16 +7,11 @@
 
 namespace fusedrnn::cuda {
 
-unsigned next_seed();
-void check_launch(const Launch& shape);
+void run(const Launch& shape, const std::function<void()>& kernel);
 
 template <class Kernel>
 void launch(const Kernel& kernel, const Launch& shape, Stream) {
-  check_launch(shape);
-  emulator::run({shape.blocks_x, shape.blocks_y, shape.threads,
-                 static_cast<std::size_t>(shape.shared_bytes),
-                 shape.clustered || shape.cooperative, next_seed()},
-                [&] { kernel(); });
+  run(shape, [&] { kernel(); });
 }
 
 template <class F>

@@ -2,9 +2,11 @@
 // plain loops.
 #include "../runtime.h"
 
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <stdexcept>
 
 #include "../device.h"
 #include "launch.h"
@@ -14,7 +16,7 @@ namespace fusedrnn::cuda {
 namespace {
 
 // The device is small, so that small shapes reach every limit.
-Device emulated{"emulator", 90, 12, 96 * 1024, 8};
+Device emulated{"emulator", 90, 12, 96 * 1024, 8, 1e9};
 
 double value_at(const Matrix& m, index i) {
   switch (m.element) {
@@ -51,14 +53,17 @@ void set(const Matrix& m, index i, double value) {
   }
 }
 
-}  // namespace
-
-unsigned next_seed() {
-  static std::mt19937 seeds(7);
-  return static_cast<unsigned>(seeds());
+// As on a GPU, after a kernel that failed every call fails.
+std::string lost;
+void require_context() {
+  if (!lost.empty()) throw Error("the context is lost: " + lost);
 }
 
-void check_launch(const Launch& shape) {
+}  // namespace
+
+void run(const Launch& shape, const std::function<void()>& kernel) {
+  require_context();
+  static std::mt19937 seeds(7);
   const Device& gpu = device(0);
   const bool fits =
       shape.blocks_x >= 1 && shape.blocks_y >= 1 && shape.threads >= 32 &&
@@ -67,6 +72,15 @@ void check_launch(const Launch& shape) {
       (!shape.clustered || shape.blocks_x <= gpu.largest_cluster) &&
       (!shape.cooperative || shape.blocks_x * shape.blocks_y <= gpu.multiprocessors);
   if (!fits) throw Error("launch of a kernel: invalid configuration");
+  try {
+    emulator::run({shape.blocks_x, shape.blocks_y, shape.threads,
+                   static_cast<std::size_t>(shape.shared_bytes),
+                   shape.clustered || shape.cooperative, static_cast<unsigned>(seeds())},
+                  kernel);
+  } catch (const std::runtime_error& failure) {
+    lost = failure.what();
+    require_context();
+  }
 }
 
 int device_count() { return 1; }
@@ -77,6 +91,7 @@ OnDevice::OnDevice(int) : before_(0) {}
 OnDevice::~OnDevice() { (void)before_; }
 
 void* allocate(index bytes, Stream) {
+  require_context();
   if (bytes == 0) return nullptr;
   constexpr index most = index{1} << 32;
   void* const memory =
@@ -90,17 +105,33 @@ void* allocate(index bytes, Stream) {
 }
 void release(void* memory, Stream) noexcept { std::free(memory); }
 void copy(void* to, const void* from, index bytes, Stream) {
+  require_context();
   std::memcpy(to, from, static_cast<std::size_t>(bytes));
 }
 void clear(void* memory, index bytes, Stream) {
   if (memory) std::memset(memory, 0, static_cast<std::size_t>(bytes));
 }
-void synchronize(Stream) {}
+void synchronize(Stream) { require_context(); }
 void order(Stream, Stream) {}
 bool is_capturing(Stream) { return false; }
 Event::Event(Stream) : event_(nullptr) {}
 Event::~Event() = default;
 bool Event::is_done() const { return true; }
+namespace {
+// The host's clock, in nanoseconds.
+void* now() {
+  const auto time = std::chrono::steady_clock::now().time_since_epoch();
+  return reinterpret_cast<void*>(
+      std::chrono::duration_cast<std::chrono::nanoseconds>(time).count());
+}
+}  // namespace
+Timer::Timer(Stream) : begin_(now()), end_(nullptr) {}
+Timer::~Timer() = default;
+void Timer::stop(Stream) { end_ = now(); }
+double Timer::seconds() const {
+  return static_cast<double>(static_cast<char*>(end_) - static_cast<char*>(begin_)) *
+         1e-9;
+}
 void use_blas(const std::string&) {}
 int device_of(const void*) { return 0; }
 

@@ -128,6 +128,8 @@ class Kernel:
         """Write the gradients among the arrays."""
 
     def explain(self, T: int, B: int, I: int, H: int, backward: bool, /) -> dict[str, Any]: ...
+    def plans(self, T: int, B: int, I: int, H: int, backward: bool, /) -> list[dict[str, int]]:
+        """Return all plans that there are, as `wish` chooses them and `estimates` reads them."""
 
 def copy_from_host(to: View, source: npt.NDArray[Any], stream: int, /) -> None: ...
 def copy_to_host(to: npt.NDArray[np.generic], source: View, stream: int, /) -> None: ...
@@ -136,12 +138,22 @@ def wish(
     exchange: int = -1,
     tiles: int = 0,
     resident: int = -1,
+    on_chip: int = -1,
     staged: int = -1,
     groups: int = 0,
     splits: int = 0,
     blocks_x: int = 0,
 ) -> None:
     """Set conditions for the plans that this thread chooses next; for tests."""
+
+def costs() -> dict[str, float]:
+    """Return the costs by which a plan is chosen, in cycles: those of cuda/costs.inc."""
+
+def estimates(plans: list[dict[str, int]], costs: dict[str, float], /) -> list[float]:
+    """Return the cycles of a step of each plan; costs that are not given are the usual ones."""
+
+def time_recurrences(run: Callable[[], object], /) -> list[float]:
+    """Return the seconds on the device of each recurrence that `run` queues."""
 
 def cells() -> list[str]: ...
 def device_count() -> int: ...
@@ -150,4 +162,5 @@ def device(ordinal: int, /) -> dict[str, Any]: ...
 def runtime_version() -> int: ...
 def use_blas(path: str, /) -> None: ...
 def is_capturing(device: int, stream: int, /) -> bool: ...
+def synchronize(device: int, stream: int, /) -> None: ...
 def order(device: int, before: int, after: int, /) -> None: ...
