@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from gpu import EXCHANGES, exists, put, wish
+from gpu import EXCHANGES, choose_plan, exists, put
 from helpers import Sizes, arguments, cotangents, op
 
 from fusedrnn.cells import CELLS
@@ -15,10 +15,10 @@ for name in ("lstm", "gru"):
     for precision in ("bfloat16", "float32"):
         values = put(arguments(cell, SIZES, np.float64), precision)
         for exchange in (None, *EXCHANGES):
-            wish(exchange=exchange)
+            choose_plan(exchange=exchange)
             if exists(cell, precision, SIZES):
                 results, pullback = op(cell, "_vjp")(**values)
                 y = cotangents([r.numpy() for r in results[:1]])[0]
                 pullback(put({"x": y}, precision)["x"])
                 print(name, precision, exchange or "free", flush=True)
-        wish()
+        choose_plan()

@@ -50,7 +50,7 @@ GPU_SHAPES: dict[str, Sizes] = {
     for H in (768, 512, 1024, 256, 128, 64, 2048)
     for B in (16, 1, 64, 256)
 }
-# Shapes of the suite "shapes" come first, because a run may be cut short.
+# Those of the suite "shapes" come first, because a run may be cut short.
 GPU_ORDER = tuple(
     sorted(
         GPU_SHAPES,
@@ -177,7 +177,7 @@ GPU_SUITES = {
     ),
     "shapes": Suite(
         _with_training(
-            [f"H{H}-B{B}-T1024" for H in (256, 512, 768, 1024) for B in (1, 16, 64)]
+            [f"H{H}-B{B}-T1024" for H in (768, 512, 1024, 256) for B in (16, 64, 1)]
         ),
         seconds=0.25,
     ),
@@ -299,4 +299,8 @@ def cases_of(
                 yield Case(cell, name, sizes, mode, count, dtype, device, form, interface)
 
     groups = [(*one, [count]) for count in usual for one in chosen] + scaled
-    return list(dict.fromkeys(case for group in groups for case in combine(*group)))
+    found = list(dict.fromkeys(case for group in groups for case in combine(*group)))
+    if device == "cuda":  # all of a shape together, since a run may be cut short
+        order = list(dict.fromkeys(case.shape for case in found))
+        found.sort(key=lambda case: (order.index(case.shape), dtypes.index(case.dtype)))
+    return found

@@ -129,9 +129,10 @@ def run(request: Request) -> int:
             "cases": [],
             "tables": [],
             "left out": {},
+            "interrupted": True,
         }
         names_of = partial(_contenders_of, names=names, before=request.before)
-        done = _measure(cases, names_of, measured, console, measure, request.budget)
+        done = _measure(cases, names_of, measured, console, measure, request)
     for name in properties if done else ():
         try:
             table = run_property(name, request.seconds)
@@ -386,9 +387,9 @@ def _measure(
     measured: dict[str, Any],
     console: Console,
     measure: Measure,
-    budget: float | None,
+    request: Request,
 ) -> bool:
-    """Append each result when it is known; return False if the run was interrupted."""
+    """Append and keep each result when it is known; return False if interrupted."""
     columns = (
         TextColumn("{task.description:<34}"),
         BarColumn(),
@@ -402,7 +403,7 @@ def _measure(
         task = progress.add_task("", total=len(cases))
         try:
             for n, case in enumerate(cases):
-                if budget and time.monotonic() - begin > budget:
+                if request.budget and time.monotonic() - begin > request.budget:
                     measured["left out"] |= dict.fromkeys(
                         map(str, cases[n:]), "the time was over"
                     )
@@ -416,6 +417,8 @@ def _measure(
                 except (MemoryError, TimeoutError, RuntimeError) as failure:
                     measured["left out"][str(case)] = str(failure)
                     console.print(f"Left out {case}: {failure}", highlight=False)
+                if request.json:
+                    _write_json(measured, request.json)
                 progress.advance(task)
         except KeyboardInterrupt:
             return False
@@ -484,12 +487,17 @@ def _short(cell: str) -> str:
     return f"{found[1]}±{half:.2f}{'~' if found[4] else ''}"
 
 
+def _write_json(measured: dict[str, Any], path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(measured, indent=1) + "\n", "utf-8")
+
+
 def _keep(
     measured: dict[str, Any], earlier: dict[str, Any] | None, request: Request, console: Console
 ) -> None:
     texts = {}
     if request.json:
-        texts[request.json] = json.dumps(measured, indent=1) + "\n"
+        _write_json(measured, request.json)
     if request.report:
         lines = [
             *measured["about"],
@@ -504,4 +512,5 @@ def _keep(
     for path, text in texts.items():
         with replacing(path) as temporary:
             temporary.write_text(text, "utf-8")
-        console.print(f"Written: {path}", highlight=False, soft_wrap=True)
+    for written in filter(None, (request.json, *texts)):
+        console.print(f"Written: {written}", highlight=False, soft_wrap=True)

@@ -2,13 +2,13 @@
 // nothing but a meeting.
 //
 //   nvcc -O3 -std=c++20 -gencode arch=compute_90a,code=sm_90a -o meetings meetings.cu
-//   ./meetings        one line of JSON: nanoseconds a meeting, median and quartiles
+//   ./meetings        a line of JSON for each: nanoseconds, median and quartiles
 //
 // A recurrence's blocks meet once per step, and a step takes at least as long as a
 // meeting. Here blocks of 256 threads, one on each multiprocessor, do nothing else: in
-// step n every block sends 128 bytes (a tile of 8 rows × 8 units of 16 bits) to all
-// others, and the step ends when it has read theirs. The ways, each with what its time
-// includes:
+// step n every block sends 128, 512 or 2048 bytes (8 rows × 8, 32 or 128 units of 16
+// bits) to all others, and the step ends when it has read theirs. The ways, each with
+// what its time includes:
 //
 //   block barrier      one block, through its own shared memory: the base, because every
 //                      way below has such a barrier or a more expensive one in its step
@@ -16,12 +16,14 @@
 //                      with nothing sent
 //   cluster mbarrier   st.async into the peers' shared memory, which completes bytes of a
 //                      transaction barrier there
-//   grid flags         stores to memory, a flag released by one thread of each block; all
-//                      flags are acquired by all blocks, each warp those of its data
+//   grid flags         stores to memory, a flag released by one thread of each block;
+//   each
+//                      thread acquires the flag of one block, and a block barrier follows
 //   grid sentinel      no flags: the data itself is polled until none of it is the
 //                      sentinel. With 3 buffers only time separates clearing a place from
 //                      writing it again, as in schemes found in practice; with 4 a fence
-//                      fits in between that has nothing to wait for
+//                      fits in between that has nothing to wait for. A poll asks again
+//                      for all of it, or only for what was missing
 //   grid.sync          that of cooperative groups
 //   graph launch       one launch per step, in a CUDA graph, of a kernel that does
 //                      nothing or adds one to a number in memory
@@ -43,21 +45,19 @@
 
 namespace {
 
-constexpr int threads = 256, warps = threads / 32;
-constexpr int meetings = 2000, repetitions = 11, warm_ups = 2;
-constexpr int quads = 8;  // of 16 bytes, that a block sends to the others
-constexpr int largest_cluster = 16;
-// A warp reads 4 blocks at once, in as many rounds as the largest grid needs.
-constexpr int most_blocks = 256, rounds = most_blocks / warps / 4;
-constexpr int most_buffers = 4;
+constexpr int threads = 256;
+constexpr int meetings = 1000, repetitions = 5, warm_ups = 1;
+constexpr int most_quads = 128;  // of 16 bytes, that a block sends to the others
+constexpr int largest_cluster = 16, most_blocks = 256, most_buffers = 4;
+constexpr int at_once = 8;  // quads that a thread asks for before it waits
 constexpr int reserved_bytes = 128 * 1024;  // so that a multiprocessor has one block
 constexpr unsigned sentinel = ~0u;
 
-// Exchange has the arguments of a launch. data: (most_buffers, most_blocks, quads),
+// Exchange has the arguments of a launch. data: (most_buffers, most_blocks, most_quads),
 // flags: (most_blocks,)
 struct Exchange {
   int steps;
-  unsigned salt;  // of the launch, in the highest bits of a word
+  unsigned salt;  // of the launch
   uint4* data;
   unsigned* flags;
   unsigned* wrong;
@@ -65,7 +65,9 @@ struct Exchange {
 
 // Words are below 2³¹, so never the sentinel.
 __device__ uint4 payload(const Exchange& e, int n, int block, int quad) {
-  const unsigned word = e.salt | static_cast<unsigned>(n << 13 | block << 5 | quad << 2);
+  const unsigned number =
+      static_cast<unsigned>((n * most_blocks + block) * most_quads + quad);
+  const unsigned word = (number * 2654435761u ^ e.salt * 40503u) & 0x7ffffffcu;
   return {word, word | 1, word | 2, word | 3};
 }
 __device__ unsigned difference(const uint4& a, const uint4& b) {
@@ -117,27 +119,40 @@ __device__ int cluster_size() {
   return size;
 }
 
-// A thread sends one quad to one peer and reads one that a peer sent.
-template <bool sends>
+// Calls f(peer, quad) for all that a block sends to its cluster, and likewise receives.
+template <int quads, class F>
+__device__ void each_sent(const F& f) {
+  for (int i = static_cast<int>(threadIdx.x); i < cluster_size() * quads; i += threads) {
+    f(i / quads, i % quads);
+  }
+}
+// Returns the cluster's places: (2 buffers, largest_cluster, quads).
+template <int quads>
+__device__ uint4* slot(int n, int block, int quad) {
+  extern __shared__ uint4 slots[];
+  return slots + ((n & 1) * largest_cluster + block) * quads + quad;
+}
+
+template <int quads, bool sends>
 __global__ void __launch_bounds__(threads) cluster_barrier(Exchange e) {
-  __shared__ uint4 slots[2][largest_cluster][quads];
-  const int peer = static_cast<int>(threadIdx.x) / quads;
-  const int quad = static_cast<int>(threadIdx.x) % quads;
   const int own = cluster_rank();
-  const bool takes_part = sends && peer < cluster_size();
   unsigned wrong = 0;
   sync_cluster();
   for (int n = 0; n < e.steps; ++n) {
-    if (takes_part) {
-      const uint4 value = payload(e, n, own, quad);
-      asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
-                       in_peer(&slots[n & 1][own][quad], peer)),
-                   "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
-                   : "memory");
+    if constexpr (sends) {
+      each_sent<quads>([&](int peer, int quad) {
+        const uint4 value = payload(e, n, own, quad);
+        asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
+                         in_peer(slot<quads>(n, own, quad), peer)),
+                     "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+                     : "memory");
+      });
     }
     sync_cluster();
-    if (takes_part) {
-      wrong |= difference(slots[n & 1][peer][quad], payload(e, n, peer, quad));
+    if constexpr (sends) {
+      each_sent<quads>([&](int peer, int quad) {
+        wrong |= difference(*slot<quads>(n, peer, quad), payload(e, n, peer, quad));
+      });
     }
   }
   sync_cluster();
@@ -154,11 +169,9 @@ __device__ void expect(const unsigned long long* barrier, int bytes) {
 // Step n uses barrier n % 2, in its phase n / 2. A peer sends step n + 2 only after it
 // got our step n + 1, which we send after all our threads have read step n and the
 // barrier of step n was armed again.
+template <int quads>
 __global__ void __launch_bounds__(threads) cluster_mbarrier(Exchange e) {
-  __shared__ uint4 slots[2][largest_cluster][quads];
   __shared__ unsigned long long barriers[2];
-  const int peer = static_cast<int>(threadIdx.x) / quads;
-  const int quad = static_cast<int>(threadIdx.x) % quads;
   const int own = cluster_rank(), size = cluster_size();
   const int bytes = size * quads * static_cast<int>(sizeof(uint4));
   if (threadIdx.x == 0) {
@@ -174,15 +187,15 @@ __global__ void __launch_bounds__(threads) cluster_mbarrier(Exchange e) {
   sync_cluster();
   for (int n = 0; n < e.steps; ++n) {
     const unsigned long long* const barrier = &barriers[n & 1];
-    if (peer < size) {
+    each_sent<quads>([&](int peer, int quad) {
       const uint4 value = payload(e, n, own, quad);
       asm volatile(
           "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
-          "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(in_peer(&slots[n & 1][own][quad], peer)),
+          "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(in_peer(slot<quads>(n, own, quad), peer)),
           "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w),
           "r"(in_peer(barrier, peer))
           : "memory");
-    }
+    });
     const unsigned parity = static_cast<unsigned>(n >> 1 & 1);
     unsigned done = 0;
     for (int polls = 0; done == 0; count_poll(polls)) {
@@ -198,71 +211,81 @@ __global__ void __launch_bounds__(threads) cluster_mbarrier(Exchange e) {
           : "memory");
     }
     if (threadIdx.x == 0) expect(barrier, bytes);
-    if (peer < size) {
-      wrong |= difference(slots[n & 1][peer][quad], payload(e, n, peer, quad));
-    }
+    each_sent<quads>([&](int peer, int quad) {
+      wrong |= difference(*slot<quads>(n, peer, quad), payload(e, n, peer, quad));
+    });
     __syncthreads();
   }
   sync_cluster();
   report(e, wrong);
 }
 
-// Returns the block that this lane reads in a round; source_quad() is its quad. Warp w
-// reads what blocks w, w + 8, … sent.
-__device__ int source(int round) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  return static_cast<int>(threadIdx.x) / 32 + warps * (lane / quads + 4 * round);
-}
-__device__ int source_quad() { return static_cast<int>(threadIdx.x) % quads; }
-
+template <int quads>
 __device__ uint4* place(const Exchange& e, int buffer, int block, int quad) {
   return e.data + (buffer * most_blocks + block) * quads + quad;
 }
+template <int quads>
+__device__ void send(const Exchange& e, int n, int own) {
+  for (int quad = static_cast<int>(threadIdx.x); quad < quads; quad += threads) {
+    *place<quads>(e, n & 1, own, quad) = payload(e, n, own, quad);
+  }
+}
+
+// Calls read(first) for the first of at_once quads that a thread reads, `threads` apart,
+// until all that the grid sent is read.
+template <int quads, class F>
+__device__ void each_read(const F& read) {
+  const int all = static_cast<int>(gridDim.x) * quads;
+  for (int first = static_cast<int>(threadIdx.x); first < all;
+       first += at_once * threads) {
+    read(first, all);
+  }
+}
 
 // Reads what all blocks sent in step n, which has arrived.
+template <int quads>
 __device__ unsigned receive(const Exchange& e, int n) {
-  const int blocks = static_cast<int>(gridDim.x);
-  uint4 got[rounds];
-#pragma unroll
-  for (int k = 0; k < rounds; ++k) {
-    if (source(k) < blocks) got[k] = __ldcg(place(e, n & 1, source(k), source_quad()));
-  }
   unsigned wrong = 0;
+  each_read<quads>([&](int first, int all) {
+    uint4 got[at_once];
 #pragma unroll
-  for (int k = 0; k < rounds; ++k) {
-    if (source(k) < blocks) {
-      wrong |= difference(got[k], payload(e, n, source(k), source_quad()));
+    for (int k = 0; k < at_once; ++k) {
+      const int i = first + k * threads;
+      if (i < all) got[k] = __ldcg(place<quads>(e, n & 1, i / quads, i % quads));
     }
-  }
+#pragma unroll
+    for (int k = 0; k < at_once; ++k) {
+      const int i = first + k * threads;
+      if (i < all) wrong |= difference(got[k], payload(e, n, i / quads, i % quads));
+    }
+  });
   return wrong;
 }
 
+template <int quads>
 __global__ void __launch_bounds__(threads) grid_flags(Exchange e) {
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const int thread = static_cast<int>(threadIdx.x);
   const int own = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
-  const int watched = thread / 32 + warps * lane;
   unsigned wrong = 0;
   for (int n = 0; n < e.steps; ++n) {
     const unsigned next = static_cast<unsigned>(n + 1);
-    if (thread < 32) {
-      if (lane < quads) *place(e, n & 1, own, lane) = payload(e, n, own, lane);
-      __syncwarp();
-      if (lane == 0) {
-        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(e.flags + own), "r"(next)
-                     : "memory");
-      }
+    send<quads>(e, n, own);
+    __syncthreads();
+    if (thread == 0) {
+      asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(e.flags + own), "r"(next)
+                   : "memory");
     }
-    if (watched < blocks) {
+    if (thread < blocks) {
       unsigned flag = 0;
       for (int polls = 0; flag < next; count_poll(polls)) {
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
                      : "=r"(flag)
-                     : "l"(e.flags + watched)
+                     : "l"(e.flags + thread)
                      : "memory");
       }
     }
-    __syncwarp();
-    wrong |= receive(e, n);
+    __syncthreads();
+    wrong |= receive<quads>(e, n);
     __syncthreads();  // all data is read before the next flag is released
   }
   report(e, wrong);
@@ -290,54 +313,58 @@ __device__ bool has_sentinel(const uint4& value) {
 // own place of that step. With 4 buffers the next fence is between this and the data of
 // step n + 2, which a reader has before it polls the place again for step n + 3; that
 // fence follows a wait longer than a store takes. Buffers hold the sentinel at the start.
-template <int buffers, bool fenced>
+template <int quads, int buffers, bool fenced, bool asks_for_missing>
 __global__ void __launch_bounds__(threads) grid_sentinel(Exchange e) {
   const int thread = static_cast<int>(threadIdx.x);
-  const int own = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  const int own = static_cast<int>(blockIdx.x);
   unsigned wrong = 0;
   for (int n = 0; n < e.steps; ++n) {
-    if (thread < quads) {
-      store_relaxed(place(e, n % buffers, own, thread), payload(e, n, own, thread));
+    for (int quad = thread; quad < quads; quad += threads) {
+      store_relaxed(place<quads>(e, n % buffers, own, quad), payload(e, n, own, quad));
     }
-    uint4 got[rounds];
-    bool waits = true;
-    for (int polls = 0; waits; count_poll(polls)) {
+    each_read<quads>([&](int first, int all) {
+      uint4 got[at_once];
 #pragma unroll
-      for (int k = 0; k < rounds; ++k) {
-        if (source(k) < blocks) {
-          got[k] = load_relaxed(place(e, n % buffers, source(k), source_quad()));
+      for (int k = 0; k < at_once; ++k) got[k].x = sentinel;
+      bool waits = true;
+      for (int polls = 0; waits; count_poll(polls)) {
+#pragma unroll
+        for (int k = 0; k < at_once; ++k) {
+          const int i = first + k * threads;
+          if (i >= all || (asks_for_missing && !has_sentinel(got[k]))) continue;
+          got[k] = load_relaxed(place<quads>(e, n % buffers, i / quads, i % quads));
+        }
+        waits = false;
+#pragma unroll
+        for (int k = 0; k < at_once; ++k) {
+          if (first + k * threads < all) waits = waits || has_sentinel(got[k]);
         }
       }
-      waits = false;
 #pragma unroll
-      for (int k = 0; k < rounds; ++k) {
-        if (source(k) < blocks) waits = waits || has_sentinel(got[k]);
+      for (int k = 0; k < at_once; ++k) {
+        const int i = first + k * threads;
+        if (i < all) wrong |= difference(got[k], payload(e, n, i / quads, i % quads));
       }
-    }
-#pragma unroll
-    for (int k = 0; k < rounds; ++k) {
-      if (source(k) < blocks) {
-        wrong |= difference(got[k], payload(e, n, source(k), source_quad()));
-      }
-    }
+    });
     if constexpr (fenced) asm volatile("fence.acq_rel.gpu;" ::: "memory");
     __syncthreads();
-    if (thread < quads && n > 0) {
-      store_relaxed(place(e, (n - 1) % buffers, own, thread),
+    for (int quad = thread; quad < quads && n > 0; quad += threads) {
+      store_relaxed(place<quads>(e, (n - 1) % buffers, own, quad),
                     {sentinel, sentinel, sentinel, sentinel});
     }
   }
   report(e, wrong);
 }
 
+template <int quads>
 __global__ void __launch_bounds__(threads) grid_sync(Exchange e) {
   const auto grid = cooperative_groups::this_grid();
-  const int thread = static_cast<int>(threadIdx.x), own = static_cast<int>(blockIdx.x);
+  const int own = static_cast<int>(blockIdx.x);
   unsigned wrong = 0;
   for (int n = 0; n < e.steps; ++n) {
-    if (thread < quads) *place(e, n & 1, own, thread) = payload(e, n, own, thread);
+    send<quads>(e, n, own);
     grid.sync();
-    wrong |= receive(e, n);
+    wrong |= receive<quads>(e, n);
   }
   report(e, wrong);
 }
@@ -377,10 +404,9 @@ struct Bench {
   using Kernel = void (*)(Exchange);
 
   Event begin, end;
-  Memory data{most_buffers * most_blocks * quads * sizeof(uint4)};
+  Memory data{most_buffers * most_blocks * most_quads * sizeof(uint4)};
   Memory flags{most_blocks * sizeof(unsigned)};
   Memory wrong{sizeof(unsigned)};
-  std::string rows;
   unsigned launches = 0;
   bool failed = false;
 
@@ -392,7 +418,7 @@ struct Bench {
   }
 
   // Measures milliseconds(steps) of launches, and adds a row.
-  void measure(const std::string& meeting, int blocks, int groups,
+  void measure(const std::string& meeting, int bytes, int blocks, int groups,
                const std::function<float(int)>& milliseconds) {
     std::array<float, repetitions> ns{};
     std::string note;
@@ -412,29 +438,30 @@ struct Bench {
       note = error.what();
       failed = true;
     }
-    add(meeting, blocks, groups, note.empty() ? &ns : nullptr, wrong_count, note);
+    print(meeting, bytes, blocks, groups, note.empty() ? &ns : nullptr, wrong_count,
+          note);
   }
 
-  void add(const std::string& meeting, int blocks, int groups,
-           const std::array<float, repetitions>* ns, unsigned wrong_count,
-           const std::string& note) {
+  static void print(const std::string& meeting, int bytes, int blocks, int groups,
+                    const std::array<float, repetitions>* ns, unsigned wrong_count,
+                    const std::string& note) {
     char numbers[160] = "\"ns\": null, \"quartiles\": null";
     if (ns) {
       std::snprintf(numbers, sizeof numbers, "\"ns\": %.1f, \"quartiles\": [%.1f, %.1f]",
                     (*ns)[repetitions / 2], (*ns)[repetitions / 4],
                     (*ns)[repetitions - 1 - repetitions / 4]);
     }
-    rows += (rows.empty() ? "" : ", ") + std::string("{\"meeting\": \"") + meeting +
-            "\", \"blocks\": " + std::to_string(blocks) +
-            ", \"groups\": " + std::to_string(groups) + ", " + numbers +
-            ", \"wrong\": " + std::to_string(wrong_count) + ", \"note\": \"" + note +
-            "\"}";
+    std::printf(
+        "{\"stage\": \"meetings\", \"meeting\": \"%s\", \"bytes\": %d, \"blocks\": %d, "
+        "\"groups\": %d, %s, \"wrong\": %u, \"note\": \"%s\"}\n",
+        meeting.c_str(), bytes, blocks, groups, numbers, wrong_count, note.c_str());
+    std::fflush(stdout);
   }
 
   float launch(Kernel kernel, cudaLaunchConfig_t config, int steps) {
     flags.fill(0);
     data.fill(0xFF);
-    const Exchange exchange{steps, ++launches % 63 << 25, static_cast<uint4*>(data.at),
+    const Exchange exchange{steps, ++launches, static_cast<uint4*>(data.at),
                             static_cast<unsigned*>(flags.at),
                             static_cast<unsigned*>(wrong.at)};
     check(cudaEventRecord(begin.event), "cudaEventRecord");
@@ -466,7 +493,7 @@ struct Bench {
   }
 
   // Measures one cluster alone, then as many as run at once.
-  void measure_cluster(const std::string& meeting, Kernel kernel, int size) {
+  void measure_cluster(const std::string& meeting, int bytes, Kernel kernel, int size) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
@@ -480,27 +507,27 @@ struct Bench {
       check(cudaOccupancyMaxActiveClusters(&at_once, kernel, &config), "cluster size");
     } catch (const std::runtime_error& error) {
       cudaGetLastError();
-      add(meeting, size, 0, nullptr, 0, error.what());
+      print(meeting, bytes, size, 0, nullptr, 0, error.what());
       return;
     }
     if (at_once == 0) {
-      add(meeting, size, 0, nullptr, 0, "no cluster of this size fits");
+      print(meeting, bytes, size, 0, nullptr, 0, "no cluster of this size fits");
       return;
     }
     for (const int groups : {1, at_once}) {
       const cudaLaunchConfig_t config = configuration(size * groups, &attribute);
-      measure(meeting, size, groups,
+      measure(meeting, bytes, size, groups,
               [&](int steps) { return launch(kernel, config, steps); });
       if (at_once == 1) break;
     }
   }
 
-  void measure_grid(const std::string& meeting, Kernel kernel, int blocks) {
+  void measure_grid(const std::string& meeting, int bytes, Kernel kernel, int blocks) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
     const cudaLaunchConfig_t config = configuration(blocks, &attribute);
-    measure(meeting, blocks, 1, [&](int steps) {
+    measure(meeting, bytes, blocks, 1, [&](int steps) {
       reserve(kernel);
       return launch(kernel, config, steps);
     });
@@ -523,7 +550,7 @@ struct Bench {
       check(cudaGraphDestroy(graph), "cudaGraphDestroy");
       return ready;
     };
-    measure(meeting, blocks, 1, [&](int steps) {
+    measure(meeting, 0, blocks, 1, [&](int steps) {
       if (!stream) check(cudaStreamCreate(&stream), "cudaStreamCreate");
       cudaGraphExec_t& graph = graphs[steps / meetings - 1];
       if (!graph) graph = capture(steps);
@@ -549,27 +576,42 @@ struct Bench {
     if (stream) cudaStreamDestroy(stream);
   }
 
+  template <int quads>
+  void measure_payload(const std::vector<int>& grids) {
+    constexpr int bytes = quads * 16;
+    for (int size = 2; size <= largest_cluster; size *= 2) {
+      measure_cluster("cluster barrier", bytes, cluster_barrier<quads, true>, size);
+      measure_cluster("cluster mbarrier", bytes, cluster_mbarrier<quads>, size);
+    }
+    for (const int blocks : grids) {
+      measure_grid("grid sentinel, 4 buffers, fence, asks for missing", bytes,
+                   grid_sentinel<quads, 4, true, true>, blocks);
+      measure_grid("grid sentinel, 4 buffers, fence", bytes,
+                   grid_sentinel<quads, 4, true, false>, blocks);
+      measure_grid("grid sentinel, 3 buffers", bytes,
+                   grid_sentinel<quads, 3, false, false>, blocks);
+      measure_grid("grid flags", bytes, grid_flags<quads>, blocks);
+      measure_grid("grid.sync", bytes, grid_sync<quads>, blocks);
+    }
+  }
+
   void measure_all(int multiprocessors) {
     reserve(block_barrier);
-    measure("block barrier", 1, 1, [&](int steps) {
+    measure("block barrier", 0, 1, 1, [&](int steps) {
       return launch(block_barrier, configuration(1, nullptr), steps);
     });
     for (int size = 2; size <= largest_cluster; size *= 2) {
-      measure_cluster("cluster barrier, nothing sent", cluster_barrier<false>, size);
-      measure_cluster("cluster barrier", cluster_barrier<true>, size);
-      measure_cluster("cluster mbarrier", cluster_mbarrier, size);
+      measure_cluster("cluster barrier, nothing sent", 0, cluster_barrier<1, false>,
+                      size);
     }
     std::vector<int> grids;
-    for (const int blocks : {16, 32, 64, 128}) {
+    for (const int blocks : {16, 32, 64, 96, 128}) {
       if (blocks < multiprocessors) grids.push_back(blocks);
     }
     grids.push_back(std::min(multiprocessors, most_blocks));
-    for (const int blocks : grids) {
-      measure_grid("grid flags", grid_flags, blocks);
-      measure_grid("grid sentinel, 3 buffers", grid_sentinel<3, false>, blocks);
-      measure_grid("grid sentinel, 4 buffers, fence", grid_sentinel<4, true>, blocks);
-      measure_grid("grid.sync", grid_sync, blocks);
-    }
+    measure_payload<8>(grids);
+    measure_payload<32>(grids);
+    measure_payload<128>(grids);
     for (const int blocks : {1, multiprocessors}) {
       measure_graph("graph launch, nothing", nothing, blocks, false);
       measure_graph("graph launch, adds one", add_one, blocks, true);
@@ -586,8 +628,6 @@ int main() {
     check(cudaGetDeviceProperties(&device, 0), "cudaGetDeviceProperties");
     Bench bench;
     bench.measure_all(device.multiProcessorCount);
-    std::printf("{\"device\": \"%s\", \"multiprocessors\": %d, \"rows\": [%s]}\n",
-                device.name, device.multiProcessorCount, bench.rows.c_str());
     return bench.failed ? 1 : 0;
   } catch (const std::runtime_error& error) {
     std::fprintf(stderr, "%s\n", error.what());
