@@ -67,7 +67,7 @@ def test_every_stage_gives_results(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == FILES
     lines = results(tmp_path)
     plans = [line for line in lines if line["stage"] == "plans" and "plan" in line]
-    assert len(plans) > 100
+    assert len(plans) > 50
     assert not any(line["wrong"] for line in plans)
     smoke = [line for line in lines if line["stage"] == "smoke" and "task" in line]
     assert len(smoke) == 3
@@ -82,7 +82,7 @@ def test_every_stage_gives_results(tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", [1, 2])
 def test_a_stage_that_fails_costs_only_itself(tmp_path: Path, first: int) -> None:
     """Every other stage crashes, hangs or fails; those between give their results."""
-    spoilt = dict(zip(STAGES[first::2], ["crash", "fail", "hang", "crash"], strict=True))
+    spoilt = dict(zip(STAGES[first::2], ["hang", "crash", "fail", "crash"], strict=True))
     spoil = [f"{name}={how}" for name, how in spoilt.items()]
     # A hang takes the share of its stage.
     status, output, problems = rehearse(tmp_path, "--seconds", "90", "--spoil", *spoil)

@@ -299,8 +299,8 @@ def cases_of(
                 yield Case(cell, name, sizes, mode, count, dtype, device, form, interface)
 
     groups = [(*one, [count]) for count in usual for one in chosen] + scaled
-    found = list(dict.fromkeys(case for group in groups for case in combine(*group)))
+    cases = list(dict.fromkeys(case for group in groups for case in combine(*group)))
     if device == "cuda":  # all of a shape together, since a run may be cut short
-        order = list(dict.fromkeys(case.shape for case in found))
-        found.sort(key=lambda case: (order.index(case.shape), dtypes.index(case.dtype)))
-    return found
+        order = list(dict.fromkeys(case.shape for case in cases))
+        cases.sort(key=lambda case: (order.index(case.shape), dtypes.index(case.dtype)))
+    return cases
