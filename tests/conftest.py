@@ -61,6 +61,20 @@ def isa_on_threads(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from force_isa(isa)
 
 
+GPU_SECONDS = 30
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Limit the time of a test on a GPU, which a fault of the kernels may make endless."""
+    plugins = config.pluginmanager
+    has_limits = plugins.hasplugin("timeout") or plugins.hasplugin("pytest_timeout")
+    if not has_limits or fr.cuda.status().startswith("emulator"):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.timeout(GPU_SECONDS, method="thread"))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """End the process of a test that lost the GPU: there every later call fails.

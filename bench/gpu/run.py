@@ -10,7 +10,7 @@ The stages, in this order; each takes its share of the time that is left:
     plans     recurrences of many layers by many plans; costs fitted to them (plans.py, fit.py)
     race      `fusedrnn bench --device cuda`: against PyTorch's layers, which are cuDNN's
     profile   Nsight Compute's report of a forward and a backward recurrence
-    tests     pytest -m gpu
+    tests     pytest -m gpu, with a time limit for each
     memcheck  compute-sanitizer on small layers
     options   `fusedrnn bench` again: what options cost
 
@@ -308,7 +308,7 @@ class Script:
             limit,
             *["-m", "pytest", "-q", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider"],
             *["-p", "xdist.plugin", "-p", "pytest_timeout", "-n", min(8, os.cpu_count() or 1)],
-            *["--timeout", "30", "--timeout-method", "thread", "--max-worker-restart", "50"],
+            *["-W", "default", "--max-worker-restart", "50"],
             *chosen,
             *sorted((PROJECT / "tests").glob("test_cuda*.py")),
             PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
