@@ -24,11 +24,11 @@
 //                            reads and writes after it, for all blocks that use fences
 //   add_to(p, x)             *p += x in memory, without waiting for the result
 //   wait_until(ready)        calls ready() until it is true in the whole warp, which it
-//                            synchronizes. With FUSEDRNN_POLL_LIMIT this and wait_for()
-//                            end the kernel with an error after so many polls
+//                            synchronizes. With FUSEDRNN_WAIT_LIMIT this and wait_for()
+//                            end the kernel with an error after so many seconds
 //   exp2_of(x), reciprocal(x), of floats, as the chip approximates them: errors of 2 and
 //                            1 ULP; the reciprocal of more than 2^126 is 0
-//   less_of(a, b)            of floats; the other where one is NaN
+//   bounded(x, least, most)  of floats; most where x is NaN
 //   MmaTensorFloat32, MmaBFloat16, MmaFloat16
 //                            (d, a, b): d += a·b of one warp, 16 rows × 8 columns, 32
 //                            bytes of depth; fragments as in PTX's m16n8k8 and m16n8k16
@@ -85,15 +85,20 @@ FUSEDRNN_DEVICE char* shared() {
 FUSEDRNN_DEVICE void sync_warp() { __syncwarp(); }
 FUSEDRNN_DEVICE void sync_block() { __syncthreads(); }
 
-// Polls counts those of one wait.
-struct Polls {
-#if FUSEDRNN_POLL_LIMIT > 0
-  int left = FUSEDRNN_POLL_LIMIT;
-  FUSEDRNN_DEVICE void count() {
-    if (--left < 0) __trap();
+// A Wait is told of its polls. It looks at the clock seldom, so that polls stay as fast.
+struct Wait {
+#if FUSEDRNN_WAIT_LIMIT > 0
+  unsigned polls = 0;
+  std::uint64_t begin = 0;
+  FUSEDRNN_DEVICE void poll() {
+    if (++polls % 1024 != 0) return;
+    std::uint64_t now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    if (begin == 0) begin = now;
+    if (now - begin > FUSEDRNN_WAIT_LIMIT * std::uint64_t{1'000'000'000}) __trap();
   }
 #else
-  FUSEDRNN_DEVICE void count() {}
+  FUSEDRNN_DEVICE void poll() {}
 #endif
 };
 
@@ -131,9 +136,9 @@ FUSEDRNN_DEVICE void expect(Arrivals* a, int bytes) {
 }
 FUSEDRNN_DEVICE void wait_for(Arrivals* a, bool odd) {
   std::uint32_t done;
-  Polls polls;
+  Wait wait;
   do {
-    polls.count();
+    wait.poll();
     asm volatile(
         "{\n"
         ".reg .pred complete;\n"
@@ -180,8 +185,8 @@ FUSEDRNN_DEVICE void add_to(float* p, float x) { atomicAdd(p, x); }
 FUSEDRNN_DEVICE void add_to(double* p, double x) { atomicAdd(p, x); }
 template <class F>
 FUSEDRNN_DEVICE void wait_until(const F& ready) {
-  Polls polls;
-  while (!__all_sync(~0u, ready())) polls.count();
+  Wait wait;
+  while (!__all_sync(~0u, ready())) wait.poll();
   __syncwarp();
 }
 
@@ -224,7 +229,9 @@ FUSEDRNN_DEVICE float exp2_of(float x) {
   asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-FUSEDRNN_DEVICE float less_of(float a, float b) { return fminf(a, b); }
+FUSEDRNN_DEVICE float bounded(float x, float least, float most) {
+  return fmaxf(fminf(x, most), least);
+}
 // Functions of doubles are long, so they are called: inlined they were a third of the
 // code.
 __device__ __noinline__ inline double exp_of(double x) { return exp(x); }

@@ -75,8 +75,7 @@ struct Chain {
 // Function has what is known of a device function.
 struct Function {
   std::mutex allowing, chaining;
-  std::map<int, cudaError_t> allowed;  // by device
-  std::set<int> launched;              // on devices
+  std::set<int> allowed, launched;  // on devices
   std::map<std::pair<int, Stream>, Chain> chains;
 };
 Function& known(const void* function) {
@@ -88,11 +87,9 @@ Function& known(const void* function) {
 
 // Allows a kernel all of a device's shared memory and its largest clusters. This is done
 // once, because the attributes belong to the kernel and not to a launch.
-cudaError_t allow(const void* function, int ordinal) {
-  Function& own = known(function);
+cudaError_t allow(Function& own, const void* function, int ordinal) {
   const std::lock_guard lock(own.allowing);
-  const auto allowed = own.allowed.find(ordinal);
-  if (allowed != own.allowed.end()) return allowed->second;
+  if (own.allowed.contains(ordinal)) return cudaSuccess;
   const Device& gpu = device(ordinal);
   cudaError_t status =
       cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -102,22 +99,28 @@ cudaError_t allow(const void* function, int ordinal) {
         cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
   cudaGetLastError();
-  return own.allowed[ordinal] = status;
+  if (status == cudaSuccess) own.allowed.insert(ordinal);
+  return status;
 }
 
 // Allows a kernel what a launch may need. The first launch loads the kernel, which some
 // drivers cannot do while a graph is captured.
-void prepare_launch(const void* function, Stream stream) {
-  const int ordinal = current_device();
-  check(allow(function, ordinal), "attributes of a kernel");
+Function& prepare_launch(const void* function, Stream stream) {
   Function& own = known(function);
-  const std::lock_guard lock(own.allowing);
-  if (own.launched.contains(ordinal)) return;
-  if (is_capturing(stream)) {
-    throw Error(
-        "the first call of its kind loads kernels: make it before a graph is captured");
+  const int ordinal = current_device();
+  {
+    const std::lock_guard lock(own.allowing);
+    if (!own.launched.contains(ordinal)) {
+      if (is_capturing(stream)) {
+        throw Error(
+            "the first call of its kind loads kernels: make it before a graph is "
+            "captured");
+      }
+      own.launched.insert(ordinal);
+    }
   }
-  own.launched.insert(ordinal);
+  check(allow(own, function, ordinal), "attributes of a kernel");
+  return own;
 }
 
 }  // namespace
@@ -140,8 +143,7 @@ void launch_in_order(const void* function, index count, const KernelList& kernel
   const index alone = is_capturing(stream) ? count : count % Chain::length;
   for (index i = 0; i < alone; ++i) launch(function, at(i), shape, stream);
   if (alone == count) return;
-  prepare_launch(function, stream);
-  Function& own = known(function);
+  Function& own = prepare_launch(function, stream);
   const std::lock_guard lock(own.chaining);
   Chain& chain = own.chains[{current_device(), stream}];
   for (index first = alone; first < count; first += Chain::length) {
@@ -158,7 +160,7 @@ void launch_in_order(const void* function, index count, const KernelList& kernel
 }
 
 int clusters_at_once(const void* function, const Launch& shape) {
-  if (allow(function, current_device()) != cudaSuccess) return 0;
+  if (allow(known(function), function, current_device()) != cudaSuccess) return 0;
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configuration(shape, nullptr, attributes);
   int clusters = 0;

@@ -2,7 +2,7 @@
 // and the recurrence.
 //
 //   forward   W x for a time block as one product, then the recurrence over it
-//   backward  the recurrence over all times, then dx, dW, dR as one product each, db
+//   backward  the recurrence over all times, with db, then products for dx, dW and dR
 //
 // Arrays are as in csrc/contract.h, with these differences: states, c and peepholes are
 // float32 if storage has 16 bits; only the last axis of x must be contiguous; rows of y

@@ -6,7 +6,7 @@
 // hidden units, with `splits` warps to a group that share its depth. In each step they
 // exchange the operand in one of three ways:
 //
-//   cluster   through each other's shared memory, synchronised by the cluster's barrier
+//   cluster   through each other's shared memory, where the bytes that arrive are counted
 //   grid      through L2, where each warp polls what it reads until it is written
 //   step      through the end of a launch: one for each step, many to a graph
 #pragma once

@@ -10,13 +10,14 @@ namespace fusedrnn::cuda {
 
 // Returns e^x with an error of 3 ULP. The product x log2(e) is rounded by up to 2^-18,
 // which would be a relative error of e^x, so what the rounding took is a factor of its
-// own. That is NaN where the product is infinite, and then any finite factor is right.
+// own. That is NaN or infinite where the product is infinite, and then any positive
+// factor is right.
 FUSEDRNN_DEVICE float exp_of(float x) {
   constexpr float log2_e = 0x1.715476p+0f, log2_e_rest = 0x1.4ae0cp-26f;
   constexpr float ln_2 = 0x1.62e43p-1f;
   const float product = x * log2_e;
   const float rest = multiply_add(x, log2_e_rest, multiply_add(x, log2_e, -product));
-  return exp2_of(product) * (1 + less_of(rest * ln_2, 1));
+  return exp2_of(product) * (1 + bounded(rest * ln_2, -0.5f, 1));
 }
 
 }  // namespace fusedrnn::cuda

@@ -195,6 +195,7 @@ def test_sigmoid_and_tanh_over_the_whole_range() -> None:
     n, _ = fr.rnn(
         cuda.array(x[None]), cuda.array(weights), cuda.array(np.zeros((H, H), np.float32))
     )
+    assert not np.signbit(z.numpy()).any()
     for actual, expected, ulps in ((z, sigmoid, 8), (n, np.tanh(sums), 4)):
         ulp = np.spacing(np.abs(expected).astype(np.float32)).astype(np.float64)
         within = np.maximum(ulps * ulp, np.finfo(np.float32).smallest_normal)

@@ -66,12 +66,12 @@ def test_every_stage_gives_results(tmp_path: Path) -> None:
     assert status == 0
     assert {path.name for path in tmp_path.iterdir()} == FILES
     lines = results(tmp_path)
-    plans = [line for line in lines if line["stage"] == "plans" and "plan" in line]
+    plans = [line for line in lines if line["stage"] == "plans" and "seconds" in line]
     assert len(plans) > 50
     assert not any(line["wrong"] for line in plans)
     smoke = [line for line in lines if line["stage"] == "smoke" and "task" in line]
     assert len(smoke) == 3
-    assert smoke[0].keys() >= {"sigmoid ULP", "tanh ULP"} or "worst" in smoke[0]
+    assert sum(line.get("sigmoid ULP", 0) > 0 for line in smoke) == 1
     race = json.loads((tmp_path / "race.json").read_text())
     assert not race["interrupted"]
     assert all(case["wrong"] == {} for case in race["cases"])
@@ -124,10 +124,10 @@ sys.exit(plans.main())
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", program], check=False)
         assert done.returncode == 3
-        lines = [line for line in results(tmp_path) if "key" in line]
+        lines = [line for line in results(tmp_path) if "key" in line and "begun" not in line]
         assert len(lines) >= before + 3
         assert len({line["key"] for line in lines}) == len(lines)
-        assert "the context is lost" in lines[-1]["failed"]
+        assert "the context is lost" in lines[-1]["lost"]
         assert not any("failed" in line for line in lines[before:-1])
         before = len(lines)
 

@@ -17,7 +17,7 @@ trap 'rm -rf "$work"' EXIT
 rm -rf "$site"
 PATH="$work/env/bin:$PATH" "$work/env/bin/pip" install -q --no-deps --no-build-isolation \
   --target "$site" -C build-dir="$work/build" -C cmake.define.FUSEDRNN_CUDA=ON \
-  -C cmake.define.FUSEDRNN_POLL_LIMIT=4194304 \
+  -C cmake.define.FUSEDRNN_WAIT_LIMIT=4 \
   -C cmake.define.CMAKE_CUDA_ARCHITECTURES=90a-real .
 nvcc -O3 -std=c++20 -gencode arch=compute_90a,code=sm_90a bench/gpu/meetings.cu \
   -o "$site/meetings"

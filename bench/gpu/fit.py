@@ -95,7 +95,7 @@ def write(costs: dict[str, float], header: str, to: Path) -> None:
     text = COSTS.read_text("utf-8")
     lines = text[text.index("COST(") :]
     for name, value in costs.items():
-        number = f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+        number = f"{float(f'{value:.3g}'):g}"
         lines, count = re.subn(rf"(COST\({name}, )[^)]+", rf"\g<1>{number}", lines)
         assert count == 1, name
     to.write_text(header + lines, "utf-8")

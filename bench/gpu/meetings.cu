@@ -17,13 +17,13 @@
 //   cluster mbarrier   st.async into the peers' shared memory, which completes bytes of a
 //                      transaction barrier there
 //   grid flags         stores to memory, a flag released by one thread of each block;
-//   each
-//                      thread acquires the flag of one block, and a block barrier follows
+//                      each thread acquires the flag of one block, and a block barrier
+//                      follows
 //   grid sentinel      no flags: the data itself is polled until none of it is the
-//                      sentinel. With 3 buffers only time separates clearing a place from
-//                      writing it again, as in schemes found in practice; with 4 a fence
-//                      fits in between that has nothing to wait for. A poll asks again
-//                      for all of it, or only for what was missing
+//                      sentinel, all of it again or only what was missing. There are 4
+//                      buffers, so that a fence fits between clearing a place and writing
+//                      it again. It stands before the send, where it has little to wait
+//                      for, or after it, where other blocks do not wait for it
 //   grid.sync          that of cooperative groups
 //   graph launch       one launch per step, in a CUDA graph, of a kernel that does
 //                      nothing or adds one to a number in memory
@@ -231,8 +231,8 @@ __device__ void send(const Exchange& e, int n, int own) {
   }
 }
 
-// Calls read(first) for the first of at_once quads that a thread reads, `threads` apart,
-// until all that the grid sent is read.
+// Calls read(first, all) for the first of at_once quads that a thread reads, `threads`
+// apart, until all that the grid sent is read.
 template <int quads, class F>
 __device__ void each_read(const F& read) {
   const int all = static_cast<int>(gridDim.x) * quads;
@@ -309,19 +309,25 @@ __device__ bool has_sentinel(const uint4& value) {
          value.w == sentinel;
 }
 
-// When a block has all of step n, all blocks have read step n - 1, and each clears its
-// own place of that step. With 4 buffers the next fence is between this and the data of
-// step n + 2, which a reader has before it polls the place again for step n + 3; that
-// fence follows a wait longer than a store takes. Buffers hold the sentinel at the start.
-template <int quads, int buffers, bool fenced, bool asks_for_missing>
+// When a block has all of step n - 1, all blocks have read step n - 2, and each clears
+// its own place of that step with its send of step n. A fence separates that from the
+// data of step n + 1, which a reader has, and fences, before it polls the place for step
+// n + 2. Buffers hold the sentinel at the start.
+template <int quads, bool fence_is_after, bool asks_for_missing>
 __global__ void __launch_bounds__(threads) grid_sentinel(Exchange e) {
   const int thread = static_cast<int>(threadIdx.x);
   const int own = static_cast<int>(blockIdx.x);
+  const auto fence = [] { asm volatile("fence.acq_rel.gpu;" ::: "memory"); };
   unsigned wrong = 0;
   for (int n = 0; n < e.steps; ++n) {
     for (int quad = thread; quad < quads; quad += threads) {
-      store_relaxed(place<quads>(e, n % buffers, own, quad), payload(e, n, own, quad));
+      store_relaxed(place<quads>(e, n % most_buffers, own, quad),
+                    payload(e, n, own, quad));
+      if (n < 2) continue;
+      store_relaxed(place<quads>(e, (n - 2) % most_buffers, own, quad),
+                    {sentinel, sentinel, sentinel, sentinel});
     }
+    if constexpr (fence_is_after) fence();
     each_read<quads>([&](int first, int all) {
       uint4 got[at_once];
 #pragma unroll
@@ -332,7 +338,7 @@ __global__ void __launch_bounds__(threads) grid_sentinel(Exchange e) {
         for (int k = 0; k < at_once; ++k) {
           const int i = first + k * threads;
           if (i >= all || (asks_for_missing && !has_sentinel(got[k]))) continue;
-          got[k] = load_relaxed(place<quads>(e, n % buffers, i / quads, i % quads));
+          got[k] = load_relaxed(place<quads>(e, n % most_buffers, i / quads, i % quads));
         }
         waits = false;
 #pragma unroll
@@ -346,12 +352,8 @@ __global__ void __launch_bounds__(threads) grid_sentinel(Exchange e) {
         if (i < all) wrong |= difference(got[k], payload(e, n, i / quads, i % quads));
       }
     });
-    if constexpr (fenced) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    if constexpr (!fence_is_after) fence();
     __syncthreads();
-    for (int quad = thread; quad < quads && n > 0; quad += threads) {
-      store_relaxed(place<quads>(e, (n - 1) % buffers, own, quad),
-                    {sentinel, sentinel, sentinel, sentinel});
-    }
   }
   report(e, wrong);
 }
@@ -579,30 +581,33 @@ struct Bench {
   template <int quads>
   void measure_payload(const std::vector<int>& grids) {
     constexpr int bytes = quads * 16;
-    for (int size = 2; size <= largest_cluster; size *= 2) {
-      measure_cluster("cluster barrier", bytes, cluster_barrier<quads, true>, size);
-      measure_cluster("cluster mbarrier", bytes, cluster_mbarrier<quads>, size);
-    }
     for (const int blocks : grids) {
-      measure_grid("grid sentinel, 4 buffers, fence, asks for missing", bytes,
-                   grid_sentinel<quads, 4, true, true>, blocks);
-      measure_grid("grid sentinel, 4 buffers, fence", bytes,
-                   grid_sentinel<quads, 4, true, false>, blocks);
-      measure_grid("grid sentinel, 3 buffers", bytes,
-                   grid_sentinel<quads, 3, false, false>, blocks);
+      measure_grid("grid sentinel, fence after, asks for missing", bytes,
+                   grid_sentinel<quads, true, true>, blocks);
+      measure_grid("grid sentinel, fence before, asks for missing", bytes,
+                   grid_sentinel<quads, false, true>, blocks);
+      measure_grid("grid sentinel, fence before, asks for all", bytes,
+                   grid_sentinel<quads, false, false>, blocks);
       measure_grid("grid flags", bytes, grid_flags<quads>, blocks);
       measure_grid("grid.sync", bytes, grid_sync<quads>, blocks);
+    }
+    for (int size = 2; size <= largest_cluster; size *= 2) {
+      measure_cluster("cluster mbarrier", bytes, cluster_mbarrier<quads>, size);
+      measure_cluster("cluster barrier", bytes, cluster_barrier<quads, true>, size);
     }
   }
 
   void measure_all(int multiprocessors) {
     reserve(block_barrier);
+    // The clock rises while this runs.
+    for (int i = 0; i < 20; ++i)
+      launch(block_barrier, configuration(1, nullptr), 100'000);
     measure("block barrier", 0, 1, 1, [&](int steps) {
       return launch(block_barrier, configuration(1, nullptr), steps);
     });
-    for (int size = 2; size <= largest_cluster; size *= 2) {
-      measure_cluster("cluster barrier, nothing sent", 0, cluster_barrier<1, false>,
-                      size);
+    for (const int blocks : {1, multiprocessors}) {
+      measure_graph("graph launch, nothing", nothing, blocks, false);
+      measure_graph("graph launch, adds one", add_one, blocks, true);
     }
     std::vector<int> grids;
     for (const int blocks : {16, 32, 64, 96, 128}) {
@@ -612,9 +617,9 @@ struct Bench {
     measure_payload<8>(grids);
     measure_payload<32>(grids);
     measure_payload<128>(grids);
-    for (const int blocks : {1, multiprocessors}) {
-      measure_graph("graph launch, nothing", nothing, blocks, false);
-      measure_graph("graph launch, adds one", add_one, blocks, true);
+    for (int size = 2; size <= largest_cluster; size *= 2) {
+      measure_cluster("cluster barrier, nothing sent", 0, cluster_barrier<1, false>,
+                      size);
     }
   }
 };

@@ -31,9 +31,10 @@ def append(results: Path, **line: Any) -> None:
 
 
 def device() -> dict[str, Any]:
-    """Describe the GPU, and fail where there is none that can be used."""
+    """Describe the GPU; end with status 4 where there is none that can be used."""
     if not cuda.is_available():
-        sys.exit(cuda.status())
+        print(cuda.status())
+        sys.exit(4)
     return {"status": cuda.status(), **cuda._module().device(0), "python": sys.version}
 
 

@@ -159,7 +159,9 @@ inline float off_by(float exact, std::uint32_t ulps) {
   return std::bit_cast<float>(bits * 0x9e3779b9u >> 31 ? bits + ulps : bits - ulps);
 }
 inline float exp2_of(float x) { return off_by(std::exp2(x), 2); }
-inline float less_of(float a, float b) { return std::fmin(a, b); }
+inline float bounded(float x, float least, float most) {
+  return std::fmax(std::fmin(x, most), least);
+}
 inline double exp_of(double x) { return std::exp(x); }
 inline float tanh_of(float x) { return std::tanh(x); }
 inline double tanh_of(double x) { return std::tanh(x); }

@@ -140,6 +140,7 @@ const index matmul_workspace = 256;
 void matmul(const Matrix& left, const Matrix& right, const Matrix& to, bool adds, bool,
             void*, Stream) {
   const index depth = left.transposed ? left.rows : left.columns;
+  if (depth == 0) throw Error("cuBLASLt has no product of depth 0");
   for (index i = 0; i < to.rows; ++i) {
     for (index j = 0; j < to.columns; ++j) {
       double sum = adds ? value_at(to, i, j) : 0;
