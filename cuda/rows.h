@@ -180,8 +180,8 @@ struct ReadLengths {
   }
 };
 
-// Writes (T, B, H), the state that entered the step at each time, or what R reads of it:
-// zero after a reset, and where no step was taken.
+// Writes (T, B, H), what R reads of the state that enters the step at each time: zero
+// after a reset, and where no step is taken.
 template <class P>
 struct Previous : Sizes {
   using S = typename P::Storage;

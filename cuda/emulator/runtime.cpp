@@ -106,7 +106,7 @@ void* allocate(index bytes, Stream) {
 void release(void* memory, Stream) noexcept { std::free(memory); }
 void copy(void* to, const void* from, index bytes, Stream) {
   require_context();
-  std::memcpy(to, from, static_cast<std::size_t>(bytes));
+  if (bytes > 0) std::memcpy(to, from, static_cast<std::size_t>(bytes));
 }
 void clear(void* memory, index bytes, Stream) {
   if (memory) std::memset(memory, 0, static_cast<std::size_t>(bytes));
