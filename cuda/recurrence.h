@@ -348,7 +348,7 @@ class Engine {
   // it. A warp copies some rows, of which each thread asks for as many quads as its
   // registers hold before it waits for the first.
   FUSEDRNN_DEVICE void fetch(index n) const {
-    constexpr int at_once = fetched_at_once(resident, sizeof(A) == 8);
+    constexpr int at_once = fetched_at_once(resident);
     int row = thread() / 32, first = 0;
 #pragma unroll 1
     while (row < rows) {

@@ -121,8 +121,8 @@ double estimate(const Candidate& candidate, const Costs& costs) {
       step += costs.staging + static_cast<double>(bytes) / costs.l2_bytes;
       const index row_quads = bytes / (128 * plan.tiles),
                   own_rows = ceil_div(8 * plan.tiles, warps);
-      parts = ceil_div(own_rows * ceil_div(row_quads, 32),
-                       fetched_at_once(plan.resident, work.operand_bytes == 8));
+      parts =
+          ceil_div(own_rows * ceil_div(row_quads, 32), fetched_at_once(plan.resident));
     }
     step += static_cast<double>(parts - 1) * costs.l2_latency;
   }
