@@ -89,7 +89,8 @@ class Timer {
  private:
   void *begin_, *end_;
 };
-// Where the recurrences of this thread's calls add a Timer each, or null.
+// The recurrences of this thread's calls add a Timer each to this list, unless it is
+// null.
 inline thread_local std::list<Timer>* timers = nullptr;
 
 struct Launch {

@@ -45,7 +45,7 @@ struct Plan {
   int P;            // hidden units, rounded up to whole blocks of depth
   int group_quads;  // 16 bytes each: the packed weights of a group of units
   // The parts of a block's shared memory after the weights, in bytes. Kernels read these
-  // numbers, because computing them would cost registers and much code (recurrence.h).
+  // numbers, because computing them would cost registers and much code (engine.h).
   int row_bytes;  // from one row of an operand to the next
   int operands_at;
   int operand_bytes;  // from one operand to the other; 0 if there is only one

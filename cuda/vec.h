@@ -50,7 +50,7 @@ struct Vec {
     return a.value < b.value ? x : y;
   }
   // For floats the error is 8 ULP at most, and σ(x) is 0 where it would be subnormal.
-  // Where exp(-x) overflows, the reciprocal of inf is that 0.
+  // exp(-x) may overflow to inf, whose reciprocal is that 0.
   FUSEDRNN_DEVICE friend Vec sigmoid(Vec x) {
     return {cuda::reciprocal(1 + cuda::exp_of(-x.value))};
   }

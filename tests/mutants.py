@@ -31,34 +31,34 @@ class Mutant(NamedTuple):
 
 MUTANTS = {
     # Polls, the fence and the buffers of a grid
-    "no fence": Mutant("recurrence.h", "if (plan_.exchange == Exchange::grid) fence();", ""),
-    "one poll": Mutant("recurrence.h", "        all = false;\n", ""),
+    "no fence": Mutant("engine.h", "if (plan_.exchange == Exchange::grid) fence();", ""),
+    "one poll": Mutant("engine.h", "        all = false;\n", ""),
     "first quad is not polled": Mutant(
-        "recurrence.h",
+        "engine.h",
         "        if (fullest_word<E>(to[i]) != unwritten) continue;",
         "        if (i == 0 || fullest_word<E>(to[i]) != unwritten) continue;",
     ),
     "buffer cleared too early": Mutant(
-        "recurrence.h", "global_operand(n - 1 + operand_buffers", "global_operand(n"
+        "engine.h", "global_operand(n - 1 + operand_buffers", "global_operand(n"
     ),
     "buffer never cleared": Mutant(
-        "recurrence.h",
+        "engine.h",
         "clears_previous = plan_.exchange == Exchange::grid",
         "clears_previous = false",
     ),
     # The copy of an operand into shared memory
     "last quad is not copied": Mutant(
-        "recurrence.h",
+        "engine.h",
         "quad < row_quads() ? quad * rows",
         "quad < row_quads() - 1 ? quad * rows",
     ),
     "rows of other warps": Mutant(
-        "recurrence.h",
+        "engine.h",
         "          row += threads() / 32;",
         "          row += threads() / 32 + 1;",
     ),
     "row for another": Mutant(
-        "recurrence.h",
+        "engine.h",
         "shared_operand(n) + place[i] % rows * plan_.row_bytes",
         "shared_operand(n) + (place[i] + 1) % rows * plan_.row_bytes",
     ),

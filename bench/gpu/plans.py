@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from smoke import append, error
+from smoke import EXCHANGES, append, error
 
 import fusedrnn as fr
 from fusedrnn import cuda
@@ -39,7 +39,7 @@ REPETITIONS = 5
 MOST_SECONDS = 10  # of a plan
 WARM_UP_SECONDS = 0.5
 MOST_LOST = 2
-STEP = 2  # the exchange
+STEP = EXCHANGES["step"]
 FIRST = 12  # plans of a layer and direction
 EVERY = 4  # of the others, in the second round
 
@@ -182,7 +182,6 @@ def main() -> int:
             signal.alarm(MOST_SECONDS)  # ends the process
             try:
                 line |= measure(problem, backward, plan)
-                cuda._module().synchronize(0, 0)
             except (RuntimeError, MemoryError) as failure:
                 line["failed"] = str(failure)
             signal.alarm(0)
