@@ -82,11 +82,19 @@ struct Vectors {
   S *gamma_c, *beta_c;     // (H,)
 };
 
+// Precision is what the weights of products are stored as: the element type or, on the
+// CPU in inference, something narrower (src/fusedrnn/reference/precision.py).
+enum class Precision : int { element, int8, bfloat16, float16 };
+constexpr int precisions = 4;
+
 // The parameters are as the user has them, contiguous; biases and weight_hr may be null.
+// Scales belong to the rows of int8 weights.
 template <class S>
 struct Parameters {
   Model model;
   const S *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr;
+  const float *scale_ih = nullptr, *scale_hh = nullptr, *scale_hr = nullptr;
+  int input_operands = 1;  // that add up to a row of x, for int8
 };
 
 template <class S>

@@ -103,7 +103,7 @@ struct Tested {
   const CellKernels& cell;
 };
 Tested tested(const Isa& isa, std::string_view name, index size) {
-  const Kernels& kernels = size == 4 ? *isa.f32 : *isa.f64;
+  const Kernels& kernels = kernels_of(isa, size);
   for (const CellKernels& cell : kernels.cells) {
     if (cell.name == name) return {kernels, cell};
   }
@@ -130,7 +130,7 @@ template <class S>
 Results train(const Tested& of, const Arrays& a, bool unpacked, index chunks) {
   const bool has_c = of.cell.shape.has_c;
   const Model model{a.I, a.H, a.H, of.cell.shape.variant, false, false};
-  const Layout layout(of.kernels, of.cell, model);
+  const Layout layout(of.kernels, of.kernels.product, 1, of.cell, model);
   const index GH = a.gates * a.H, BH = a.B * a.H, size = sizeof(S);
   const auto x = as<S>(a.x), w_ih = as<S>(a.weight_ih), w_hh = as<S>(a.weight_hh);
   const auto b_ih = as<S>(a.bias_ih), b_hh = as<S>(a.bias_hh), dy = as<S>(a.dy);
@@ -222,7 +222,7 @@ template <class S>
 void test_cell(const Isa& isa, std::string_view name, const Arrays& a, double tolerance,
                const std::string& what) {
   set_num_threads(1);
-  const Isa& portable = *compiled_isas().back().isa;
+  const Isa& portable = compiled_isas().back().isa;
   const Results expected = train<double>(tested(portable, name, 8), a, false, 1);
   const Tested of = tested(isa, name, sizeof(S));
   const Results got = train<S>(of, a, false, 1);
@@ -276,7 +276,7 @@ void test_math(const MathEntry& function, const std::string& what) {
 // Compares y, h_n and c_n of the portable kernels with those that another product gives.
 void test_product(const Product& product, const CellKernels& cell, const Arrays& a,
                   double tolerance, const std::string& what) {
-  const Kernels& own = *compiled_isas().back().isa->f32;
+  const Kernels& own = *compiled_isas().back().isa.base->f32;
   Kernels kernels = own;
   kernels.product = product;
   set_num_threads(1);
@@ -319,7 +319,7 @@ void test_products() {
   std::mt19937 random(2);
   constexpr index shapes[][4] = {
       {5, 3, 4, 7}, {6, 37, 9, 33}, {40, 1, 3, 16}, {4, 20, 70, 50}};
-  for (const CellKernels& cell : compiled_isas().back().isa->f32->cells) {
+  for (const CellKernels& cell : compiled_isas().back().isa.base->f32->cells) {
     if (cell.name == "rnn_identity") continue;  // it grows without bounds
     for (const auto& [T, B, I, H] : shapes) {
       for (const bool masked : {false, true}) {
@@ -345,15 +345,15 @@ int main() {
                                  {6, 20, 7, 50}, {40, 13, 3, 16}, {3, 70, 20, 17},
                                  {130, 2, 5, 20}};
   for (const auto& [isa, supported] : compiled_isas()) {
-    const std::string name(isa->name);
+    const std::string name(isa.name);
     std::printf("%s: %s\n", name.c_str(), supported ? "run" : "this CPU lacks it");
     if (!supported) continue;
-    for (const MathEntry& function : isa->math) {
+    for (const MathEntry& function : isa.base->math) {
       test_math<float>(function, name + " float " + std::string(function.name));
       test_math<double>(function, name + " double " + std::string(function.name));
     }
     std::mt19937 random(1);
-    for (const CellKernels& cell : isa->f32->cells) {
+    for (const CellKernels& cell : isa.base->f32->cells) {
       for (const auto& [T, B, I, H] : shapes) {
         // A linear recurrence grows with T, so it is tested on few steps.
         const index steps = cell.name == "rnn_identity" && T > 7 ? 7 : T;
@@ -367,11 +367,11 @@ int main() {
                                    std::to_string(steps) + "," + std::to_string(B) + "," +
                                    std::to_string(I) + "," + std::to_string(H) +
                                    (masked ? " masked" : "");
-          test_cell<float>(*isa, cell.name, a, 1e-4, what + " float");
-          test_cell<double>(*isa, cell.name, a, 1e-11, what + " double");
+          test_cell<float>(isa, cell.name, a, 1e-4, what + " float");
+          test_cell<double>(isa, cell.name, a, 1e-11, what + " double");
           a.ask_for_options();
-          test_cell<float>(*isa, cell.name, a, 1e-4, what + " float with options");
-          test_cell<double>(*isa, cell.name, a, 1e-11, what + " double with options");
+          test_cell<float>(isa, cell.name, a, 1e-4, what + " float with options");
+          test_cell<double>(isa, cell.name, a, 1e-11, what + " double with options");
         }
       }
     }

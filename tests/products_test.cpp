@@ -72,13 +72,21 @@ void pack_s8(const Matrix& of, int unit_vectors, Range panels, char* to) {
 
 index left_bytes_s8(index K) { return K; }
 
-void put_left_s8(const char* const* rows, index count, index K, char* to, float* scale) {
-  for (index r = 0; r < count; ++r) {
-    const float* const row = reinterpret_cast<const float*>(rows[r]);
+const float* row_at(const Rows& rows, index place) {
+  const index at = rows.order ? rows.order[place] : place;
+  return reinterpret_cast<const float*>(rows.at ? rows.at[place]
+                                                : rows.first + at * rows.apart);
+}
+
+void put_left_s8(const Rows& rows, Range places, index K, const Operand* to, int) {
+  for (index r = places.begin; r < places.end; ++r) {
+    const float* const row = row_at(rows, r);
     float most = 1;
     for (index k = 0; k < K; ++k) most = std::fmax(most, std::fabs(row[k]));
-    scale[r] = most / 127;
-    for (index k = 0; k < K; ++k) to[r * K + k] = quantised(row[k], scale[r]);
+    to->scale[r] = most / 127;
+    for (index k = 0; k < K; ++k) {
+      to->rows[r * to->apart + k] = quantised(row[k], to->scale[r]);
+    }
   }
 }
 
@@ -144,11 +152,12 @@ void pack_matrix(const Matrix& of, int unit_vectors, Range panels, char* to) {
 
 index left_bytes_matrix(index K) { return round_up(K, block) * index{sizeof(float)}; }
 
-void put_left_matrix(const char* const* rows, index count, index K, char* to, float*) {
-  const index row = left_bytes_matrix(K), used = K * index{sizeof(float)};
-  for (index r = 0; r < count; ++r) {
-    std::memcpy(to + r * row, rows[r], used);
-    std::memset(to + r * row + used, 0, row - used);
+void put_left_matrix(const Rows& rows, Range places, index K, const Operand* to, int) {
+  const index used = K * index{sizeof(float)};
+  for (index r = places.begin; r < places.end; ++r) {
+    char* const at = to->rows + r * to->apart;
+    std::memcpy(at, row_at(rows, r), used);
+    std::memset(at + used, 0, to->apart - used);
   }
 }
 
@@ -198,15 +207,18 @@ constexpr PanelProduct panels_matrix[] = {panel_product<4, 4, 16>(fill_matrix<4,
 
 }  // namespace
 
-const Product int8_product{"int8",        panels_s8,   panel_bytes_s8, pack_s8,
-                           left_bytes_s8, put_left_s8, nullptr,        nullptr};
-const Product matrix_product{"matrix",
+const Product int8_product{
+    Precision::element, "bytes",     panels_s8, panel_bytes_s8, pack_s8,
+    left_bytes_s8,      put_left_s8, nullptr,   nullptr,        nullptr};
+const Product matrix_product{Precision::element,
+                             "matrix",
                              panels_matrix,
                              panel_bytes_matrix,
                              pack_matrix,
                              left_bytes_matrix,
                              put_left_matrix,
                              [] { is_entered = true; },
-                             [] { is_entered = false; }};
+                             [] { is_entered = false; },
+                             nullptr};
 
 }  // namespace fusedrnn::test

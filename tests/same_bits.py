@@ -434,8 +434,8 @@ def shared(cases: list[Case]) -> str:
 
 def compare(builds: Builds, arguments: argparse.Namespace) -> int:
     """Run the cases and tell of those that differ; return 1 if any does."""
-    builds.worker(0, {})
-    build = builds.worker(1, {}).build
+    before_build, build = (builds.worker(n, {}).build for n in (0, 1))
+    build["isas"] = [isa for isa in build["isas"] if isa in before_build["isas"]]
     cases = Cases(build, arguments.device, arguments.seed)
     count = None
     if arguments.minutes is None:

@@ -11,6 +11,7 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
+from conftest import VECTORS
 from helpers import (
     MASKS,
     PARAMETERS,
@@ -84,7 +85,7 @@ def test_agrees_with_reference_on_many_threads(
 # them below.
 LARGE = [
     (isa, sizes)
-    for isa in _cpu.isas()
+    for isa in VECTORS
     for sizes in (Sizes(2, 20, 330, 340), Sizes(2, 530, 130, 330), Sizes(2, 20, 9, 660))
     if isa != "portable" or sizes.B < 530
 ]

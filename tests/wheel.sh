@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-build/wheels}")
-most_bytes=3200000
+most_bytes=4000000
 most_seconds=10
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -110,8 +110,12 @@ class Reader {
   }
   // Returns the start of a contiguous array, or null for None.
   const char* whole(const py::handle& object, const Axes& axes) {
+    return whole(object, axes, element_type(element_));
+  }
+  // `type`: the NumPy type of the elements.
+  const char* whole(const py::handle& object, const Axes& axes, int type) {
     if (object.is_none()) return nullptr;
-    if (!has_elements(object, element_type(element_))) return failed<const char*>();
+    if (!has_elements(object, type)) return failed<const char*>();
     const auto a = py::reinterpret_borrow<Array>(object);
     if (!(axes == a) || (a.flags() & is_whole) != is_whole) return failed<const char*>();
     return static_cast<const char*>(a.data());

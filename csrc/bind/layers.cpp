@@ -8,10 +8,24 @@ namespace fusedrnn {
 
 namespace {
 
+// The NumPy types of weights, by Precision.
+constexpr int weight_types[precisions] = {-1, py::detail::npy_api::NPY_BYTE_,
+                                          py::detail::npy_api::NPY_USHORT_,
+                                          23 /* NPY_HALF */};
+
+Precision precision_of(const Array& weight) {
+  for (int n = 1; n < precisions; ++n) {
+    if (has_elements(weight, weight_types[n])) return static_cast<Precision>(n);
+  }
+  return Precision::element;
+}
+
 // Python has checked the parameters and reported the user's errors, so a wrong parameter
 // here is a bug.
 std::unique_ptr<const Weights> make_weights(const Kernels& kernels,
-                                            const CellKernels& cell, const Arrays& p) {
+                                            const Product& product,
+                                            const CellKernels& cell, const Arrays& p,
+                                            const Scales& scales) {
   const bool has_absent = cell.shape.differs.absent >= 0;
   if (!p[0] || !p[1] || p[0]->ndim() != 2 || p[1]->ndim() != 2) refuse("weight_ih");
   const index blocks = cell.shape.gates - has_absent;
@@ -21,25 +35,46 @@ std::unique_ptr<const Weights> make_weights(const Kernels& kernels,
   if (H < 1 || I < 1 || GH % blocks || R > H || (!model.projects && R != H))
     refuse("weight_hh");
   Reader reader(kernels.size);
-  const auto read = [&](int n, const char* name, const Axes& axes) {
-    const char* const start = p[n] ? reader.whole(*p[n], axes) : nullptr;
+  const int element = element_type(kernels.size);
+  const bool is_narrow = product.precision != Precision::element;
+  const int of_weights =
+      is_narrow ? weight_types[static_cast<int>(product.precision)] : element;
+  const auto read = [&](const MaybeArray& from, const char* name, const Axes& axes,
+                        int type) {
+    const char* const start = from ? reader.whole(*from, axes, type) : nullptr;
     if (!reader.ok) refuse(name);
     return start;
   };
+  const auto weight = [&](int n, const char* name, const Axes& axes) {
+    return read(p[n], name, axes, of_weights);
+  };
+  const auto vector = [&](int n, const char* name, const Axes& axes) {
+    return read(p[n], name, axes, element);
+  };
+  const auto scale = [&](int n, const char* name, index rows, bool exists) {
+    const bool wanted = product.precision == Precision::int8 && exists;
+    const MaybeArray& found = scales.first[n];
+    if (wanted != found.has_value()) refuse(name);
+    return reinterpret_cast<const float*>(read(found, name, {rows}, element));
+  };
   const Parameters<char> parameters{model,
-                                    read(0, "weight_ih", {GH, I}),
-                                    read(1, "weight_hh", {GH, R}),
-                                    read(2, "bias_ih", {GH}),
-                                    read(3, "bias_hh", {GH}),
-                                    read(4, "weight_hr", {R, H})};
+                                    weight(0, "weight_ih", {GH, I}),
+                                    weight(1, "weight_hh", {GH, R}),
+                                    vector(2, "bias_ih", {GH}),
+                                    vector(3, "bias_hh", {GH}),
+                                    weight(4, "weight_hr", {R, H}),
+                                    scale(0, "scale_ih", GH, true),
+                                    scale(1, "scale_hh", GH, true),
+                                    scale(2, "scale_hr", R, model.projects),
+                                    scales.second};
   const index peepholes = (cell.shape.peephole_count - has_absent) * H;
-  const Vectors<const char> vectors{read(5, "weight_ch", {peepholes}),
-                                    read(6, "gamma_ih", {GH}), read(7, "gamma_hh", {GH}),
-                                    read(8, "gamma_c", {H}), read(9, "beta_c", {H})};
+  const Vectors<const char> vectors{
+      vector(5, "weight_ch", {peepholes}), vector(6, "gamma_ih", {GH}),
+      vector(7, "gamma_hh", {GH}), vector(8, "gamma_c", {H}), vector(9, "beta_c", {H})};
   const bool norms_c = model.norm && cell.shape.has_c;
   if (model.norm && !vectors.gamma_hh) refuse("gamma_hh");
   if (norms_c && !(vectors.gamma_c && vectors.beta_c)) refuse("gamma_c");
-  return std::make_unique<const Weights>(kernels, cell, parameters, vectors);
+  return std::make_unique<const Weights>(kernels, product, cell, parameters, vectors);
 }
 
 double as_double(PyObject* number) { return PyFloat_AsDouble(number); }
@@ -140,19 +175,26 @@ void CallOptions::put(StackCall& call) const {
 }
 
 Layers::Layers(const std::string& cell, std::vector<Arrays> parameters, int directions,
-               double dropout, bool batch_first, bool layered, bool reverse)
+               double dropout, bool batch_first, bool layered, bool reverse,
+               std::vector<Scales> scales)
     : isa_(active_isa()),
       parameters_(std::move(parameters)),
+      scales_(std::move(scales)),
       batch_first_(batch_first),
       layered_(layered),
       reverse_(reverse),
       stack_{{}, directions, dropout} {
   if (parameters_.empty() || !parameters_[0][0]) refuse("parameters");
-  const bool single = has_elements(*parameters_[0][0], element_type(4));
-  const Kernels& kernels = single ? *isa_.f32 : *isa_.f64;
+  const Precision precision = precision_of(*parameters_[0][0]);
+  const bool is_double = has_elements(*parameters_[0][0], element_type(8));
+  const index element = is_double ? 8 : 4;
+  const Kernels& kernels = kernels_of(isa_, element);
+  const Product& product = product_of(isa_, element, precision);
   const CellKernels& found = find_cell(kernels, cell);
-  for (const Arrays& p : parameters_) {
-    stack_.weights.push_back(make_weights(kernels, found, p));
+  scales_.resize(parameters_.size(), Scales{{}, 1});
+  for (std::size_t n = 0; n < parameters_.size(); ++n) {
+    stack_.weights.push_back(
+        make_weights(kernels, product, found, parameters_[n], scales_[n]));
   }
 }
 
@@ -178,6 +220,7 @@ py::dict Layers::plan(index at, index T, index B, const py::object& options) con
   summary["saved"] = found.saved;
   summary["workspace_bytes"] = found.workspace;
   summary["packed_bytes"] = stack_.weights[at]->packed_bytes();
+  summary["unit"] = std::string(layout().product.unit);
   return summary;
 }
 
@@ -269,6 +312,7 @@ py::object Layers::forward(const py::object& x, const py::object& state,
   c.cells_t = of_cells.t;
   c.cells_b = of_cells.b;
   c.trace = write_to(trace);
+  if (saves && stack_.weights[0]->is_narrow()) refuse("parameters");
   Memory saved;
   {
     const py::gil_scoped_release release;
@@ -370,10 +414,11 @@ py::object Tape::backward(const py::object& dy, const py::object& d_state,
 void bind_layers(py::module_& m) {
   py::class_<Layers>(m, "Layers")
       .def(py::init<const std::string&, std::vector<Arrays>, int, double, bool, bool,
-                    bool>(),
+                    bool, std::vector<Scales>>(),
            py::arg("cell"), py::arg("parameters"), py::arg("directions") = 1,
            py::arg("dropout") = 0.0, py::arg("batch_first") = false,
-           py::arg("layered") = true, py::arg("reverse") = false)
+           py::arg("layered") = true, py::arg("reverse") = false,
+           py::arg("scales") = std::vector<Scales>())
       .def_property_readonly("isa", &Layers::isa)
       .def("plan", &Layers::plan)
       .def("saved_values", &Layers::saved_values)

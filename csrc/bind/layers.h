@@ -15,6 +15,10 @@ namespace fusedrnn {
 // reference.Parameters.
 using Arrays = std::array<MaybeArray, parameter_count>;
 
+// The scales of int8 weights, of weight_ih, weight_hh and weight_hr, and the number of
+// operands that add up to a row of x.
+using Scales = std::pair<std::array<MaybeArray, 3>, int>;
+
 // CallOptions reads the tuple fusedrnn.reference.Options.
 struct CallOptions {
   Options values;
@@ -32,7 +36,8 @@ class Layers {
   // `layered`: states have an axis of layers and directions. `reverse`: a single
   // direction runs from the end.
   Layers(const std::string& cell, std::vector<Arrays> parameters, int directions,
-         double dropout, bool batch_first, bool layered, bool reverse);
+         double dropout, bool batch_first, bool layered, bool reverse,
+         std::vector<Scales> scales);
   Layers(const Layers&) = delete;
 
   std::string isa() const { return std::string(isa_.name); }
@@ -61,6 +66,7 @@ class Layers {
 
   const Isa& isa_;
   const std::vector<Arrays> parameters_;  // read by the stack
+  std::vector<Scales> scales_;            // these too
   const bool batch_first_, layered_;
   const bool reverse_;
   Stack stack_;

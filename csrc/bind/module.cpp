@@ -20,7 +20,7 @@ namespace {
 
 // Runs an elementwise function of the cells on the active ISA, for tests of its accuracy.
 Array elementwise(const std::string& name, const Array& x) {
-  for (const MathEntry& function : active_isa().math) {
+  for (const MathEntry& function : active_isa().base->math) {
     if (function.name != name) continue;
     if (py::isinstance<py::array_t<float>>(x)) {
       py::array_t<float> y(x.size());
@@ -38,8 +38,16 @@ Array elementwise(const std::string& name, const Array& x) {
 // active ISA.
 double probe_multiply_add(index rounds, bool single) {
   const py::gil_scoped_release release;
-  const Probes& probes = active_isa().probes;
+  const Probes& probes = active_isa().base->probes;
   return (single ? probes.multiply_add_f32 : probes.multiply_add_f64)(rounds);
+}
+
+// Does the same for the product of weights of a precision, a value of Precision.
+double probe_product(index rounds, int precision) {
+  const py::gil_scoped_release release;
+  const Isa& isa = active_isa();
+  const auto probe = product_of(isa, 4, static_cast<Precision>(precision)).probe;
+  return (probe ? probe : isa.base->probes.multiply_add_f32)(rounds);
 }
 
 // Makes `threads` threads meet `rounds` times.
@@ -53,7 +61,7 @@ void probe_meetings(index rounds, int threads) {
 float probe_read(const Array& a, index rounds) {
   const float* const p = static_cast<const float*>(a.data());
   const py::gil_scoped_release release;
-  return active_isa().probes.read(p, a.size(), rounds);
+  return active_isa().base->probes.read(p, a.size(), rounds);
 }
 
 }  // namespace
@@ -70,13 +78,13 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("isas", [] {
     py::dict supported;
     for (const auto& entry : compiled_isas()) {
-      supported[py::str(std::string(entry.isa->name))] = entry.supported;
+      supported[py::str(std::string(entry.isa.name))] = entry.supported;
     }
     return supported;
   });
   m.def("cells", [] {
     py::list names;
-    for (const CellKernels& cell : active_isa().f32->cells)
+    for (const CellKernels& cell : active_isa().base->f32->cells)
       names.append(std::string(cell.name));
     return names;
   });
@@ -92,6 +100,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("LARGE_ARRAY") = large_array;
   m.def("elementwise", &elementwise);
   m.def("probe_multiply_add", &probe_multiply_add);
+  m.def("probe_product", &probe_product);
   m.def("probe_read", &probe_read);
   m.def("probe_meetings", &probe_meetings);
   m.attr("compiler") = FUSEDRNN_COMPILER;

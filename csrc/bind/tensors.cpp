@@ -27,7 +27,7 @@ TensorLayers::TensorLayers(std::string cell, std::array<index, 3> sizes, int lay
       directions_(directions),
       kinds_(kinds),
       reverse_(reverse) {
-  const Shape& shape = find_cell(*active_isa().f32, cell_).shape;
+  const Shape& shape = find_cell(*active_isa().base->f32, cell_).shape;
   const bool has_absent = shape.differs.absent >= 0;
   gates_ = shape.gates - has_absent;
   peepholes_ = shape.peephole_count - has_absent;
@@ -43,8 +43,7 @@ py::tuple TensorLayers::arguments() const {
 // only sizes can be asked for.
 Stack TensorLayers::stack(index element,
                           const std::vector<const char*>& parameters) const {
-  const Isa& isa = active_isa();
-  const Kernels& kernels = element == 4 ? *isa.f32 : *isa.f64;
+  const Kernels& kernels = kernels_of(active_isa(), element);
   const CellKernels& cell = find_cell(kernels, cell_);
   Stack stack{{}, directions_, 0};
   stack.weights.reserve(layers_ * directions_);
@@ -58,7 +57,8 @@ Stack TensorLayers::stack(index element,
     const bool projects = kinds_ >> 4 & 1, norm = kinds_ >> 6 & 1;
     const Model model{I, H_, R_, cell.shape.variant, projects, norm};
     stack.weights.push_back(std::make_unique<const Weights>(
-        kernels, cell, Parameters<char>{model, p[0], p[1], p[2], p[3], p[4]},
+        kernels, kernels.product, cell,
+        Parameters<char>{model, p[0], p[1], p[2], p[3], p[4]},
         Vectors<const char>{p[5], p[6], p[7], p[8], p[9]}));
   }
   return stack;

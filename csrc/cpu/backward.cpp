@@ -298,7 +298,7 @@ class BackwardPass {
     }
     fusedrnn::recompute(l_, p_.forward_weights, call_,
                         {count, list[0], list[1], list[2], list[3], list[4], list[5],
-                         memory_.unused_row, memory_.norm_rows, memory_.operands},
+                         memory_.unused_row, memory_.norm_rows},
                         team_);
   }
 

@@ -2,6 +2,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -12,30 +13,69 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
+#ifdef FUSEDRNN_HAS_AVX2
+#include <cpuid.h>
+#endif
+#ifdef FUSEDRNN_HAS_NEON
+#include <sys/auxv.h>
+#endif
 
 namespace fusedrnn {
 
-// CMakeLists.txt defines which ISAs are compiled.
-#ifdef FUSEDRNN_HAS_AVX512
-namespace avx512 {
-extern const Isa isa;
+// CMakeLists.txt defines which ISAs, and which sets of units for narrow weights, are
+// compiled.
+namespace portable {
+extern const Base base;
 }
-#endif
+namespace narrow_portable {
+extern const Narrow narrow;
+}
 #ifdef FUSEDRNN_HAS_AVX2
 namespace avx2 {
-extern const Isa isa;
+extern const Base base;
+}
+namespace narrow_avx2 {
+extern const Narrow narrow;
+}
+namespace narrow_avx2_vnni {
+extern const Narrow narrow;
+}
+#endif
+#ifdef FUSEDRNN_HAS_AVX512
+namespace avx512 {
+extern const Base base;
+}
+namespace narrow_avx512 {
+extern const Narrow narrow;
+}
+namespace narrow_avx512_vnni {
+extern const Narrow narrow;
+}
+namespace narrow_avx512_bf16 {
+extern const Narrow narrow;
 }
 #endif
 #ifdef FUSEDRNN_HAS_NEON
 namespace neon {
-extern const Isa isa;
+extern const Base base;
+}
+namespace narrow_neon {
+extern const Narrow narrow;
+}
+namespace narrow_neon_dotprod {
+extern const Narrow narrow;
 }
 #endif
-namespace portable {
-extern const Isa isa;
-}
 
 namespace {
+
+#ifdef FUSEDRNN_HAS_AVX2
+// Older compilers do not know this feature by name.
+bool has_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
 
 // Returns the size of a cache: from an environment variable, which tests set so that
 // small shapes reach each order of tiles, else from the system, else `otherwise`.
@@ -58,21 +98,46 @@ constexpr int level_one = -1, level_two = -1;
 const index first_level_cache = cache_size("FUSEDRNN_L1_BYTES", level_one, 32 << 10);
 const index second_level_cache = cache_size("FUSEDRNN_L2_BYTES", level_two, 1 << 20);
 
-const std::vector<CompiledIsa>& compiled_isas() {
-  static const std::vector<CompiledIsa> isas = {
-#ifdef FUSEDRNN_HAS_AVX512
-      {&avx512::isa,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")},
+#if defined(FUSEDRNN_HAS_AVX2) || defined(FUSEDRNN_HAS_AVX512)
+#define HAS(feature) (__builtin_cpu_supports(feature) != 0)
+#endif
+
+static std::vector<CompiledIsa> make_isas() {
+  std::vector<CompiledIsa> isas;  // the best last
+  // A set of units has the products of the set before it that it does not replace.
+  const auto add = [&](const char* name, const Base& base, const Narrow& narrow,
+                       bool supported, bool extends) {
+    Isa isa{name, &base, narrow};
+    for (int n = 0; n < precisions && extends; ++n) {
+      if (!isa.narrow.of[n]) isa.narrow.of[n] = isas.back().isa.narrow.of[n];
+    }
+    isas.push_back({isa, supported && (!extends || isas.back().supported)});
+  };
+  add("portable", portable::base, narrow_portable::narrow, true, false);
+#ifdef FUSEDRNN_HAS_NEON
+  add("neon", neon::base, narrow_neon::narrow, true, false);
+  add("neon_dotprod", neon::base, narrow_neon_dotprod::narrow,
+      getauxval(AT_HWCAP) >> 20 & 1, true);
 #endif
 #ifdef FUSEDRNN_HAS_AVX2
-      {&avx2::isa, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+  add("avx2", avx2::base, narrow_avx2::narrow, HAS("avx2") && HAS("fma") && HAS("f16c"),
+      false);
+  add("avx2_vnni", avx2::base, narrow_avx2_vnni::narrow, has_avx_vnni(), true);
 #endif
-#ifdef FUSEDRNN_HAS_NEON
-      {&neon::isa, true},
+#ifdef FUSEDRNN_HAS_AVX512
+  add("avx512", avx512::base, narrow_avx512::narrow,
+      HAS("avx512f") && HAS("avx512dq") && HAS("avx512vl") && HAS("avx512bw") &&
+          HAS("fma"),
+      false);
+  add("avx512_vnni", avx512::base, narrow_avx512_vnni::narrow, HAS("avx512vnni"), true);
+  add("avx512_bf16", avx512::base, narrow_avx512_bf16::narrow, HAS("avx512bf16"), true);
 #endif
-      {&portable::isa, true},
-  };
+  std::reverse(isas.begin(), isas.end());
+  return isas;
+}
+
+const std::vector<CompiledIsa>& compiled_isas() {
+  static const std::vector<CompiledIsa> isas = make_isas();
   return isas;
 }
 
@@ -80,9 +145,9 @@ namespace {
 
 const Isa* best_isa() {
   for (const auto& [isa, supported] : compiled_isas()) {
-    if (supported) return isa;
+    if (supported) return &isa;
   }
-  return &portable::isa;
+  return &compiled_isas().back().isa;
 }
 
 std::atomic<const Isa*> chosen_isa{nullptr};
@@ -101,9 +166,9 @@ void set_isa(const std::string& name) {
   if (name.empty()) return chosen_isa.store(best_isa());
   std::string compiled, unsupported;
   for (const auto& [isa, supported] : compiled_isas()) {
-    if (isa->name == name && supported) return chosen_isa.store(isa);
-    if (isa->name == name) unsupported = ", which this CPU lacks";
-    if (supported) compiled += (compiled.empty() ? "" : ", ") + std::string(isa->name);
+    if (isa.name == name && supported) return chosen_isa.store(&isa);
+    if (isa.name == name) unsupported = ", which this CPU lacks";
+    if (supported) compiled += (compiled.empty() ? "" : ", ") + std::string(isa.name);
   }
   throw std::invalid_argument("must be one of " + compiled + " on this machine, got " +
                               name + unsupported);

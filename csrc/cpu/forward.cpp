@@ -108,7 +108,6 @@ class ForwardPass {
       b.step = &step;
       b.panels = own_.panels;
       b.has_options = p_.has_options;
-      b.operands = memory_.operands;
       b.panel_memory = memory_.panel;
     };
     if (!fused_) {
@@ -122,6 +121,12 @@ class ForwardPass {
                           true};
       fill(*inputs_, inputs_step_, l_.k.put);
       inputs_->used = bit(x) | bit(record);
+    }
+    for (Block* const b : {&product_, inputs_ ? &*inputs_ : nullptr}) {
+      for (int n = 0, inputs = 0; b && n < b->count; ++n) {
+        Term& term = b->terms[n];
+        term.operand = term.role == x ? memory_.x_operand[inputs++] : memory_.h_operand;
+      }
     }
     if (!fused_ && !norm) product_.start_role = record;
     step_.put = {record, 0, l_.shape.gates, l_.record.recurrent(0), l_.P, p_.H, true};
@@ -150,6 +155,7 @@ class ForwardPass {
     product_.rows[mask] = rows_of(memory_.mask, row);
     if (!l_.has_second()) return;
     second_.emplace(l_.second_block(p_.weights));
+    second_->terms[0].operand = memory_.second_operand;
     fill(*second_, second_step_,
          l_.model.projects ? l_.k.finish
          : norm            ? l_.k.put
@@ -233,6 +239,8 @@ class ForwardPass {
     inputs_->rows[role::x] = {nullptr, 0, nullptr, memory_.x};
     inputs_->rows[role::record] = {nullptr, 0, nullptr, memory_.to};
     inputs_->places = {0, count};
+    convert_inputs(inputs_->rows[role::x], count);
+    share_operands();
     l_.k.run(*inputs_);
     if (!l_.model.norm) return;
     own_.meet(team_);
@@ -245,6 +253,21 @@ class ForwardPass {
     rows.after = l_.cell.normalise_inputs;
     rows.step = &step_;
     l_.k.walk(rows, rows_at_once(l_));
+  }
+
+  // Converts the rows of a product that does not read them in place. share_operands
+  // follows.
+  void convert(const Rows& rows, index count, index K, const Operand* to,
+               int operands) const {
+    if (!l_.converts()) return;
+    const Range own = memory_.shares_operands ? team_.share(count) : Range{0, count};
+    l_.product.put_left(rows, own, K, to, operands);
+  }
+  void convert_inputs(const Rows& rows, index count) const {
+    convert(rows, count, p_.I, memory_.x_operand, l_.input_operands);
+  }
+  void share_operands() const {
+    if (memory_.shares_operands) team_.meet();
   }
 
   // Sets the rows of step s.
@@ -289,6 +312,10 @@ class ForwardPass {
       zoneout_.find(product_, role::keep_h, role::keep_c, own_.rows, product_.places,
                     p_.time(s), units());
     }
+    const index count = product_.places.end;
+    if (fused_) convert_inputs(product_.rows[role::x], count);
+    convert(product_.rows[role::h_dropped], count, p_.R, &memory_.h_operand, 1);
+    share_operands();
     l_.k.run(product_);
   }
 
@@ -324,6 +351,8 @@ class ForwardPass {
                           end < second.size ? end : second.size};
       zoneout_.find(second, keep_h, keep_c, own_.rows, second.places, p_.time(s),
                     columns);
+      convert(second.rows[operand], second.places.end, p_.H, &memory_.second_operand, 1);
+      share_operands();
       l_.k.run(second);
       if (norm && cell_has_second) {
         own_.meet(team_);

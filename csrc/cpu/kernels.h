@@ -19,7 +19,7 @@
 
 namespace fusedrnn {
 
-constexpr int most_tile_rows = 16, most_roles = 16, most_terms = 2;
+constexpr int most_tile_rows = 16, most_roles = 16, most_terms = 3;
 // The most rows, of one tile, that are multiplied with weights as the user has them.
 constexpr int most_unpacked_rows = 4;
 FUSEDRNN_SHARED constexpr bool packs_panels(index rows, int tile) {
@@ -108,6 +108,15 @@ struct Matrix {
   const int* blocks;  // of the slots
   int slots;
   index H, K, P;
+  const float* scale = nullptr;  // (blocks·H) where weights have scales
+};
+
+// An Operand is rows that were converted for a product, by place: the first row, the
+// bytes from one to the next, and the scale of each row.
+struct Operand {
+  char* rows;
+  index apart;
+  float* scale;
 };
 
 // A Term is one term of a sum: Σ_k left(row, k) · right(k, column), for k from `from` to
@@ -118,7 +127,8 @@ struct Term {
   const Matrix* matrix;
   index panel_bytes, k_bytes;  // of a panel, and of one k of it
   index K, depth, from;
-  int column;  // the column of each panel's sums that its first column adds to
+  int column;       // the column of each panel's sums that its first column adds to
+  Operand operand;  // the rows of the role, where the product does not read them in place
 };
 
 // TermAt has the addresses of a term of a tile, and of memory that is prefetched
@@ -130,7 +140,7 @@ struct TermAt {
   index panel;        // bytes from one panel to the next
   const char* ahead;  // prefetched, one vector for each k and line; or null
   int column;
-  const float* scale;  // of the tile's rows
+  const float* scale;  // of the tile's rows, where the product has scales
 };
 
 // StartAt has the addresses of the values at which the sums of a tile start.
@@ -162,22 +172,25 @@ struct PanelProduct {
 // A Product belongs to one precision of weights: one packing, several kernels. A new
 // precision is one more Product.
 struct Product {
-  std::string_view name;
+  Precision precision;
+  std::string_view unit;  // that multiplies
   std::span<const PanelProduct> panels;
   // Returns the bytes of one panel of `width` vectors.
   index (*panel_bytes)(int width, index K);
   // Packs panels [begin, end) of a matrix to `to`, each `unit_vectors` vectors of units
   // of every slot.
   void (*pack)(const Matrix&, int unit_vectors, Range panels, char* to);
-  // Converts the rows of a tile to an operand: `count` rows of K elements, left_bytes(K)
-  // apart, with a scale each. If null, rows are read where they lie. A product that reads
-  // whole tiles, as a matrix unit does, finds `tile` rows there, the last of which are
-  // unspecified.
+  // Converts rows of K elements at some places to `count` operands, left_bytes(K) apart.
+  // If null, rows are read where they lie. A product that reads whole tiles, as a matrix
+  // unit does, finds `tile` rows there, the last of which are unspecified.
   index (*left_bytes)(index K);
-  void (*put_left)(const char* const* rows, index count, index K, char* to, float* scale);
+  void (*put_left)(const Rows& rows, Range places, index K, const Operand* to, int count);
   // A thread calls these before and after its products; or null.
   void (*enter)();
   void (*leave)();
+  // Does `rounds` rounds of the unit's operation on registers, and returns the number of
+  // multiplications and additions; or null for the FMA of Probes.
+  double (*probe)(index rounds);
 };
 
 // A Block is one product of a step, or of a time block, for the rows and panels of a
@@ -195,7 +208,6 @@ struct Block {
   int pieces = 1;  // of a panel's depth, if many tiles share the panel
   bool backwards = false;
   char* partial_sums;  // if pieces > 1: memory for the sums between pieces
-  char* operands;      // if the product has put_left: memory for a tile of each term
   char* panel_memory;  // without packed panels: memory for one panel of each term
   // The sums start at a record's slots, else at the bias, else at zero.
   int start_role = -1;
@@ -311,11 +323,24 @@ struct Probes {
   float (*read)(const float* p, index n, index rounds);
 };
 
-struct Isa {
-  std::string_view name;
+// Base is all that is compiled for one kind of vectors.
+struct Base {
   const Kernels *f32, *f64;
   std::span<const MathEntry> math;
   Probes probes;
+};
+
+// Narrow has the products of weights that are narrower than float32, by Precision, as far
+// as they need the instructions that they were compiled for; the others are null.
+struct Narrow {
+  const Product* of[precisions];
+};
+
+// An Isa has a name that a user can choose: vectors, and the units beside them.
+struct Isa {
+  std::string_view name;
+  const Base* base;
+  Narrow narrow;
 };
 
 }  // namespace fusedrnn

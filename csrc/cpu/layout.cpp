@@ -7,12 +7,12 @@ namespace fusedrnn {
 namespace {
 
 Term term_of(const Layout& layout, int role, const char* panels, int width, index depth) {
-  const Product& product = layout.k.product;
+  const Product& product = layout.product;
   Term term{};
   term.role = role;
   term.panels = panels;
   term.panel_bytes = product.panel_bytes(width, depth);
-  term.k_bytes = product.panel_bytes(width, 1);
+  term.k_bytes = term.panel_bytes / depth;
   term.K = term.depth = depth;
   return term;
 }
@@ -22,8 +22,8 @@ Term term_of(const Layout& layout, int role, const char* panels, int width, inde
 Block Layout::forward_block(const char* weights, const Matrix* unpacked, bool with_x,
                             bool with_h) const {
   Block b{};
-  b.product = &k.product;
-  if (with_x) {
+  b.product = &product;
+  for (int n = 0; n < input_operands && with_x; ++n) {
     Term& term = b.terms[b.count++];
     term = term_of(*this, role::x, weights + input_panels(), width, I);
     term.column = shape.first_input() * unit_vectors;
@@ -65,6 +65,7 @@ Block Layout::backward_block(const char* panels, const Matrix* unpacked, index N
   b.terms[0].from = first_slot * P;
   b.terms[0].matrix = unpacked;
   b.transposed = true;
+  b.narrow_product = &find(1, 1);
   b.panel_bytes = panels ? back_panel_bytes() : 0;
   if (b.panel_bytes > large_panel) b.pieces = shape.gates;
   return b;
@@ -74,6 +75,7 @@ Block Layout::dense_backward_block(const char* panels, index depth, index K) con
   Block b = dense_block(role::da_after, panels, depth, H);
   b.terms[0].K = K;
   b.transposed = true;
+  b.narrow_product = &find(1, 1);
   b.row_bytes = bytes(K);
   b.panel_bytes = bytes(K) * 2 * lanes;
   return b;
@@ -81,10 +83,9 @@ Block Layout::dense_backward_block(const char* panels, index depth, index K) con
 
 Block Layout::dense_block(int role, const char* panels, index depth, index N) const {
   Block b{};
-  b.product = &k.product;
+  b.product = &product;
   b.terms[b.count++] = term_of(*this, role, panels, 2, depth);
   b.panel_product = &find(2, 2);
-  b.narrow_product = &find(1, 1);
   b.width = b.unit_vectors = 2;
   b.size = N;
   b.padded = round_up(N, lanes);
@@ -188,11 +189,11 @@ index packed_bytes(const Layout& layout, Packing packing) {
 void pack(const Layout& layout, const Parameters<char>& p, Packing packing, char* to,
           const Team& team) {
   const Kernels& k = layout.k;
-  const Matrix W = with_weight(layout.of_input, p.weight_ih);
-  const Matrix R = with_weight(layout.of_recurrent, p.weight_hh);
+  const Matrix W = with_weight(layout.of_input, p.weight_ih, p.scale_ih);
+  const Matrix R = with_weight(layout.of_recurrent, p.weight_hh, p.scale_hh);
   const auto transposed = [&](const Matrix& of, char* at) {
     const Range own = team.share(layout.dense_panels(of.K));
-    const index panel = k.product.panel_bytes(2, of.slots * of.P);
+    const index panel = layout.product.panel_bytes(2, of.slots * of.P);
     k.pack_transposed(of, own, at + own.begin * panel);
   };
   if (packing == Packing::backward) {
@@ -209,16 +210,18 @@ void pack(const Layout& layout, const Parameters<char>& p, Packing packing, char
   const auto pack_own = [&](const Matrix& of, int unit_vectors, index panels, index at,
                             index panel_bytes) {
     const Range own = team.share(panels);
-    k.product.pack(of, unit_vectors, own, to + at + own.begin * panel_bytes);
+    layout.product.pack(of, unit_vectors, own, to + at + own.begin * panel_bytes);
   };
   pack_own(W, layout.unit_vectors, layout.panels(), layout.input_panels(),
            layout.panel_bytes(layout.I));
   pack_own(R, layout.unit_vectors, layout.panels(), layout.recurrent_panels(),
            layout.panel_bytes(layout.R));
   if (!layout.has_second()) return;
-  const char* const second = p.model.projects ? p.weight_hr : p.weight_hh;
-  pack_own(with_weight(layout.of_second, second), 2,
-           layout.dense_panels(layout.of_second.H), layout.second_panels(),
+  const bool projects = p.model.projects;
+  const Matrix second =
+      with_weight(layout.of_second, projects ? p.weight_hr : p.weight_hh,
+                  projects ? p.scale_hr : p.scale_hh);
+  pack_own(second, 2, layout.dense_panels(layout.of_second.H), layout.second_panels(),
            layout.second_panel_bytes());
 }
 

@@ -53,6 +53,8 @@ constexpr unsigned bit(int role) { return 1u << role; }  // of Block::used
 
 struct Layout {
   const Kernels& k;
+  const Product& product;
+  int input_operands;  // that add up to a row of a layer's input
   const CellKernels& cell;
   const Shape& shape;
   Model model;
@@ -62,8 +64,12 @@ struct Layout {
   Record record;
   Matrix of_input, of_recurrent, of_second;  // their weights are null
 
-  Layout(const Kernels& kernels, const CellKernels& of_cell, const Model& m)
+  // `operands`: of a layer's input, where the product converts rows.
+  Layout(const Kernels& kernels, const Product& of_weights, int operands,
+         const CellKernels& of_cell, const Model& m)
       : k(kernels),
+        product(of_weights),
+        input_operands(operands),
         cell(of_cell),
         shape(of_cell.shape),
         model(m),
@@ -100,7 +106,7 @@ struct Layout {
 
   // Forward
   index panels() const { return (H + panel_units - 1) / panel_units; }
-  index panel_bytes(index K) const { return k.product.panel_bytes(width, K); }
+  index panel_bytes(index K) const { return product.panel_bytes(width, K); }
   index bias_bytes() const { return bytes(shape.slots * P); }
   index input_panels() const { return bias_bytes(); }
   index recurrent_panels() const { return input_panels() + panels() * panel_bytes(I); }
@@ -108,22 +114,18 @@ struct Layout {
   bool has_second() const { return model.projects || shape.has_second(); }
   index dense_units() const { return 2 * lanes; }  // of a panel of a second product
   index dense_panels(index N) const { return (N + dense_units() - 1) / dense_units(); }
-  index second_panel_bytes() const { return k.product.panel_bytes(2, H); }
+  index second_panel_bytes() const { return product.panel_bytes(2, H); }
   index forward_bytes() const {
     const index of_second_product = dense_panels(of_second.H) * second_panel_bytes();
     return second_panels() + (has_second() ? of_second_product : 0);
   }
   int tile_rows() const { return find(width, sums).tile; }
-  // Returns the bytes of the operands of a tile, which hold at most these depths.
-  index operand_bytes(index first, index second) const {
-    const Product& product = k.product;
-    if (!product.put_left) return 0;
-    return tile_rows() * (product.left_bytes(first) + product.left_bytes(second));
-  }
+  // Returns whether rows are converted for the products.
+  bool converts() const { return product.put_left != nullptr; }
 
   // Backward
   index back_depth() const { return shape.gates * P; }
-  index back_panel_bytes() const { return k.product.panel_bytes(2, back_depth()); }
+  index back_panel_bytes() const { return product.panel_bytes(2, back_depth()); }
   index back_bytes(index N) const { return bytes(back_depth() * round_up(N, lanes)); }
   index back_recurrent() const { return back_bytes(I); }
   index back_projection() const { return back_recurrent() + back_bytes(R); }
@@ -134,7 +136,7 @@ struct Layout {
   int back_tile() const { return find(2, 2).tile; }
 
   const PanelProduct& find(int of_width, int of_sums) const {
-    const PanelProduct* found = k.product.panels.data();
+    const PanelProduct* found = product.panels.data();
     while (found->width != of_width || found->sums != of_sums) ++found;
     return *found;
   }
@@ -159,8 +161,9 @@ struct Layout {
   Block dense_block(int role, const char* panels, index depth, index N) const;
 };
 
-inline Matrix with_weight(Matrix of, const char* weight) {
+inline Matrix with_weight(Matrix of, const char* weight, const float* scale = nullptr) {
   of.weight = weight;
+  of.scale = scale;
   return of;
 }
 

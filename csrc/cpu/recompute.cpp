@@ -21,7 +21,6 @@ void recompute(const Layout& l, const char* weights, Call call,
     b.used |= bit(role::x) | bit(role::record) | bit(role::h_dropped) |
               bit(role::h_prev) | bit(role::c_prev) | bit(role::h) | bit(role::c);
     b.has_options = true;
-    b.operands = rows.operands;
     b.after = after;
     b.step = &step;
     if (b.product) {

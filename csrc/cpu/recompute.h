@@ -13,7 +13,6 @@ struct RecomputedRows {
   char **x, **record, **h_dropped, **h_prev, **c_prev, **operand;
   char* unused_row;  // (P), of this thread: receives h and c, which are known
   char* norm_rows;   // LayerNorm's scratch memory for some whole rows
-  char* operands;
 };
 
 void recompute(const Layout& layout, const char* forward_weights, Call call,

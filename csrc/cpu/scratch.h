@@ -15,15 +15,14 @@ struct StepScratch : Arena {
   char* bounds;                // of clip
   char* vectors;               // padded
   char* zoneout;               // see Zoneout
-  char* operands;              // of a product that does not read rows in place
   char* panel;                 // of weights that are not packed beforehand
   char **h, **c, **h_dropped;  // the rows' states before a step, (B) each
 
   template <class Problem>
-  StepScratch(const Layout& l, const Problem& p, bool by_rows, bool has_operands,
-              index panel_memory_bytes, char* memory, int rank, int threads)
+  StepScratch(const Layout& l, const Problem& p, bool by_rows, index panel_memory_bytes,
+              char* memory, int rank, int threads)
       : Arena(memory) {
-    const index row = l.padded_bytes(), widest = p.I > p.H ? p.I : p.H;
+    const index row = l.padded_bytes();
     const index lists = p.masks.resets || (p.masks.lengths && p.reverse) ? p.B : 0;
     const index of_norm = rows_at_once(l) * (2 + l.shape.slots) * row;
     norm_rows = of_thread(l.model.norm ? of_norm : 0, rank, threads);
@@ -33,7 +32,6 @@ struct StepScratch : Arena {
     zoneout =
         of_thread(Zoneout::bytes(l, p.options, p.has_options, p.B, threads, by_rows),
                   rank, threads);
-    operands = of_thread(has_operands ? l.operand_bytes(widest, p.R) : 0, rank, threads);
     panel =
         panel_memory_bytes > 0 ? of_thread(panel_memory_bytes, rank, threads) : nullptr;
     h = of_thread<char*>(lists, rank, threads);
@@ -50,6 +48,10 @@ struct ForwardScratch : StepScratch {
   char* dropped;   // (3, B, P) h0 · mask, and h · mask of even and odd steps
   char* operand;   // (B, P) of the second product
   char* records;   // where they are not saved
+  // Rows that are converted for a product: x, of a time block, h' and `operand`. Threads
+  // that own units share the conversion of many elements, and convert few by themselves.
+  Operand x_operand[most_terms]{}, h_operand{}, second_operand{};
+  bool shares_operands = false;
 
   // Returns the steps of a time block. It is one step, with W·x fused into it, if the
   // rows of a step are enough to pay for reading W's panels each time. Else it is as many
@@ -76,7 +78,7 @@ struct ForwardScratch : StepScratch {
 
   ForwardScratch(const Layout& l, const Forward& p, char* memory, int rank, int threads)
       : StepScratch(l, p, Blocks::cuts_rows(l, p, l.panels(), l.tile_rows(), threads),
-                    true, panel_memory_bytes(l, p), memory, rank, threads) {
+                    panel_memory_bytes(l, p), memory, rank, threads) {
     const index all = p.B * l.padded_bytes(), steps = time_block(l, p);
     const index time_block_rows = fuses(l, steps) ? 0 : steps * p.B;
     schedule = of_thread<index>(Schedule::size(p, p.masks), rank, threads);
@@ -87,6 +89,29 @@ struct ForwardScratch : StepScratch {
     dropped = take(drops(p.options) ? 3 * all : 0);
     operand = take(l.has_second() ? all : 0);
     records = take(saves(l, p) ? 0 : steps * p.B * l.record_bytes());
+    if (l.converts()) take_operands(l, p, steps, rank, threads);
+  }
+
+ private:
+  void take_operands(const Layout& l, const Forward& p, index steps, int rank,
+                     int threads) {
+    constexpr index few_elements = 16 * 1024;
+    const bool by_rows = Blocks::cuts_rows(l, p, l.panels(), l.tile_rows(), threads);
+    shares_operands = !by_rows && threads > 1 && p.B * p.H > few_elements;
+    const index rows = by_rows ? (p.B + threads - 1) / threads : p.B;
+    const auto take_rows = [&](Operand& rows_of, index count, index K) {
+      const auto part = [&](index bytes) {
+        return shares_operands ? take(bytes) : of_thread(bytes, rank, threads);
+      };
+      rows_of.apart = l.product.left_bytes(K);
+      rows_of.rows = part((count + most_tile_rows) * rows_of.apart);
+      rows_of.scale = reinterpret_cast<float*>(part((count + most_tile_rows) * 4));
+    };
+    for (int n = 0; n < l.input_operands; ++n) {
+      take_rows(x_operand[n], steps * rows, p.I);
+    }
+    take_rows(h_operand, rows, p.R);
+    if (l.has_second()) take_rows(second_operand, rows, p.H);
   }
 };
 
@@ -130,7 +155,7 @@ struct BackwardScratch : StepScratch {
   BackwardScratch(const Layout& l, const Backward& p, char* memory, int rank, int threads)
       : StepScratch(l, p,
                     Blocks::cuts_rows(l, p, l.dense_panels(p.R), l.back_tile(), threads),
-                    recomputes(l, p), panel_memory_bytes(l, p), memory, rank, threads) {
+                    panel_memory_bytes(l, p), memory, rank, threads) {
     const index row = l.padded_bytes(), all = p.B * row, steps = time_block(l, p);
     const index of_cuts = p.masks.resets || p.options.bptt ? p.B : 0;
     const index time_block_rows = steps * p.B, of_dx = p.dx ? time_block_rows : 0;

@@ -35,9 +35,9 @@ void drop_weights(const Weights& weights, const DroppedWeights& dropped, const c
             [&](const Team& team) { l.k.drop_out(problem, team.share(rows)); });
 }
 
-Weights::Weights(const Kernels& kernels, const CellKernels& cell,
+Weights::Weights(const Kernels& kernels, const Product& product, const CellKernels& cell,
                  const Parameters<char>& parameters, const Vectors<const char>& vectors)
-    : layout_(kernels, cell, parameters.model),
+    : layout_(kernels, product, parameters.input_operands, cell, parameters.model),
       user_parameters_(parameters),
       user_vectors_(vectors),
       parameters_(parameters),
@@ -67,23 +67,26 @@ void Weights::expand() {
   const int gates = layout_.shape.gates, absent = layout_.shape.differs.absent;
   const int peepholes = layout_.shape.peephole_count;
   const int of_peephole = peepholes > 0 ? peephole_of(layout_.shape, absent) : 0;
-  const index row = layout_.bytes(layout_.H);
-  const index bytes = gates * row * (layout_.I + layout_.R + 4) + peepholes * row;
-  expanded_ = Memory(static_cast<std::size_t>(bytes));
+  const index row = layout_.bytes(layout_.H), of_weights = layout_.H * weight_bytes();
+  const index weights = gates * of_weights * (layout_.I + layout_.R);
+  const index vectors = (6 * gates + peepholes) * row;
+  expanded_ = Memory(static_cast<std::size_t>(vectors + weights));
   char* to = expanded_.as<char>();
-  const auto put = [&](const char*& from, index values, int blocks, int block) {
+  const auto put = [&]<class P>(const P*& from, index bytes, int blocks, int block) {
     if (!from) return;
-    insert_block(from, values * row, blocks, block, to);
-    from = to;
-    to += blocks * values * row;
+    insert_block(reinterpret_cast<const char*>(from), bytes, blocks, block, to);
+    from = reinterpret_cast<const P*>(to);
+    to += blocks * bytes;
   };
-  put(parameters_.weight_ih, layout_.I, gates, absent);
-  put(parameters_.weight_hh, layout_.R, gates, absent);
-  put(parameters_.bias_ih, 1, gates, absent);
-  put(parameters_.bias_hh, 1, gates, absent);
-  put(vectors_.gamma_ih, 1, gates, absent);
-  put(vectors_.gamma_hh, 1, gates, absent);
-  put(vectors_.weight_ch, 1, peepholes, of_peephole);
+  put(parameters_.bias_ih, row, gates, absent);
+  put(parameters_.bias_hh, row, gates, absent);
+  put(parameters_.scale_ih, row, gates, absent);
+  put(parameters_.scale_hh, row, gates, absent);
+  put(vectors_.gamma_ih, row, gates, absent);
+  put(vectors_.gamma_hh, row, gates, absent);
+  put(vectors_.weight_ch, row, peepholes, of_peephole);
+  put(parameters_.weight_ih, layout_.I * of_weights, gates, absent);
+  put(parameters_.weight_hh, layout_.R * of_weights, gates, absent);
 }
 
 const char* Weights::find(Slot& slot, Packing packing) const {
@@ -112,7 +115,7 @@ static bool skips_packing(std::atomic<index>& rows_before, index steps, index ro
 }
 
 Weights::Packed Weights::forward(index steps, index rows, bool has_options) const {
-  if (!forward_.load(std::memory_order_acquire) && !has_options) {
+  if (!forward_.load(std::memory_order_acquire) && !has_options && !is_narrow()) {
     if (skips_packing(rows_forward_, steps, rows, few_rows)) return {bias(), true};
   }
   return {find(forward_, Packing::forward), false};

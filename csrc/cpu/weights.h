@@ -31,7 +31,7 @@ class Weights {
  public:
   // Parameters have the blocks of the user's gates, and must outlive this object. Without
   // parameters only sizes can be asked for.
-  Weights(const Kernels& kernels, const CellKernels& cell,
+  Weights(const Kernels& kernels, const Product& product, const CellKernels& cell,
           const Parameters<char>& parameters, const Vectors<const char>& vectors);
   // Copies `whole` with some elements of weight_hh dropped.
   Weights(const Weights& whole, const DroppedWeights& dropped);
@@ -40,6 +40,13 @@ class Weights {
   const Layout& layout() const { return layout_; }
   const Vectors<const char>& vectors() const { return vectors_; }
   const Parameters<char>& parameters() const { return parameters_; }
+  // Returns whether weights are narrower than the element type.
+  bool is_narrow() const { return layout_.product.precision != Precision::element; }
+  // Returns the bytes of a weight.
+  index weight_bytes() const {
+    const Precision of = layout_.product.precision;
+    return of == Precision::element ? layout_.size : of == Precision::int8 ? 1 : 2;
+  }
   // Returns the number of blocks of rows in the user's parameters: the kernels' gates
   // without an absent one.
   int blocks() const { return layout_.shape.gates - has_absent(); }

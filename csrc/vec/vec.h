@@ -44,7 +44,12 @@
 
 #define FUSEDRNN_STRINGIFY_(x) #x
 #define FUSEDRNN_STRINGIFY(x) FUSEDRNN_STRINGIFY_(x)
-#include FUSEDRNN_STRINGIFY(FUSEDRNN_ARCH.h)
+// The vectors of another ISA may be compiled with more flags, in a namespace of their
+// own.
+#ifndef FUSEDRNN_VECTORS
+#define FUSEDRNN_VECTORS FUSEDRNN_ARCH
+#endif
+#include FUSEDRNN_STRINGIFY(FUSEDRNN_VECTORS.h)
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 

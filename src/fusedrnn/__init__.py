@@ -14,12 +14,14 @@ from .config import (
 from .functional import gru, gru_vjp, lstm, lstm_vjp, rnn, rnn_vjp
 from .layers import GRU, LSTM, RNN
 from .stream import Stream
+from .weights import Weights
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
     "Stream",
+    "Weights",
     "__version__",
     "cuda",
     "get_isa",

@@ -14,7 +14,10 @@ class Layers:
     """Layers of a cell in one or both directions, with their weights; immutable.
 
     A call packs the weights when it first needs to. `parameters` holds those of each layer and
-    direction in the order of `reference.Parameters`, None for those that do not exist.
+    direction in the order of `reference.Parameters`, None for those that do not exist. Weights
+    may be int8, uint16 (the bits of bfloat16) or float16; `scales` then has, for each layer and
+    direction, the scales of weight_ih, weight_hh and weight_hr, None unless these are int8, and
+    the number of operands that add up to a row of x.
     """
 
     def __init__(
@@ -26,6 +29,7 @@ class Layers:
         batch_first: bool = False,
         layered: bool = True,
         reverse: bool = False,
+        scales: Sequence[tuple[Sequence[Array | None], int]] = (),
     ) -> None: ...
     @property
     def isa(self) -> str: ...
@@ -166,6 +170,7 @@ def elementwise(name: str, x: Array, /) -> Array: ...
 def probe_multiply_add(rounds: int, single: bool, /) -> float:
     """Multiply and add as fast as a core can; return the number of operations."""
 
+def probe_product(rounds: int, precision: int) -> float: ...
 def probe_read(a: Array, rounds: int, /) -> float:
     """Read a float32 array `rounds` times as fast as a core can; return the sum."""
 

@@ -18,7 +18,8 @@ from .backend.cpu import HOST
 from .backend.cuda import Device
 from .cells import Cell
 from .options import PLAIN, check_options
-from .reference import Grads, Parameters
+from .reference import Grads, Narrow, Parameters
+from .weights import Weights
 
 # Keyword arguments of ops that are arrays, and others that `check_options` does not know.
 _ARRAYS = Parameters._fields[4:]
@@ -118,8 +119,17 @@ def check_parameters(
     """Check the parameters of an op on x; the first of `weights` determines H."""
     values = dict(zip(Parameters._fields, weights, strict=False)) | dict(others)
     I, G = x.shape[-1], len(cell.gates)
-    weight_ih = on.array("weight_ih", values["weight_ih"], x.dtype, whole=True)
-    if weight_ih.ndim != 2 or weight_ih.shape[1] != I or weight_ih.shape[0] % G:
+
+    def read(name: str) -> Any:
+        value = values[name]
+        if not isinstance(value, Narrow):
+            return on.array(name, value, x.dtype, whole=True)
+        if x.dtype != "float32":
+            raise TypeError(f"x must be float32 with {value.precision} weights, got {x.dtype}")
+        return value
+
+    weight_ih = read("weight_ih")
+    if len(weight_ih.shape) != 2 or weight_ih.shape[1] != I or weight_ih.shape[0] % G:
         axes = cell.parameter_shapes(I, 1)["weight_ih"].axes
         raise ValueError(
             f"weight_ih must have shape {axes} with I = {I}, got {weight_ih.shape}"
@@ -129,8 +139,12 @@ def check_parameters(
         raise ValueError(f"weight_ih must have at least {G} rows, got {weight_ih.shape}")
     R = None
     if values.get("weight_hr") is not None and "c" in cell.states:
-        weight_hr = on.array("weight_hr", values["weight_hr"], x.dtype, whole=True)
-        if weight_hr.ndim != 2 or weight_hr.shape[1] != H or not 1 <= weight_hr.shape[0] <= H:
+        weight_hr = read("weight_hr")
+        if (
+            len(weight_hr.shape) != 2
+            or weight_hr.shape[1] != H
+            or not 1 <= weight_hr.shape[0] <= H
+        ):
             raise ValueError(
                 f"weight_hr must have shape (R, H) with 1 <= R <= H = {H}, "
                 f"got {weight_hr.shape}"
@@ -143,7 +157,7 @@ def check_parameters(
             raise TypeError(f"{cell.op} has no {name}")
         if name == "weight_ih" or (value is None and name != "weight_hh"):
             continue
-        checked[name] = on.array(name, value, x.dtype, whole=True)
+        checked[name] = read(name)
         checks.shape(name, checked[name], *shapes[name])
     norms = [n for n in shapes if n.startswith(("gamma", "beta"))]
     missing = [n for n in norms if n not in checked]
@@ -242,6 +256,29 @@ def _flat(results: tuple[Any, ...]) -> tuple[Any, ...]:
     return (y, *(state if isinstance(state, tuple) else (state,)), *others)
 
 
+def _arrays_of(
+    kept: Weights,
+    on: Backend,
+    weights: tuple[Any, ...],
+    arrays: dict[str, Any],
+    training: bool,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arrays of `Weights`, which must be all that was given."""
+    given = dict(zip(Parameters._fields[1:], weights[1:], strict=False)) | arrays
+    for name, value in given.items():
+        if value is not None:
+            raise TypeError(f"{name} must be None with Weights, got {type(value).__name__}")
+    if str(on) != "cpu":
+        raise ValueError(f"x must be on the CPU with Weights, got one on {on}")
+    if training and kept.precision:
+        raise ValueError(
+            f"gradients need float32 or float64 weights: {kept.precision} ones are for "
+            "inference"
+        )
+    parameters = kept.parameters
+    return parameters[:4], {n: getattr(parameters, n) for n in _ARRAYS}
+
+
 class OpCall:
     """A call of an op, its arguments checked."""
 
@@ -260,6 +297,9 @@ class OpCall:
         precision = others.get("precision", "exact")
         self.on = on = backend_of(x, precision)
         self.x = x = check_input(on, x)
+        kept = weights[0] if isinstance(weights[0], Weights) else None
+        if kept is not None:
+            weights, arrays = _arrays_of(kept, on, weights, arrays, training)
         parameters = check_parameters(cell, on, x, weights, arrays)
         self.present = [n for n, p in parameters._asdict().items() if p is not None]
         H, R = parameters.weight_ih.shape[0] // len(cell.gates), parameters.weight_hh.shape[1]
@@ -277,10 +317,14 @@ class OpCall:
             axis = "R" if R != H else "H"
             meaning = f"(T, B, {axis})" if batch else f"(T, {axis})"
             state = self.state if isinstance(self.state, tuple) else (self.state,)
-            used = [x, *parameters, *state]
+            used = [x, *parameters, *state] if kept is None else [x, *state]
             out = on.output(out, (*x.shape[:-1], R), meaning, used)
         self.out = out
-        self.layers: Layers = on.layers(self.spec, [parameters])
+        if kept is None:
+            self.layers: Layers = on.layers(self.spec, [parameters])
+        else:
+            cache = kept._layers.setdefault((cell.name, reverse), {})
+            self.layers = on.layers(self.spec, [parameters], cache)
 
     def forward(self) -> tuple[Any, ...]:
         """Run the op in inference."""

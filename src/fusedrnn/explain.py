@@ -20,7 +20,9 @@ class Explanation(dict[str, Any]):
     def __str__(self) -> str:
         lines = [f"{self['layer']}: T = {self['T']}, B = {self['B']}, {self['mode']}"]
         lines += [
-            f"  {name}: {self[name]}" for name in ("device", "isa", "way") if name in self
+            f"  {name}: {self[name]}"
+            for name in ("device", "isa", "weights", "way")
+            if name in self
         ]
         lines += [f"    because {reason}" for reason in self["why"]]
         for name, plan in self["plans"].items():
@@ -60,12 +62,18 @@ def explain(
         why=why or ["no option is in use that the plain kernels do not support"],
         plans={},
         flops=0,
-        weight_bytes=sum(item * p.shape[0] * _columns(p) for p in layer._parameters.values()),
+        weight_bytes=sum(
+            (p.itemsize if layer.weights else item) * p.shape[0] * _columns(p)
+            for p in layer._parameters.values()
+        ),
         io_bytes=0,
     )
     if on_cpu:
         layers = HOST.layers(layer._spec, parameters, layer._packed)
         explanation |= {"isa": layers.isa, "floor": 0.0, "saved_bytes": 0}
+    if layer.weights:
+        bits = f", x of {layer.x_bits or 16} bits" if layer.weights == "int8" else ""
+        explanation["weights"] = layer.weights + bits
     for at, (l, _, suffix) in enumerate(layer._directions()):
         I = layer.input_size if l == 0 else R * (1 + layer.bidirectional)
         second = H * (H if layer._cell.resets_before else R if layer.proj_size else 0)
@@ -84,7 +92,14 @@ def explain(
             explanation["saved_bytes"] += item * B * T * saved if training else 0
             sizes, single = (T, B, I, H), str(layer.dtype) == "float32"
             explanation["floor"] += floor.seconds(
-                sizes, G, training, plan["threads"], single, recurrent
+                sizes,
+                G,
+                training,
+                plan["threads"],
+                single,
+                recurrent,
+                layer.weights,
+                max(getattr(parameters[at].weight_ih, "x_bits", 8) // 8, 1),
             )
     return explanation
 
@@ -102,6 +117,7 @@ def _on_cpu(layers: Layers, at: int, T: int, B: int, options: Options) -> dict[s
     packing = "in each call, R being masked" if options.drops_weights else "kept by the layer"
     return {
         "threads": threads,
+        "unit": plan["unit"],
         "tile": f"{rows} rows × {units} units",
         "W x": of_x,
         "each thread owns": owns if threads > 1 else "all",

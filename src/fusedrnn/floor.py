@@ -25,6 +25,10 @@ from typing import Any
 import numpy as np
 
 from . import _cpu
+from .reference.narrow import Precision
+from .weights import PRECISIONS
+
+ITEM_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2}
 
 
 def _rate(run: Callable[[int], float]) -> float:
@@ -46,6 +50,12 @@ def _rate(run: Callable[[int], float]) -> float:
 def peak(single: bool = True) -> float:
     """Return the FLOP/s of one core's FMA units on the active ISA."""
     return _rate(lambda rounds: _cpu.probe_multiply_add(1000 * rounds, single))
+
+
+def product_peak(weights: Precision) -> float:
+    """Return the operations/s of one core's unit for narrow weights on the active ISA."""
+    number = 1 + PRECISIONS.index(weights)
+    return _rate(lambda rounds: _cpu.probe_product(1000 * rounds, number))
 
 
 def read_rate(size: int) -> float:
@@ -77,18 +87,22 @@ def seconds(
     threads: int = 1,
     single: bool = True,
     recurrent: int | None = None,
+    weights: Precision | None = None,
+    operands: int = 1,
 ) -> float:
     """Return the floor of a layer in one direction, sizes T, B, I, H, on the active ISA.
 
     `recurrent` is the number of weights that a step multiplies with the previous state; None
-    stands for the G·H² of a plain cell.
+    stands for the G·H² of a plain cell. `weights` is a narrow precision, or None; W multiplies
+    `operands` rows for each row of x.
     """
     T, B, I, H = sizes
-    item = 4 if single else 8
+    item = ITEM_BYTES[weights] if weights else 4 if single else 8
     recurrent = gates * H * H if recurrent is None else recurrent
-    flops = peak(single) * threads
+    flops = (product_peak(weights) if weights else peak(single)) * threads
     W, R = item * gates * H * I, item * recurrent
-    flops_W, flops_R = 2 * gates * H * I * B, 2 * recurrent * B  # of one step
+    flops_W = 2 * gates * H * I * B * operands  # of one step, as flops_R
+    flops_R = 2 * recurrent * B
 
     matmuls = (3 * flops_W + flops_R) * T if training else flops_W * T
     step = flops_R / flops

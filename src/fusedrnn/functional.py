@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from . import engine
 from .cells import Cell, gru_cell, lstm_cell, rnn_cell
 from .reference import Array, Grads
+from .weights import Weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -28,7 +29,7 @@ def _forward(
     options: Mapping[str, Any],
     out: Any,
 ) -> tuple[Any, ...]:
-    if not options and out is None:
+    if not options and out is None and not isinstance(weights[0], Weights):
         results = engine.plain_op(cell, x, weights, states)
         if results is not None:
             return results
@@ -60,8 +61,8 @@ def _vjp(
 
 def lstm(
     x: Array,
-    weight_ih: Array,
-    weight_hh: Array,
+    weight_ih: Array | Weights,
+    weight_hh: Array | None = None,
     bias_ih: Array | None = None,
     bias_hh: Array | None = None,
     h0: Array | None = None,
@@ -83,7 +84,8 @@ def lstm(
     x: (T, B, I) or (T, I), float32 or float64, any strides; every other array has its dtype.
         If x is on a GPU (`fusedrnn.cuda`), every array must be, in bfloat16 or float16, too,
         with float32 states; the rows of x and all other arrays must be contiguous.
-    weight_ih: (4*H, I), gates in the order i f g o.
+    weight_ih: (4*H, I), gates in the order i f g o; or `fusedrnn.Weights`, which stands for
+        all weights and biases.
     weight_hh: (4*H, H).
     bias_ih, bias_hh: (4*H,), or None for none.
     h0, c0: (B, H) or (H,), the state before the first step, or None for zeros.
@@ -155,8 +157,8 @@ def lstm(
 
 def lstm_vjp(
     x: Array,
-    weight_ih: Array,
-    weight_hh: Array,
+    weight_ih: Array | Weights,
+    weight_hh: Array | None = None,
     bias_ih: Array | None = None,
     bias_hh: Array | None = None,
     h0: Array | None = None,
@@ -201,8 +203,8 @@ def lstm_vjp(
 
 def gru(
     x: Array,
-    weight_ih: Array,
-    weight_hh: Array,
+    weight_ih: Array | Weights,
+    weight_hh: Array | None = None,
     bias_ih: Array | None = None,
     bias_hh: Array | None = None,
     h0: Array | None = None,
@@ -262,8 +264,8 @@ def gru(
 
 def gru_vjp(
     x: Array,
-    weight_ih: Array,
-    weight_hh: Array,
+    weight_ih: Array | Weights,
+    weight_hh: Array | None = None,
     bias_ih: Array | None = None,
     bias_hh: Array | None = None,
     h0: Array | None = None,
@@ -295,8 +297,8 @@ def gru_vjp(
 
 def rnn(
     x: Array,
-    weight_ih: Array,
-    weight_hh: Array,
+    weight_ih: Array | Weights,
+    weight_hh: Array | None = None,
     bias_ih: Array | None = None,
     bias_hh: Array | None = None,
     h0: Array | None = None,
@@ -347,8 +349,8 @@ def rnn(
 
 def rnn_vjp(
     x: Array,
-    weight_ih: Array,
-    weight_hh: Array,
+    weight_ih: Array | Weights,
+    weight_hh: Array | None = None,
     bias_ih: Array | None = None,
     bias_hh: Array | None = None,
     h0: Array | None = None,

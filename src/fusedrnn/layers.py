@@ -121,6 +121,7 @@ class _Layer(ParameterStore, Generic[StateT]):
             d_cells=None)``, which takes the gradients of y, state and cells, None for zeros,
             and returns a `fusedrnn.layers.LayerGrads`. It may be called more than once.
         """
+        self._check_trains("vjp")
         usual = training is True and return_cells is trace is recompute is False
         if usual and seed is bptt is None and not self._draws:
             options = self._training
@@ -259,8 +260,18 @@ class _Layer(ParameterStore, Generic[StateT]):
         """Whether training depends on a seed."""
         return self._training.is_random or self.dropout > 0
 
+    def _check_trains(self, what: str) -> None:
+        """Refuse a call that needs weights of the layer's dtype."""
+        if self.weights:
+            raise ValueError(
+                f"{what} needs float32 or float64 weights: a layer with {self.weights} weights "
+                "is for inference"
+            )
+
     def _call_options(self, seed: Any = None, **arguments: Any) -> Options:
         """Return the layer's options with the arguments of a call."""
+        if arguments.get("training") is True:
+            self._check_trains("training=True")
         absent = {k for k in ("return_cells", "bptt") if arguments.get(k) is None}
         present = {k: v for k, v in arguments.items() if k not in absent}
         checked = check_options(self._cell, present)

@@ -27,7 +27,7 @@ void pack_right(const char* const* rows, Range own, index depth, index N, char* 
 
 // The rows of a tile of the gradients are columns of da.
 template <class S>
-constexpr int gradient_tile = tallest_tile<Vec<S>>(2);
+constexpr int gradient_tile = tallest_tile<Own<Vec<S>>>(2, 2);
 
 // Packs tiles of columns: [tile][k][gradient_tile].
 template <class S>

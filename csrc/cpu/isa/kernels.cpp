@@ -7,6 +7,7 @@
 #include "product.h"
 #include "random.h"
 #include "run.h"
+#include "shapes.h"
 #include "steps.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
@@ -16,16 +17,8 @@ namespace {
 using S = FUSEDRNN_ELEMENT;
 using V = Vec<S>;
 
-constexpr int variants = [] {
-  int count = 0;
-  AllCells::each([&]<template <class> class Cell>() {
-    count += static_cast<int>(sizeof(Cell<V>::variants) / sizeof(Variant));
-  });
-  return count;
-}();
-
 struct CellTable {
-  CellKernels at[variants];
+  CellKernels at[variants<V>];
 };
 
 template <class Cell, int variant = 0>
@@ -43,46 +36,7 @@ constexpr CellTable cells = [] {
   return table;
 }();
 
-// There is one PanelProduct for each shape of panel: two vectors of one matrix, a last
-// one of one vector, and the shapes of the cells.
-struct PanelShape {
-  int width, sums;
-};
-struct PanelShapes {
-  PanelShape at[variants + 2] = {{2, 2}, {1, 1}};
-  int count = 2;
-
-  constexpr void add(PanelShape shape) {
-    for (int n = 0; n < count; ++n) {
-      if (at[n].width == shape.width && at[n].sums == shape.sums) return;
-    }
-    at[count++] = shape;
-  }
-};
-constexpr PanelShapes shapes = [] {
-  PanelShapes all;
-  AllCells::each([&]<template <class> class Cell>() {
-    constexpr Shape of = shape_of<Cell<V>>(0);
-    all.add({of.gates * of.unit_vectors(), of.slots * of.unit_vectors()});
-  });
-  return all;
-}();
-
-struct PanelTable {
-  PanelProduct at[shapes.count];
-};
-
-template <int n = 0>
-constexpr void add_panels(PanelTable& to) {
-  to.at[n] = panel_product<V, shapes.at[n].width, shapes.at[n].sums>();
-  if constexpr (n + 1 < shapes.count) add_panels<n + 1>(to);
-}
-
-constexpr PanelTable panels = [] {
-  PanelTable table{};
-  add_panels(table);
-  return table;
-}();
+constexpr auto& panels = panel_table<Own<V>>;
 
 void run(const Block& block) { BlockRun<S>(block).run(); }
 void walk(const Block& block, int rows_at_once) { BlockRun<S>(block).walk(rows_at_once); }
@@ -120,7 +74,7 @@ constinit const Kernels FUSEDRNN_TABLE(FUSEDRNN_ELEMENT){
     sizeof(S),
     V::lanes,
     gradient_tile<S>,
-    {sizeof(S) == 4 ? "float32" : "float64", panels.at, panel_bytes<S>, pack_panels<S>,
+    {Precision::element, "FMA", panels.at, panel_bytes<S>, pack_panels<S>, nullptr,
      nullptr, nullptr, nullptr, nullptr},
     cells.at,
     run,
@@ -175,12 +129,11 @@ constexpr MathEntry math[] = {
 
 }  // namespace
 
-extern const Isa isa;
-constinit const Isa isa{FUSEDRNN_STRINGIFY(FUSEDRNN_ARCH),
-                        &kernels_float,
-                        &kernels_double,
-                        math,
-                        {multiply_add<float>, multiply_add<double>, read_all<float>}};
+extern const Base base;
+constinit const Base base{&kernels_float,
+                          &kernels_double,
+                          math,
+                          {multiply_add<float>, multiply_add<double>, read_all<float>}};
 
 #endif
 

@@ -46,7 +46,6 @@ class BlockRun {
   const char* same_start_[most_tile_rows];  // one start for all rows
   const char* left_[most_tile_rows];
   const char* operand_[most_terms][most_tile_rows];
-  float scale_[most_terms][most_tile_rows];
   alignas(64) S sums_[most_vectors * lanes];
   alignas(64) S zeros_[lanes] = {};
   alignas(64) S edge_[2 * most_tile_rows * lanes];
@@ -127,11 +126,7 @@ class BlockRun {
                    nullptr,      of.column, nullptr};
       const index k_bytes = narrow ? of.k_bytes / b_.width : of.k_bytes;
       if (of.panels) right_[n] = of.panels + of.from * k_bytes;
-      if (!b_.product->put_left) continue;
-      const index apart = b_.product->left_bytes(of.K);
-      for (int r = 0; r < product.tile; ++r) operand_[n][r] = operand_at(n) + r * apart;
-      terms_[n].left = operand_[n];
-      terms_[n].scale = scale_[n];
+      if (of.operand.rows) terms_[n].left = operand_[n];
     }
   }
 
@@ -149,15 +144,6 @@ class BlockRun {
       right_[n] = to;
       to += of.panel_bytes;
     }
-  }
-
-  // Returns the memory for the rows of a tile as the operand of term n.
-  char* operand_at(int n) const {
-    char* at = b_.operands;
-    for (int before = 0; before < n; ++before) {
-      at += product_->tile * b_.product->left_bytes(b_.terms[before].K);
-    }
-    return at;
   }
 
   // Calls f(first row, rows) for tiles of nearly equal height, at most that of the
@@ -297,9 +283,11 @@ class BlockRun {
         }
       }
     }
-    for (int n = 0; n < b_.count && b_.product && b_.product->put_left; ++n) {
-      const Term& of = b_.terms[n];
-      b_.product->put_left(at_[of.role], rows, of.K, operand_at(n), scale_[n]);
+    for (int n = 0; n < b_.count && b_.terms[0].operand.rows; ++n) {
+      const Operand& of = b_.terms[n].operand;
+      const char* row = of.rows + place * of.apart;
+      for (int r = 0; r < rows; ++r, row += of.apart) operand_[n][r] = row;
+      terms_[n].scale = of.scale + place;
     }
   }
 
@@ -389,9 +377,10 @@ class BlockRun {
       const auto part_of = [&](index piece) { return of.depth * piece / pass.pieces; };
       const index begin = pass.pieces == 1 ? of.from : part_of(pass.piece);
       const index end = pass.pieces == 1 ? of.K : part_of(pass.piece + 1);
+      const char* const* const left = of.operand.rows ? operand_[n] : at_[of.role];
       TermAt& term = terms_[n];
       term.K = begin < of.from ? 0 : end - begin;
-      term.left = begin > 0 ? left_from(of, begin) : at_[of.role];
+      term.left = begin > 0 ? left_from(of, begin) : left;
       term.right = of.panels + panel * of.panel_bytes + begin * of.k_bytes;
       if (together > 1) continue;
       if (pass.prefetch == Pass::own) {
@@ -410,8 +399,9 @@ class BlockRun {
                                    : product_->prefetch_all[rows_ - 1];
     with(to, start, terms_, b_.count);
     for (int n = 0; n < b_.count; ++n) {
-      terms_[n].left = at_[b_.terms[n].role];
-      terms_[n].K = b_.terms[n].K - b_.terms[n].from;
+      const Term& of = b_.terms[n];
+      terms_[n].left = of.operand.rows ? operand_[n] : at_[of.role];
+      terms_[n].K = of.K - of.from;
     }
   }
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import checks
 from .._cpu import Layers
-from ..reference import Array, Parameters
+from ..reference import Array, Narrow, Parameters
 from . import Spec
 
 
@@ -29,6 +29,14 @@ def _rows(a: Array) -> Array:
     if a.flags.aligned and whole and (a.strides[-1] == a.itemsize or a.shape[-1] == 1):
         return a
     return contiguous(a)
+
+
+def _stored(p: Parameters) -> tuple[Parameters, tuple[list[Array | None], int]]:
+    """Return narrow weights as arrays, their scales, and the operands of a row of x."""
+    weights = {name: getattr(p, name) for name in ("weight_ih", "weight_hh", "weight_hr")}
+    values = {name: w and w.values for name, w in weights.items()}
+    scales = [w and w.scale for w in weights.values()]
+    return p._replace(**values), (scales, max(p.weight_ih.x_bits // 8, 1))
 
 
 class Host:
@@ -76,7 +84,10 @@ class Host:
             return cached
         s = spec
         axes = (s.batch_first, s.layered, s.reverse)
-        layers = Layers(s.cell.name, parameters, s.directions, s.dropout, *axes)
+        scales = []
+        if isinstance(parameters[0].weight_ih, Narrow):
+            parameters, scales = zip(*map(_stored, parameters), strict=True)
+        layers = Layers(s.cell.name, parameters, s.directions, s.dropout, *axes, scales)
         if cache is not None:
             cache["layers"] = layers
         return layers

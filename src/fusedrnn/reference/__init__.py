@@ -30,6 +30,7 @@ from .cells import (
     sigmoid,
 )
 from .layer import Run, run
+from .narrow import Narrow, narrowed
 from .random import dropout, philox
 from .types import Array, Grads, Nonlinearity, Options, Parameters
 
@@ -42,6 +43,7 @@ __all__ = [
     "Array",
     "Cell",
     "Grads",
+    "Narrow",
     "Nonlinearity",
     "Options",
     "Parameters",
@@ -51,6 +53,7 @@ __all__ = [
     "gru_vjp",
     "lstm",
     "lstm_vjp",
+    "narrowed",
     "op",
     "philox",
     "rnn",

@@ -1,0 +1,113 @@
+// This file has the products of one set of units with weights that are narrower than
+// float32. It is compiled once for each set, with its flags, FUSEDRNN_ARCH set to
+// narrow_<set> and FUSEDRNN_VECTORS to the vectors that it uses.
+#include "../narrow.h"
+
+#include "operands.h"
+#include "shapes.h"
+
+namespace fusedrnn::FUSEDRNN_ARCH {
+
+namespace {
+
+using V = Vec<float>;
+
+// Narrow weights are for forward alone, which has no last panel of one vector.
+template <class F>
+constexpr auto& panels_of = panel_table<F, shapes<V>.count - 1>;
+
+template <class F>
+constexpr NarrowPanel panel{
+    V::lanes, F::bytes / (F::per * V::lanes), F::per, F::grain, F::has_scales, F::offset};
+
+// Does `rounds` rounds of a format's products on registers; returns the number of
+// multiplications and additions.
+template <class F>
+double probe(index rounds) {
+  constexpr int sums = F::most_sums;
+  alignas(64) char some[128] = {};
+  asm volatile("" : : "r"(some) : "memory");
+  const auto left = F::template left<0>(some, 0);
+  const auto right = F::template right<0>(some + 64);
+  typename F::Sum sum[sums];
+#pragma GCC unroll 24
+  for (int n = 0; n < sums; ++n) sum[n] = F::Sum::broadcast(n);
+  for (index round = 0; round < rounds; ++round) {
+#pragma GCC unroll 24
+    for (int n = 0; n < sums; ++n) sum[n] = F::template add<0>(left, right, sum[n]);
+    asm("" : : : "memory");
+  }
+  alignas(64) typename F::Sum kept[sums];
+#pragma GCC unroll 24
+  for (int n = 0; n < sums; ++n) kept[n] = sum[n];
+  asm volatile("" : : "r"(kept) : "memory");
+  return 2.0 * F::per / F::parts * V::lanes * sums * static_cast<double>(rounds);
+}
+
+// Returns the product of a format. `put_left` is null where rows are read as they are,
+// else an operand has `size` bytes for each element.
+template <class F, int size>
+constexpr Product product(Precision precision, const char* unit,
+                          decltype(Product::put_left) put_left) {
+  return {precision,
+          unit,
+          panels_of<F>.at,
+          [](int width, index K) { return narrow_panel_bytes(panel<F>, width, K); },
+          [](const Matrix& of, int unit_vectors, Range panels, char* to) {
+            pack_narrow(panel<F>, of, unit_vectors, panels, to);
+          },
+          [](index K) { return operand_bytes(K, F::grain, size); },
+          put_left,
+          nullptr,
+          nullptr,
+          probe<F>};
+}
+
+#ifdef FUSEDRNN_NARROW_INT8
+using Int8Format = Bytes<4>;
+constinit const Product int8 =
+    product<Int8Format, 1>(Precision::int8, Int8::unit, put_int8<Int8Format::grain>);
+#endif
+
+#ifdef FUSEDRNN_NARROW_BFLOAT16
+#ifdef __AVX512BF16__
+using Bfloat16Format = NativePairs<Pairs>;
+constexpr bool is_widened = false;
+constexpr const char* bfloat16_unit = Pairs::unit;
+#else
+using Bfloat16Format = WidenedPairs;
+constexpr bool is_widened = true;
+constexpr const char* bfloat16_unit = "FMA";
+#endif
+constinit const Product bfloat16 = product<Bfloat16Format, is_widened ? 4 : 2>(
+    Precision::bfloat16, bfloat16_unit, put_bfloat16<is_widened, Bfloat16Format::grain>);
+#endif
+
+#ifdef FUSEDRNN_NARROW_FLOAT16
+constinit const Product widened_float16 =
+    product<Float16, 0>(Precision::float16, "FMA", nullptr);
+#endif
+
+}  // namespace
+
+extern const Narrow narrow;
+constinit const Narrow narrow{{
+    nullptr,
+#ifdef FUSEDRNN_NARROW_INT8
+    &int8,
+#else
+    nullptr,
+#endif
+#ifdef FUSEDRNN_NARROW_BFLOAT16
+    &bfloat16,
+#else
+    nullptr,
+#endif
+#ifdef FUSEDRNN_NARROW_FLOAT16
+    &widened_float16,
+#else
+    nullptr,
+#endif
+}};
+
+}  // namespace fusedrnn::FUSEDRNN_ARCH

@@ -1,0 +1,136 @@
+// These are the formats (formats.h) of weights that are narrower than float32.
+#pragma once
+
+#include "../../vec/narrow.h"
+#include "formats.h"
+
+namespace fusedrnn::FUSEDRNN_ARCH {
+
+// Only a Vec is worth being kept in a register.
+template <class Right>
+inline Right in_register(Right x) {
+  return x;
+}
+
+constexpr int most_widened_sums = is_small ? 4 : Own<Vec<float>>::most_sums;
+
+// NoScales says that a panel has weights alone.
+struct NoScales {
+  static constexpr bool has_scales = false;
+  static constexpr int offset = 0;
+};
+
+// Weights in float16 are widened on the way; rows are read as they are.
+struct Float16 : Own<Vec<float>>, NoScales {
+  static constexpr int bytes = sizeof(V) / 2, most_sums = most_widened_sums;
+
+  template <int part>
+  static V right(const char* p) {
+    return float16(p);
+  }
+};
+
+// Weights in bfloat16 are widened on the way, in pairs of k; rows are rounded to
+// bfloat16.
+struct WidenedPairs : NoScales {
+  using V = Vec<float>;
+  using Left = V;
+  using Right = V;
+  using Sum = V;
+  static constexpr int bytes = sizeof(V), per = 2, grain = 2, parts = 2;
+  static constexpr int most_sums = most_widened_sums;
+  static constexpr bool continues = true;
+
+  static index vectors(index K) { return (K + 1) / 2; }
+  template <int part>
+  static V left(const char* row, index n) {
+    return V::broadcast(reinterpret_cast<const float*>(row)[2 * n + part]);
+  }
+  template <int part>
+  static V right(const char* p) {
+    return part == 0 ? even_of(p) : odd_of(p);
+  }
+  template <int part>
+  static V add(V left, V right, V sum) {
+    return fma(left, right, sum);
+  }
+};
+
+// Of is an instruction that multiplies pairs of bfloat16.
+template <class Of>
+struct NativePairs : NoScales {
+  using V = Vec<float>;
+  using Left = typename Of::Left;
+  using Right = Left;
+  using Sum = V;
+  static constexpr int bytes = sizeof(V), per = 2, grain = 2, parts = 1;
+  static constexpr int most_sums = Of::most_sums;
+  static constexpr bool continues = true;
+
+  static index vectors(index K) { return (K + 1) / 2; }
+  template <int part>
+  static Left left(const char* row, index n) {
+    return Of::left(row + 4 * n);
+  }
+  template <int part>
+  static Right right(const char* p) {
+    return Of::right(p);
+  }
+  template <int part>
+  static V add(Left left, Right right, V sum) {
+    return Of::add(left, right, sum);
+  }
+};
+
+// Bytes with a scale for each row and column; sums are 32-bit integers. After the
+// weights, a panel has the scale of each column and, if rows have an offset, the sum with
+// which it starts. `grain_`: the k that a panel is padded to.
+template <int grain_>
+struct Bytes {
+  using V = Vec<float>;
+  using Left = decltype(Int8::left(nullptr));
+  using Right = decltype(Int8::right(nullptr));
+  using Sum = Ints;
+  static constexpr int bytes = sizeof(V), per = 4, grain = grain_, parts = 1;
+  static constexpr int most_sums = Int8::most_sums, offset = Int8::offset;
+  static constexpr bool continues = false, has_scales = true;
+  static constexpr index vectors_at_once = index{1} << 40;
+  static constexpr int most_rows_of_two = is_small ? 0 : 1;
+
+  static index vectors(index K) { return round_up(K, grain) / per; }
+  template <int part>
+  static Left left(const char* row, index n) {
+    return Int8::left(row + 4 * n);
+  }
+  template <int part>
+  static Right right(const char* p) {
+    return Int8::right(p);
+  }
+  template <int part>
+  static Ints add(Left left, Right right, Ints sum) {
+    return Int8::add(left, right, sum);
+  }
+  // Adds the sums, times their scales, to those of a tile.
+  template <int rows, int panels, int W, int C>
+  static void finish(const TermAt& term, const Ints (*sums)[panels * W], float* to) {
+    const index weights = vectors(term.K) * W * bytes;
+    for (int panel = 0; panel < panels; ++panel) {
+      const float* const scales =
+          reinterpret_cast<const float*>(term.right + panel * term.panel + weights);
+      const std::int32_t* const starts =
+          reinterpret_cast<const std::int32_t*>(scales + W * V::lanes);
+      for (int c = 0; c < W; ++c) {
+        const V scale = V::load(scales + c * V::lanes);
+        const Ints start =
+            offset ? Ints::load(starts + c * V::lanes) : Ints::broadcast(0);
+        float* at = to + (panel * C + term.column + c) * V::lanes;
+        for (int r = 0; r < rows; ++r, at += panels * C * V::lanes) {
+          const V sum = converted(sums[r][panel * W + c] + start);
+          fma(sum * V::broadcast(term.scale[r]), scale, V::load(at)).store(at);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace fusedrnn::FUSEDRNN_ARCH
