@@ -17,10 +17,21 @@ for isa in neon portable; do
   done
   wait
 done
+narrow() {  # set, vectors, products, flags
+  compile -ffp-contract=off -DFUSEDRNN_ARCH=narrow_$1 -DFUSEDRNN_VECTORS=$2 \
+    $(printf -- '-DFUSEDRNN_NARROW_%s ' $3) ${4-} \
+    -c csrc/cpu/isa/narrow.cpp -o "$build/narrow-$1.o"
+}
+narrow portable portable "INT8 BFLOAT16 FLOAT16" &
+narrow neon neon "INT8 BFLOAT16 FLOAT16" &
+wait
+narrow neon_dotprod neon INT8 -march=armv8.2-a+dotprod &
+narrow neon_bf16 neon BFLOAT16 -march=armv8.2-a+bf16 &
+wait
 for source in csrc/cpu/*.cpp tests/{kernels,products}_test.cpp; do
   compile -ffp-contract=off -fopenmp -DFUSEDRNN_HAS_NEON -c "$source" \
     -o "$build/$(basename "$source").o"
 done
-test "$(ls "$build"/*.o | wc -l)" -eq "$((4 + $(ls csrc/cpu/*.cpp | wc -l) + 2))"
+test "$(ls "$build"/*.o | wc -l)" -eq "$((8 + $(ls csrc/cpu/*.cpp | wc -l) + 2))"
 compile -fopenmp "$build"/*.o -o "$build/kernels_test"
-qemu-aarch64 -L /usr/aarch64-linux-gnu "$build/kernels_test"
+qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu "$build/kernels_test"

@@ -4,6 +4,7 @@
 // with libm in long double. Results must have the same bits for any number of threads and
 // any cut of the sequence.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -273,6 +274,115 @@ void test_math(const MathEntry& function, const std::string& what) {
         what + " off by " + std::to_string(static_cast<double>(worst)) + " ULP");
 }
 
+// NarrowWeights has the weights of a layer in a narrow precision. float16 is truncated.
+struct NarrowWeights {
+  std::vector<char> values;
+  std::vector<float> scales;
+
+  NarrowWeights(const Values& from, index rows, Precision precision) {
+    const bool bytes = precision == Precision::int8;
+    const index K = static_cast<index>(from.size()) / rows;
+    values.resize(from.size() * (bytes ? 1 : 2));
+    for (index row = 0; row < rows; ++row) {
+      double most = 0;
+      for (index k = 0; k < K; ++k) {
+        most = std::fmax(most, std::fabs(from[row * K + k]));
+      }
+      if (bytes) scales.push_back(static_cast<float>(most / 127));
+      for (index k = row * K; k < (row + 1) * K; ++k) {
+        const float value = static_cast<float>(from[k]);
+        const auto of = std::bit_cast<std::uint32_t>(value);
+        const std::uint32_t exponent = of >> 23 & 255;
+        const std::uint32_t normal =
+            (of >> 16 & 0x8000) | (exponent - 112) << 10 | (of >> 13 & 0x3ff);
+        const auto half =
+            static_cast<std::uint16_t>(precision == Precision::bfloat16 ? of >> 16
+                                       : exponent > 112                 ? normal
+                                                                        : 0);
+        if (bytes) {
+          values[k] = static_cast<char>(std::lrint(127 * from[k] / most));
+        } else {
+          __builtin_memcpy(&values[2 * k], &half, 2);
+        }
+      }
+    }
+  }
+};
+
+// Runs forward in `chunks` pieces with weights of a narrow precision.
+Results infer(const Isa& isa, Precision precision, std::string_view name, const Arrays& a,
+              index chunks) {
+  const Tested of = tested(isa, name, 4);
+  const index GH = a.gates * a.H, BH = a.B * a.H, size = sizeof(float);
+  const NarrowWeights w_ih(a.weight_ih, GH, precision), w_hh(a.weight_hh, GH, precision);
+  const auto b_ih = as<float>(a.bias_ih), b_hh = as<float>(a.bias_hh);
+  const auto x = as<float>(a.x);
+  const auto read = [](const auto& v) { return reinterpret_cast<const char*>(v.data()); };
+  const Model model{a.I, a.H, a.H, of.cell.shape.variant, false, false};
+  const int operands = precision == Precision::int8 ? 2 : 1;
+  const Parameters<char> parameters{
+      model,   read(w_ih.values),  read(w_hh.values),  read(b_ih), read(b_hh),
+      nullptr, w_ih.scales.data(), w_hh.scales.data(), nullptr,    operands};
+  const Layout layout(of.kernels, product_of(isa, 4, precision), operands, of.cell,
+                      model);
+  std::vector<float> packed(packed_bytes(layout, Packing::forward) / size);
+  pack(layout, parameters, Packing::forward, reinterpret_cast<char*>(packed.data()),
+       Team::single());
+  auto h_n = as<float>(a.h0), c_n = as<float>(a.c0);
+  std::vector<float> y(a.T * BH);
+  for (index chunk = 0; chunk < chunks; ++chunk) {
+    const index begin = a.T * chunk / chunks, end = a.T * (chunk + 1) / chunks;
+    if (begin == end) continue;
+    const auto h = h_n, c = c_n;
+    Forward p{};
+    p.T = end - begin, p.B = a.B, p.I = a.I, p.H = p.R = a.H;
+    p.model = model, p.options = a.options;
+    p.has_options = of.cell.shape.has_second();
+    p.x = read(x) + begin * a.B * a.I * size;
+    p.x_t = a.B * a.I * size, p.x_b = a.I * size;
+    p.y = reinterpret_cast<char*>(y.data() + begin * BH);
+    p.y_t = BH * size, p.y_b = a.H * size;
+    p.h0 = read(h), p.c0 = of.cell.shape.has_c ? read(c) : nullptr;
+    p.weights = read(packed);
+    p.h_n = reinterpret_cast<char*>(h_n.data());
+    p.c_n = of.cell.shape.has_c ? reinterpret_cast<char*>(c_n.data()) : nullptr;
+    run(layout, p);
+  }
+  return {widened(y), widened(h_n), widened(c_n)};
+}
+
+// Compares a step of every ISA with one of the portable kernels, and several steps in one
+// piece and on one thread with others.
+void test_narrow(const Isa& isa, const std::string& isa_name) {
+  const Isa& portable = compiled_isas().back().isa;
+  std::mt19937 random(4);
+  constexpr index shapes[][4] = {{1, 1, 3, 5}, {4, 7, 33, 20}, {5, 37, 70, 50}};
+  constexpr const char* precision_names[] = {"", "int8", "bfloat16", "float16"};
+  for (const CellKernels& cell : isa.base->f32->cells) {
+    if (cell.shape.differs.absent >= 0) continue;
+    for (const auto& [T, B, I, H] : shapes) {
+      Arrays a(random, cell.shape.gates, T, B, I, H, false, false);
+      Arrays step = a;
+      step.T = 1;
+      step.x.resize(B * I);
+      for (int n = 1; n < precisions; ++n) {
+        const auto precision = static_cast<Precision>(n);
+        const std::string what = isa_name + " " + std::string(cell.name) + " " +
+                                 precision_names[n] + " " + std::to_string(B);
+        set_num_threads(1);
+        // Only a second product rounds what the step has computed.
+        const double tolerance = cell.shape.has_second() ? 1e-2 : 1e-5;
+        compare(infer(isa, precision, cell.name, step, 1),
+                infer(portable, precision, cell.name, step, 1), tolerance, what);
+        const Results whole = infer(isa, precision, cell.name, a, 1);
+        check(infer(isa, precision, cell.name, a, 2) == whole, what + " in two pieces");
+        set_num_threads(3);
+        check(infer(isa, precision, cell.name, a, 1) == whole, what + " with 3 threads");
+      }
+    }
+  }
+}
+
 // Compares y, h_n and c_n of the portable kernels with those that another product gives.
 void test_product(const Product& product, const CellKernels& cell, const Arrays& a,
                   double tolerance, const std::string& what) {
@@ -348,6 +458,9 @@ int main() {
     const std::string name(isa.name);
     std::printf("%s: %s\n", name.c_str(), supported ? "run" : "this CPU lacks it");
     if (!supported) continue;
+    test_narrow(isa, name);
+    // A name with an underscore adds units to the vectors of another ISA.
+    if (name.find('_') != std::string::npos) continue;
     for (const MathEntry& function : isa.base->math) {
       test_math<float>(function, name + " float " + std::string(function.name));
       test_math<double>(function, name + " double " + std::string(function.name));

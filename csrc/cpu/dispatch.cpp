@@ -16,6 +16,9 @@
 #ifdef FUSEDRNN_HAS_AVX2
 #include <cpuid.h>
 #endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
 #ifdef FUSEDRNN_HAS_NEON
 #include <sys/auxv.h>
 #endif
@@ -54,6 +57,9 @@ extern const Narrow narrow;
 namespace narrow_avx512_bf16 {
 extern const Narrow narrow;
 }
+namespace narrow_avx512_amx {
+extern const Narrow narrow;
+}
 #endif
 #ifdef FUSEDRNN_HAS_NEON
 namespace neon {
@@ -63,6 +69,9 @@ namespace narrow_neon {
 extern const Narrow narrow;
 }
 namespace narrow_neon_dotprod {
+extern const Narrow narrow;
+}
+namespace narrow_neon_bf16 {
 extern const Narrow narrow;
 }
 #endif
@@ -75,6 +84,36 @@ bool has_avx_vnni() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
+#endif
+
+#ifdef FUSEDRNN_HAS_AVX512
+#ifdef FUSEDRNN_EMULATES_AMX
+bool has_amx() { return true; }
+bool may_use_amx() { return true; }
+#else
+// Returns whether the processor has tiles, for bytes and bfloat16, and the system saves
+// them.
+bool has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned units = 1u << 22 | 1u << 24 | 1u << 25, saved_tiles = 3u << 17;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & units) != units) return false;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & saved_tiles) == saved_tiles;
+}
+
+// Asks the system for tiles, which a process must before it first uses them.
+bool may_use_amx() {
+#ifdef __linux__
+  constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+  static const bool permitted = syscall(SYS_arch_prctl, request, tile_data) == 0;
+  return permitted;
+#else
+  return false;
+#endif
+}
+#endif
 #endif
 
 // Returns the size of a cache: from an environment variable, which tests set so that
@@ -116,8 +155,11 @@ static std::vector<CompiledIsa> make_isas() {
   add("portable", portable::base, narrow_portable::narrow, true, false);
 #ifdef FUSEDRNN_HAS_NEON
   add("neon", neon::base, narrow_neon::narrow, true, false);
+  constexpr int dotprod = 20, bf16 = 14;  // bits of HWCAP and HWCAP2
   add("neon_dotprod", neon::base, narrow_neon_dotprod::narrow,
-      getauxval(AT_HWCAP) >> 20 & 1, true);
+      getauxval(AT_HWCAP) >> dotprod & 1, true);
+  add("neon_bf16", neon::base, narrow_neon_bf16::narrow, getauxval(AT_HWCAP2) >> bf16 & 1,
+      true);
 #endif
 #ifdef FUSEDRNN_HAS_AVX2
   add("avx2", avx2::base, narrow_avx2::narrow, HAS("avx2") && HAS("fma") && HAS("f16c"),
@@ -131,9 +173,29 @@ static std::vector<CompiledIsa> make_isas() {
       false);
   add("avx512_vnni", avx512::base, narrow_avx512_vnni::narrow, HAS("avx512vnni"), true);
   add("avx512_bf16", avx512::base, narrow_avx512_bf16::narrow, HAS("avx512bf16"), true);
+  add("avx512_amx", avx512::base, narrow_avx512_amx::narrow, has_amx(), true);
 #endif
   std::reverse(isas.begin(), isas.end());
   return isas;
+}
+
+// Returns whether the system lets this process use the units of an ISA, and asks it once.
+static bool may_use_units([[maybe_unused]] const Isa& isa) {
+#ifdef FUSEDRNN_HAS_AVX512
+  if (isa.name == "avx512_amx") return may_use_amx();
+#endif
+  return true;
+}
+
+const Product& product_of(const Isa& isa, index element, Precision precision) {
+  const int n = static_cast<int>(precision);
+  const Isa* found = &isa;
+  // The units of the next ISA in the list are the next best ones.
+  for (const CompiledIsa& other : compiled_isas()) {
+    if (n == 0 || may_use_units(*found)) break;
+    if (other.isa.base == isa.base && other.isa.name != isa.name) found = &other.isa;
+  }
+  return n ? *found->narrow.of[n] : kernels_of(isa, element).product;
 }
 
 const std::vector<CompiledIsa>& compiled_isas() {
@@ -166,7 +228,11 @@ void set_isa(const std::string& name) {
   if (name.empty()) return chosen_isa.store(best_isa());
   std::string compiled, unsupported;
   for (const auto& [isa, supported] : compiled_isas()) {
-    if (isa.name == name && supported) return chosen_isa.store(&isa);
+    if (isa.name == name && supported) {
+      if (may_use_units(isa)) return chosen_isa.store(&isa);
+      throw std::invalid_argument("must be another than " + name +
+                                  ", whose tiles the system refused to this process");
+    }
     if (isa.name == name) unsupported = ", which this CPU lacks";
     if (supported) compiled += (compiled.empty() ? "" : ", ") + std::string(isa.name);
   }

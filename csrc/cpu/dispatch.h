@@ -17,11 +17,9 @@ struct CompiledIsa {
 inline const Kernels& kernels_of(const Isa& isa, index element) {
   return element == 4 ? *isa.base->f32 : *isa.base->f64;
 }
-// Returns the product for weights of a precision, on elements of some bytes.
-inline const Product& product_of(const Isa& isa, index element, Precision precision) {
-  const Product* const narrow = isa.narrow.of[static_cast<int>(precision)];
-  return narrow ? *narrow : kernels_of(isa, element).product;
-}
+// Returns the product for weights of a precision, on elements of some bytes. If the
+// system refuses the units of the ISA to this process, it is that of the next best ones.
+const Product& product_of(const Isa& isa, index element, Precision precision);
 
 // The compiled ISAs, the best first.
 const std::vector<CompiledIsa>& compiled_isas();

@@ -149,6 +149,8 @@ struct StartAt {
   index offset;
   index slot, panel;  // elements from one vector of a panel to the next, and from panel
                       // to panel
+  int height;         // rows of the tile
+  int* configured;    // the rows that a matrix unit's state is for, 0 after enter()
 };
 
 // A PanelProduct multiplies panels of `width` vectors for each k, which go into `sums`

@@ -82,6 +82,7 @@ struct Int8 {
 #endif
 
 #ifdef __AVX512BF16__
+#define FUSEDRNN_HAS_PAIRS 1
 // VDPBF16PS adds the product of the odd elements of a pair, and then that of the even
 // ones.
 struct Pairs {

@@ -1,4 +1,4 @@
-// NEON: bytes by DOTPROD where there is one.
+// NEON: bytes by DOTPROD where there is one, and pairs of bfloat16.
 #pragma once
 
 namespace fusedrnn::FUSEDRNN_ARCH {
@@ -70,5 +70,25 @@ struct Int8 {
   }
 #endif
 };
+
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+#define FUSEDRNN_HAS_PAIRS 1
+// BFDOT adds the products of a pair, and then their sum.
+struct Pairs {
+  static constexpr const char* unit = "NEON BF16";
+  static constexpr int most_sums = 24;
+  using Left = bfloat16x8_t;
+
+  static Left left(const char* p) {
+    std::uint32_t pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    return vreinterpretq_bf16_u32(vdupq_n_u32(pair));
+  }
+  static Left right(const char* p) { return vreinterpretq_bf16_u32(pairs_at(p)); }
+  static Vec<float> add(Left left, Left right, Vec<float> sum) {
+    return {vbfdotq_f32(sum.v, left, right)};
+  }
+};
+#endif
 
 }  // namespace fusedrnn::FUSEDRNN_ARCH

@@ -44,6 +44,32 @@ double probe(index rounds) {
   return 2.0 * F::per / F::parts * V::lanes * sums * static_cast<double>(rounds);
 }
 
+#ifdef FUSEDRNN_WITH_TILES
+void leave() { Tiles::release(); }
+
+// Does the same for tiles.
+template <class F>
+double probe_tiles(index rounds) {
+  alignas(64) static const char zeros[16 * 64] = {};
+  constexpr int sums = 4;
+  Tiles::configure(16);
+  each_constant<sums>([]<int t>() { Tiles::clear<t>(); });
+  Tiles::load<4>(zeros, 64);
+  Tiles::load<5>(zeros, 64);
+  for (index round = 0; round < rounds; ++round) {
+    each_constant<sums>([]<int t>() { F::template multiply_tiles<t, 4, 5>(); });
+  }
+  Tiles::release();
+  return 2.0 * 16 * 16 * 16 * F::per * sums * static_cast<double>(rounds);
+}
+template <class F>
+constexpr auto probe_of = probe_tiles<F>;
+#else
+constexpr void (*leave)() = nullptr;
+template <class F>
+constexpr auto probe_of = probe<F>;
+#endif
+
 // Returns the product of a format. `put_left` is null where rows are read as they are,
 // else an operand has `size` bytes for each element.
 template <class F, int size>
@@ -59,18 +85,28 @@ constexpr Product product(Precision precision, const char* unit,
           [](index K) { return operand_bytes(K, F::grain, size); },
           put_left,
           nullptr,
-          nullptr,
-          probe<F>};
+          leave,
+          probe_of<F>};
 }
 
 #ifdef FUSEDRNN_NARROW_INT8
+#ifdef FUSEDRNN_WITH_TILES
+using Int8Format = Bytes<64>;
+constexpr const char* int8_unit = "AMX";
+#else
 using Int8Format = Bytes<4>;
+constexpr const char* int8_unit = Int8::unit;
+#endif
 constinit const Product int8 =
-    product<Int8Format, 1>(Precision::int8, Int8::unit, put_int8<Int8Format::grain>);
+    product<Int8Format, 1>(Precision::int8, int8_unit, put_int8<Int8Format::grain>);
 #endif
 
 #ifdef FUSEDRNN_NARROW_BFLOAT16
-#ifdef __AVX512BF16__
+#if defined(FUSEDRNN_WITH_TILES)
+using Bfloat16Format = TilePairs;
+constexpr bool is_widened = false;
+constexpr const char* bfloat16_unit = "AMX";
+#elif defined(FUSEDRNN_HAS_PAIRS)
 using Bfloat16Format = NativePairs<Pairs>;
 constexpr bool is_widened = false;
 constexpr const char* bfloat16_unit = Pairs::unit;

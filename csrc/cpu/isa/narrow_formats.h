@@ -3,6 +3,9 @@
 
 #include "../../vec/narrow.h"
 #include "formats.h"
+#ifdef FUSEDRNN_WITH_TILES
+#include "../../vec/amx.h"
+#endif
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
@@ -82,6 +85,58 @@ struct NativePairs : NoScales {
   }
 };
 
+#ifdef FUSEDRNN_WITH_TILES
+// Pairs of bfloat16 in the order of sums of a matrix unit, by vectors for a few rows:
+// each block of 32 k has a sum of the even products and one of the odd ones.
+struct TilePairs : NoScales {
+  using V = Vec<float>;
+  using Left = V;
+  using Right = V;
+  struct Sum {
+    V even, odd;
+    static Sum broadcast(int) { return {V::broadcast(0), V::broadcast(0)}; }
+  };
+  static constexpr int bytes = sizeof(V), per = 2, grain = 32, parts = 2;
+  static constexpr int most_sums = 12;  // each has two registers
+  static constexpr bool continues = false, tiles_continue = true;
+  static constexpr index vectors_at_once = 16;
+  static constexpr int most_rows_of_two = 0;
+
+  static index vectors(index K) { return round_up(K, grain) / per; }
+  template <int part>
+  static V left(const char* row, index n) {
+    std::uint32_t pair;
+    __builtin_memcpy(&pair, row + 4 * n, sizeof(pair));
+    const std::uint32_t half = part == 0 ? pair << 16 : pair & 0xffff0000u;
+    return V::broadcast(__builtin_bit_cast(float, half));
+  }
+  template <int part>
+  static V right(const char* p) {
+    return part == 0 ? even_of(p) : odd_of(p);
+  }
+  template <int part>
+  static Sum add(V left, V right, Sum sum) {
+    if (part == 0) return {fma(left, right, sum.even), sum.odd};
+    return {sum.even, fma(left, right, sum.odd)};
+  }
+  template <int panels, int W, int C>
+  static void finish(const TermAt& term, const Sum (*sums)[panels * W], int rows,
+                     float* to) {
+    for (int r = 0; r < rows; ++r) {
+      for (int c = 0; c < panels * W; ++c) {
+        float* const at =
+            to + (r * panels * C + c / W * C + term.column + c % W) * V::lanes;
+        (V::load(at) + (sums[r][c].even + sums[r][c].odd)).store(at);
+      }
+    }
+  }
+  template <int sum, int left_tile, int right_tile>
+  static void multiply_tiles() {
+    Tiles::multiply_pairs<sum, left_tile, right_tile>();
+  }
+};
+#endif
+
 // Bytes with a scale for each row and column; sums are 32-bit integers. After the
 // weights, a panel has the scale of each column and, if rows have an offset, the sum with
 // which it starts. `grain_`: the k that a panel is padded to.
@@ -110,9 +165,17 @@ struct Bytes {
   static Ints add(Left left, Right right, Ints sum) {
     return Int8::add(left, right, sum);
   }
+#ifdef FUSEDRNN_WITH_TILES
+  static constexpr bool tiles_continue = false;
+  template <int sum, int left_tile, int right_tile>
+  static void multiply_tiles() {
+    Tiles::multiply_bytes<sum, left_tile, right_tile>();
+  }
+#endif
   // Adds the sums, times their scales, to those of a tile.
-  template <int rows, int panels, int W, int C>
-  static void finish(const TermAt& term, const Ints (*sums)[panels * W], float* to) {
+  template <int panels, int W, int C>
+  static void finish(const TermAt& term, const Ints (*sums)[panels * W], int rows,
+                     float* to) {
     const index weights = vectors(term.K) * W * bytes;
     for (int panel = 0; panel < panels; ++panel) {
       const float* const scales =

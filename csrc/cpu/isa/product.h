@@ -144,7 +144,7 @@ void multiply(void* to, const StartAt& start, const TermAt* terms, int count) {
         alignas(64) typename F::Sum part[2 * rows][width];
         sum_products<F, 2 * rows, panels, W, lines>(both, {0, F::vectors(both.K)}, part);
         for (; n < 2; ++n) {
-          F::template finish<rows, panels, W, C>(terms[n], part + n * rows, out);
+          F::template finish<panels, W, C>(terms[n], part + n * rows, rows, out);
         }
       }
     }
@@ -155,7 +155,7 @@ void multiply(void* to, const StartAt& start, const TermAt* terms, int count) {
         const Range range{begin, most < vectors ? most : vectors};
         alignas(64) typename F::Sum part[rows][width];
         sum_products<F, rows, panels, W, lines>(terms[n], range, part);
-        F::template finish<rows, panels, W, C>(terms[n], part, out);
+        F::template finish<panels, W, C>(terms[n], part, rows, out);
       }
     }
   }

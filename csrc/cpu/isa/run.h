@@ -40,6 +40,7 @@ class BlockRun {
   index place_ = -1;
   Tile tile_{};
   StartAt start_{};
+  int configured_ = 0;
   TermAt terms_[most_terms];
   const char* right_[most_terms];  // of panel 0, or of the only one in memory
   char* at_[most_roles][most_tile_rows];
@@ -106,6 +107,7 @@ class BlockRun {
   // Sets the values that are the same for all tiles of a product.
   void prepare(const PanelProduct& product) {
     product_ = &product;
+    start_.configured = &configured_;
     const bool narrow = product.width < b_.width;  // of one vector
     tile_.panel_units = narrow ? index{lanes} : column_units_;
     if (b_.start_role >= 0) {
@@ -340,12 +342,13 @@ class BlockRun {
   void multiply(S* to, index panel, int together, const Pass& pass) {
     const auto& by_panels = product_->multiply[rows_ - 1];
     StartAt start = start_;
+    start.height = rows_;
     const char* other_rows[most_tile_rows];
     if (pass.piece > 0) {
       for (int r = 0; r < rows_; ++r) {
         other_rows[r] = reinterpret_cast<char*>(to + r * tile_.row);
       }
-      start = {other_rows, 0, lanes, 0};
+      start = {other_rows, 0, lanes, 0, rows_, &configured_};
     } else if (start.panel > 0) {
       const index unit = panel * column_units_;
       start.offset = unit * index{sizeof(S)};

@@ -3,7 +3,11 @@
 #pragma once
 
 #include "../../cells/all.h"
+#ifdef FUSEDRNN_WITH_TILES
+#include "tiles.h"
+#else
 #include "product.h"
+#endif
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
@@ -52,7 +56,11 @@ struct PanelTable {
 template <class F, int count, int n = 0>
 constexpr void add_panels(PanelTable<typename F::V, count>& to) {
   constexpr PanelShape shape = shapes<typename F::V>.at[n];
+#ifdef FUSEDRNN_WITH_TILES
+  to.at[n] = tile_product<F, shape.width, shape.sums>();
+#else
   to.at[n] = panel_product<F, shape.width, shape.sums>();
+#endif
   if constexpr (n + 1 < count) add_panels<F, count, n + 1>(to);
 }
 
