@@ -38,8 +38,8 @@ _DEFAULTS: dict[str, Any] = {
 _MOVED = ("dtype", "device", "precision")
 _FIXED = ("input_size", "hidden_size", *_DEFAULTS, *_MOVED)
 _KINDS = Parameters._fields
-_SCALES = tuple(name.replace("weight", "scale") for name in WEIGHTS)  # of int8 weights
-_PARAMETERS = tuple(f"{kind}_l" for kind in (*_KINDS, *_SCALES))
+SCALES = tuple(name.replace("weight", "scale") for name in WEIGHTS)  # of int8 weights
+_PARAMETERS = tuple(f"{kind}_l" for kind in (*_KINDS, *SCALES))
 
 
 def on_host(value: Any) -> Array:
@@ -417,7 +417,7 @@ class ParameterStore:
         every = []
         for layer, _, suffix in self._directions():
             arrays: dict[str, Any] = {kind: get(f"{kind}_{suffix}") for kind in _KINDS}
-            for name, scale in zip(WEIGHTS, _SCALES, strict=True):
+            for name, scale in zip(WEIGHTS, SCALES, strict=True):
                 if self.weights and arrays[name] is not None:
                     is_input = name == "weight_ih" and layer == 0
                     bits = (self.x_bits or 16) if self.weights == "int8" and is_input else 8

@@ -7,7 +7,19 @@
 """
 
 from .modules import GRU, LSTM, RNN
+from .narrow import Quantized, quantize
 from .steps import GRUCell, LSTMCell, RNNCell
 from .swapping import Swapped, swap
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "Swapped", "swap"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "Quantized",
+    "RNNCell",
+    "Swapped",
+    "quantize",
+    "swap",
+]

@@ -131,10 +131,13 @@ class Recurrent(nn.Module):
         """Return the string that describes layers of this cell and options to an operator."""
         given = {name: self._options.get(name, _OPTIONS[name]) for name in _OF_CALLS}
         asked = {n: _as_floats(v) for n, v in given.items() if v != _OPTIONS[n]}
-        has = (self.proj_size, self.bias, self._has("peephole"), self._has("layer_norm"))
-        kinds = list(CELLS[self._cell].layer_shapes(1, 2, *has))
         precision = self._options["precision"]
-        return describe(self._cell, asked, kinds, precision=precision, **more)
+        return describe(self._cell, asked, self._kinds(), precision=precision, **more)
+
+    def _kinds(self) -> list[str]:
+        """Return the names of the parameters that each layer and direction has."""
+        has = (self.proj_size, self.bias, self._has("peephole"), self._has("layer_norm"))
+        return list(CELLS[self._cell].layer_shapes(1, 2, *has))
 
     def _has(self, option: str) -> bool:
         return bool(self._options.get(option, False))

@@ -14,6 +14,7 @@ from .. import _cpu
 from ..cells import CELLS, Cell
 from ..options import check_options
 from ..reference import Options, Parameters
+from ..reference.narrow import Precision as Narrowness
 
 Maybe = Tensor | None
 
@@ -85,6 +86,8 @@ class Call:
     kinds: the names of the parameters that each layer and direction has.
     reverse: whether a single direction runs from the last step to the first.
     saves: whether forward saves values for backward.
+    weights, x_bits: the precision of narrow weights, or None, as `fusedrnn.LSTM.quantize`
+        takes them; `kinds` then has the scales, too.
     """
 
     text: tuple[str, str]
@@ -96,6 +99,8 @@ class Call:
     reverse: bool
     saves: bool
     precision: str
+    weights: Narrowness | None
+    x_bits: int
 
     @property
     def has_c(self) -> bool:
@@ -186,6 +191,8 @@ def describe(
     reverse: bool = False,
     where: int = 0,
     precision: str = "exact",
+    weights: Narrowness | None = None,
+    x_bits: int = 0,
 ) -> str:
     """Return the string that describes layers: a JSON object that leaves out default values.
 
@@ -198,6 +205,8 @@ def describe(
         "reverse": (reverse, False),
         "where": (where, 0),
         "precision": (precision, "exact"),
+        "weights": (weights, None),
+        "x_bits": (x_bits, 0),
         "parameters": (list(kinds), list(_DEFAULT_KINDS)),
     }
     changed = {name: value for name, (value, default) in values.items() if value != default}
@@ -222,6 +231,7 @@ def parse(layers: str, asked: str = "") -> Call:
     kinds = tuple(given.pop("parameters", _DEFAULT_KINDS))
     numbers = given.pop("layers", 1), given.pop("directions", 1)
     reverse, precision = given.pop("reverse", False), given.pop("precision", "exact")
+    narrow = given.pop("weights", None), given.pop("x_bits", 0)
     words = asked.split()
     flags: dict[str, Any] = {"training": False} | {
         word: True for word in words if "=" not in word and word != "save"
@@ -229,7 +239,7 @@ def parse(layers: str, asked: str = "") -> Call:
     flags |= {name: int(value) for name, _, value in (w.partition("=") for w in words) if value}
     options = check_options(cell, given | flags | {"seed": 0})._replace(where=where)
     text, saves = (layers, asked), "save" in words
-    return Call(text, cell, options, kinds, *numbers, reverse, saves, precision)
+    return Call(text, cell, options, kinds, *numbers, reverse, saves, precision, *narrow)
 
 
 def with_seed(call: Call, seed: Maybe) -> Options:

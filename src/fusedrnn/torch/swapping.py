@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -10,7 +11,7 @@ from torch.nn.utils import parametrize
 from .modules import GRU, LSTM, RNN
 from .steps import GRUCell, LSTMCell, RNNCell
 
-_OURS: dict[type[nn.Module], Any] = {
+OURS: dict[type[nn.Module], Any] = {
     nn.LSTM: LSTM,
     nn.GRU: GRU,
     nn.RNN: RNN,
@@ -80,37 +81,59 @@ def swap(model: nn.Module) -> Swapped:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}")
-    if _kind(model) is not None:
+    if kind_of(model, OURS) is not None:
         raise TypeError(
             f"model must contain the modules to replace, got {model} itself: build "
-            f"fusedrnn.torch.{_kind(model).__name__} and load its state_dict"
+            f"fusedrnn.torch.{kind_of(model, OURS).__name__} and load its state_dict"
         )
     done = Swapped({}, {})
+    replace_modules(model, OURS, as_ours, done.replaced, done.kept)
+    return done
+
+
+def replace_modules(
+    model: nn.Module,
+    kinds: Mapping[type[nn.Module], Any],
+    make: Callable[[nn.Module, Any], nn.Module],
+    replaced: dict[str, nn.Module],
+    kept: dict[str, str],
+) -> None:
+    """Replace the modules within a model whose class is a key of `kinds`.
+
+    ``make(old, the class of kinds)`` returns the new module. The new modules, and the reasons
+    why others were not replaced, are put into the two dicts by their names.
+    """
     made: dict[nn.Module, nn.Module] = {}
     for parent_name, parent in list(model.named_modules()):
         for name, child in list(parent._modules.items()):
             path = f"{parent_name}.{name}" if parent_name else name
-            kind = None if child is None else _kind(child)
+            kind = None if child is None else kind_of(child, kinds)
             if child is None or kind is None:
-                if isinstance(child, tuple(_OURS)):
-                    done.kept[path] = f"{type(child).__name__} is a subclass"
+                if isinstance(child, tuple(kinds)):
+                    kept[path] = f"{type(child).__name__} is a subclass"
                 continue
             if child not in made:
-                made[child] = _replacement(child, kind)
+                made[child] = make(child, kind)
             setattr(parent, name, made[child])
-            done.replaced[path] = made[child]
-    return done
+            replaced[path] = made[child]
 
 
-def _kind(module: nn.Module) -> Any:
-    """Return the class of ours that replaces a module, or None."""
+def kind_of(module: nn.Module, kinds: Mapping[type[nn.Module], Any]) -> Any:
+    """Return the class of `kinds` that replaces a module, or None."""
     kind = type(module)
     if parametrize.is_parametrized(module):
         kind = kind.__bases__[0]
-    return _OURS.get(kind)
+    return kinds.get(kind)
 
 
-def _replacement(old: nn.Module, kind: Any) -> nn.Module:
+def transfer_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let a module have the hooks of another one."""
+    for name, value in old.__dict__.items():
+        if name.endswith(("_hooks", "_hook")) or "_hooks_" in name:
+            new.__dict__[name] = value
+
+
+def as_ours(old: nn.Module, kind: Any) -> nn.Module:
     """Return one of ours with the parameters of another module."""
     given = {name: getattr(old, name) for name in _ARGUMENTS if hasattr(old, name)}
     if kind is not LSTM:
@@ -130,7 +153,5 @@ def _replacement(old: nn.Module, kind: Any) -> nn.Module:
     new.__dict__.update({n: old.__dict__[n] for n in own if not n.startswith(_OF_TORCH)})
     parametrize.transfer_parametrizations_and_params(old, new)
     new.train(old.training)
-    for name, value in old.__dict__.items():
-        if name.endswith(("_hooks", "_hook")) or "_hooks_" in name:
-            new.__dict__[name] = value
+    transfer_hooks(old, new)
     return new

@@ -1,0 +1,410 @@
+"""Modules for inference whose weights have 8 or 16 bits."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, library, nn
+
+from .. import _cpu
+from ..backend import Spec
+from ..backend.cpu import HOST
+from ..parameters import SCALES
+from ..reference import Narrow, Parameters
+from ..reference.narrow import DTYPES
+from ..reference.narrow import Precision as Narrowness
+from ..weights import WEIGHTS, check_precision, narrow_weight
+from .base import Recurrent
+from .call import Call, Maybe, parse
+from .kernels import follow_threads
+from .modules import GRU, LSTM, RNN, _Layers, _Made
+from .steps import GRUCell, LSTMCell, RNNCell, _Step
+from .swapping import OURS, as_ours, kind_of, replace_modules, transfer_hooks
+
+# Calls
+
+
+def _layers_of(call: Call, I: int, weights: Sequence[Tensor]) -> _cpu.Layers:
+    """Return compiled layers with the weights of all layers and directions."""
+    D, each, H = call.directions, len(weights) // call.count, 0
+    every = []
+    assert call.weights is not None
+    for at in range(call.count):
+        arrays = [w.numpy() for w in weights[at * each : (at + 1) * each]]
+        found: dict[str, Any] = dict(zip(call.kinds, arrays, strict=True))
+        scales = {
+            name: found.pop(scale, None) for name, scale in zip(WEIGHTS, SCALES, strict=True)
+        }
+        for name in WEIGHTS:
+            if name in found:
+                values = found[name].view(DTYPES[call.weights])
+                bits = call.x_bits if name == "weight_ih" and at < D else 8
+                found[name] = Narrow(call.weights, values, scales[name], bits)
+        every.append(Parameters(**found))
+        H = found["weight_ih"].shape[0] // len(call.cell.gates)
+    R = every[0].weight_hh.shape[1]
+    return HOST.layers(Spec(call.cell, I, H, R, call.layers, D), every)
+
+
+# Packed layers of calls from graphs, the least recently used first.
+_MOST_KEPT = 64
+_kept: OrderedDict[Any, _cpu.Layers] = OrderedDict()
+
+
+def _identity(weights: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Return what changes if a weight is changed in place or replaced."""
+    return tuple([(w.data_ptr(), w._version) for w in weights])
+
+
+def _kept_layers(call: Call, I: int, weights: Sequence[Tensor]) -> _cpu.Layers:
+    key = (call.text[0], I, _identity(weights))
+    layers = _kept.pop(key, None)
+    if layers is None:
+        layers = _layers_of(call, I, weights)
+    _kept[key] = layers
+    while len(_kept) > _MOST_KEPT:
+        _kept.popitem(last=False)
+    return layers
+
+
+def _run(
+    layers: _cpu.Layers,
+    call: Call,
+    x: Tensor,
+    h0: Maybe,
+    c0: Maybe,
+    lengths: Maybe,
+    resets: Maybe,
+) -> list[Tensor]:
+    """Return y, h_n, c_n, cells and trace; those that the call does not have are empty."""
+    follow_threads()
+
+    def array(a: Maybe) -> Any:
+        return None if a is None else a.detach().contiguous().numpy()
+
+    h, c = array(h0), array(c0)
+    state = (h, c) if call.has_c and (h is not None or c is not None) else h
+    of_rows = None if lengths is None else lengths.to(torch.int64).numpy()
+    x = x.detach()
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    results = layers.forward(
+        x.numpy(), state, of_rows, array(resets), call.options, None, False
+    )
+    if results is None:
+        raise ValueError("tensors must be on the CPU and have the sizes and dtype of x")
+    y, ends, *others = results
+    made = [y, *(ends if call.has_c else (ends, None))]
+    made.append(others.pop(0) if call.options.return_cells else None)
+    made.append(others.pop(0) if call.options.trace else None)
+    return [torch.empty(0) if a is None else torch.from_numpy(a) for a in made]
+
+
+def _infer(
+    layers: str,
+    asked: str,
+    x: Tensor,
+    h0: Maybe,
+    c0: Maybe,
+    weights: Sequence[Tensor],
+    lengths: Maybe,
+    resets: Maybe,
+) -> list[Tensor]:
+    call = parse(layers, asked)
+    return _run(_kept_layers(call, x.shape[-1], weights), call, x, h0, c0, lengths, resets)
+
+
+def _fake_infer(
+    layers: str, asked: str, x: Tensor, h0: Maybe, c0: Maybe, weights: Any, *_: Any
+) -> list[Tensor]:
+    call = parse(layers, asked)
+    T, B, _I = x.shape
+    H = weights[0].shape[0] // len(call.cell.gates)
+    R, D, count = weights[1].shape[1], call.directions, call.count
+    o = call.options
+    shapes: list[Any] = [(T, B, D * R), (count, B, R)]
+    shapes.append((count, B, H) if call.has_c else (0,))
+    shapes.append((T, B, D * H) if o.return_cells else (0,))
+    shapes.append((count, T, B, len(call.cell.gates), H) if o.trace else (0,))
+    return [x.new_empty(shape) for shape in shapes]
+
+
+infer = library.custom_op(
+    "fusedrnn::infer",
+    _infer,
+    mutates_args=(),
+    schema="(str layers, str asked, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, "
+    "Tensor? lengths, Tensor? resets) -> Tensor[]",
+)
+infer.register_fake(_fake_infer)
+
+
+# Modules
+
+
+class _NarrowModule(Recurrent):
+    """What all modules with narrow weights share; weights are buffers."""
+
+    weights: Narrowness
+    x_bits: int
+
+    @classmethod
+    def of(cls, module: Recurrent, weights: Narrowness, x_bits: int) -> _NarrowModule:
+        """Return a module with the weights of one of ours."""
+        new = object.__new__(cls)
+        nn.Module.__init__(new)
+        of_module = ("_plain", "_saving", *new.__dict__)
+        new.__dict__.update({k: v for k, v in module.__dict__.items() if k not in of_module})
+        new.weights, new.x_bits = weights, x_bits
+        for name in module._names:
+            value = module._get(name).detach().cpu()
+            if value.dtype in (torch.bfloat16, torch.float16):
+                value = value.float()
+            if name.partition("_l")[0] not in WEIGHTS:
+                new.register_buffer(name, value.clone())
+                continue
+            narrow = narrow_weight(name, value.numpy(), weights, 8)
+            # PyTorch converts float buffers to another dtype, but not integers.
+            values = narrow.values if weights == "int8" else narrow.values.view(np.int16)
+            new.register_buffer(name, torch.from_numpy(values))
+            if narrow.scale is not None:
+                scale = name.replace("weight", "scale")
+                new.register_buffer(scale, torch.from_numpy(narrow.scale))
+        new._set_up()
+        new.train(module.training)
+        transfer_hooks(module, new)
+        return new
+
+    def _set_up(self) -> None:
+        """Set the names of all buffers, as a call takes them, and the call's description."""
+        raise NotImplementedError
+
+    def _kinds(self) -> list[str]:
+        kinds = super()._kinds()
+        if self.weights == "int8":
+            kinds += [kind.replace("weight", "scale") for kind in kinds if kind in WEIGHTS]
+        return kinds
+
+    def _describe(self, **more: Any) -> str:
+        return super()._describe(weights=self.weights, x_bits=self.x_bits, **more)
+
+    def _layers(self, weights: Sequence[Tensor]) -> _cpu.Layers:
+        """Return the packed layers, which are made again when a weight changes."""
+        key = _identity(weights)
+        kept = self.__dict__.get("_packed")
+        if kept is None or kept[0] != key:
+            call = parse(self._together)
+            kept = (key, _layers_of(call, self.input_size, weights))
+            self.__dict__["_packed"] = kept
+        layers: _cpu.Layers = kept[1]
+        return layers
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k != "_packed"}
+
+    def _weights(self, names: Sequence[str]) -> list[Tensor]:
+        weights = [self._get(name) for name in names]
+        for name, w in zip(names, weights, strict=True):
+            if w.device.type != "cpu":
+                raise RuntimeError(
+                    f"{name} must be on the CPU, because a module with {self.weights} weights "
+                    f"runs there, got one on {w.device}"
+                )
+            if name.partition("_l")[0] not in WEIGHTS and w.dtype != torch.float32:
+                raise RuntimeError(f"{name} must be torch.float32, got {w.dtype}")
+        return weights
+
+    def _get(self, name: str) -> Tensor:
+        found = getattr(self, name)
+        if not isinstance(found, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(found).__name__}")
+        return found
+
+    def _check_like_weights(self, name: str, a: Any, like: Tensor, error: type) -> None:
+        if not isinstance(a, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(a).__name__}")
+        if a.device.type != "cpu":
+            raise RuntimeError(f"{name} must be on the CPU like the weights, got {a.device}")
+        if a.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise error(
+                f"{name} must be torch.float32 with {self.weights} weights, got {a.dtype}"
+            )
+
+    def _call(
+        self, asked: str, x: Tensor, state: Sequence[Maybe], *masks: Maybe
+    ) -> list[Tensor]:
+        """Return y, h_n, c_n, cells and trace in the dtype of x."""
+        if self.training and (self._is_random or getattr(self, "dropout", False)):
+            raise RuntimeError(
+                f"a module with {self.weights} weights is for inference: call eval() first"
+            )
+        weights = self._weights(self._names)
+        dtype = x.dtype
+        x = x.float()
+        h0, c0 = (None if s is None else s.float() for s in (*state, None)[:2])
+        tensors = [a for a in (x, h0, c0) if a is not None]
+        recorded = torch.is_grad_enabled() and any(a.requires_grad for a in tensors)
+        if recorded or torch.compiler.is_compiling() or type(x) is not Tensor:
+            made = infer(self._together, asked, x, h0, c0, weights, *masks)
+        else:
+            call = parse(self._together, asked)
+            made = _run(self._layers(weights), call, x, h0, c0, *masks)
+        return made if dtype == torch.float32 else [a.to(dtype) for a in made]
+
+    def extra_repr(self) -> str:
+        """Return the sizes, the arguments that differ from their defaults, and the weights."""
+        bits = ", x_bits=8" if self.x_bits == 8 else ""
+        return f"{super().extra_repr()}, weights={self.weights}{bits}"
+
+
+class _NarrowLayers(_NarrowModule, _Layers):
+    def _set_up(self) -> None:
+        D, self._names = 1 + self.bidirectional, []
+        for layer in range(self.num_layers):
+            for suffix in (f"_l{layer}", f"_l{layer}_reverse")[:D]:
+                self._names += [kind + suffix for kind in self._kinds()]
+        self._together = self._describe(layers=self.num_layers, directions=D)
+
+    def _try_unchecked(self, input: Any, hx: Any) -> None:
+        return None
+
+    def _run(
+        self,
+        x: Tensor,
+        state: tuple[Any, ...],
+        lengths: Any,
+        resets: Any,
+        weights: list[Tensor],
+        kept: dict[str, Any],
+        seed: int | None,
+        layout: Any = None,
+    ) -> _Made:
+        if kept["bptt"] is not None or kept["recompute"]:
+            raise TypeError("bptt and recompute are for gradients, which narrow weights lack")
+        asked = self._asked((), kept["return_cells"], kept["trace"])
+        y, h_n, c_n, cells, trace = self._call(asked, x, state, lengths, resets)
+        final = [h_n, c_n][: 1 + self._is_pair]
+        gates = self._gates([trace]) if kept["trace"] else {}
+        return _Made(y, final, cells, gates)
+
+
+class _NarrowStep(_NarrowModule, _Step):
+    def _set_up(self) -> None:
+        self._names = self._kinds()
+        self._together = self._describe()
+
+    def _try_unchecked(self, input: Any, hx: Any) -> None:
+        return None
+
+    def _compute(self, layers: str, asked: str, *tensors: Any) -> tuple[Tensor, ...]:
+        x, h0, c0, _weights, lengths, resets, _seed = tensors
+        made = self._call("", x, (h0, c0), lengths, resets)
+        return (*made, made[-1])
+
+
+class NarrowLSTM(_NarrowLayers, LSTM):
+    """`LSTM` with narrow weights; `quantize` makes it."""
+
+
+class NarrowGRU(_NarrowLayers, GRU):
+    """`GRU` with narrow weights; `quantize` makes it."""
+
+
+class NarrowRNN(_NarrowLayers, RNN):
+    """`RNN` with narrow weights; `quantize` makes it."""
+
+
+class NarrowLSTMCell(_NarrowStep, LSTMCell):
+    """`LSTMCell` with narrow weights; `quantize` makes it."""
+
+
+class NarrowGRUCell(_NarrowStep, GRUCell):
+    """`GRUCell` with narrow weights; `quantize` makes it."""
+
+
+class NarrowRNNCell(_NarrowStep, RNNCell):
+    """`RNNCell` with narrow weights; `quantize` makes it."""
+
+
+_NARROW: dict[type[nn.Module], Any] = {
+    LSTM: NarrowLSTM,
+    GRU: NarrowGRU,
+    RNN: NarrowRNN,
+    LSTMCell: NarrowLSTMCell,
+    GRUCell: NarrowGRUCell,
+    RNNCell: NarrowRNNCell,
+}
+_REPLACED = _NARROW | {theirs: _NARROW[ours] for theirs, ours in OURS.items()}
+
+
+class Quantized(NamedTuple):
+    """The result of `quantize`; it prints as text.
+
+    Attributes
+    ----------
+    model: a copy of the model with narrow weights.
+    replaced: its new modules, by their names.
+    kept: the reasons why recurrent modules were not replaced, by their names.
+    """
+
+    model: nn.Module
+    replaced: dict[str, nn.Module]
+    kept: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{name or 'the model'}: {type(module).__name__}({module.extra_repr()})"
+            for name, module in self.replaced.items()
+        ]
+        lines += [f"{name}: kept, {why}" for name, why in self.kept.items()]
+        return "\n".join(lines) or "no recurrent module"
+
+
+def quantize(model: nn.Module, weights: Narrowness, x_bits: int | None = None) -> Quantized:
+    """Return a copy of a model for inference, its recurrent weights in a narrow precision.
+
+    It replaces every nn.LSTM, nn.GRU, nn.RNN, their cells and those of `fusedrnn.torch`, where
+    ``torch.ao.quantization.quantize_dynamic`` replaced LSTM and GRU, and leaves everything else
+    as it is. The new modules run on the CPU; they take the same calls, return the dtype of x,
+    and have no gradients. In `state_dict` int8 weights are int8 with float32 scales, and those
+    of 16 bits are int16, the bits.
+
+    Parameters
+    ----------
+    model: a module; it is copied.
+    weights, x_bits: as for `fusedrnn.LSTM.quantize`.
+
+    Raises
+    ------
+    TypeError: model is not a module, or a weight is float64. ValueError: an unknown name, or a
+        weight that is not finite or beyond the range of the precision.
+
+    >>> import torch, fusedrnn.torch as ft
+    >>> from torch import nn
+    >>> model = nn.ModuleDict({"encoder": nn.GRU(3, 4), "head": nn.Linear(4, 1)})
+    >>> done = ft.quantize(model, "int8")
+    >>> print(done)
+    encoder: NarrowGRU(3, 4, weights=int8)
+    >>> y, h_n = done.model["encoder"](torch.zeros(5, 2, 3))
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
+    precision, bits = check_precision(weights, x_bits)
+
+    def make(old: nn.Module, kind: Any) -> nn.Module:
+        ours: Any = old if isinstance(old, Recurrent) else as_ours(old, kind_of(old, OURS))
+        return kind.of(ours, precision, bits)  # type: ignore[no-any-return]
+
+    copy = deepcopy(model)
+    done = Quantized(copy, {}, {})
+    kind = kind_of(copy, _REPLACED)
+    if kind is not None:
+        copy = make(copy, kind)
+        return Quantized(copy, {"": copy}, {})
+    replace_modules(copy, _REPLACED, make, done.replaced, done.kept)
+    return done
