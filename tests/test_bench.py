@@ -29,7 +29,8 @@ def test_suites_name_each_case_once(device: str) -> None:
     for suite in suites.values():
         found = cases.cases_of(suite, tuple(cases.GATES), device=device)
         assert len(set(map(str, found))) == len(found)
-        assert {case.mode for case in found} >= {"inference", "training"}
+        modes = {"inference", "streaming" if any(suite.weights) else "training"}
+        assert {case.mode for case in found} >= modes
 
 
 def test_forms_run_in_the_modes_and_cells_that_have_them() -> None:
@@ -354,3 +355,24 @@ def test_the_same_build_before_gives_the_same_bits(capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "× before" in shown
     assert "Other bits" not in shown
+
+
+def test_narrow_weights_race_with_their_errors(tmp_path: pathlib.Path) -> None:
+    """Each precision is timed against peers of as many bits, and errors are told."""
+    file = tmp_path / "narrow.json"
+    weights = ["--weights", "int8,bfloat16", "--cells", "LSTM", "--modes", "inference"]
+    assert cli.main([*SMALL, *weights, "--json", str(file)]) == 0
+    found = json.loads(file.read_text("utf-8"))["cases"]
+    assert [case["weights"] for case in found] == ["int8", "bfloat16"]
+    for case in found:
+        assert 1e-7 < case["errors"]["ours"] < 3e-2
+        assert case["errors"]["float32"] < 1e-5
+        assert not case["wrong"]
+    assert tables.Group.of(found[0]) != tables.Group.of(found[1])
+    titles = [table.title for table in tables.tables(found)]
+    assert "Largest error of y, LSTM inference, 1 thread, int8 weights" in titles
+    for arguments, message in (
+        (["--weights", "int4"], "--weights must be among int8, bfloat16, float16, got int4"),
+        (["--weights", "int8", "--dtypes", "float64"], "only be measured on the CPU"),
+    ):
+        assert cli.main([*SMALL, *arguments]) == 2, message

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__, show_config
-from .bench.cases import CELLS, DTYPES, GATES, MODES, SUITES
+from .bench.cases import CELLS, DTYPES, GATES, MODES, SUITES, WEIGHTS
 from .files import UserError
 
 
@@ -74,8 +74,8 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         choices=(*SUITES, "properties"),
         default="quick",
         help="quick (a minute), shapes (the tables of the README), options (what each costs), "
-        "modules (fusedrnn.torch against torch.nn), properties (scaling, memory, small calls "
-        "…), full; default: quick",
+        "modules (fusedrnn.torch against torch.nn), narrow (weights of 8 and 16 bits), "
+        "properties (scaling, memory, small calls …), full; default: quick",
     )
     bench.add_argument("--device", choices=DTYPES, default="cpu", help="default: cpu")
     cells = f"any of {' '.join(GATES)}; default: {' '.join(CELLS)}"
@@ -87,6 +87,13 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="dtype",
         help="; ".join(f"on {device}: {' '.join(known)}" for device, known in DTYPES.items())
         + "; default: the first",
+    )
+    bench.add_argument(
+        "--weights",
+        type=lambda text: text.split(","),
+        metavar="weight,…",
+        help=f"narrow weights in inference, with the error of each contender: any of "
+        f"{', '.join(WEIGHTS)}",
     )
     bench.add_argument(
         "--shapes",
@@ -121,8 +128,9 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         nargs="*",
         metavar="peer",
         help="any of torch onnxruntime openvino reference, compiled (our module under "
-        "torch.compile), plain (our layer without the form); without a name, fusedrnn runs "
-        "alone; default: the suite's",
+        "torch.compile), plain (our layer without the form); with --weights also float32 (our "
+        "layer) and torch-bfloat16 torch-int8 onnxruntime-int8 openvino-bfloat16; without a "
+        "name, fusedrnn runs alone; default: the suite's",
     )
     bench.add_argument(
         "--before",

@@ -34,6 +34,12 @@ SHAPES: dict[str, Sizes] = {  # T, B, I, H
     "hundred": (100, 1, 100, 100),
     "digits": (28, 64, 28, 128),
 }
+# For narrow weights, beside those above.
+NARROW_SHAPES: dict[str, Sizes] = {
+    "one-step-large": (1, 1, 1024, 1024),
+    "stream-speech": (100, 1, 80, 192),
+    "speech-large": (50, 32, 256, 512),
+}
 # Those whose figures of other machines and peers are known.
 USUAL = tuple(SHAPES)[:11]
 # One size varies, for curves.
@@ -60,11 +66,12 @@ GPU_ORDER = tuple(
         ),
     )
 )
-NAMED = SHAPES | WIDTHS | ROWS | STEPS | ROW_STEPS | GPU_SHAPES
+NAMED = SHAPES | NARROW_SHAPES | WIDTHS | ROWS | STEPS | ROW_STEPS | GPU_SHAPES
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 CELLS = ("LSTM", "GRU")  # those of a suite, unless others are asked for
 MODES = ("inference", "training", "streaming")
+WEIGHTS = ("int8", "bfloat16", "float16")
 DTYPES = {"cpu": ("float32", "float64"), "cuda": ("bfloat16", "float16", "float32", "tf32")}
 
 
@@ -77,6 +84,7 @@ class Case:
     form: a name of `forms.FORMS`, "" for the plain layer.
     dtype: "tf32" stands for float32 on a GPU's matrix units.
     interface: "numpy", or "torch" for the modules of `fusedrnn.torch` under autograd.
+    weights: the precision of our layer's weights, "" for the dtype.
     """
 
     cell: str
@@ -88,6 +96,7 @@ class Case:
     device: str = "cpu"
     form: str = ""
     interface: str = "numpy"
+    weights: str = ""
 
     @property
     def gates(self) -> int:
@@ -116,6 +125,11 @@ class Case:
         return [(T, B, width, H) for width in widths for _ in range(directions)]
 
     @property
+    def layers(self) -> int:
+        """The number of layers."""
+        return int(FORMS[self.form].layer.get("num_layers", 1))
+
+    @property
     def flops(self) -> int:
         """2·G·H·(I+H)·B·T for each layer and direction, three times that in training."""
         forward = sum(2 * self.gates * H * (I + H) * B * T for T, B, I, H in self.passes)
@@ -124,8 +138,12 @@ class Case:
     @property
     def bytes_read(self) -> int:
         """W once and R once a step, twice as much in training, and x, y and their gradients."""
-        read = sum(self.gates * H * (I + H * T) + T * B * (I + H) for T, B, I, H in self.passes)
-        return (2 if self.training else 1) * read * self.item
+        of_weights = {"int8": 1, "bfloat16": 2, "float16": 2}.get(self.weights, self.item)
+        read = sum(
+            self.gates * H * (I + H * T) * of_weights + T * B * (I + H) * self.item
+            for T, B, I, H in self.passes
+        )
+        return (2 if self.training else 1) * read
 
     @property
     def label(self) -> str:
@@ -136,7 +154,8 @@ class Case:
     def __str__(self) -> str:
         usual = self.device == "cpu" and self.dtype == "float32"
         parts = [self.cell, *["torch"] * (self.interface == "torch"), self.shape]
-        parts += [*[self.form] * bool(self.form), *[self.dtype] * (not usual), self.mode]
+        parts += [*[self.form] * bool(self.form), *[self.dtype] * (not usual)]
+        parts += [*[self.weights] * bool(self.weights), self.mode]
         return "-".join([*parts, str(self.threads)] if self.device == "cpu" else parts)
 
 
@@ -151,6 +170,7 @@ class Suite:
     forms: by form, the shapes that run in it, in each mode that the form has.
     seconds: about how long the rounds of a case take.
     interface: of the cases; a form "cell" always has PyTorch's.
+    weights: the precisions of weights that run.
     against: the contenders beside ours, None for the installed peers and the reference.
     """
 
@@ -161,6 +181,7 @@ class Suite:
     forms: dict[str, Sequence[str]] = field(default_factory=dict)
     interface: str = "numpy"
     against: Sequence[str] | None = None
+    weights: Sequence[str] = ("",)
 
 
 def _with_training(shapes: Sequence[str]) -> dict[str, Sequence[str]]:
@@ -235,6 +256,32 @@ SUITES = {
         interface="torch",
         against=("torch", "compiled"),
     ),
+    "narrow": Suite(
+        {
+            "inference": (
+                "step-256",
+                "one-step",
+                "one-step-large",
+                "stream-speech",
+                "stream",
+                "stream-middle",
+                "stream-large",
+                "few-rows",
+                "speech-large",
+                "large",
+                "larger",
+                "weather",
+                "narrow",
+                "odd",
+                "three-rows",
+            ),
+            "streaming": tuple(STEPS),
+        },
+        every_count=True,
+        forms={"two-layers": ("stream-speech",), "both-directions": ("stream-speech",)},
+        seconds=1.0,
+        weights=("int8", "bfloat16"),
+    ),
     "full": Suite(
         {
             "inference": (*SHAPES, *WIDTHS, *ROWS),
@@ -263,8 +310,10 @@ def cases_of(
     shapes: Mapping[str, Sizes] | None = None,
     device: str = "cpu",
     forms: Sequence[str] | None = None,
+    weights: Sequence[str] | None = None,
 ) -> list[Case]:
-    """Return a suite's cases, each once; `shapes` and `forms` replace its own."""
+    """Return a suite's cases, each once; `shapes`, `forms` and `weights` replace its own."""
+    weights = suite.weights if weights is None else weights
     most = max(threads)
     usual = threads if suite.every_count or shapes else [most]
 
@@ -289,14 +338,15 @@ def cases_of(
         form: str, mode: str, shapes: Mapping[str, Sizes], counts: Sequence[int]
     ) -> Iterator[Case]:
         interface = "torch" if form == "cell" else suite.interface
-        for count, (name, (T, B, I, H)), dtype, cell in itertools.product(
-            counts, shapes.items(), dtypes, cells
+        for count, (name, (T, B, I, H)), dtype, cell, narrow in itertools.product(
+            counts, shapes.items(), dtypes, cells, weights
         ):
-            if cell in FORMS[form].cells:
+            if cell in FORMS[form].cells and not (narrow and mode == "training"):
                 # A stream and a cell take one step at a time.
                 steps = 1 if mode == "streaming" or form == "cell" else T
                 sizes = (steps, B, I, H)
-                yield Case(cell, name, sizes, mode, count, dtype, device, form, interface)
+                where = (count, dtype, device, form, interface, narrow)
+                yield Case(cell, name, sizes, mode, *where)
 
     groups = [(*one, [count]) for count in usual for one in chosen] + scaled
     cases = list(dict.fromkeys(case for group in groups for case in combine(*group)))

@@ -31,8 +31,8 @@ import fusedrnn as fr
 
 from .. import floor, machine
 from ..files import UserError, check_output, replacing
-from . import race
-from .cases import DTYPES, GPU_SUITES, MODES, NAMED, SUITES, Case, Suite, cases_of
+from . import narrow, race
+from .cases import DTYPES, GPU_SUITES, MODES, NAMED, SUITES, WEIGHTS, Case, Suite, cases_of
 from .contenders import CONTENDERS, PEERS, missing
 from .forms import FORMS, OPTIONS, Sizes
 from .race import Result
@@ -48,6 +48,7 @@ _OF_CASES = (
     "before",
     "against",
     "dtypes",
+    "weights",
     "modes",
     "threads",
     "budget",
@@ -66,6 +67,7 @@ class Request:
     cells: Sequence[str]
     modes: Sequence[str] | None
     dtypes: Sequence[str] | None
+    weights: Sequence[str] | None
     shapes: Sequence[str] | None
     forms: Sequence[str] | None
     only: str
@@ -253,6 +255,12 @@ def _cases(request: Request) -> list[Case]:
         if form not in FORMS:
             known_forms = ", ".join(filter(None, FORMS))
             raise UserError(f"--forms must be among {known_forms}, got {form}")
+    weights = request.weights
+    for name in weights or ():
+        if name not in WEIGHTS:
+            raise UserError(f"--weights must be among {', '.join(WEIGHTS)}, got {name}")
+    if weights and (request.device != "cpu" or tuple(dtypes) != ("float32",)):
+        raise UserError("--weights can only be measured on the CPU, with float32")
     cases = cases_of(
         _suite(request),
         request.cells,
@@ -262,6 +270,7 @@ def _cases(request: Request) -> list[Case]:
         shapes,
         request.device,
         request.forms,
+        weights,
     )
     wanted = _pattern(request.only)
     found = [case for case in cases if wanted.search(str(case))]
@@ -319,10 +328,14 @@ def _contenders(request: Request) -> list[str]:
         return ["plain"] if suite == ("plain",) else []
     if request.device == "cpu":
         offered = tuple(name for name in CONTENDERS if name != "ours")
+        if _has_narrow(request):
+            offered += tuple(narrow.CONTENDERS)
     else:
         offered = ("torch", "plain")
     if request.against is None:
         usual = suite or ((*PEERS, "reference") if request.device == "cpu" else ("torch",))
+        if _has_narrow(request):
+            usual = (*PEERS, *narrow.CONTENDERS)
         return [name for name in usual if not missing(name)]
     for name in request.against:
         if name not in offered:
@@ -341,6 +354,11 @@ def _contenders(request: Request) -> list[str]:
             f"{', '.join(request.forms)}, got {impossible[0]}"
         )
     return list(dict.fromkeys(request.against))
+
+
+def _has_narrow(request: Request) -> bool:
+    """Whether cases have narrow weights."""
+    return bool(request.weights or any(_suite(request).weights))
 
 
 def _check_build(command: str) -> None:

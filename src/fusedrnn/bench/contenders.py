@@ -62,6 +62,8 @@ def ours(case: Case, inputs: Inputs) -> Run:
 
         return _run_module(fusedrnn.torch, case, inputs)
     layer, x, masks = inputs.layer, inputs.x, inputs.masks
+    if case.weights:
+        layer = layer.quantize(case.weights)
     if case.mode == "inference":
         return lambda: {"y": layer(x, **masks)[0]}
     if case.mode == "streaming":
@@ -368,6 +370,11 @@ def onnxruntime(case: Case, inputs: Inputs) -> Run | None:
 
 def openvino(case: Case, inputs: Inputs) -> Run | None:
     """Inference alone, and in float32, not the bfloat16 that it prefers where there is one."""
+    return openvino_of(case, inputs, "f32")
+
+
+def openvino_of(case: Case, inputs: Inputs, precision: str) -> Run | None:
+    """Run OpenVINO with a hint for the precision."""
     if not _runs_models(case):
         return None
     import openvino as ov
@@ -377,7 +384,7 @@ def openvino(case: Case, inputs: Inputs) -> Run | None:
         core.read_model(onnx_model(case, inputs)),
         "CPU",
         {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": case.threads,
             "PERFORMANCE_HINT": "LATENCY",
         },
@@ -403,6 +410,10 @@ CONTENDERS: dict[str, Callable[[Case, Inputs], Run | None]] = {
 # The packages that a contender needs.
 NEEDS = {
     "torch": ("torch",),
+    "torch-bfloat16": ("torch",),
+    "torch-int8": ("torch",),
+    "onnxruntime-int8": ("onnxruntime", "onnx"),
+    "openvino-bfloat16": ("openvino", "onnx"),
     "onnxruntime": ("onnxruntime", "onnx"),
     "openvino": ("openvino", "onnx"),
     "compiled": ("torch",),

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import floor
+from . import narrow
 from .before import OtherBuild, bits_of
 from .cases import Case
 from .contenders import CONTENDERS, Inputs, Results, exact
@@ -82,6 +83,7 @@ class Race:
     Attributes
     ----------
     wrong: by contender, the results that differ from the definition.
+    errors: by contender, the largest error of y, of cases with narrow weights.
     same_bits: whether the other build's results are equal, bit for bit.
     rounds: the number of rounds that take about `seconds`.
     """
@@ -93,16 +95,21 @@ class Race:
         inputs = Inputs.of(case)
         expected = exact(case, inputs) if case.form in CHECKED else {}
         self.wrong: dict[str, str] = {}
+        self.errors: dict[str, float] = {}
+        limit = narrow.LARGEST_ERROR if case.weights else LIMITS[case.dtype]
+        known = CONTENDERS | narrow.CONTENDERS
         self._runs: dict[str, Callable[[], Any]] = {}
         for name in ("ours", *names):
-            run = CONTENDERS[name](case, inputs)
+            run = known[name](case, inputs)
             if run is None:
                 continue
             results = run()
             if name == "ours":
                 bits = bits_of(results)
             is_checked = expected and name != "plain"
-            deviation = _deviation(results, expected, LIMITS[case.dtype]) if is_checked else ""
+            deviation = _deviation(results, expected, limit) if is_checked else ""
+            if case.weights and expected:
+                self.errors[name] = narrow.largest_error(results, expected)
             if deviation:
                 self.wrong[name] = deviation
             else:
@@ -168,11 +175,19 @@ class Race:
     def result(self) -> Result:
         """Return the result, ready for JSON."""
         case = self.case
-        how = (case.gates, case.training, case.threads, case.dtype == "float32")
-        least = sum(floor.seconds(sizes, *how) for sizes in case.passes)
+        how: dict[str, Any] = {"training": case.training, "threads": case.threads}
+        how |= {"single": case.dtype == "float32", "weights": case.weights or None}
+        least = 0.0
+        for n, sizes in enumerate(case.passes):
+            operands = (
+                2 if case.weights == "int8" and n < len(case.passes) // case.layers else 1
+            )
+            least += floor.seconds(sizes, case.gates, operands=operands, **how)
         description = described(case) | summed_up(self._times)
         if self._other:
             description["same bits"] = self.same_bits
+        if self.errors:
+            description["errors"] = self.errors
         return description | {"floor": least, "wrong": self.wrong}
 
     def end(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .contenders import PEERS
+from .narrow import peers_of
 from .race import Result
 
 UNRESOLVED = "not resolved"
@@ -55,7 +56,13 @@ def geometric_mean(values: Sequence[float]) -> float:
 def best(result: Result) -> float | None:
     """Return the ratio to the fastest peer, None without any."""
     ratios = result["ratios"]
-    return min((ratios[name][0] for name in PEERS if name in ratios), default=None)
+    return min((ratios[n][0] for n in _peers(result) if n in ratios), default=None)
+
+
+def _peers(result: Result) -> tuple[str, ...]:
+    """Return the names of the peers that a case competes with."""
+    weights = result.get("weights", "")
+    return peers_of(weights, PEERS) if weights else PEERS
 
 
 class Group(NamedTuple):
@@ -66,6 +73,7 @@ class Group(NamedTuple):
     dtype: str
     where: str
     interface: str
+    weights: str
 
     @classmethod
     def of(cls, result: Result) -> Group:
@@ -73,12 +81,13 @@ class Group(NamedTuple):
         count = result["threads"]
         where = f"{count} thread" + "s" * (count > 1) if result["device"] == "cpu" else "GPU"
         what = (result["cell"], result["mode"], result["dtype"], where)
-        return cls(*what, result.get("interface", "numpy"))
+        return cls(*what, result.get("interface", "numpy"), result.get("weights", ""))
 
     def __str__(self) -> str:
         dtype = "" if self.dtype == "float32" else f", {self.dtype}"
         through = ", PyTorch" if self.interface == "torch" else ""
-        return f"{self.cell} {self.mode}{through}, {self.where}{dtype}"
+        weights = f", {self.weights} weights" if self.weights else ""
+        return f"{self.cell} {self.mode}{through}, {self.where}{dtype}{weights}"
 
 
 def grouped(results: Iterable[Result]) -> dict[Group, list[Result]]:
@@ -96,9 +105,10 @@ def _optional(value: float | None, digits: int) -> str:
 def table_of(group: Group, results: list[Result]) -> Table:
     """Return one table: our time, how near it is to the floor, and peers' times over ours."""
     others = list(dict.fromkeys(name for r in results for name in r["ratios"]))
-    peers = [name for name in PEERS if name in others]
-    peers += [name for name in others if name not in PEERS]
-    has_best = any(name in PEERS for name in peers)
+    known = _peers(results[0])
+    peers = [name for name in known if name in others]
+    peers += [name for name in others if name not in known]
+    has_best = any(name in known for name in peers)
     has_plan = any(r.get("plan") for r in results)
     has_reference = any("reference" in r["seconds"] for r in results)
     columns = ["T, B, I, H", "ms", "GFLOP/s", "floor", *(f"× {n}" for n in peers)]
@@ -148,6 +158,18 @@ def table_of(group: Group, results: list[Result]) -> Table:
     return table
 
 
+def error_tables(results: Iterable[Result]) -> Iterator[Table]:
+    """Yield the largest errors of y of cases with narrow weights."""
+    with_errors = [r for r in results if "errors" in r]
+    for group, members in grouped(with_errors).items():
+        names = list(dict.fromkeys(name for r in members for name in r["errors"]))
+        table = Table(f"Largest error of y, {group}", ["T, B, I, H", *names])
+        for r in members:
+            found = [r["errors"].get(name) for name in names]
+            table.rows.append([r["label"], *("–" if e is None else f"{e:.1e}" for e in found)])
+        yield table
+
+
 def cost_tables(results: Iterable[Result]) -> Iterator[Table]:
     """Yield what each form costs, the plain layer's time being 1: a table for each shape."""
     by_table: dict[tuple[Any, ...], list[Result]] = {}
@@ -181,7 +203,7 @@ def tables(results: Iterable[Result]) -> list[Table]:
     costs = [r for r in results if "plain" in r["ratios"]]
     races = [r for r in results if r not in costs or "before" in r["ratios"]]
     found = [table_of(group, members) for group, members in grouped(races).items()]
-    return [*found, *cost_tables(costs)]
+    return [*found, *error_tables(races), *cost_tables(costs)]
 
 
 def comparison(before: Iterable[Result], now: Iterable[Result]) -> Table:
