@@ -372,7 +372,10 @@ def test_narrow_weights_race_with_their_errors(tmp_path: pathlib.Path) -> None:
     titles = [table.title for table in tables.tables(found)]
     assert "Largest error of y, LSTM inference, 1 thread, int8 weights" in titles
     for arguments, message in (
-        (["--weights", "int4"], "--weights must be among int8, bfloat16, float16, got int4"),
+        (
+            ["--weights", "int4"],
+            "--weights must be among int8, int8-x8, bfloat16, float16, got int4",
+        ),
         (["--weights", "int8", "--dtypes", "float64"], "only be measured on the CPU"),
     ):
         assert cli.main([*SMALL, *arguments]) == 2, message

@@ -12,7 +12,7 @@ Term term_of(const Layout& layout, int role, const char* panels, int width, inde
   term.role = role;
   term.panels = panels;
   term.panel_bytes = product.panel_bytes(width, depth);
-  term.k_bytes = term.panel_bytes / depth;
+  term.k_bytes = product.panel_bytes(width, 1);
   term.K = term.depth = depth;
   return term;
 }

@@ -392,8 +392,10 @@ class BlockRun {
         lines = product_->width;
       } else if (pass.prefetch == Pass::next) {
         const index next = part_of(pass.next_piece), after = part_of(pass.next_piece + 1);
+        const index bytes =
+            pass.pieces == 1 ? of.panel_bytes : (after - next) * of.k_bytes;
         term.ahead = of.panels + pass.next_panel * of.panel_bytes + next * of.k_bytes +
-                     pass.part * (after - next) * of.k_bytes / product_->width;
+                     pass.part * bytes / product_->width;
         lines = 1;
       }
     }

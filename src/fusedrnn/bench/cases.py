@@ -71,7 +71,7 @@ NAMED = SHAPES | NARROW_SHAPES | WIDTHS | ROWS | STEPS | ROW_STEPS | GPU_SHAPES
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 CELLS = ("LSTM", "GRU")  # those of a suite, unless others are asked for
 MODES = ("inference", "training", "streaming")
-WEIGHTS = ("int8", "bfloat16", "float16")
+WEIGHTS = ("int8", "int8-x8", "bfloat16", "float16")  # int8-x8: x_bits = 8
 DTYPES = {"cpu": ("float32", "float64"), "cuda": ("bfloat16", "float16", "float32", "tf32")}
 
 
@@ -125,6 +125,12 @@ class Case:
         return [(T, B, width, H) for width in widths for _ in range(directions)]
 
     @property
+    def quantisation(self) -> tuple[str, int | None]:
+        """The arguments of `quantize`, the first of them "" for none."""
+        precision, _, bits = self.weights.partition("-x")
+        return precision, int(bits) if bits else None
+
+    @property
     def layers(self) -> int:
         """The number of layers."""
         return int(FORMS[self.form].layer.get("num_layers", 1))
@@ -138,7 +144,8 @@ class Case:
     @property
     def bytes_read(self) -> int:
         """W once and R once a step, twice as much in training, and x, y and their gradients."""
-        of_weights = {"int8": 1, "bfloat16": 2, "float16": 2}.get(self.weights, self.item)
+        precision, _ = self.quantisation
+        of_weights = {"": self.item, "int8": 1}.get(precision, 2)
         read = sum(
             self.gates * H * (I + H * T) * of_weights + T * B * (I + H) * self.item
             for T, B, I, H in self.passes

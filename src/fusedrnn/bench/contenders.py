@@ -63,7 +63,7 @@ def ours(case: Case, inputs: Inputs) -> Run:
         return _run_module(fusedrnn.torch, case, inputs)
     layer, x, masks = inputs.layer, inputs.x, inputs.masks
     if case.weights:
-        layer = layer.quantize(case.weights)
+        layer = layer.quantize(*case.quantisation)
     if case.mode == "inference":
         return lambda: {"y": layer(x, **masks)[0]}
     if case.mode == "streaming":

@@ -157,7 +157,7 @@ LARGEST_ERROR = 3e-2
 def peers_of(weights: str, float_peers: tuple[str, ...]) -> tuple[str, ...]:
     """Return the peers that narrow weights compete with: those of as many bits, or more."""
     peers = (*float_peers, *BFLOAT16_PEERS)
-    return (*peers, *INT8_PEERS) if weights == "int8" else peers
+    return (*peers, *INT8_PEERS) if weights.startswith("int8") else peers
 
 
 def largest_error(actual: Results, expected: Results) -> float:

@@ -176,7 +176,7 @@ class Race:
         """Return the result, ready for JSON."""
         case = self.case
         how: dict[str, Any] = {"training": case.training, "threads": case.threads}
-        how |= {"single": case.dtype == "float32", "weights": case.weights or None}
+        how |= {"single": case.dtype == "float32", "weights": case.quantisation[0] or None}
         least = 0.0
         for n, sizes in enumerate(case.passes):
             operands = (
