@@ -36,6 +36,12 @@ def loss_of(model: nn.Module, text: Tensor, state: Any) -> tuple[Tensor, Any]:
     return nats / 0.6931, past
 
 
+def in_rows(batch: int) -> Tensor:
+    """Return the text as numbers (length, batch); the last twentieth is held out."""
+    numbers = torch.tensor([ALPHABET[c] for c in TEXT[: len(TEXT) // batch * batch]])
+    return numbers.view(batch, -1).T
+
+
 def train(
     cell: str,
     epochs: int,
@@ -60,8 +66,7 @@ def train(
     if RANKS > 1:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     mine = slice(RANK * batch // RANKS, (RANK + 1) * batch // RANKS)
-    numbers = torch.tensor([ALPHABET[c] for c in TEXT[: len(TEXT) // batch * batch]])
-    text = numbers.view(batch, -1).T[:, mine].contiguous().to(device)  # (length, rows)
+    text = in_rows(batch)[:, mine].contiguous().to(device)
     held_out = len(text) // 20
     text = text[:-held_out] if validate else text
     torch.manual_seed(seed)

@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import csv
 import time
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import matplotlib.dates as mdates
 import matplotlib.pyplot as plt
@@ -55,9 +58,18 @@ def ahead(series: np.ndarray) -> np.ndarray:
 
 
 def train(
-    cell: str, epochs: int, seed: int, held_out: int = 2015, rate: float = 4e-3, **extra: float
+    cell: str,
+    epochs: int,
+    seed: int,
+    held_out: int = 2015,
+    rate: float = 4e-3,
+    convert: Mapping[str, Callable[[Any], Any]] = MappingProxyType({}),
+    **extra: float,
 ) -> tuple[dict[str, np.ndarray], Outcome]:
-    """Train a cell; return all forecasts (days of the held-out year, 7), and the outcome."""
+    """Train a cell; return all forecasts (days of the held-out year, 7), and the outcome.
+
+    There is one more forecast for each of `convert`, functions that replace the trained layer.
+    """
     days, table, first = read_days(held_out)
     waves = seasons(days)
     curve = waves @ np.linalg.lstsq(waves[:first], table[:first, :2], rcond=None)[0]
@@ -86,6 +98,10 @@ def train(
     fading = past @ ahead(anomaly)[: len(past)] / (past @ past)
     # All years are one sequence, so the state continues from the training years.
     predicted = model.predict(x[:, None])[starts, 0]
+    others = {}
+    for name, change in convert.items():
+        model.layer = change(layer)
+        others[name] = season + model.predict(x[:, None])[starts, 0] * scale
     dates = np.array([day.strftime("%m%d") for day in days])
     mean = {d: table[:first, 0][dates[:first] == d].mean() for d in set(dates[:first])}
     forecasts = {
@@ -94,6 +110,7 @@ def train(
         "seasonal curve": season,
         "seasonal curve, today's anomaly fading": season + fading * anomaly[starts, None],
         cell: season + predicted * scale,
+        **others,
     }
     error = np.abs(forecasts[cell] - ahead(table[:, 0])[starts]).mean()
     return forecasts, outcome(layer, seconds, error)

@@ -16,6 +16,7 @@ import re
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -81,15 +82,18 @@ def numbered(texts: list[Paragraph], index: dict[str, int]) -> tuple[Tensor, Ten
     return nn.utils.rnn.pad_sequence(rows), lengths, torch.tensor([i for _, i in texts])
 
 
-def train(
+Held = tuple[Tensor, Tensor, Tensor]  # held-out words as numbers, lengths, topics
+
+
+def fit(
     cell: str,
     epochs: int,
     seed: int,
     rate: float = 3e-3,
     validate: bool = False,
     **extra: float,
-) -> tuple[Tensor, Tensor, Outcome]:
-    """Return the predicted and the true held-out topics, and the outcome, in per cent."""
+) -> tuple[Classifier, list[float], Held]:
+    """Train; return the model, the seconds of each epoch, and what is held out."""
     _, known, unseen = read(validate)
     counts = Counter(word for words, _ in known for word in words)
     index = {w: i + 1 for i, w in enumerate(sorted(w for w in counts if counts[w] > 1))}
@@ -108,11 +112,26 @@ def train(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         seconds.append(time.perf_counter() - begin)
-    text, lengths, answers = numbered(unseen, index)
-    with torch.no_grad():
-        predicted = model.eval()(text, lengths).argmax(-1)
-    wrong = (predicted != answers).float().mean()
-    return predicted, answers, outcome(model.rnn, seconds, 100 * wrong)
+    return model.eval(), seconds, numbered(unseen, index)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, held: Held) -> Tensor:
+    """Return the topic that the model predicts for each held-out paragraph."""
+    text, lengths, _ = held
+    return model(text, lengths).argmax(-1)
+
+
+def wrong(predicted: Tensor, held: Held) -> float:
+    """Return the per cent of held-out paragraphs with another topic than predicted."""
+    return 100 * float((predicted != held[-1]).float().mean())
+
+
+def train(*how: Any, **extra: Any) -> tuple[Tensor, Tensor, Outcome]:
+    """Return the predicted and the true held-out topics, and the outcome, in per cent."""
+    model, seconds, held = fit(*how, **extra)
+    predicted = predict(model, held)
+    return predicted, held[-1], outcome(model.rnn, seconds, wrong(predicted, held))
 
 
 def bag_of_words(known: list[Paragraph], unseen: list[Paragraph]) -> float:

