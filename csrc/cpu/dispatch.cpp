@@ -13,13 +13,13 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
-#ifdef FUSEDRNN_HAS_AVX2
+#if defined(FUSEDRNN_HAS_AVX2) || defined(FUSEDRNN_HAS_AVX512)
 #include <cpuid.h>
 #endif
 #ifdef __linux__
 #include <sys/syscall.h>
 #endif
-#ifdef FUSEDRNN_HAS_NEON
+#if defined(FUSEDRNN_HAS_NEON) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
@@ -84,6 +84,29 @@ bool has_avx_vnni() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
+#endif
+
+#ifdef FUSEDRNN_HAS_NEON
+#ifdef __linux__
+bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }
+bool has_bf16() { return getauxval(AT_HWCAP2) >> 14 & 1; }
+#else
+// Elsewhere the compiler's target says what every machine has.
+constexpr bool has_dotprod() {
+#ifdef __ARM_FEATURE_DOTPROD
+  return true;
+#else
+  return false;
+#endif
+}
+constexpr bool has_bf16() {
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+  return true;
+#else
+  return false;
+#endif
+}
+#endif
 #endif
 
 #ifdef FUSEDRNN_HAS_AVX512
@@ -155,11 +178,8 @@ static std::vector<CompiledIsa> make_isas() {
   add("portable", portable::base, narrow_portable::narrow, true, false);
 #ifdef FUSEDRNN_HAS_NEON
   add("neon", neon::base, narrow_neon::narrow, true, false);
-  constexpr int dotprod = 20, bf16 = 14;  // bits of HWCAP and HWCAP2
-  add("neon_dotprod", neon::base, narrow_neon_dotprod::narrow,
-      getauxval(AT_HWCAP) >> dotprod & 1, true);
-  add("neon_bf16", neon::base, narrow_neon_bf16::narrow, getauxval(AT_HWCAP2) >> bf16 & 1,
-      true);
+  add("neon_dotprod", neon::base, narrow_neon_dotprod::narrow, has_dotprod(), true);
+  add("neon_bf16", neon::base, narrow_neon_bf16::narrow, has_bf16(), true);
 #endif
 #ifdef FUSEDRNN_HAS_AVX2
   add("avx2", avx2::base, narrow_avx2::narrow, HAS("avx2") && HAS("fma") && HAS("f16c"),
