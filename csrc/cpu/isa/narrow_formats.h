@@ -42,7 +42,8 @@ struct WidenedPairs : NoScales {
   using Sum = V;
   static constexpr int bytes = sizeof(V), per = 2, grain = 2, parts = 2;
   // Of 16 registers one more is for the mask of the odd elements.
-  static constexpr int most_sums = V::registers == 16 && !is_small ? 8 : most_widened_sums;
+  static constexpr int most_sums =
+      V::registers == 16 && !is_small ? 8 : most_widened_sums;
   static constexpr bool continues = true;
 
   static index vectors(index K) { return (K + 1) / 2; }
