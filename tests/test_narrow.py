@@ -238,7 +238,7 @@ def test_storage(precision: Any) -> None:
     file.seek(0)
     other = fr.LSTM(7, 11, 2, bidirectional=True, proj_size=5).quantize(precision)
     other.load_state_dict(np.load(file))
-    for same in (other, pickle.loads(pickle.dumps(layer))):
+    for same in (other, pickle.loads(pickle.dumps(layer)), layer.to("cpu")):
         np.testing.assert_array_equal(same(x)[0], expected)
         assert repr(same) == repr(layer)
     assert layer.weight_hh_l1_reverse.dtype == {"int8": np.int8, "bfloat16": np.uint16}.get(
@@ -271,6 +271,8 @@ def test_weights_of_ops(name: str, precision: Any) -> None:
     stream = fr.Stream(narrow, batch_size=3)
     np.testing.assert_array_equal(np.stack([stream.step(part) for part in x]), expected)
     assert repr(weights).startswith("Weights(weight_ih (")
+    again, *_ = op(x, pickle.loads(pickle.dumps(weights)), **options)
+    np.testing.assert_array_equal(again, expected)
 
 
 def test_weights_keep_gradients_of_floats() -> None:
@@ -372,6 +374,18 @@ def test_errors() -> None:
     fails(KeyError, "missing", lambda: narrow.load_state_dict(layer.state_dict()))
     weights = fr.Weights(layer.weight_ih_l0, layer.weight_hh_l0, weights="int8")
     fails(ValueError, "gradients need float32", lambda: fr.lstm_vjp(x, weights))
+    fails(
+        ValueError,
+        "training must be False with int8 weights",
+        lambda: fr.lstm(x, weights, training=True, weight_dropout=0.5),
+    )
+    for dtype in (np.float16, np.uint16, np.int8):
+        W, R = (layer.state_dict()[f"weight_{n}_l0"].astype(dtype) for n in ("ih", "hh"))
+        fails(
+            TypeError,
+            f"weight_ih must be float32 like x, got {np.dtype(dtype)}",
+            lambda W=W, R=R: fr.lstm(x, W, R),
+        )
     fails(
         TypeError,
         "weight_hh must be None with Weights",

@@ -99,6 +99,31 @@ def test_the_other_modules(precision: Any) -> None:
         assert narrow["step"](x[0])[0].shape == (6,)
 
 
+def test_later_calls(precision: Any) -> None:
+    """Calls after the first skip the checks of what is right, and refuse what is wrong."""
+    model = ft.quantize(model_of(), precision).model
+    module, step = model["encoder"], model["step"]
+    x, state = torch.randn(3, 7, 12), (torch.randn(4, 3, 20), torch.randn(4, 3, 20))
+    first, (h, c) = module(x, state)
+    for _ in range(2):
+        again, ends = module(x, state)
+        assert torch.equal(again, first)
+        assert torch.equal(ends[0], h)
+        assert torch.equal(ends[1], c)
+    alone, _ = module(x[0], tuple(s[:, 0] for s in state))
+    assert torch.equal(alone, first[0])
+    with pytest.raises(RuntimeError, match="must have shape"):
+        module(x, (state[0][:, :2], state[1]))
+    with pytest.raises(ValueError, match="input must be torch"):
+        module(x.double())
+    given, of_step = torch.randn(2, 5), (torch.randn(2, 6), torch.randn(2, 6))
+    expected = step(given, of_step)
+    for a, b in zip(step(given, of_step), expected, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match="must have shape"):
+        step(given[:, :4], of_step)
+
+
 def test_copies(precision: Any) -> None:
     """state_dict, deepcopy, save and load keep a module; a changed weight is packed again."""
     model = model_of()

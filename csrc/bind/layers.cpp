@@ -186,6 +186,8 @@ Layers::Layers(const std::string& cell, std::vector<Arrays> parameters, int dire
       stack_{{}, directions, dropout} {
   if (parameters_.empty() || !parameters_[0][0]) refuse("parameters");
   const Precision precision = precision_of(*parameters_[0][0]);
+  // Without scales, not even absent ones, the weights are the user's own.
+  if (precision != Precision::element && scales_.empty()) refuse("weight_ih");
   const bool is_double = has_elements(*parameters_[0][0], element_type(8));
   const index element = is_double ? 8 : 4;
   const Kernels& kernels = kernels_of(isa_, element);
@@ -312,7 +314,7 @@ py::object Layers::forward(const py::object& x, const py::object& state,
   c.cells_t = of_cells.t;
   c.cells_b = of_cells.b;
   c.trace = write_to(trace);
-  if (saves && stack_.weights[0]->is_narrow()) refuse("parameters");
+  if ((saves || o.values.training) && stack_.weights[0]->is_narrow()) refuse("options");
   Memory saved;
   {
     const py::gil_scoped_release release;

@@ -242,10 +242,19 @@ def plain_op(
     cell: Cell, x: Any, weights: tuple[Any, ...], states: tuple[Any, ...]
 ) -> tuple[Any, ...] | None:
     """Run an op on the CPU with unchecked arguments; return None if they must be checked."""
-    try:
-        layers = CompiledLayers(cell.name, [weights + _NO_OPTIONS], 1, 0.0, False, False, False)
-    except (TypeError, ValueError):
-        return None
+    kept = weights[0]
+    if isinstance(kept, Weights):
+        found = kept.layers_of(cell.name).get("layers")
+        if found is None or any(other is not None for other in weights[1:]):
+            return None
+        layers: CompiledLayers = found
+    else:
+        try:
+            layers = CompiledLayers(
+                cell.name, [weights + _NO_OPTIONS], 1, 0.0, False, False, False
+            )
+        except (TypeError, ValueError):
+            return None
     results = layers.forward(x, _joined(states), None, None, PLAIN, None, False)
     return None if results is None else _flat(results)
 
@@ -313,6 +322,10 @@ class OpCall:
         self.spec = replace(spec, reverse=reverse)
         options = {n: v for n, v in arguments.items() if n not in (*_ARRAYS, *_OTHERS)}
         self.options = check_options(cell, options, training, is_vjp=training)
+        if kept is not None and kept.precision and self.options.training:
+            raise ValueError(
+                f"training must be False with {kept.precision} weights, which are for inference"
+            )
         if out is not None:
             axis = "R" if R != H else "H"
             meaning = f"(T, B, {axis})" if batch else f"(T, {axis})"
@@ -323,7 +336,7 @@ class OpCall:
         if kept is None:
             self.layers: Layers = on.layers(self.spec, [parameters])
         else:
-            cache = kept._layers.setdefault((cell.name, reverse), {})
+            cache = kept.layers_of(cell.name, reverse)
             self.layers = on.layers(self.spec, [parameters], cache)
 
     def forward(self) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from . import _cpu
-from .reference.narrow import Precision
+from .reference.narrow import NarrowPrecision
 from .weights import PRECISIONS
 
 ITEM_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2}
@@ -52,7 +52,7 @@ def peak(single: bool = True) -> float:
     return _rate(lambda rounds: _cpu.probe_multiply_add(1000 * rounds, single))
 
 
-def product_peak(weights: Precision) -> float:
+def product_peak(weights: NarrowPrecision) -> float:
     """Return the operations/s of one core's unit for narrow weights on the active ISA."""
     number = 1 + PRECISIONS.index(weights)
     return _rate(lambda rounds: _cpu.probe_product(1000 * rounds, number))
@@ -87,7 +87,7 @@ def seconds(
     threads: int = 1,
     single: bool = True,
     recurrent: int | None = None,
-    weights: Precision | None = None,
+    weights: NarrowPrecision | None = None,
     operands: int = 1,
 ) -> float:
     """Return the floor of a layer in one direction, sizes T, B, I, H, on the active ISA.

@@ -29,7 +29,7 @@ def _forward(
     options: Mapping[str, Any],
     out: Any,
 ) -> tuple[Any, ...]:
-    if not options and out is None and not isinstance(weights[0], Weights):
+    if not options and out is None:
         results = engine.plain_op(cell, x, weights, states)
         if results is not None:
             return results

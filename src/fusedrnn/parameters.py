@@ -17,7 +17,7 @@ from .cells import CELLS, Cell
 from .cuda import Precision
 from .options import DEFAULTS, check_options
 from .reference import Array, Narrow, Options, Parameters
-from .reference.narrow import Precision as Narrowness
+from .reference.narrow import NarrowPrecision
 from .weights import WEIGHTS, check_precision, narrow_weight, stored
 
 LayerT = TypeVar("LayerT", bound="ParameterStore")
@@ -94,7 +94,7 @@ class ParameterStore:
     proj_size = 0
     peephole = False
     layer_norm = False
-    weights: Narrowness | None = None  # None: those of the layer's dtype
+    weights: NarrowPrecision | None = None  # None: those of the layer's dtype
     x_bits: int | None = None  # of x in the products of int8 weights
 
     def __init__(
@@ -213,6 +213,8 @@ class ParameterStore:
                 f"a layer with {self.weights} weights must stay on the CPU in float32, "
                 f"got {place} and {name}"
             )
+        if self.weights:
+            return self
         if precision != "exact" and place == "cpu":
             raise ValueError(f'precision must be "exact" on the CPU, got "{precision}"')
         cuda.precision_of(name, precision)
@@ -287,7 +289,7 @@ class ParameterStore:
         )
         self._forget_packed()
 
-    def quantize(self: LayerT, weights: Narrowness, x_bits: int | None = None) -> LayerT:
+    def quantize(self: LayerT, weights: NarrowPrecision, x_bits: int | None = None) -> LayerT:
         """Return a layer for inference whose weights have a narrow precision.
 
         Products read half or a quarter of the bytes and, where the processor has units for

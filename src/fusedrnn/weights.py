@@ -9,14 +9,14 @@ import numpy.typing as npt
 
 from . import checks
 from .reference import Array, Narrow, Parameters, narrowed
-from .reference.narrow import Precision
+from .reference.narrow import NarrowPrecision
 
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+PRECISIONS: tuple[NarrowPrecision, ...] = get_args(NarrowPrecision)
 WEIGHTS = ("weight_ih", "weight_hh", "weight_hr")
 MOST_ELEMENTS = 2**17  # of a row: 127² times as many fit in 32 bits
 
 
-def check_precision(weights: Any, x_bits: Any) -> tuple[Precision, int]:
+def check_precision(weights: Any, x_bits: Any) -> tuple[NarrowPrecision, int]:
     """Check the arguments of `quantize`; return the precision and the bits of a layer's x."""
     if weights not in PRECISIONS:
         known = ", ".join(f'"{name}"' for name in PRECISIONS)
@@ -31,7 +31,7 @@ def check_precision(weights: Any, x_bits: Any) -> tuple[Precision, int]:
     return weights, x_bits
 
 
-def narrow_weight(name: str, weight: Array, weights: Precision, x_bits: int) -> Narrow:
+def narrow_weight(name: str, weight: Array, weights: NarrowPrecision, x_bits: int) -> Narrow:
     """Return a weight in a narrow precision; raise an error if it is not finite."""
     if weight.dtype != np.float32:
         raise TypeError(f"{name} must be float32 to be quantised, got {weight.dtype}")
@@ -120,7 +120,7 @@ class Weights:
         bias_ih: npt.ArrayLike | None = None,
         bias_hh: npt.ArrayLike | None = None,
         *,
-        weights: Precision | None = None,
+        weights: NarrowPrecision | None = None,
         x_bits: int | None = None,
         **others: npt.ArrayLike | None,
     ) -> None:
@@ -136,7 +136,7 @@ class Weights:
             array = np.array(checks.array(name, value), order="C")
             array.flags.writeable = False
             arrays[name] = array
-        self.precision: Precision | None = None
+        self.precision: NarrowPrecision | None = None
         if weights is None:
             if x_bits is not None:
                 raise ValueError(f"x_bits must be None without weights, got {x_bits}")
@@ -147,7 +147,14 @@ class Weights:
                     bits = x_bits if name == "weight_ih" else 8
                     arrays[name] = narrow_weight(name, arrays[name], self.precision, bits)
         self.parameters = Parameters(**arrays)
-        self._layers: dict[Any, Any] = {}  # packed, by cell and direction
+        self._layers: dict[Any, dict[Any, Any]] = {}
+
+    def layers_of(self, cell: str, reverse: bool = False) -> dict[Any, Any]:
+        """Return the cache of a cell's packed layers in one direction."""
+        return self._layers.setdefault((cell, reverse), {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_layers": {}}
 
     def __repr__(self) -> str:
         present = {k: v for k, v in self.parameters._asdict().items() if v is not None}

@@ -23,7 +23,7 @@ struct NoScales {
   static constexpr int offset = 0;
 };
 
-// Weights in float16 are widened on the way; rows are read as they are.
+// Float16 widens weights of float16 on the way, and reads rows as they are.
 struct Float16 : Own<Vec<float>>, NoScales {
   static constexpr int bytes = sizeof(V) / 2, most_sums = most_widened_sums;
 
@@ -33,8 +33,7 @@ struct Float16 : Own<Vec<float>>, NoScales {
   }
 };
 
-// Weights in bfloat16 are widened on the way, in pairs of k; rows are rounded to
-// bfloat16.
+// WidenedPairs widens pairs of bfloat16 on the way; rows are rounded to bfloat16.
 struct WidenedPairs : NoScales {
   using V = Vec<float>;
   using Left = V;
@@ -61,35 +60,36 @@ struct WidenedPairs : NoScales {
   }
 };
 
-// Of is an instruction that multiplies pairs of bfloat16.
-template <class Of>
+// NativePairs multiplies pairs of bfloat16 by the instruction of a unit.
+template <class Unit>
 struct NativePairs : NoScales {
   using V = Vec<float>;
-  using Left = typename Of::Left;
+  using Left = typename Unit::Left;
   using Right = Left;
   using Sum = V;
   static constexpr int bytes = sizeof(V), per = 2, grain = 2, parts = 1;
-  static constexpr int most_sums = Of::most_sums;
+  static constexpr int most_sums = Unit::most_sums;
   static constexpr bool continues = true;
 
   static index vectors(index K) { return (K + 1) / 2; }
   template <int part>
   static Left left(const char* row, index n) {
-    return Of::left(row + 4 * n);
+    return Unit::left(row + 4 * n);
   }
   template <int part>
   static Right right(const char* p) {
-    return Of::right(p);
+    return Unit::right(p);
   }
   template <int part>
   static V add(Left left, Right right, V sum) {
-    return Of::add(left, right, sum);
+    return Unit::add(left, right, sum);
   }
 };
 
 #ifdef FUSEDRNN_WITH_TILES
-// Pairs of bfloat16 in the order of sums of a matrix unit, by vectors for a few rows:
-// each block of 32 k has a sum of the even products and one of the odd ones.
+// TilePairs multiplies pairs of bfloat16 in the order of sums of a matrix unit, by
+// vectors for a few rows: each block of 32 k has a sum of the even products and one of
+// the odd ones.
 struct TilePairs : NoScales {
   using V = Vec<float>;
   using Left = V;
@@ -139,7 +139,7 @@ struct TilePairs : NoScales {
 };
 #endif
 
-// Bytes with a scale for each row and column; sums are 32-bit integers. After the
+// Bytes has a scale for each row and column; sums are 32-bit integers. After the
 // weights, a panel has the scale of each column and, if rows have an offset, the sum with
 // which it starts. `grain_`: the k that a panel is padded to.
 template <int grain_>

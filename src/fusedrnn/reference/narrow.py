@@ -26,7 +26,7 @@ import numpy as np
 
 from .types import Array
 
-Precision = Literal["int8", "bfloat16", "float16"]
+NarrowPrecision = Literal["int8", "bfloat16", "float16"]
 DTYPES = {"int8": np.int8, "bfloat16": np.uint16, "float16": np.float16}  # in memory
 _LEAST, _MOST = np.float32(2.0**-100), np.float32(127)
 _PARTS = np.float32(254)  # of a quantum, which the second row of an input has
@@ -130,7 +130,7 @@ class _Transposed:
         return result
 
 
-def narrowed(weight: Array, precision: Precision, x_bits: int = 8) -> Narrow:
+def narrowed(weight: Array, precision: NarrowPrecision, x_bits: int = 8) -> Narrow:
     """Return a finite weight (rows, K) of float32 in a narrow precision.
 
     >>> w = narrowed(np.float32([[0.5, -1.0], [0.1, 0.2]]), "int8")

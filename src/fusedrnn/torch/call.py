@@ -14,7 +14,7 @@ from .. import _cpu
 from ..cells import CELLS, Cell
 from ..options import check_options
 from ..reference import Options, Parameters
-from ..reference.narrow import Precision as Narrowness
+from ..reference.narrow import NarrowPrecision
 
 Maybe = Tensor | None
 
@@ -99,7 +99,7 @@ class Call:
     reverse: bool
     saves: bool
     precision: str
-    weights: Narrowness | None
+    weights: NarrowPrecision | None
     x_bits: int
 
     @property
@@ -191,7 +191,7 @@ def describe(
     reverse: bool = False,
     where: int = 0,
     precision: str = "exact",
-    weights: Narrowness | None = None,
+    weights: NarrowPrecision | None = None,
     x_bits: int = 0,
 ) -> str:
     """Return the string that describes layers: a JSON object that leaves out default values.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Sequence
 from copy import deepcopy
@@ -14,10 +15,10 @@ from torch import Tensor, library, nn
 from .. import _cpu
 from ..backend import Spec
 from ..backend.cpu import HOST
+from ..options import PLAIN
 from ..parameters import SCALES
 from ..reference import Narrow, Parameters
-from ..reference.narrow import DTYPES
-from ..reference.narrow import Precision as Narrowness
+from ..reference.narrow import DTYPES, NarrowPrecision
 from ..weights import WEIGHTS, check_precision, narrow_weight
 from .base import Recurrent
 from .call import Call, Maybe, parse
@@ -148,13 +149,13 @@ infer.register_fake(_fake_infer)
 
 
 class _NarrowModule(Recurrent):
-    """What all modules with narrow weights share; weights are buffers."""
+    """The part that all modules with narrow weights share. All parameters are buffers."""
 
-    weights: Narrowness
+    weights: NarrowPrecision
     x_bits: int
 
     @classmethod
-    def of(cls, module: Recurrent, weights: Narrowness, x_bits: int) -> _NarrowModule:
+    def of(cls, module: Recurrent, weights: NarrowPrecision, x_bits: int) -> _NarrowModule:
         """Return a module with the weights of one of ours."""
         new = object.__new__(cls)
         nn.Module.__init__(new)
@@ -180,6 +181,11 @@ class _NarrowModule(Recurrent):
         transfer_hooks(module, new)
         return new
 
+    @functools.cached_property
+    def _options_of_calls(self) -> bool:
+        """Whether calls have options, as a clip, even if the user asks for none."""
+        return parse(self._together).options != PLAIN
+
     def _set_up(self) -> None:
         """Set the names of all buffers, as a call takes them, and the call's description."""
         raise NotImplementedError
@@ -203,6 +209,38 @@ class _NarrowModule(Recurrent):
             self.__dict__["_packed"] = kept
         layers: _cpu.Layers = kept[1]
         return layers
+
+    def _infer_unchecked(self, x: Any, states: Sequence[Any]) -> Any:
+        """Run a call without options on unchecked tensors x (T, B, I) and states.
+
+        Return y and a list of states, or None if an argument needs checks or the call must be
+        recorded.
+        """
+        given = (x, *states)
+        if torch.compiler.is_compiling() or any(type(a) is not Tensor for a in given):
+            return None
+        if torch.is_grad_enabled() and any(a.requires_grad for a in given):
+            return None
+        if self.training and (self._is_random or getattr(self, "dropout", False)):
+            return None
+        kept, buffers = self.__dict__.get("_packed"), self._buffers
+        weights: list[Any] = [buffers.get(name) for name in self._names]
+        if kept is None or any(w is None for w in weights):
+            return None
+        if kept[0] != _identity(weights):
+            return None
+        try:
+            first, *others = (a.numpy() for a in given)
+        except (TypeError, RuntimeError):  # on a GPU, or a pending conjugation
+            return None
+        follow_threads()
+        state = tuple(others) if len(others) > 1 else others[0] if others else None
+        results = kept[1].forward(first, state, None, None, PLAIN, None, False)
+        if results is None:
+            return None
+        y, ends = results
+        ends = ends if self._is_pair else (ends,)
+        return torch.from_numpy(y), [torch.from_numpy(s) for s in ends]
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in super().__getstate__().items() if k != "_packed"}
@@ -270,8 +308,17 @@ class _NarrowLayers(_NarrowModule, _Layers):
                 self._names += [kind + suffix for kind in self._kinds()]
         self._together = self._describe(layers=self.num_layers, directions=D)
 
-    def _try_unchecked(self, input: Any, hx: Any) -> None:
-        return None
+    def _try_unchecked(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
+        if self._options_of_calls or not isinstance(input, Tensor) or input.dim() not in (2, 3):
+            return None
+        states = hx if isinstance(hx, tuple) else () if hx is None else (hx,)
+        turns = self.batch_first and input.dim() == 3
+        made = self._infer_unchecked(input.transpose(0, 1) if turns else input, states)
+        if made is None:
+            return None
+        y, ends = made
+        y = y.transpose(0, 1) if turns else y
+        return y, tuple(ends) if self._is_pair else ends[0]
 
     def _run(
         self,
@@ -298,8 +345,17 @@ class _NarrowStep(_NarrowModule, _Step):
         self._names = self._kinds()
         self._together = self._describe()
 
-    def _try_unchecked(self, input: Any, hx: Any) -> None:
-        return None
+    def _try_unchecked(self, input: Any, hx: Any) -> Any:
+        if self._options_of_calls or not isinstance(input, Tensor) or input.dim() != 2:
+            return None
+        states = hx if isinstance(hx, tuple) else () if hx is None else (hx,)
+        if not all(isinstance(s, Tensor) for s in states):
+            return None
+        made = self._infer_unchecked(input[None], [s[None] for s in states])
+        if made is None:
+            return None
+        ends = [s[0] for s in made[1]]
+        return tuple(ends) if self._is_pair else ends[0]
 
     def _compute(self, layers: str, asked: str, *tensors: Any) -> tuple[Tensor, ...]:
         x, h0, c0, _weights, lengths, resets, _seed = tensors
@@ -365,7 +421,9 @@ class Quantized(NamedTuple):
         return "\n".join(lines) or "no recurrent module"
 
 
-def quantize(model: nn.Module, weights: Narrowness, x_bits: int | None = None) -> Quantized:
+def quantize(
+    model: nn.Module, weights: NarrowPrecision, x_bits: int | None = None
+) -> Quantized:
     """Return a copy of a model for inference, its recurrent weights in a narrow precision.
 
     It replaces every nn.LSTM, nn.GRU, nn.RNN, their cells and those of `fusedrnn.torch`, where
