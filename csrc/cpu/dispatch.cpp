@@ -71,6 +71,9 @@ extern const Narrow narrow;
 namespace narrow_neon_dotprod {
 extern const Narrow narrow;
 }
+namespace narrow_neon_i8mm {
+extern const Narrow narrow;
+}
 namespace narrow_neon_bf16 {
 extern const Narrow narrow;
 }
@@ -89,11 +92,19 @@ bool has_avx_vnni() {
 #ifdef FUSEDRNN_HAS_NEON
 #ifdef __linux__
 bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }
+bool has_i8mm() { return getauxval(AT_HWCAP2) >> 13 & 1; }
 bool has_bf16() { return getauxval(AT_HWCAP2) >> 14 & 1; }
 #else
 // Elsewhere the compiler's target says what every machine has.
 constexpr bool has_dotprod() {
 #ifdef __ARM_FEATURE_DOTPROD
+  return true;
+#else
+  return false;
+#endif
+}
+constexpr bool has_i8mm() {
+#ifdef __ARM_FEATURE_MATMUL_INT8
   return true;
 #else
   return false;
@@ -179,6 +190,7 @@ static std::vector<CompiledIsa> make_isas() {
 #ifdef FUSEDRNN_HAS_NEON
   add("neon", neon::base, narrow_neon::narrow, true, false);
   add("neon_dotprod", neon::base, narrow_neon_dotprod::narrow, has_dotprod(), true);
+  add("neon_i8mm", neon::base, narrow_neon_i8mm::narrow, has_i8mm(), true);
   add("neon_bf16", neon::base, narrow_neon_bf16::narrow, has_bf16(), true);
 #endif
 #ifdef FUSEDRNN_HAS_AVX2

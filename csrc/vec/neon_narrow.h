@@ -1,4 +1,4 @@
-// NEON: bytes by DOTPROD where there is one, and pairs of bfloat16.
+// NEON: bytes by DOTPROD and I8MM where there are such units, and pairs of bfloat16.
 #pragma once
 
 namespace fusedrnn::FUSEDRNN_ARCH {
@@ -67,6 +67,38 @@ struct Int8 {
     const int16x8_t low = vmull_s8(vget_low_s8(left), vget_low_s8(right));
     const int16x8_t high = vmull_high_s8(left, right);
     return {vaddq_s32(sum.v, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)))};
+  }
+#endif
+#ifdef FUSEDRNN_WITH_ROW_PAIRS
+  // SMMLA multiplies eight elements of two rows with those of two columns. Two vectors of
+  // weights have four columns.
+  struct Columns {
+    int8x16_t first, second;
+  };
+  struct Pair {
+    int32x4_t first, second;  // each has two columns of a row, and of the other
+
+    static Pair zeros() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
+    Ints first_row() const {
+      return {vcombine_s32(vget_low_s32(first), vget_low_s32(second))};
+    }
+    Ints second_row() const {
+      return {vcombine_s32(vget_high_s32(first), vget_high_s32(second))};
+    }
+  };
+  static Left left_pair(const char* a, const char* b) {
+    return vcombine_s8(vld1_s8(reinterpret_cast<const std::int8_t*>(a)),
+                       vld1_s8(reinterpret_cast<const std::int8_t*>(b)));
+  }
+  static Columns right_pair(const char* p, const char* next) {
+    const int32x4_t a = vreinterpretq_s32_s8(right(p));
+    const int32x4_t b = vreinterpretq_s32_s8(right(next));
+    return {vreinterpretq_s8_s32(vzip1q_s32(a, b)),
+            vreinterpretq_s8_s32(vzip2q_s32(a, b))};
+  }
+  static Pair add_pair(Left left, Columns right, Pair sum) {
+    return {vmmlaq_s32(sum.first, left, right.first),
+            vmmlaq_s32(sum.second, left, right.second)};
   }
 #endif
 };

@@ -93,6 +93,9 @@ constexpr Product product(Precision precision, const char* unit,
 #ifdef FUSEDRNN_WITH_TILES
 using Int8Format = Bytes<64>;
 constexpr const char* int8_unit = "AMX";
+#elif defined(FUSEDRNN_WITH_ROW_PAIRS)
+using Int8Format = Bytes<8>;
+constexpr const char* int8_unit = "NEON I8MM";
 #else
 using Int8Format = Bytes<4>;
 constexpr const char* int8_unit = Int8::unit;

@@ -174,6 +174,16 @@ struct Bytes {
     Tiles::multiply_bytes<sum, left_tile, right_tile>();
   }
 #endif
+#ifdef FUSEDRNN_WITH_ROW_PAIRS
+  using Pair = Int8::Pair;
+  static Left left_pair(const char* a, const char* b) { return Int8::left_pair(a, b); }
+  static Int8::Columns right_pair(const char* p, const char* next) {
+    return Int8::right_pair(p, next);
+  }
+  static Pair add_pair(Left left, Int8::Columns right, Pair sum) {
+    return Int8::add_pair(left, right, sum);
+  }
+#endif
   // Adds the sums, times their scales, to those of a tile.
   template <int panels, int W, int C>
   static void finish(const TermAt& term, const Ints (*sums)[panels * W], int rows,

@@ -3,8 +3,10 @@
 #pragma once
 
 #include "../../cells/all.h"
-#ifdef FUSEDRNN_WITH_TILES
+#if defined(FUSEDRNN_WITH_TILES)
 #include "tiles.h"
+#elif defined(FUSEDRNN_WITH_ROW_PAIRS)
+#include "row_pairs.h"
 #else
 #include "product.h"
 #endif
@@ -56,8 +58,10 @@ struct PanelTable {
 template <class F, int count, int n = 0>
 constexpr void add_panels(PanelTable<typename F::V, count>& to) {
   constexpr PanelShape shape = shapes<typename F::V>.at[n];
-#ifdef FUSEDRNN_WITH_TILES
+#if defined(FUSEDRNN_WITH_TILES)
   to.at[n] = tile_product<F, shape.width, shape.sums>();
+#elif defined(FUSEDRNN_WITH_ROW_PAIRS)
+  to.at[n] = row_pair_product<F, shape.width, shape.sums>();
 #else
   to.at[n] = panel_product<F, shape.width, shape.sums>();
 #endif
