@@ -307,9 +307,9 @@ class ParameterStore:
 
         Returns
         -------
-        A new layer. Its `state_dict` has int8 weights as int8, with their scales as
+        A new layer. Its state_dict has int8 weights as int8, with their scales as
         scale_ih_l0 and so on, bfloat16 as uint16, the bits, and float16 as float16; so
-        `numpy.savez` saves it without pickle.
+        numpy.savez saves it without pickle.
 
         Raises
         ------

@@ -1,15 +1,17 @@
 """Weights that are narrower than float32, and the products with them.
 
+::
+
     float16    W x, each weight the nearest float16
     bfloat16   W x, each weight and each element of x the nearest bfloat16
-    int8       s · (Q q), and per row of x and step
+    int8       s (Q q), and per row of x and step
 
-                   s_x = max |x| / 127     q = round(x / s_x)     W x = s · s_x · (Q q)
+               s_x = max |x| / 127     q = round(x / s_x)     W x = s s_x (Q q)
 
                with Q = round(W / s) and s = max |W| / 127 for each row of W
 
 The rows that R multiplies, h' (or r h'), are quantised like x, from their own maximum in each
-step. With `x_bits` 16, a layer's input is the sum of two such rows: q, and what q leaves of x,
+step. With x_bits=16, a layer's input is the sum of two such rows: q, and what q leaves of x,
 round(254 · (x / s_x - q)), with the scale s_x / 254. Sums of products of integers are exact. A
 maximum below 2**-100 counts as 0, for which q = 0. A row that is not finite gives NaN.
 

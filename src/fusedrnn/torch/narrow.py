@@ -429,7 +429,7 @@ def quantize(
     It replaces every nn.LSTM, nn.GRU, nn.RNN, their cells and those of `fusedrnn.torch`, where
     ``torch.ao.quantization.quantize_dynamic`` replaced LSTM and GRU, and leaves everything else
     as it is. The new modules run on the CPU; they take the same calls, return the dtype of x,
-    and have no gradients. In `state_dict` int8 weights are int8 with float32 scales, and those
+    and have no gradients. In state_dict int8 weights are int8 with float32 scales, and those
     of 16 bits are int16, the bits.
 
     Parameters
