@@ -83,7 +83,7 @@ struct Vectors {
 };
 
 // Precision is what the weights of products are stored as: the element type or, on the
-// CPU in inference, something narrower (src/fusedrnn/reference/precision.py).
+// CPU in inference, something narrower (src/fusedrnn/reference/narrow.py).
 enum class Precision : int { element, int8, bfloat16, float16 };
 constexpr int precisions = 4;
 

@@ -1,4 +1,4 @@
-"""What weights of 8 and 16 bits cost: the tasks of the other examples, in each precision.
+"""The errors of weights of 8 and 16 bits: the other examples' tasks in each precision.
 
     pip install "fusedrnn[examples]"
     python examples/precisions.py

@@ -113,7 +113,7 @@ def test_against_the_reference(
 
 @pytest.mark.parametrize("x_bits", [8, 16])
 def test_sums_of_int8_are_exact(isa_with_units: str, x_bits: int) -> None:
-    """Where every scale is a power of 2, results are exact for any instruction set."""
+    """Results are exact for any instruction set if every scale is a power of 2."""
     B, I, H = 9, 200, 77
     rng = np.random.default_rng(3)
     W, R = (rng.integers(-127, 128, (H, n)) for n in (I, H))

@@ -100,7 +100,7 @@ def test_the_other_modules(precision: Any) -> None:
 
 
 def test_later_calls(precision: Any) -> None:
-    """Calls after the first skip the checks of what is right, and refuse what is wrong."""
+    """Later calls have the same results, and refuse wrong arguments as the first does."""
     model = ft.quantize(model_of(), precision).model
     module, step = model["encoder"], model["step"]
     x, state = torch.randn(3, 7, 12), (torch.randn(4, 3, 20), torch.randn(4, 3, 20))
@@ -163,7 +163,7 @@ def test_compile_and_export(precision: Any) -> None:
 
 
 def test_refusals(precision: Any) -> None:
-    """What narrow weights cannot do is refused with the reason."""
+    """Calls that narrow weights cannot make are refused with the reason."""
     module = ft.quantize(nn.LSTM(3, 4, 2, dropout=0.5), precision).model
     x = torch.randn(5, 2, 3)
     with pytest.raises(RuntimeError, match="is for inference: call eval"):

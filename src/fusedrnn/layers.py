@@ -169,9 +169,9 @@ class _Layer(ParameterStore, Generic[StateT]):
         Returns
         -------
         A dict that prints as text: "way" and "why"; "plans", the threads, tiles and packing of
-        each layer and direction; "flops"; "weight_bytes" and "io_bytes"; on the CPU
-        "saved_bytes", "isa" and "floor", the seconds that the products take at the peak of this
-        machine's multipliers and caches, which is measured in about a second.
+        each layer and direction; "flops"; "weight_bytes" and "io_bytes"; "weights", if they are
+        narrow; on the CPU "saved_bytes", "isa" and "floor", the seconds that the products take
+        at the peak of this machine's multipliers and caches, measured in about a second.
 
         Raises
         ------

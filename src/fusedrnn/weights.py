@@ -87,9 +87,9 @@ def stored(name: str, value: Any, dtype: np.dtype[Any]) -> Array:
 class Weights:
     """The weights of one layer in one direction, which the ops take in place of arrays.
 
-    They are packed in the first call and kept, so that later calls of an op cost no more than
-    those of a layer. In a narrow precision, products read half or a quarter of the bytes. They
-    are for inference on the CPU.
+    The first call packs them, and later calls use the same packing. In a narrow precision,
+    products read half or a quarter of the bytes, and there are no gradients. x must be on the
+    CPU.
 
     Parameters
     ----------

@@ -60,18 +60,15 @@ struct WidenedPairs : NoScales {
   }
 };
 
-// NativePairs multiplies pairs of bfloat16 by the instruction of a unit.
+// OfUnit is the part of a format whose unit multiplies four bytes of a row with four of
+// each column.
 template <class Unit>
-struct NativePairs : NoScales {
+struct OfUnit {
   using V = Vec<float>;
-  using Left = typename Unit::Left;
-  using Right = Left;
-  using Sum = V;
-  static constexpr int bytes = sizeof(V), per = 2, grain = 2, parts = 1;
-  static constexpr int most_sums = Unit::most_sums;
-  static constexpr bool continues = true;
+  using Left = decltype(Unit::left(nullptr));
+  using Right = decltype(Unit::right(nullptr));
+  static constexpr int bytes = sizeof(V), parts = 1, most_sums = Unit::most_sums;
 
-  static index vectors(index K) { return (K + 1) / 2; }
   template <int part>
   static Left left(const char* row, index n) {
     return Unit::left(row + 4 * n);
@@ -80,10 +77,20 @@ struct NativePairs : NoScales {
   static Right right(const char* p) {
     return Unit::right(p);
   }
-  template <int part>
-  static V add(Left left, Right right, V sum) {
+  template <int part, class Sum>
+  static Sum add(Left left, Right right, Sum sum) {
     return Unit::add(left, right, sum);
   }
+};
+
+// NativePairs multiplies pairs of bfloat16 by the instruction of a unit.
+template <class Unit>
+struct NativePairs : OfUnit<Unit>, NoScales {
+  using Sum = Vec<float>;
+  static constexpr int per = 2, grain = 2;
+  static constexpr bool continues = true;
+
+  static index vectors(index K) { return (K + 1) / 2; }
 };
 
 #ifdef FUSEDRNN_WITH_TILES
@@ -143,30 +150,14 @@ struct TilePairs : NoScales {
 // weights, a panel has the scale of each column and, if rows have an offset, the sum with
 // which it starts. `grain_`: the k that a panel is padded to.
 template <int grain_>
-struct Bytes {
-  using V = Vec<float>;
-  using Left = decltype(Int8::left(nullptr));
-  using Right = decltype(Int8::right(nullptr));
+struct Bytes : OfUnit<Int8> {
   using Sum = Ints;
-  static constexpr int bytes = sizeof(V), per = 4, grain = grain_, parts = 1;
-  static constexpr int most_sums = Int8::most_sums, offset = Int8::offset;
+  static constexpr int per = 4, grain = grain_, offset = Int8::offset;
   static constexpr bool continues = false, has_scales = true;
   static constexpr index vectors_at_once = index{1} << 40;
   static constexpr int most_rows_of_two = is_small ? 0 : 1;
 
   static index vectors(index K) { return round_up(K, grain) / per; }
-  template <int part>
-  static Left left(const char* row, index n) {
-    return Int8::left(row + 4 * n);
-  }
-  template <int part>
-  static Right right(const char* p) {
-    return Int8::right(p);
-  }
-  template <int part>
-  static Ints add(Left left, Right right, Ints sum) {
-    return Int8::add(left, right, sum);
-  }
 #ifdef FUSEDRNN_WITH_TILES
   static constexpr bool tiles_continue = false;
   template <int sum, int left_tile, int right_tile>

@@ -1,5 +1,5 @@
 // This header converts rows of float32 to the operands of products with narrow weights.
-// src/fusedrnn/reference/precision.py defines what they become.
+// src/fusedrnn/reference/narrow.py defines what they become.
 #pragma once
 
 #include "narrow_formats.h"

@@ -58,9 +58,14 @@ def ours(case: Case, inputs: Inputs) -> Run:
     """Run this package's layer, or its op to train a plain layer, which packs the weights."""
     fr.set_num_threads(case.threads)
     if case.interface == "torch":
-        import fusedrnn.torch
+        import fusedrnn.torch as ft
 
-        return _run_module(fusedrnn.torch, case, inputs)
+        if not case.weights:
+            return run_module(ft, case, inputs)
+        arguments: Any = case.quantisation
+        return run_module(
+            ft, case, inputs, lambda module: ft.quantize(module, *arguments).model
+        )
     layer, x, masks = inputs.layer, inputs.x, inputs.masks
     if case.weights:
         layer = layer.quantize(*case.quantisation)
@@ -165,7 +170,7 @@ def torch(case: Case, inputs: Inputs) -> Run:
     """Run torch.nn's module with the same parameters."""
     import torch
 
-    return _run_module(torch.nn, case, inputs)
+    return run_module(torch.nn, case, inputs)
 
 
 def compiled(case: Case, inputs: Inputs) -> Run | None:
@@ -177,13 +182,20 @@ def compiled(case: Case, inputs: Inputs) -> Run | None:
     if case.interface != "torch":
         return None
     torch._dynamo.reset()
-    return _run_module(fusedrnn.torch, case, inputs, torch.compile)
+    return run_module(fusedrnn.torch, case, inputs, torch.compile)
 
 
-def _run_module(
-    library: Any, case: Case, inputs: Inputs, wrap: Callable[[Any], Any] = lambda module: module
+def run_module(
+    library: Any,
+    case: Case,
+    inputs: Inputs,
+    wrap: Callable[[Any], Any] = lambda module: module,
+    dtype: str | None = None,
 ) -> Run:
-    """Run a module of `library`, torch.nn or fusedrnn.torch, through autograd in training."""
+    """Run a module of `library`, torch.nn or fusedrnn.torch, through autograd in training.
+
+    `wrap` changes the module. `dtype` is that of x, if it is not the case's.
+    """
     import torch
 
     torch.set_num_threads(case.threads)
@@ -194,7 +206,7 @@ def _run_module(
     is_cell = case.form == "cell"
     if is_cell:
         weights = {k.removesuffix("_l0"): v for k, v in weights.items()}
-        x, dy, state = x[0], dy[0], torch.zeros(B, H, **kind)
+        x, dy, state = x[0], dy[0], torch.zeros(B, H, dtype=getattr(torch, dtype or case.dtype))
         module = getattr(library, f"{case.cell}Cell")(I, H, **kind)
         start: Any = (state, state) if case.cell == "LSTM" else state
     else:
@@ -202,6 +214,7 @@ def _run_module(
         module, start = getattr(library, case.cell)(I, H, **arguments, **kind), None
     module.load_state_dict(weights)
     call = wrap(module)
+    x = x if dtype is None else x.to(getattr(torch, dtype))
     lengths = None if inputs.lengths is None else torch.from_numpy(inputs.lengths)
     leaves = [x, *module.parameters()]
     R = module.weight_hh if is_cell else module.weight_hh_l0
@@ -221,7 +234,8 @@ def _run_module(
         return utils.pad_packed_sequence(y, total_length=len(x))[0], state
 
     def results(y: Any) -> Results:
-        y = y.detach().numpy()
+        y = y.detach()
+        y = (y if dtype is None else y.float()).numpy()
         return {"y": y[None] if is_cell else y}
 
     if not case.training:
@@ -327,7 +341,7 @@ def _states(case: Case, layer: Any, suffix: str) -> list[str]:
     return [f"{letter}{suffix}{n}" for n in range(layer.num_layers) for letter in letters]
 
 
-def _with_state(
+def with_state(
     case: Case, inputs: Inputs, run: Callable[[dict[str, Any]], Sequence[Array]]
 ) -> Run:
     """Return a call of the model; run(feed) returns y and the final states."""
@@ -345,7 +359,7 @@ def _with_state(
     return call
 
 
-def _runs_models(case: Case) -> bool:
+def runs_models(case: Case) -> bool:
     """Whether ONNX has such a model: inference in float32, x as (T, B, I)."""
     has_form = case.form in ("", "two-layers", "both-directions", "lengths")
     return (
@@ -355,7 +369,7 @@ def _runs_models(case: Case) -> bool:
 
 def onnxruntime(case: Case, inputs: Inputs) -> Run | None:
     """Inference in float32 alone."""
-    if not _runs_models(case):
+    if not runs_models(case):
         return None
     import onnxruntime as ort
 
@@ -365,7 +379,7 @@ def onnxruntime(case: Case, inputs: Inputs) -> Run | None:
     run = ort.InferenceSession(
         onnx_model(case, inputs), session, providers=["CPUExecutionProvider"]
     ).run
-    return _with_state(case, inputs, lambda feed: run(None, feed))
+    return with_state(case, inputs, lambda feed: run(None, feed))
 
 
 def openvino(case: Case, inputs: Inputs) -> Run | None:
@@ -375,7 +389,7 @@ def openvino(case: Case, inputs: Inputs) -> Run | None:
 
 def openvino_of(case: Case, inputs: Inputs, precision: str) -> Run | None:
     """Run OpenVINO with a hint for the precision."""
-    if not _runs_models(case):
+    if not runs_models(case):
         return None
     import openvino as ov
 
@@ -394,7 +408,7 @@ def openvino_of(case: Case, inputs: Inputs, precision: str) -> Run | None:
     def run(feed: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         return list(request.infer(feed, share_inputs=True).values())
 
-    return _with_state(case, inputs, run)
+    return with_state(case, inputs, run)
 
 
 # "reference", "compiled" and "plain" are yardsticks and not peers.

@@ -13,49 +13,34 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-import fusedrnn as fr
 
 from .cases import Case
 from .contenders import (
     Inputs,
     Results,
     Run,
-    _runs_models,
-    _with_state,
     onnx_model,
     openvino_of,
+    ours,
+    run_module,
+    runs_models,
+    with_state,
 )
 
 
 def float32(case: Case, inputs: Inputs) -> Run:
-    """Run our layer in float32."""
-    fr.set_num_threads(case.threads)
-    return run_layer(case, inputs, inputs.layer)
-
-
-def run_layer(case: Case, inputs: Inputs, layer: Any) -> Run:
-    """Run a layer on whole sequences, or on one step after the other."""
-    x, masks = inputs.x, inputs.masks
-    if case.mode == "inference":
-        return lambda: {"y": layer(x, **masks)[0]}
-    state = None
-
-    def step() -> Results:
-        nonlocal state
-        y, state = layer(x, state)
-        return {"y": y}
-
-    return step
+    """Run our layer or module in float32."""
+    return ours(replace(case, weights=""), inputs)
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Silence what quantisation tells of deprecations and of how it is to be used."""
+    """Silence warnings of quantisation, that it is deprecated and how it is used."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -65,60 +50,30 @@ def _quietly() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _run_torch(case: Case, inputs: Inputs, convert: Any, dtype: str) -> Run | None:
-    """Run torch.nn's module after `convert`, on x of a dtype."""
-    if case.form not in ("", "two-layers", "both-directions"):
-        return None
+def torch_bfloat16(case: Case, inputs: Inputs) -> Run:
+    """Run torch.nn's module in bfloat16."""
     import torch
 
-    torch.set_num_threads(case.threads)
-    layer = inputs.layer
-    module = getattr(torch.nn, case.cell)(
-        layer.input_size,
-        layer.hidden_size,
-        layer.num_layers,
-        bidirectional=layer.bidirectional,
-    )
-    module.load_state_dict(
-        {name: torch.from_numpy(value.copy()) for name, value in layer.state_dict().items()}
-    )
-    with _quietly():
-        call = convert(torch, module.eval())
-    x = torch.from_numpy(inputs.x).to(getattr(torch, dtype))
-    state = None
-
-    def run() -> Results:
-        nonlocal state
-        with torch.inference_mode():
-            y, after = call(x, state)
-        if case.mode == "streaming":
-            state = after
-        return {"y": y.float().numpy()}
-
-    return run
-
-
-def torch_bfloat16(case: Case, inputs: Inputs) -> Run | None:
-    """Run torch.nn's module in bfloat16."""
-    return _run_torch(case, inputs, lambda torch, module: module.bfloat16(), "bfloat16")
+    return run_module(torch.nn, case, inputs, lambda module: module.bfloat16(), "bfloat16")
 
 
 def torch_int8(case: Case, inputs: Inputs) -> Run | None:
     """Run torch.nn's module after `torch.ao.quantization.quantize_dynamic`."""
     if case.cell == "RNN":
         return None
+    import torch
 
-    def convert(torch: Any, module: Any) -> Any:
+    def convert(module: Any) -> Any:
         model = torch.nn.Sequential(module)
-        done = torch.ao.quantization.quantize_dynamic(model, dtype=torch.qint8)
-        return done[0]
+        with _quietly():
+            return torch.ao.quantization.quantize_dynamic(model, dtype=torch.qint8)[0]
 
-    return _run_torch(case, inputs, convert, "float32")
+    return run_module(torch.nn, case, inputs, convert)
 
 
 def onnxruntime_int8(case: Case, inputs: Inputs) -> Run | None:
     """Run onnxruntime's DynamicQuantizeLSTM."""
-    if case.cell != "LSTM" or not _runs_models(case):
+    if case.cell != "LSTM" or not runs_models(case):
         return None
     import onnxruntime as ort
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -133,7 +88,7 @@ def onnxruntime_int8(case: Case, inputs: Inputs) -> Run | None:
         run = ort.InferenceSession(
             quantised.read_bytes(), session, providers=["CPUExecutionProvider"]
         ).run
-    return _with_state(case, inputs, lambda feed: run(None, feed))
+    return with_state(case, inputs, lambda feed: run(None, feed))
 
 
 def openvino_bfloat16(case: Case, inputs: Inputs) -> Run | None:

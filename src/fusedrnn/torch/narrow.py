@@ -21,11 +21,11 @@ from ..reference import Narrow, Parameters
 from ..reference.narrow import DTYPES, NarrowPrecision
 from ..weights import WEIGHTS, check_precision, narrow_weight
 from .base import Recurrent
-from .call import Call, Maybe, parse
+from .call import Call, Inputs, Maybe, parse
 from .kernels import follow_threads
 from .modules import GRU, LSTM, RNN, _Layers, _Made
 from .steps import GRUCell, LSTMCell, RNNCell, _Step
-from .swapping import OURS, as_ours, kind_of, replace_modules, transfer_hooks
+from .swapping import OURS, as_ours, kind_of, listed, replace_modules, transfer_hooks
 
 # Calls
 
@@ -124,15 +124,8 @@ def _fake_infer(
     layers: str, asked: str, x: Tensor, h0: Maybe, c0: Maybe, weights: Any, *_: Any
 ) -> list[Tensor]:
     call = parse(layers, asked)
-    T, B, _I = x.shape
-    H = weights[0].shape[0] // len(call.cell.gates)
-    R, D, count = weights[1].shape[1], call.directions, call.count
-    o = call.options
-    shapes: list[Any] = [(T, B, D * R), (count, B, R)]
-    shapes.append((count, B, H) if call.has_c else (0,))
-    shapes.append((T, B, D * H) if o.return_cells else (0,))
-    shapes.append((count, T, B, len(call.cell.gates), H) if o.trace else (0,))
-    return [x.new_empty(shape) for shape in shapes]
+    shapes = call.output_shapes(call.sizes(Inputs(x, h0, c0, weights)), False)
+    return [x.new_empty((0,) if shape is None else shape) for shape in shapes]
 
 
 infer = library.custom_op(
@@ -176,7 +169,7 @@ class _NarrowModule(Recurrent):
             if narrow.scale is not None:
                 scale = name.replace("weight", "scale")
                 new.register_buffer(scale, torch.from_numpy(narrow.scale))
-        new._set_up()
+        new._set_names(module)
         new.train(module.training)
         transfer_hooks(module, new)
         return new
@@ -186,9 +179,20 @@ class _NarrowModule(Recurrent):
         """Whether calls have options, as a clip, even if the user asks for none."""
         return parse(self._together).options != PLAIN
 
-    def _set_up(self) -> None:
+    def _set_names(self, module: Recurrent) -> None:
         """Set the names of all buffers, as a call takes them, and the call's description."""
-        raise NotImplementedError
+        call, self._names = parse(module._together), []
+        each = len(module._names) // call.count
+        for at in range(0, len(module._names), each):
+            group = module._names[at : at + each]
+            scales = [name.replace("weight", "scale") for name in group]
+            self._names += group + [s for s in scales if s in self._buffers and s not in group]
+        self._together = self._describe(layers=call.layers, directions=call.directions)
+
+    @property
+    def _draws(self) -> bool:
+        """Whether a call would draw random masks, which narrow weights do not support."""
+        return self.training and (self._is_random or getattr(self, "dropout", 0) > 0)
 
     def _kinds(self) -> list[str]:
         kinds = super()._kinds()
@@ -210,18 +214,18 @@ class _NarrowModule(Recurrent):
         layers: _cpu.Layers = kept[1]
         return layers
 
-    def _infer_unchecked(self, x: Any, states: Sequence[Any]) -> Any:
-        """Run a call without options on unchecked tensors x (T, B, I) and states.
+    def _infer_unchecked(self, x: Any, hx: Any, is_step: bool) -> Any:
+        """Run a call without options on unchecked tensors.
 
-        Return y and a list of states, or None if an argument needs checks or the call must be
-        recorded.
+        x is (T, B, I) or (T, I), or (B, I) for a step. Return y and a list of states, or None
+        if an argument needs checks or the call must be recorded.
         """
-        given = (x, *states)
+        given = (x, *(hx if isinstance(hx, tuple) else () if hx is None else (hx,)))
         if torch.compiler.is_compiling() or any(type(a) is not Tensor for a in given):
             return None
         if torch.is_grad_enabled() and any(a.requires_grad for a in given):
             return None
-        if self.training and (self._is_random or getattr(self, "dropout", False)):
+        if self._draws or self._options_of_calls:
             return None
         kept, buffers = self.__dict__.get("_packed"), self._buffers
         weights: list[Any] = [buffers.get(name) for name in self._names]
@@ -230,7 +234,7 @@ class _NarrowModule(Recurrent):
         if kept[0] != _identity(weights):
             return None
         try:
-            first, *others = (a.numpy() for a in given)
+            first, *others = (a.numpy()[None] if is_step else a.numpy() for a in given)
         except (TypeError, RuntimeError):  # on a GPU, or a pending conjugation
             return None
         follow_threads()
@@ -277,7 +281,7 @@ class _NarrowModule(Recurrent):
         self, asked: str, x: Tensor, state: Sequence[Maybe], *masks: Maybe
     ) -> list[Tensor]:
         """Return y, h_n, c_n, cells and trace in the dtype of x."""
-        if self.training and (self._is_random or getattr(self, "dropout", False)):
+        if self._draws:
             raise RuntimeError(
                 f"a module with {self.weights} weights is for inference: call eval() first"
             )
@@ -301,19 +305,11 @@ class _NarrowModule(Recurrent):
 
 
 class _NarrowLayers(_NarrowModule, _Layers):
-    def _set_up(self) -> None:
-        D, self._names = 1 + self.bidirectional, []
-        for layer in range(self.num_layers):
-            for suffix in (f"_l{layer}", f"_l{layer}_reverse")[:D]:
-                self._names += [kind + suffix for kind in self._kinds()]
-        self._together = self._describe(layers=self.num_layers, directions=D)
-
     def _try_unchecked(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
-        if self._options_of_calls or not isinstance(input, Tensor) or input.dim() not in (2, 3):
+        if not isinstance(input, Tensor) or input.dim() not in (2, 3):
             return None
-        states = hx if isinstance(hx, tuple) else () if hx is None else (hx,)
         turns = self.batch_first and input.dim() == 3
-        made = self._infer_unchecked(input.transpose(0, 1) if turns else input, states)
+        made = self._infer_unchecked(input.transpose(0, 1) if turns else input, hx, False)
         if made is None:
             return None
         y, ends = made
@@ -341,17 +337,10 @@ class _NarrowLayers(_NarrowModule, _Layers):
 
 
 class _NarrowStep(_NarrowModule, _Step):
-    def _set_up(self) -> None:
-        self._names = self._kinds()
-        self._together = self._describe()
-
     def _try_unchecked(self, input: Any, hx: Any) -> Any:
-        if self._options_of_calls or not isinstance(input, Tensor) or input.dim() != 2:
+        if not isinstance(input, Tensor) or input.dim() != 2:
             return None
-        states = hx if isinstance(hx, tuple) else () if hx is None else (hx,)
-        if not all(isinstance(s, Tensor) for s in states):
-            return None
-        made = self._infer_unchecked(input[None], [s[None] for s in states])
+        made = self._infer_unchecked(input, hx, True)
         if made is None:
             return None
         ends = [s[0] for s in made[1]]
@@ -413,12 +402,7 @@ class Quantized(NamedTuple):
     kept: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [
-            f"{name or 'the model'}: {type(module).__name__}({module.extra_repr()})"
-            for name, module in self.replaced.items()
-        ]
-        lines += [f"{name}: kept, {why}" for name, why in self.kept.items()]
-        return "\n".join(lines) or "no recurrent module"
+        return listed(self.replaced, self.kept) or "no recurrent module"
 
 
 def quantize(

@@ -46,12 +46,16 @@ class Swapped(NamedTuple):
     kept: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [
-            f"{name}: {type(module).__name__}({module.extra_repr()})"
-            for name, module in self.replaced.items()
-        ]
-        lines += [f"{name}: kept, {why}" for name, why in self.kept.items()]
-        return "\n".join(lines) or "no recurrent module of torch.nn"
+        return listed(self.replaced, self.kept) or "no recurrent module of torch.nn"
+
+
+def listed(replaced: dict[str, nn.Module], kept: dict[str, str]) -> str:
+    """Return the replaced modules and the reasons for the others, a line each."""
+    lines = [
+        f"{name or 'the model'}: {type(module).__name__}({module.extra_repr()})"
+        for name, module in replaced.items()
+    ]
+    return "\n".join(lines + [f"{name}: kept, {why}" for name, why in kept.items()])
 
 
 def swap(model: nn.Module) -> Swapped:
