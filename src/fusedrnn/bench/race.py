@@ -187,7 +187,7 @@ class Race:
         if self._other:
             description["same bits"] = self.same_bits
         if self.errors:
-            description["errors"] = self.errors
+            description["y errors"] = self.errors
         return description | {"floor": least, "wrong": self.wrong}
 
     def end(self) -> None:

@@ -160,12 +160,12 @@ def table_of(group: Group, results: list[Result]) -> Table:
 
 def error_tables(results: Iterable[Result]) -> Iterator[Table]:
     """Yield the largest errors of y of cases with narrow weights."""
-    with_errors = [r for r in results if "errors" in r]
+    with_errors = [r for r in results if "y errors" in r]
     for group, members in grouped(with_errors).items():
-        names = list(dict.fromkeys(name for r in members for name in r["errors"]))
+        names = list(dict.fromkeys(name for r in members for name in r["y errors"]))
         table = Table(f"Largest error of y, {group}", ["T, B, I, H", *names])
         for r in members:
-            found = [r["errors"].get(name) for name in names]
+            found = [r["y errors"].get(name) for name in names]
             table.rows.append([r["label"], *("–" if e is None else f"{e:.1e}" for e in found)])
         yield table
 
