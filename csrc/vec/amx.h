@@ -10,6 +10,8 @@
 // For a block of 32 k TDPBF16PS adds the even products in one sum and the odd ones in
 // another, and then both to the tile's. With FUSEDRNN_EMULATES_AMX the same is computed
 // without the unit, to test the code that uses it on any machine with AVX-512.
+// Sanitizers, which check loads and stores, leave products out, because these stay inside
+// of tiles.
 #pragma once
 
 #include "vec.h"
@@ -17,6 +19,8 @@
 namespace fusedrnn::FUSEDRNN_ARCH {
 
 #ifdef FUSEDRNN_EMULATES_AMX
+
+#define FUSEDRNN_INSIDE_TILES __attribute__((no_sanitize("address", "undefined")))
 
 struct Tiles {
   static constexpr int columns = 16;
@@ -42,7 +46,7 @@ struct Tiles {
     __builtin_memset(tile[t], 0, sizeof(tile[t]));
   }
   template <int sum, int left, int right>
-  static void multiply_bytes() {
+  FUSEDRNN_INSIDE_TILES static void multiply_bytes() {
     for (int r = 0; r < rows; ++r) {
       const auto* const a = reinterpret_cast<const unsigned char*>(tile[left][r]);
       for (int k = 0; k < 64; ++k) {
@@ -52,8 +56,8 @@ struct Tiles {
     }
   }
   template <int sum, int left, int right>
-  static void multiply_pairs() {
-    const auto at = [](int t, int r, int n, bool odd) {
+  FUSEDRNN_INSIDE_TILES static void multiply_pairs() {
+    const auto at = [](int t, int r, int n, bool odd) FUSEDRNN_INSIDE_TILES {
       const auto pair = static_cast<std::uint32_t>(tile[t][r][n]);
       return __builtin_bit_cast(float, odd ? pair & 0xffff0000u : pair << 16);
     };
