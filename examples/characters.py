@@ -148,7 +148,10 @@ def main() -> None:
         print(f"\n\n{speed:.0f} characters a second")
         draw(curve, args.cell, args.output)
     if RANKS > 1:
-        distributed.barrier()  # processes that exit while the first writes may end in errors
+        # The processes end together. A barrier of gloo leaves tensors to a thread, which may
+        # free them while Python ends, and then the process aborts; its other barrier does not.
+        is_gloo = distributed.get_backend() == "gloo"
+        (distributed.monitored_barrier if is_gloo else distributed.barrier)()
         distributed.destroy_process_group()
 
 

@@ -87,7 +87,7 @@ def process(rank: int, folder: str) -> None:
             module = fully_shard(model, mesh=mesh)
         losses[way] = train(module, tokens[:, mine], targets[:, mine], lengths[mine])
     Path(folder, f"{rank}.json").write_text(json.dumps(losses))
-    distributed.barrier()  # one that leaves early may end badly
+    distributed.monitored_barrier()  # see examples/characters.py
     distributed.destroy_process_group()
 
 
