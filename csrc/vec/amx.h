@@ -4,8 +4,8 @@
 //   load<t>(p, stride), store<t>(p, stride), clear<t>()
 //   multiply_bytes<sum, left, right>()   left (rows, 64) of unsigned bytes times right
 //                                        (16, 16·4) of signed ones, into 32-bit integers
-//   multiply_pairs<sum, left, right>()   left (rows, 32) of bfloat16 times right (16,
-//   16·2)
+//   multiply_pairs<sum, left, right>()   left (rows, 32) of bfloat16 times right
+//                                        (16, 16·2)
 //
 // For a block of 32 k TDPBF16PS adds the even products in one sum and the odd ones in
 // another, and then both to the tile's. With FUSEDRNN_EMULATES_AMX the same is computed

@@ -217,8 +217,8 @@ class _NarrowModule(Recurrent):
     def _infer_unchecked(self, x: Any, hx: Any, is_step: bool) -> Any:
         """Run a call without options on unchecked tensors.
 
-        x is (T, B, I) or (T, I), or (B, I) for a step. Return y and a list of states, or None
-        if an argument needs checks or the call must be recorded.
+        x is (T, B, I) or (T, I), or (B, I) for a step. Return y as an array and a list of
+        states, or None if an argument needs checks or the call must be recorded.
         """
         given = (x, *(hx if isinstance(hx, tuple) else () if hx is None else (hx,)))
         if torch.compiler.is_compiling() or any(type(a) is not Tensor for a in given):
@@ -244,7 +244,7 @@ class _NarrowModule(Recurrent):
             return None
         y, ends = results
         ends = ends if self._is_pair else (ends,)
-        return torch.from_numpy(y), [torch.from_numpy(s) for s in ends]
+        return y, [torch.from_numpy(s) for s in ends]
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in super().__getstate__().items() if k != "_packed"}
@@ -312,7 +312,7 @@ class _NarrowLayers(_NarrowModule, _Layers):
         made = self._infer_unchecked(input.transpose(0, 1) if turns else input, hx, False)
         if made is None:
             return None
-        y, ends = made
+        y, ends = torch.from_numpy(made[0]), made[1]
         y = y.transpose(0, 1) if turns else y
         return y, tuple(ends) if self._is_pair else ends[0]
 
@@ -395,6 +395,11 @@ class Quantized(NamedTuple):
     model: a copy of the model with narrow weights.
     replaced: its new modules, by their names.
     kept: the reasons why recurrent modules were not replaced, by their names.
+
+    >>> import torch, fusedrnn.torch as ft
+    >>> done = ft.quantize(torch.nn.ModuleList([torch.nn.GRU(3, 4)]), "bfloat16")
+    >>> list(done.replaced), done.kept
+    (['0'], {})
     """
 
     model: nn.Module

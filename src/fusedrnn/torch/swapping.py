@@ -40,6 +40,11 @@ class Swapped(NamedTuple):
     ----------
     replaced: the new modules, by their names in the model.
     kept: the reasons why recurrent modules of torch.nn were not replaced, by their names.
+
+    >>> import torch, fusedrnn.torch as ft
+    >>> done = ft.swap(torch.nn.ModuleList([torch.nn.GRU(3, 4)]))
+    >>> list(done.replaced), done.kept
+    (['0'], {})
     """
 
     replaced: dict[str, nn.Module]
