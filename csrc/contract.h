@@ -89,12 +89,17 @@ constexpr int precisions = 4;
 
 // The parameters are as the user has them, contiguous; biases and weight_hr may be null.
 // Scales belong to the rows of int8 weights.
+//
+// If calls have `halves`, their x (or float32), y and saved values but for c are
+// bfloat16. The parameters have `item` bytes then, those of bfloat16 or float32.
 template <class S>
 struct Parameters {
   Model model;
   const S *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr;
   const float *scale_ih = nullptr, *scale_hh = nullptr, *scale_hr = nullptr;
   int input_operands = 1;  // that add up to a row of x, for int8
+  bool halves = false;
+  index item = 0;
 };
 
 template <class S>

@@ -169,6 +169,7 @@ Results train(const Tested& of, const Arrays& a, bool unpacked, index chunks) {
     const index first = a.reverse ? a.T - end : begin;
     Forward p{};
     start(p, first, end - begin);
+    p.x_item = size;
     const auto lengths = a.lengths_within(first, p.T);
     if (a.resets) p.masks = {lengths.data(), &a.resets[first * a.B]};
     p.has_options = a.row_wise, p.unpacked = unpacked;
@@ -185,6 +186,7 @@ Results train(const Tested& of, const Arrays& a, bool unpacked, index chunks) {
       db_hh(GH), dh0(BH), dc0(BH);
   Backward p{};
   start(p, 0, a.T);
+  p.x_item = size;
   p.has_options = a.row_wise, p.forward_weights = read(forward_weights);
   if (a.resets) p.masks = {a.lengths.data(), a.resets.get()};
   p.h0 = read(h0), p.c0 = has_c ? read(c0) : nullptr;
@@ -336,6 +338,7 @@ Results infer(const Isa& isa, Precision precision, std::string_view name, const 
     const auto h = h_n, c = c_n;
     Forward p{};
     p.T = end - begin, p.B = a.B, p.I = a.I, p.H = p.R = a.H;
+    p.x_item = size;
     p.model = model, p.options = a.options;
     p.has_options = of.cell.shape.has_second();
     p.x = read(x) + begin * a.B * a.I * size;
@@ -389,6 +392,7 @@ void test_product(const Product& product, const CellKernels& cell, const Arrays&
   const Kernels& own = *compiled_isas().back().isa.base->f32;
   Kernels kernels = own;
   kernels.product = product;
+  kernels.product.pack_transposed = own.product.pack_transposed;
   set_num_threads(1);
   const auto forward = [&](const Kernels& with, const Arrays& arrays, index chunks) {
     Results results = train<float>({with, cell}, arrays, false, chunks);

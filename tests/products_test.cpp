@@ -207,18 +207,33 @@ constexpr PanelProduct panels_matrix[] = {panel_product<4, 4, 16>(fill_matrix<4,
 
 }  // namespace
 
-const Product int8_product{
-    Precision::element, "bytes",     panels_s8, panel_bytes_s8, pack_s8,
-    left_bytes_s8,      put_left_s8, nullptr,   nullptr,        nullptr};
+const Product int8_product{Precision::element,
+                           "bytes",
+                           1,
+                           1,
+                           panels_s8,
+                           panel_bytes_s8,
+                           pack_s8,
+                           nullptr,
+                           left_bytes_s8,
+                           put_left_s8,
+                           nullptr,
+                           nullptr,
+                           nullptr,
+                           nullptr};
 const Product matrix_product{Precision::element,
                              "matrix",
+                             block,
+                             sizeof(float),
                              panels_matrix,
                              panel_bytes_matrix,
                              pack_matrix,
+                             nullptr,
                              left_bytes_matrix,
                              put_left_matrix,
                              [] { is_entered = true; },
                              [] { is_entered = false; },
+                             nullptr,
                              nullptr};
 
 }  // namespace fusedrnn::test

@@ -36,9 +36,26 @@ inline bool has_elements(const py::handle& object, int type) {
       py::detail::array_descriptor_proxy(py::detail::array_proxy(object.ptr())->descr);
   return dtype->type_num == type && dtype->byteorder != (is_little_endian ? '>' : '<');
 }
+// Bfloat16 is NumPy's dtype for it, which is that of the package ml_dtypes. Python sets
+// it once the package is imported; before, there are no such arrays.
+struct Bfloat16 {
+  py::object dtype;  // never destroyed, because Python may have ended before
+  int type = -1;
+};
+inline Bfloat16& bfloat16() {
+  static Bfloat16& found = *new Bfloat16;
+  return found;
+}
+constexpr index half_item = 2;  // bytes of a bfloat16
+
 // Returns the NumPy type of elements of `size` bytes.
-constexpr int element_type(index size) {
+inline int element_type(index size) {
+  if (size == half_item) return bfloat16().type;
   return size == 4 ? py::detail::npy_api::NPY_FLOAT_ : py::detail::npy_api::NPY_DOUBLE_;
+}
+inline py::dtype element_dtype(index size) {
+  if (size == half_item) return py::reinterpret_borrow<py::dtype>(bfloat16().dtype);
+  return size == 4 ? py::dtype::of<float>() : py::dtype::of<double>();
 }
 
 constexpr int is_aligned = py::detail::npy_api::NPY_ARRAY_ALIGNED_;

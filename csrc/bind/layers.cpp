@@ -14,6 +14,7 @@ constexpr int weight_types[precisions] = {-1, py::detail::npy_api::NPY_BYTE_,
                                           23 /* NPY_HALF */};
 
 Precision precision_of(const Array& weight) {
+  if (has_elements(weight, bfloat16().type)) return Precision::bfloat16;
   for (int n = 1; n < precisions; ++n) {
     if (has_elements(weight, weight_types[n])) return static_cast<Precision>(n);
   }
@@ -25,7 +26,7 @@ Precision precision_of(const Array& weight) {
 std::unique_ptr<const Weights> make_weights(const Kernels& kernels,
                                             const Product& product,
                                             const CellKernels& cell, const Arrays& p,
-                                            const Scales& scales) {
+                                            const Scales& scales, bool halves) {
   const bool has_absent = cell.shape.differs.absent >= 0;
   if (!p[0] || !p[1] || p[0]->ndim() != 2 || p[1]->ndim() != 2) refuse("weight_ih");
   const index blocks = cell.shape.gates - has_absent;
@@ -34,9 +35,10 @@ std::unique_ptr<const Weights> make_weights(const Kernels& kernels,
   const Model model{I, H, R, cell.shape.variant, p[4].has_value(), p[6].has_value()};
   if (H < 1 || I < 1 || GH % blocks || R > H || (!model.projects && R != H))
     refuse("weight_hh");
-  Reader reader(kernels.size);
-  const int element = element_type(kernels.size);
-  const bool is_narrow = product.precision != Precision::element;
+  const index item = halves ? half_item : kernels.size;
+  Reader reader(item);
+  const int element = element_type(item);
+  const bool is_narrow = product.precision != Precision::element && !halves;
   const int of_weights =
       is_narrow ? weight_types[static_cast<int>(product.precision)] : element;
   const auto read = [&](const MaybeArray& from, const char* name, const Axes& axes,
@@ -66,7 +68,9 @@ std::unique_ptr<const Weights> make_weights(const Kernels& kernels,
                                     scale(0, "scale_ih", GH, true),
                                     scale(1, "scale_hh", GH, true),
                                     scale(2, "scale_hr", R, model.projects),
-                                    scales.second};
+                                    scales.second,
+                                    halves,
+                                    halves ? item : 0};
   const index peepholes = (cell.shape.peephole_count - has_absent) * H;
   const Vectors<const char> vectors{
       vector(5, "weight_ch", {peepholes}), vector(6, "gamma_ih", {GH}),
@@ -186,8 +190,9 @@ Layers::Layers(const std::string& cell, std::vector<Arrays> parameters, int dire
       stack_{{}, directions, dropout} {
   if (parameters_.empty() || !parameters_[0][0]) refuse("parameters");
   const Precision precision = precision_of(*parameters_[0][0]);
+  const bool halves = has_elements(*parameters_[0][0], bfloat16().type);
   // Without scales, not even absent ones, the weights are the user's own.
-  if (precision != Precision::element && scales_.empty()) refuse("weight_ih");
+  if (precision != Precision::element && scales_.empty() && !halves) refuse("weight_ih");
   const bool is_double = has_elements(*parameters_[0][0], element_type(8));
   const index element = is_double ? 8 : 4;
   const Kernels& kernels = kernels_of(isa_, element);
@@ -196,14 +201,14 @@ Layers::Layers(const std::string& cell, std::vector<Arrays> parameters, int dire
   scales_.resize(parameters_.size(), Scales{{}, 1});
   for (std::size_t n = 0; n < parameters_.size(); ++n) {
     stack_.weights.push_back(
-        make_weights(kernels, product, found, parameters_[n], scales_[n]));
+        make_weights(kernels, product, found, parameters_[n], scales_[n], halves));
   }
 }
 
-index Layers::saved_values(const py::object& options) const {
+index Layers::saved_bytes(const py::object& options) const {
   StackCall c{};
   CallOptions(options).put(c);
-  return saved_bytes(stack_, c) / layout().size;
+  return fusedrnn::saved_bytes(stack_, c);
 }
 
 py::dict Layers::plan(index at, index T, index B, const py::object& options) const {
@@ -237,11 +242,11 @@ Axes Layers::sequence_axes(const Sequence& x, index width) const {
   return batch_first_ ? Axes{x.B, x.T, width} : Axes{x.T, x.B, width};
 }
 
-Array Layers::make(const Axes& axes) const {
-  index bytes = layout().size;
+Array Layers::make(const Axes& axes, index item) const {
+  if (item == 0) item = layout().size;
+  index bytes = item;
   for (index n = 0; n < axes.count; ++n) bytes *= axes.lengths[n];
-  const py::dtype dtype =
-      layout().size == 4 ? py::dtype::of<float>() : py::dtype::of<double>();
+  const py::dtype dtype = element_dtype(item);
   const std::vector<index> shape(axes.lengths, axes.lengths + axes.count);
   return bytes >= large_array ? allocate(shape, dtype) : Array(dtype, shape);
 }
@@ -272,14 +277,15 @@ py::object Layers::forward(const py::object& x, const py::object& state,
                            bool saves) const {
   const Layout& l = layout();
   const CallOptions o(options);
-  Reader reader(l.size);
-  const Sequence input = reader.sequence(x, batch_first_);
-  if (!reader.ok || input.n != l.I) return py::none();
+  Reader reader(l.size), of_x(l.item);
+  const Sequence input = of_x.sequence(x, batch_first_);
+  if (!of_x.ok || input.n != l.I) return py::none();
   StackForward c{};
   c.T = input.T;
   c.B = input.B;
   c.reverse = reverse_;
   o.put(c);
+  c.x_item = l.item;
   c.x = input.start;
   c.x_t = input.t;
   c.x_b = input.b;
@@ -292,7 +298,7 @@ py::object Layers::forward(const py::object& x, const py::object& state,
   c.resets = resets_copy.as<const bool>();
 
   const index D = stack_.directions;
-  const Array y = out.is_none() ? make(sequence_axes(input, D * l.R))
+  const Array y = out.is_none() ? make(sequence_axes(input, D * l.R), l.item)
                                 : py::reinterpret_borrow<Array>(out);
   const Array h_n = make(state_axes(input, l.R));
   MaybeArray c_n, cells, trace;
@@ -300,7 +306,7 @@ py::object Layers::forward(const py::object& x, const py::object& state,
   if (o.return_cells) cells = make(sequence_axes(input, D * l.H));
   if (o.trace) {
     const int blocks = stack_.weights[0]->blocks();
-    trace = make({stack_.count(), input.T, input.B, blocks, l.H});
+    trace = make({stack_.count(), input.T, input.B, blocks, l.H}, l.item);
   }
   const Sequence of_y = sequence_of(y, input, batch_first_);
   c.y = write_to(y);
@@ -314,12 +320,13 @@ py::object Layers::forward(const py::object& x, const py::object& state,
   c.cells_t = of_cells.t;
   c.cells_b = of_cells.b;
   c.trace = write_to(trace);
-  if ((saves || o.values.training) && stack_.weights[0]->is_narrow()) refuse("options");
+  const bool trains = saves || o.values.training;
+  if (trains && stack_.weights[0]->is_narrow() && !l.halves) refuse("options");
   Memory saved;
   {
     const py::gil_scoped_release release;
     if (saves) {
-      const index bytes = input.T * input.B * saved_bytes(stack_, c);
+      const index bytes = input.T * input.B * fusedrnn::saved_bytes(stack_, c);
       saved = Memory(static_cast<std::size_t>(bytes));
       c.saved = saved.as<char>();
     }
@@ -374,18 +381,18 @@ py::object Tape::backward(const py::object& dy, const py::object& d_state,
   const index D = stack.directions;
   StackBackward c{};
   static_cast<StackCall&>(c) = call_;
-  Reader reader(l.size);
-  const Sequence of_dy = reader.sequence(dy, of.batch_first_, x_, D * l.R);
+  Reader reader(l.size), of_y(l.item);
+  const Sequence of_dy = of_y.sequence(dy, of.batch_first_, x_, D * l.R);
   const Sequence of_dcells = reader.sequence(dcells, of.batch_first_, x_, D * l.H);
   const bool reads = of.read_state(reader, d_state, x_, c.dh_n, c.dc_n) && reader.ok;
-  if (!reads || (!dcells.is_none() && !cells_.start)) return py::none();
+  if (!reads || !of_y.ok || (!dcells.is_none() && !cells_.start)) return py::none();
   c.y = y_.start, c.y_t = y_.t, c.y_b = y_.b;
   c.cells = cells_.start, c.cells_t = cells_.t, c.cells_b = cells_.b;
   c.saved = saved_.as<const char>();
   c.dy = of_dy.start, c.dy_t = of_dy.t, c.dy_b = of_dy.b;
   c.dcells = of_dcells.start, c.dcells_t = of_dcells.t, c.dcells_b = of_dcells.b;
 
-  const Array dx = of.make(of.sequence_axes(x_, l.I));
+  const Array dx = of.make(of.sequence_axes(x_, l.I), l.item);
   const Array dh0 = of.make(of.state_axes(x_, l.R));
   MaybeArray dc0;
   if (of.has_c()) dc0 = of.make(of.state_axes(x_, l.H));
@@ -414,6 +421,8 @@ py::object Tape::backward(const py::object& dy, const py::object& d_state,
 }
 
 void bind_layers(py::module_& m) {
+  m.def("set_bfloat16",
+        [](const py::dtype& dtype) { bfloat16() = {dtype, dtype.num()}; });
   py::class_<Layers>(m, "Layers")
       .def(py::init<const std::string&, std::vector<Arrays>, int, double, bool, bool,
                     bool, std::vector<Scales>>(),
@@ -423,7 +432,7 @@ void bind_layers(py::module_& m) {
            py::arg("scales") = std::vector<Scales>())
       .def_property_readonly("isa", &Layers::isa)
       .def("plan", &Layers::plan)
-      .def("saved_values", &Layers::saved_values)
+      .def("saved_bytes", &Layers::saved_bytes)
       .def("forward", &Layers::forward);
   py::class_<Tape>(m, "Tape").def("backward", &Tape::backward);
 }

@@ -43,9 +43,9 @@ class Layers {
   std::string isa() const { return std::string(isa_.name); }
   // Returns how a forward of layer and direction `at` is laid out.
   py::dict plan(index at, index T, index B, const py::object& options) const;
-  // Returns how many values a training call saves for each row of a step, beside x and
+  // Returns how many bytes a training call saves for each row of a step, beside x and
   // results.
-  index saved_values(const py::object& options) const;
+  index saved_bytes(const py::object& options) const;
 
   // Returns (y, state[, cells][, trace]), with `saves` that tuple and a Tape, or None.
   py::object forward(const py::object& x, const py::object& state,
@@ -59,7 +59,8 @@ class Layers {
   bool has_c() const { return layout().shape.has_c; }
   Axes state_axes(const Sequence& x, index width) const;
   Axes sequence_axes(const Sequence& x, index width) const;
-  Array make(const Axes& axes) const;
+  // Returns an array of elements of `item` bytes; 0: of the element type.
+  Array make(const Axes& axes, index item = 0) const;
   bool read_state(Reader& reader, const py::handle& state, const Sequence& x,
                   const char*& h, const char*& c) const;
   py::object state_of(const Array& h, const MaybeArray& c) const;

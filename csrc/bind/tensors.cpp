@@ -84,6 +84,7 @@ bool TensorLayers::read(TensorReader& reader, StackCall& c,
   if (v.shape[last] != I_ || (I_ > 1 && v.strides[last] != 1)) return false;
   reader.unbatched = unbatched;
   c.x = v.start;
+  c.x_item = reader.element;
   c.T = step ? 1 : v.shape[time];
   c.B = step ? v.shape[0] : unbatched ? 1 : v.shape[row];
   c.x_t = step ? 0 : v.strides[time] * reader.element;

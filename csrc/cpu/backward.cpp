@@ -6,8 +6,12 @@
 // da is in a ring of rows of gradients (../record.h), one step longer than a time block
 // because a step reads the da of the step after it.
 //
+// In halves, what a step reads of x, y, dy and the saved values is first converted to
+// float32, and its da to an operand for the products.
+//
 // `direct` and `dc` hold the gradient that a row's step passes to the step before it.
 // When the row has no step before, that is the gradient of h0 and c0.
+#include <algorithm>
 #include <cstring>
 #include <tuple>
 
@@ -21,7 +25,9 @@ class BackwardPass {
   const Layout& l_;
   const Backward& p_;
   const Team& team_;
-  const index time_block_, ring_, record_;
+  const bool in_halves_;
+  const index time_block_, ring_, record_, saved_record_;
+  const index record_ring_;  // steps of records in memory, in halves
   const BackwardScratch memory_;
   const Blocks own_;
   const Schedule all_;
@@ -38,9 +44,12 @@ class BackwardPass {
       : l_(l),
         p_(p),
         team_(team),
+        in_halves_(l.halves != nullptr),
         time_block_(BackwardScratch::time_block(l, p)),
         ring_(time_block_ + 1),
         record_(l.record_bytes()),
+        saved_record_(l.saved_record_bytes()),
+        record_ring_(std::max(BackwardScratch::record_steps(l, p), index{1})),
         memory_(l, p, workspace, team.rank, team.count),
         own_(l, p, p.masks, l.dense_panels(p.R), l.back_tile(), team,
              memory_.own_schedule),
@@ -51,8 +60,8 @@ class BackwardPass {
         step_{&call_, {}, nullptr, nullptr, false, false, memory_.norm_rows},
         second_step_(step_),
         dx_step_(step_),
-        unpacked_{with_weight(l.of_input, p.weight_ih),
-                  with_weight(l.of_recurrent, p.weight_hh)},
+        unpacked_{with_weight(l.of_input, p.weight_ih, l.size),
+                  with_weight(l.of_recurrent, p.weight_hh, l.size)},
         weights_(l, p, call_.gradient,
                  {memory_.partial_sums, memory_.right, memory_.dbias, memory_.sums},
                  {find_gradient_rows, this}) {
@@ -83,26 +92,45 @@ class BackwardPass {
   bool has_record() const { return saves_slots(l_.shape.saves, p_.options); }
 
   char* da(index s) const { return memory_.da + s % ring_ * p_.B * da_row_; }
-  char* records(index s) const { return memory_.records + s % ring_ * p_.B * record_; }
+  char* records(index s) const {
+    const index of = in_halves_ ? record_ring_ : ring_;
+    return memory_.records + s % of * p_.B * record_;
+  }
   const char* saved(index s) const {
-    return p_.saved ? p_.saved + s * p_.B * record_ : records(s);
+    const bool is_read = p_.saved && !in_halves_;
+    return is_read ? p_.saved + s * p_.B * record_ : records(s);
   }
   const char* y(index s) const { return p_.y + p_.time(s) * p_.y_t; }
   char* dropped(index s) const {
     return memory_.dropped + s % time_block_ * p_.B * l_.padded_bytes();
   }
   StateBefore cell_before(index s) const {
-    const char* const left = saved(s > 0 ? s - 1 : 0) + l_.bytes(l_.record.cell());
-    return {p_, p_.masks, s, memory_.zeros, memory_.c0, left, l_.padded_bytes(), record_};
+    const index before = s > 0 ? s - 1 : 0;
+    const char* left = saved(before) + l_.bytes(l_.record.cell());
+    if (p_.saved) left = p_.saved + before * p_.B * saved_record_ + l_.saved_cell();
+    const index row = p_.saved ? saved_record_ : record_;
+    return {p_, p_.masks, s, memory_.zeros, memory_.c0, left, l_.padded_bytes(), row};
   }
+  // Returns h' as the user has it: y of the step before, or h0, in the type of y.
   StateBefore h_before(index s) const {
-    return {
-        p_,    p_.masks, s, memory_.zeros, p_.h0, y(s > 0 ? s - 1 : 0), l_.bytes(p_.R),
-        p_.y_b};
+    const char* const h0 = in_halves_ ? memory_.h0 : p_.h0;
+    return {p_,    p_.masks, s, memory_.zeros, h0, y(s > 0 ? s - 1 : 0), p_.R * l_.item,
+            p_.y_b};
   }
   // Returns the h' that R multiplied in the step of row b.
   const char* h_dropped_before(index s, index b) const {
     return drops(p_.options) ? dropped(s) + b * l_.padded_bytes() : h_before(s)(b);
+  }
+  // Writes h' of row b and step s as float32, of some units.
+  void widen_h(index s, index b, Range of, char* to) const {
+    const StateBefore before = h_before(s);
+    const index first = l_.bytes(of.begin);
+    if (before.is_initial(b)) {
+      std::memcpy(to + first, p_.h0 + b * l_.bytes(p_.R) + first,
+                  l_.bytes(of.end) - first);
+    } else {
+      l_.halves->widen(before(b) + of.begin * l_.item, of.end - of.begin, to + first);
+    }
   }
   static GradientRows::Pointers find_gradient_rows(const void* pass,
                                                    const Schedule::Entry& at) {
@@ -152,6 +180,7 @@ class BackwardPass {
          : cell_has_second         ? l_.cell.open_backward
                                    : l_.cell.backward[changed_by(p_, p_.dcells)],
          own_.panels);
+    product_.terms[0].operand = memory_.da_operand;
     product_.used = bit(da_after) | bit(role::saved) | bit(direct) | bit(role::da);
     const auto prefetch = [&](int role, int parts) {
       product_.prefetched[product_.prefetched_count++] = {role, parts, 0, l_.P, false};
@@ -188,11 +217,13 @@ class BackwardPass {
           l_.dense_backward_block(packed + l_.back_recurrent(), l_.back_depth(), l_.P);
       fill(second_, second_step_, norm ? l_.k.put : l_.cell.close_backward, own_.panels);
     }
+    second_.terms[0].operand = memory_.second_operand;
     second_step_.put = {dm, 0, 1, 0, 0, p_.H, true};
 
     if (!p_.dx) return;
     dx_ = l_.backward_block(packed, unpacked_, p_.I, 0);
     dx_.terms[0].role = left;
+    dx_.terms[0].operand = memory_.dx_operand;
     fill(dx_, dx_step_, l_.k.put, {0, l_.dense_panels(p_.I)});
     dx_step_.put = {role::to, 0, 1, 0, 0, p_.I, false};
     dx_.used = bit(left) | bit(role::to);
@@ -222,6 +253,9 @@ class BackwardPass {
         copy_padded(p_.dc_n ? p_.dc_n + b * of_c : nullptr, p_.H, memory_.dc + b * row);
         copy_padded(p_.c0 + b * of_c, p_.H, memory_.c0 + b * row);
       }
+      if (in_halves_) {
+        l_.halves->narrow(p_.h0 + b * of_h, p_.R, memory_.h0 + b * p_.R * l_.item);
+      }
       if (i >= working) {
         if (p_.dh0) std::memcpy(p_.dh0 + b * of_h, memory_.direct + b * row, of_h);
         store_dc0(b);
@@ -243,10 +277,21 @@ class BackwardPass {
     if (p_.has_options) {
       zoneout_.start();
       l_.k.bounds(p_.options.clip, memory_.bounds);
+      if (in_halves_) round(memory_.bounds, 4);  // as the saved gates are
       call_.vectors = pad_vectors(l_, p_.vectors, memory_.vectors);
     }
     own_.meet(team_);
     if (p_.has_options && own_.alone) team_.meet();
+  }
+  // Rounds n elements to bfloat16.
+  void round(char* values, index n) const {
+    constexpr index at_once = 256;
+    char halves[2 * at_once];
+    for (index k = 0; k < n; k += at_once) {
+      const index count = n - k < at_once ? n - k : at_once;
+      l_.halves->narrow(values + l_.bytes(k), count, halves);
+      l_.halves->widen(halves, count, values + l_.bytes(k));
+    }
   }
   void store_dc0(index b) const {
     if (!p_.dc0) return;
@@ -262,8 +307,10 @@ class BackwardPass {
     Schedule::Entry next = all_.entry(begin, own.begin);
     for (index n = own.begin; n < own.end && drops(p_.options); ++n, all_.advance(next)) {
       const index b = all_.row(next.place), at = b * l_.padded_bytes();
-      l_.k.multiply_rows(h_before(next.s)(b), memory_.mask + at, p_.R,
-                         dropped(next.s) + at);
+      char* const to = dropped(next.s) + at;
+      if (in_halves_) widen_h(next.s, b, {0, p_.R}, to);
+      l_.k.multiply_rows(in_halves_ ? to : h_before(next.s)(b), memory_.mask + at, p_.R,
+                         to);
     }
     for (index s = begin > 0 ? begin - 1 : 0; s < end && l_.shape.has_c && is_recomputed;
          ++s) {
@@ -275,7 +322,17 @@ class BackwardPass {
       }
     }
     team_.meet();
-    if (is_recomputed) recompute(begin, end);
+    if (!is_recomputed) return;
+    recompute(begin, end);
+    if (!in_halves_) return;
+    next = all_.entry(begin, own.begin);
+    for (index n = own.begin; n < own.end; ++n, all_.advance(next)) {
+      char* const record = records(next.s) + all_.row(next.place) * record_;
+      for (index at = 0; at < l_.record.cell(); at += l_.P) {
+        round(record + l_.bytes(at), p_.H);
+      }
+    }
+    team_.meet();
   }
 
   void recompute(index begin, index end) {
@@ -284,22 +341,31 @@ class BackwardPass {
     for (int n = 0; n < RecomputedRows::lists; ++n)
       list[n] = memory_.recomputed + n * most_rows;
     Schedule::Entry next = all_.entry(begin, 0);
+    const Range own = team_.share(count);
     for (index n = 0; n < count; ++n, all_.advance(next)) {
       const index s = next.s, b = all_.row(next.place);
+      const char *h_dropped = h_dropped_before(s, b), *h = h_before(s)(b);
+      if (in_halves_) {
+        char* const wide = memory_.recomputed_h + n * l_.padded_bytes();
+        if (n >= own.begin && n < own.end) widen_h(s, b, {0, p_.R}, wide);
+        if (!drops(p_.options)) h_dropped = wide;
+        h = wide;
+      }
       const char* const rows[] = {p_.x + p_.time(s) * p_.x_t + b * p_.x_b,
                                   records(s) + b * record_,
-                                  h_dropped_before(s, b),
-                                  h_before(s)(b),
+                                  h_dropped,
+                                  h,
                                   l_.shape.has_c ? cell_before(s)(b) : nullptr,
                                   da(s) + b * da_row_ + l_.bytes(call_.gradient.operand)};
       for (int of = 0; of < RecomputedRows::lists; ++of) {
         list[of][n] = const_cast<char*>(rows[of]);
       }
     }
-    fusedrnn::recompute(l_, p_.forward_weights, call_,
-                        {count, list[0], list[1], list[2], list[3], list[4], list[5],
-                         memory_.unused_row, memory_.norm_rows},
-                        team_);
+    fusedrnn::recompute(
+        l_, p_.forward_weights, call_,
+        {count, list[0], list[1], list[2], list[3], list[4], list[5], memory_.unused_row,
+         memory_.norm_rows, p_.x_item, memory_.recomputed_operand},
+        team_);
   }
 
   // Sets the rows of step s. Step -1 has no rows of its own; its roles that are not read
@@ -310,16 +376,24 @@ class BackwardPass {
     Rows* const rows = product_.rows;
     rows[da_after] = rows_of(da(s + 1) + l_.bytes(call_.gradient.recurrent), da_row_);
     rows[role::da] = rows_of(da(now), da_row_);
-    rows[role::saved] =
-        has_record() ? rows_of(saved(now), record_) : rows_of(y(now), p_.y_b);
+    if (has_record()) {
+      rows[role::saved] = rows_of(saved(now), record_);
+    } else {
+      rows[role::saved] =
+          in_halves_ ? rows_of(memory_.wide_y, row) : rows_of(y(now), p_.y_b);
+    }
     if (product_.used & bit(before_h)) {
-      rows[before_h] = h_before(now).find(own_.rows, count, memory_.h);
+      rows[before_h] = in_halves_ ? rows_of(memory_.wide_h, row)
+                                  : h_before(now).find(own_.rows, count, memory_.h);
       rows[dropped_h] = drops(p_.options) ? rows_of(dropped(now), row) : rows[before_h];
     }
     if (l_.shape.has_c) {
       rows[before_c] = cell_before(now).find(own_.rows, count, memory_.c);
     }
-    if (p_.dy) rows[dy] = rows_of(p_.dy + t * p_.dy_t, p_.dy_b);
+    if (p_.dy) {
+      rows[dy] = in_halves_ ? rows_of(memory_.wide_dy, row)
+                            : rows_of(p_.dy + t * p_.dy_t, p_.dy_b);
+    }
     if (p_.dcells) rows[dcells] = rows_of(p_.dcells + t * p_.dcells_t, p_.dcells_b);
   }
 
@@ -340,6 +414,7 @@ class BackwardPass {
     const index taken = own_.rows.count(s), later = own_.rows.count(s + 1);
     const bool passes_by = l_.shape.has_direct || p_.has_options;
     find_rows(s, taken);
+    if (in_halves_) convert(s, taken, later);
     step_.cut = s >= 0 ? find_cuts(s, taken, memory_.cut) : nullptr;
     step_.cut_after = later > 0 ? find_cuts(s + 1, later, memory_.cut_after) : nullptr;
     product_.backwards = (team_.step + s) % 2 != 0;
@@ -359,6 +434,41 @@ class BackwardPass {
     run({later, taken}, false, true);
     if (later > taken) store_start(taken, later, run, passes_by);
     if (s >= 0) finish(s, taken);
+  }
+
+  // Converts, in halves, what step s reads: float32 to operands, and bfloat16 to float32,
+  // of this thread's rows and units or, where a function takes whole rows, of rows that
+  // all threads of a block share.
+  void convert(index s, index taken, index later) {
+    using namespace role;
+    const bool by_rows = l_.model.norm || l_.has_second();
+    const bool shares = memory_.shares_operands;
+    const Range operands = shares ? team_.share(later) : Range{0, later};
+    l_.product.put_left(product_.rows[da_after], operands, l_.back_depth(),
+                        &memory_.da_operand, 1);
+    const Range places =
+        by_rows ? own_.share(team_, s < 0 ? 0 : taken) : Range{0, s < 0 ? 0 : taken};
+    const Range own = by_rows ? Range{0, p_.H} : units();
+    const index last = own.end < p_.R ? own.end : p_.R, row = l_.padded_bytes();
+    const Range padded{own.begin, own.end == p_.H ? round_up(p_.H, l_.lanes) : own.end};
+    for (index i = places.begin; i < places.end; ++i) {
+      const index b = own_.rows.row(i);
+      const auto widen = [&](const char* from, char* to) {
+        l_.halves->widen(from + own.begin * l_.item, last - own.begin,
+                         to + b * row + l_.bytes(own.begin));
+      };
+      if (has_record() && p_.saved) {
+        load_record(l_, p_.saved + (s * p_.B + b) * saved_record_, padded,
+                    records(s) + b * record_);
+      }
+      if (own.begin >= last) continue;
+      if (!has_record()) widen(y(s) + b * p_.y_b, memory_.wide_y);
+      if (p_.dy) widen(p_.dy + p_.time(s) * p_.dy_t + b * p_.dy_b, memory_.wide_dy);
+      if (product_.used & bit(before_h)) {
+        widen_h(s, b, {own.begin, last}, memory_.wide_h + b * row);
+      }
+    }
+    if (by_rows || shares) own_.meet(team_);
   }
 
   // Stores dh0 and dc0, if wanted, of the rows whose first step was the one after this.
@@ -391,6 +501,13 @@ class BackwardPass {
       const GradientRow& at = call_.gradient;
       const index from = l_.bytes(projects ? at.dh : at.recurrent);
       second_.rows[da_after] = rows_of(da(s) + from, da_row_);
+      if (in_halves_) {
+        const bool shares = memory_.shares_operands;
+        l_.product.put_left(second_.rows[da_after],
+                            shares ? team_.share(taken) : Range{0, taken},
+                            second_.terms[0].K, &memory_.second_operand, 1);
+        if (shares) team_.meet();
+      }
       second_.used = product_.used | bit(dm);
       second_.places = {0, taken};
       second_step_.cut = step_.cut;
@@ -430,7 +547,7 @@ class BackwardPass {
     for (index s = begin; s < end; ++s) {
       for (index i = all_.count(s) + team_.rank; i < all_.rows(); i += team_.count) {
         std::memset(p_.dx + p_.time(s) * p_.dx_t + all_.row(i) * p_.dx_b, 0,
-                    l_.bytes(p_.I));
+                    p_.I * p_.x_item);
       }
     }
     const index count = all_.count(begin, end);
@@ -444,7 +561,16 @@ class BackwardPass {
       memory_.to[n] = p_.dx + p_.time(next.s) * p_.dx_t + b * p_.dx_b;
     }
     dx_.places = {0, own.end - own.begin};
+    const bool rounds = in_halves_ && p_.x_item != l_.size;
+    if (in_halves_) {
+      l_.product.put_left(dx_.rows[role::left], dx_.places, l_.back_depth(),
+                          &memory_.dx_operand, 1);
+    }
+    if (rounds) dx_.rows[role::to] = {memory_.wide_dx, l_.bytes(p_.I), nullptr, nullptr};
     l_.k.run(dx_);
+    for (index n = 0; rounds && n < dx_.places.end; ++n) {
+      l_.halves->narrow(memory_.wide_dx + n * l_.bytes(p_.I), p_.I, memory_.to[n]);
+    }
   }
 };
 

@@ -10,6 +10,9 @@
 // A row's state before a step is found by a pointer, so masks cost no copies: a row that
 // is reset reads zeros, and one whose sequence starts late reads h0 then.
 //
+// In halves the pointwise functions write float32 as always, to records and to rows of h
+// of this step, and a thread then rounds what it owns to y and `saved`.
+//
 // Options change only the pointwise function of a tile. Where it needs whole rows
 // (LayerNorm) or the results of a second product, all threads meet in between.
 #include <cstring>
@@ -27,7 +30,9 @@ class ForwardPass {
   const Team& team_;
   const index time_block_;
   const bool saves_, fused_;
-  const index record_, ring_;  // bytes of a record, steps in the ring
+  const bool in_halves_;
+  const index record_, saved_record_, ring_;  // bytes of a record, steps in the ring
+  const index h_row_, cell_row_;              // bytes from one row of h or c to the next
   const ForwardScratch memory_;
   char* const records_;
   const Blocks own_;
@@ -47,18 +52,22 @@ class ForwardPass {
         time_block_(ForwardScratch::time_block(l, p)),
         saves_(ForwardScratch::saves(l, p)),
         fused_(ForwardScratch::fuses(l, time_block_)),
+        in_halves_(l.halves != nullptr),
         record_(l.record_bytes()),
-        ring_(saves_ ? p.T : time_block_),
+        saved_record_(l.saved_record_bytes()),
+        ring_(saves_ && !in_halves_ ? p.T : time_block_),
+        h_row_(in_halves_ ? ForwardScratch::h_row_bytes(l) : p.y_b),
+        cell_row_(saves_ ? saved_record_ : record_),
         memory_(l, p, workspace, team.rank, team.count),
-        records_(saves_ ? p.saved : memory_.records),
+        records_(saves_ && !in_halves_ ? p.saved : memory_.records),
         own_(l, p, p.masks, l.panels(), l.tile_rows(), team, memory_.schedule),
         zoneout_(l, p.options, memory_.zoneout),
         call_(call_of(l, p, p.weights, memory_.bounds)),
         step_{&call_, {}, nullptr, nullptr, false, false, memory_.norm_rows},
         second_step_(step_),
         inputs_step_(step_),
-        unpacked_{with_weight(l.of_input, p.weight_ih),
-                  with_weight(l.of_recurrent, p.weight_hh)},
+        unpacked_{with_weight(l.of_input, p.weight_ih, l.size),
+                  with_weight(l.of_recurrent, p.weight_hh, l.size)},
         product_(l.forward_block(p.weights, unpacked(), fused_, true)) {
     call_.saves = saves_;
     make_blocks();
@@ -67,14 +76,18 @@ class ForwardPass {
   void run() {
     start();
     for (index begin = 0; begin < p_.T; begin += time_block_) {
-      if (!saves_) begin_ = begin;
+      if (!saves_ || in_halves_) begin_ = begin;
       const index end = begin + time_block_ < p_.T ? begin + time_block_ : p_.T;
       if (p_.input) p_.input->await(end);
       if (!fused_) multiply_inputs(begin, end);
       for (index s = begin; s < end; ++s) {
         run_step(s, (team_.step + s) % 2 != 0);
-        const bool met = finish(s);
+        bool met = finish(s);
         finish_rows(s);
+        if (in_halves_) {
+          round(s, met);
+          met = false;  // what is rounded is overwritten in the next step
+        }
         if (!own_.alone && !met) team_.meet();
         if (p_.progress && team_.rank == 0) p_.progress->reach(s + 1);
       }
@@ -88,6 +101,15 @@ class ForwardPass {
     return records_ + (n < 0 ? n + ring_ : n) * p_.B * record_;
   }
   char* y(index s) const { return p_.y + p_.time(s) * p_.y_t; }
+  // Returns the rows of h after step s, h_row_ apart.
+  char* h_of(index s) const {
+    return in_halves_ ? memory_.h_now + (s & 1) * p_.B * h_row_ : y(s);
+  }
+  // Returns the rows of c after step s, cell_row_ apart.
+  char* cells_of(index s) const {
+    if (!saves_) return records(s) + l_.bytes(l_.record.cell());
+    return p_.saved + s * p_.B * saved_record_ + l_.saved_cell();
+  }
   char* dropped(index s) const {
     return memory_.dropped + (1 + (s & 1)) * p_.B * l_.padded_bytes();
   }
@@ -217,12 +239,40 @@ class ForwardPass {
     const index end = own.end < p_.R ? own.end : p_.R, now = own_.rows.count(s);
     for (index i = own_.rows.count(s + 1); i < now; ++i) {
       const index b = own_.rows.row(i);
-      store_state(b, y(s) + b * p_.y_b,
-                  records(s) + b * record_ + l_.bytes(l_.record.cell()));
+      store_state(b, h_of(s) + b * h_row_, cells_of(s) + b * cell_row_);
     }
     for (index i = now; i < own_.rows.rows() && own.begin < end; ++i) {
-      std::memset(y(s) + own_.rows.row(i) * p_.y_b + l_.bytes(own.begin), 0,
-                  l_.bytes(end - own.begin));
+      std::memset(y(s) + own_.rows.row(i) * p_.y_b + own.begin * l_.item, 0,
+                  (end - own.begin) * l_.item);
+    }
+  }
+
+  // Rounds the results of step s to y, `saved` and `trace`: those of this thread's rows
+  // and units or, where all threads have met, of whole rows that they share.
+  void round(index s, bool have_met) const {
+    const Halves& halves = *l_.halves;
+    const index count = own_.rows.count(s);
+    const Range places = have_met ? own_.share(team_, count) : Range{0, count};
+    const Range own = have_met ? Range{0, p_.H} : units();
+    const index last = own.end < p_.R ? own.end : p_.R, of_gates = l_.shape.gates * p_.H;
+    for (index i = places.begin; i < places.end; ++i) {
+      const index b = own_.rows.row(i);
+      if (own.begin < last) {
+        halves.narrow(h_of(s) + b * h_row_ + l_.bytes(own.begin), last - own.begin,
+                      y(s) + b * p_.y_b + own.begin * l_.item);
+      }
+      if (saves_) {
+        const Range padded{own.begin,
+                           own.end == p_.H ? round_up(p_.H, l_.lanes) : own.end};
+        save_record(l_, records(s) + b * record_, padded,
+                    p_.saved + (s * p_.B + b) * saved_record_);
+      }
+      if (!p_.trace) continue;
+      const char* const gates = memory_.gates + b * l_.bytes(of_gates);
+      char* const to = p_.trace + (p_.time(s) * p_.B + b) * of_gates * l_.item;
+      for (index at = own.begin; at < of_gates; at += p_.H) {
+        halves.narrow(gates + l_.bytes(at), own.end - own.begin, to + at * l_.item);
+      }
     }
   }
 
@@ -257,14 +307,16 @@ class ForwardPass {
 
   // Converts the rows of a product that does not read them in place. share_operands
   // follows.
-  void convert(const Rows& rows, index count, index K, const Operand* to,
-               int operands) const {
+  void convert(const Rows& rows, index count, index K, const Operand* to, int operands,
+               bool from_halves = false) const {
     if (!l_.converts()) return;
     const Range own = memory_.shares_operands ? team_.share(count) : Range{0, count};
-    l_.product.put_left(rows, own, K, to, operands);
+    const auto put = from_halves ? l_.halves->put_left : l_.product.put_left;
+    put(rows, own, K, to, operands);
   }
   void convert_inputs(const Rows& rows, index count) const {
-    convert(rows, count, p_.I, memory_.x_operand, l_.input_operands);
+    const bool from_halves = in_halves_ && p_.x_item == l_.item;
+    convert(rows, count, p_.I, memory_.x_operand, l_.input_operands, from_halves);
   }
   void share_operands() const {
     if (memory_.shares_operands) team_.meet();
@@ -275,9 +327,9 @@ class ForwardPass {
     using namespace role;
     const index count = own_.rows.count(s), t = p_.time(s), row = l_.padded_bytes();
     Rows* const rows = product_.rows;
-    const char* const y_before = y(s > 0 ? s - 1 : 0);
-    const StateBefore h_before{p_,       p_.masks,       s,     memory_.zeros, p_.h0,
-                               y_before, l_.bytes(p_.R), p_.y_b};
+    const char* const left = h_of(s > 0 ? s - 1 : 0);
+    const StateBefore h_before{p_,   p_.masks,       s,     memory_.zeros, p_.h0,
+                               left, l_.bytes(p_.R), h_row_};
     rows[h_dropped] = h_before.find(own_.rows, count, memory_.h);
     rows[h_prev] = rows[h_dropped];
     if (drops(p_.options)) {
@@ -286,21 +338,21 @@ class ForwardPass {
       rows[h_dropped] = of.find(own_.rows, count, memory_.h_dropped);
       rows[next_h_dropped] = rows_of(dropped(s), row);
     }
-    const index cell = l_.bytes(l_.record.cell());
     if (l_.shape.has_c) {
-      char* const left = records(s > 0 ? s - 1 : 0) + cell;
+      const char* const c_left = cells_of(s > 0 ? s - 1 : 0);
       const StateBefore of{p_,         p_.masks, s,   memory_.zeros,
-                           memory_.c0, left,     row, record_};
+                           memory_.c0, c_left,   row, cell_row_};
       rows[c_prev] = of.find(own_.rows, count, memory_.c);
-      rows[c] = rows_of(records(s) + cell, record_);
+      rows[c] = rows_of(cells_of(s), cell_row_);
     }
     rows[record] = rows_of(records(s), record_);
     rows[x] = rows_of(p_.x + t * p_.x_t, p_.x_b);
-    rows[h] = l_.model.projects ? product_.rows[operand] : rows_of(y(s), p_.y_b);
+    rows[h] = l_.model.projects ? product_.rows[operand] : rows_of(h_of(s), h_row_);
     if (p_.cells) rows[cells] = rows_of(p_.cells + t * p_.cells_t, p_.cells_b);
     if (p_.trace) {
       const index of_row = l_.bytes(l_.shape.gates * p_.H);
-      rows[trace] = rows_of(p_.trace + t * p_.B * of_row, of_row);
+      char* const gates = in_halves_ ? memory_.gates : p_.trace + t * p_.B * of_row;
+      rows[trace] = rows_of(gates, of_row);
     }
   }
 
@@ -343,7 +395,7 @@ class ForwardPass {
       own_.meet(team_);
       Block& second = *second_;
       std::memcpy(second.rows, product_.rows, sizeof(second.rows));
-      second.rows[h] = rows_of(y(s), p_.y_b);
+      second.rows[h] = rows_of(h_of(s), h_row_);
       second.used = product_.used;
       second.places = {0, own_.rows.count(s)};
       const index end = second.panels.end * l_.dense_units();
@@ -383,7 +435,7 @@ ForwardPlan plan(const Layout& l, const Forward& p, int threads) {
           steps,
           l.tile_rows(),
           l.panel_units,
-          saves_slots(l.shape.saves, p.options) ? l.record_bytes() / l.size : 0,
+          saves_slots(l.shape.saves, p.options) ? l.saved_record_bytes() : 0,
           forward_workspace(l, p, threads)};
 }
 

@@ -108,6 +108,7 @@ struct Matrix {
   const int* blocks;  // of the slots
   int slots;
   index H, K, P;
+  index item = 0;                // bytes of an element
   const float* scale = nullptr;  // (blocks·H) where weights have scales
 };
 
@@ -129,6 +130,7 @@ struct Term {
   index K, depth, from;
   int column;       // the column of each panel's sums that its first column adds to
   Operand operand;  // the rows of the role, where the product does not read them in place
+  index left_bytes;  // of an element of a row on the left
 };
 
 // TermAt has the addresses of a term of a tile, and of memory that is prefetched
@@ -171,17 +173,57 @@ struct PanelProduct {
   Multiply prefetch_one[most_tile_rows], prefetch_all[most_tile_rows];
 };
 
+// A Target is the gradient of a matrix, in blocks of `units` rows, which belong to the
+// columns of da from `begin` on, in the order `order`. A block has `padded` columns of
+// da.
+struct Target {
+  index begin;
+  int blocks;
+  const int* order;
+  index units, padded;
+  const char* right;  // panels
+  index N;
+  char* dweight;  // (blocks·units, N), or null
+};
+
+// Gradients has the functions that compute the gradients of weights of a block of depth.
+// Rows are da, which has the element type, x and h', whose elements have `item` bytes.
+struct Gradients {
+  int tile;  // columns of da
+  void (*pack_right)(const char* const* rows, index item, Range own, index depth, index N,
+                     char* to);
+  void (*pack_left)(const char* const* rows, index depth, Range columns, char* to);
+  void (*add_products)(const char* left, index depth, Range columns, const Target&,
+                       bool first);
+};
+
+// Halves has the functions of a product for calls whose x, y and saved values are
+// bfloat16. Weights are bfloat16 or float32.
+struct Halves {
+  // Copies rows of bfloat16 to operands, as Product::put_left does rows of float32.
+  void (*put_left)(const Rows& rows, Range places, index K, const Operand* to, int count);
+  Gradients gradients;
+  // Convert n elements to float32 and, rounded, from float32.
+  void (*widen)(const char* from, index n, char* to);
+  void (*narrow)(const char* from, index n, char* to);
+};
+
 // A Product belongs to one precision of weights: one packing, several kernels. A new
 // precision is one more Product.
 struct Product {
   Precision precision;
   std::string_view unit;  // that multiplies
+  int grain;              // K is padded to a multiple of it
+  int operand_bytes;      // of an element of an operand; 0 if rows are read in place
   std::span<const PanelProduct> panels;
   // Returns the bytes of one panel of `width` vectors.
   index (*panel_bytes)(int width, index K);
   // Packs panels [begin, end) of a matrix to `to`, each `unit_vectors` vectors of units
   // of every slot.
   void (*pack)(const Matrix&, int unit_vectors, Range panels, char* to);
+  // Packs the transposed matrix to panels of two vectors; for the element's own precision
+  // the last panel has one if that is enough. Null in a product for inference.
+  void (*pack_transposed)(const Matrix&, Range panels, char* to);
   // Converts rows of K elements at some places to `count` operands, left_bytes(K) apart.
   // If null, rows are read where they lie. A product that reads whole tiles, as a matrix
   // unit does, finds `tile` rows there, the last of which are unspecified.
@@ -193,6 +235,7 @@ struct Product {
   // Does `rounds` rounds of the unit's operation on registers, and returns the number of
   // multiplications and additions; or null for the FMA of Probes.
   double (*probe)(index rounds);
+  const Halves* halves;  // of bfloat16, else null
 };
 
 // A Block is one product of a step, or of a time block, for the rows and panels of a
@@ -231,18 +274,6 @@ struct Block {
   const Step* step;
 };
 
-// A Target is the gradient of a matrix, in blocks of `units` rows, which belong to the
-// columns of da from `begin` on, in the order `order`.
-struct Target {
-  index begin;
-  int blocks;
-  const int* order;
-  index units;
-  const char* right;  // panels
-  index N;
-  char* dweight;  // (blocks·units, N), or null
-};
-
 // ZoneoutDraw has the arguments of the draw of zoneout: which units of rows b[n] of the
 // batch keep their h and c at a time, as 1 or 0. Rows are `apart` bytes apart.
 struct ZoneoutDraw {
@@ -275,8 +306,8 @@ struct CellKernels {
 struct Kernels {
   index size;  // bytes of an element
   int lanes;
-  int gradient_tile;  // columns of da in a tile of the gradients of weights
-  Product product;    // of the element's own precision
+  Product product;  // of the element's own precision
+  Gradients gradients;
   std::span<const CellKernels> cells;
 
   void (*run)(const Block&);
@@ -294,15 +325,8 @@ struct Kernels {
   void (*drop_out)(const Dropout<char>&, Range rows);
 
   void (*pack_bias)(const Shape&, const Parameters<char>&, index P, char* to);
-  // Packs to panels of two vectors, the last of one vector if that is enough.
-  void (*pack_transposed)(const Matrix&, Range panels, char* to);
 
-  // These functions compute the gradients of weights of a block of depth; rows are da, x
-  // and h'.
-  void (*pack_right)(const char* const* rows, Range own, index depth, index N, char* to);
-  void (*pack_left)(const char* const* rows, index depth, Range columns, char* to);
-  void (*add_products)(const char* left, index depth, Range columns, const Target&,
-                       bool first);
+  // These functions compute the other gradients of a block of depth.
   void (*add_outer_products)(const char* const* da, const char* const* right, index depth,
                              Range columns, index P, const Target&, bool first);
   void (*add_columns)(const char* const* a, const char* const* b, index depth, Range own,

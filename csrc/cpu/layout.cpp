@@ -1,6 +1,7 @@
 #include "layout.h"
 
 #include <cstring>
+#include <vector>
 
 namespace fusedrnn {
 
@@ -12,8 +13,11 @@ Term term_of(const Layout& layout, int role, const char* panels, int width, inde
   term.role = role;
   term.panels = panels;
   term.panel_bytes = product.panel_bytes(width, depth);
-  term.k_bytes = product.panel_bytes(width, 1);
+  const int grain = product.grain;
+  term.k_bytes =
+      (product.panel_bytes(width, 2 * grain) - product.panel_bytes(width, grain)) / grain;
   term.K = term.depth = depth;
+  term.left_bytes = product.put_left ? product.operand_bytes : layout.size;
   return term;
 }
 
@@ -64,8 +68,7 @@ Block Layout::backward_block(const char* panels, const Matrix* unpacked, index N
   Block b = dense_block(role::da_after, panels, back_depth(), N);
   b.terms[0].from = first_slot * P;
   b.terms[0].matrix = unpacked;
-  b.transposed = true;
-  b.narrow_product = &find(1, 1);
+  transpose(b);
   b.panel_bytes = panels ? back_panel_bytes() : 0;
   if (b.panel_bytes > large_panel) b.pieces = shape.gates;
   return b;
@@ -74,11 +77,16 @@ Block Layout::backward_block(const char* panels, const Matrix* unpacked, index N
 Block Layout::dense_backward_block(const char* panels, index depth, index K) const {
   Block b = dense_block(role::da_after, panels, depth, H);
   b.terms[0].K = K;
+  transpose(b);
+  b.row_bytes = b.terms[0].left_bytes * K;
+  b.panel_bytes = product.panel_bytes(2, K);
+  return b;
+}
+
+void Layout::transpose(Block& b) const {
+  if (halves) return;
   b.transposed = true;
   b.narrow_product = &find(1, 1);
-  b.row_bytes = bytes(K);
-  b.panel_bytes = bytes(K) * 2 * lanes;
-  return b;
 }
 
 Block Layout::dense_block(int role, const char* panels, index depth, index N) const {
@@ -89,8 +97,46 @@ Block Layout::dense_block(int role, const char* panels, index depth, index N) co
   b.width = b.unit_vectors = 2;
   b.size = N;
   b.padded = round_up(N, lanes);
-  b.row_bytes = bytes(depth);
+  b.row_bytes = halves ? b.terms[0].left_bytes * depth : bytes(depth);
   return b;
+}
+
+void save_record(const Layout& l, const char* record, Range units, char* saved) {
+  const Record& r = l.record;
+  const index of_c = l.bytes(r.has_c * r.P), wide = l.bytes(r.values() - r.cell());
+  std::memcpy(saved + of_c, record + l.bytes(r.scale()), wide - of_c);
+  for (index at = units.begin; at < r.cell(); at += r.P) {
+    l.halves->narrow(record + l.bytes(at), units.end - units.begin,
+                     saved + wide + at * l.item);
+  }
+}
+
+void load_record(const Layout& l, const char* saved, Range units, char* record) {
+  const Record& r = l.record;
+  const index first = l.bytes(units.begin), count = l.bytes(units.end) - first;
+  char* const cell = record + l.bytes(r.cell());
+  if (r.has_c) std::memcpy(cell + first, saved + first, count);
+  const index of_c = l.bytes(r.has_c * r.P), wide = l.bytes(r.values() - r.cell());
+  std::memcpy(cell + of_c, saved + of_c, wide - of_c);
+  for (index at = units.begin; at < r.cell(); at += r.P) {
+    l.halves->widen(saved + wide + at * l.item, units.end - units.begin,
+                    record + l.bytes(at));
+  }
+}
+
+void drop_rows(const Layout& l, const Dropout<char>& of, index item, Range rows) {
+  if (item == l.size) return l.k.drop_out(of, rows);
+  std::vector<float> wide(of.N);
+  char* const values = reinterpret_cast<char*>(wide.data());
+  Dropout<char> one = of;  // of one row
+  one.from = one.to = values;
+  one.from_t = one.from_b = one.to_t = one.to_b = 0;
+  for (index n = rows.begin; n < rows.end; ++n) {
+    const index i = n / of.B, j = n % of.B;
+    l.halves->widen(of.from + i * of.from_t + j * of.from_b, of.N, values);
+    l.k.drop_out(one, {n, n + 1});
+    l.halves->narrow(values, of.N, of.to + i * of.to_t + j * of.to_b);
+  }
 }
 
 index padded_vectors_bytes(const Layout& l, const Vectors<const char>& v) {
@@ -189,18 +235,19 @@ index packed_bytes(const Layout& layout, Packing packing) {
 void pack(const Layout& layout, const Parameters<char>& p, Packing packing, char* to,
           const Team& team) {
   const Kernels& k = layout.k;
-  const Matrix W = with_weight(layout.of_input, p.weight_ih, p.scale_ih);
-  const Matrix R = with_weight(layout.of_recurrent, p.weight_hh, p.scale_hh);
+  const index item = layout.weight_item(p);
+  const Matrix W = with_weight(layout.of_input, p.weight_ih, item, p.scale_ih);
+  const Matrix R = with_weight(layout.of_recurrent, p.weight_hh, item, p.scale_hh);
   const auto transposed = [&](const Matrix& of, char* at) {
     const Range own = team.share(layout.dense_panels(of.K));
     const index panel = layout.product.panel_bytes(2, of.slots * of.P);
-    k.pack_transposed(of, own, at + own.begin * panel);
+    layout.product.pack_transposed(of, own, at + own.begin * panel);
   };
   if (packing == Packing::backward) {
     transposed(W, to);
     transposed(R, to + layout.back_recurrent());
     if (p.model.projects) {
-      transposed(with_weight(layout.of_second, p.weight_hr),
+      transposed(with_weight(layout.of_second, p.weight_hr, item),
                  to + layout.back_projection());
     }
     return;
@@ -219,7 +266,7 @@ void pack(const Layout& layout, const Parameters<char>& p, Packing packing, char
   if (!layout.has_second()) return;
   const bool projects = p.model.projects;
   const Matrix second =
-      with_weight(layout.of_second, projects ? p.weight_hr : p.weight_hh,
+      with_weight(layout.of_second, projects ? p.weight_hr : p.weight_hh, item,
                   projects ? p.scale_hr : p.scale_hh);
   pack_own(second, 2, layout.dense_panels(layout.of_second.H), layout.second_panels(),
            layout.second_panel_bytes());

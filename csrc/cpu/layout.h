@@ -18,6 +18,7 @@ namespace fusedrnn {
 // user's.
 struct Forward : ForwardOf<char> {
   Masks masks;
+  index x_item;         // bytes of an element of x
   bool has_options;     // whether the plain kernels are not enough
   const char* weights;  // packed for forward; the bias alone where weights are unpacked
   bool unpacked;
@@ -29,6 +30,7 @@ struct Forward : ForwardOf<char> {
 };
 struct Backward : BackwardOf<char> {
   Masks masks;
+  index x_item;  // bytes of an element of x and dx
   bool has_options;
   const char* weights;          // packed for backward, or null: unpacked
   const char* forward_weights;  // packed for forward, where there are options
@@ -58,7 +60,9 @@ struct Layout {
   const CellKernels& cell;
   const Shape& shape;
   Model model;
+  const Halves* halves;  // where x, y and saved values are bfloat16, else null
   index size, lanes, I, H, R, P;
+  index item;                     // bytes of an element of y
   int unit_vectors, width, sums;  // of a forward panel
   index panel_units;              // units of one
   Record record;
@@ -66,19 +70,22 @@ struct Layout {
 
   // `operands`: of a layer's input, where the product converts rows.
   Layout(const Kernels& kernels, const Product& of_weights, int operands,
-         const CellKernels& of_cell, const Model& m)
+         const CellKernels& of_cell, const Model& m, bool in_halves = false)
       : k(kernels),
         product(of_weights),
         input_operands(operands),
         cell(of_cell),
         shape(of_cell.shape),
         model(m),
+        halves(in_halves ? of_weights.halves : nullptr),
         size(kernels.size),
         lanes(kernels.lanes),
         I(m.I),
         H(m.H),
         R(m.R),
-        P(round_up(m.H, lanes)),
+        P(round_up(m.H,
+                   in_halves && of_weights.grain > lanes ? of_weights.grain : lanes)),
+        item(in_halves ? 2 : kernels.size),
         unit_vectors(shape.unit_vectors()),
         width(shape.gates * unit_vectors),
         sums(shape.slots * unit_vectors),
@@ -97,11 +104,16 @@ struct Layout {
   index bytes(index values) const { return values * size; }
   // Returns the bytes from one row of so many values to the next. They are no multiple of
   // 1 KB, which would make rows compete for the same few sets of a cache.
-  index row_bytes(index values) const {
-    const index of = bytes(values);
-    return of % 1024 == 0 ? of + 64 : of;
-  }
+  index row_bytes(index values) const { return apart(bytes(values)); }
+  static index apart(index of) { return of % 1024 == 0 ? of + 64 : of; }
   index record_bytes() const { return row_bytes(record.values()); }
+  // A record is saved as it is or, in halves, as c and LayerNorm's statistics, which stay
+  // float32, followed by everything else.
+  index saved_record_bytes() const {
+    if (!halves) return record_bytes();
+    return apart(bytes(record.values() - record.cell()) + record.cell() * item);
+  }
+  index saved_cell() const { return halves ? 0 : bytes(record.cell()); }
   index padded_bytes() const { return bytes(P); }
 
   // Forward
@@ -119,6 +131,12 @@ struct Layout {
     const index of_second_product = dense_panels(of_second.H) * second_panel_bytes();
     return second_panels() + (has_second() ? of_second_product : 0);
   }
+  // Returns the bytes of a weight as the user has it.
+  index weight_item(const Parameters<char>& p) const {
+    constexpr index narrow[precisions] = {0, 1, 2, 2};
+    const index of = narrow[static_cast<int>(product.precision)];
+    return p.item ? p.item : of ? of : size;
+  }
   int tile_rows() const { return find(width, sums).tile; }
   // Returns whether rows are converted for the products.
   bool converts() const { return product.put_left != nullptr; }
@@ -126,14 +144,20 @@ struct Layout {
   // Backward
   index back_depth() const { return shape.gates * P; }
   index back_panel_bytes() const { return product.panel_bytes(2, back_depth()); }
-  index back_bytes(index N) const { return bytes(back_depth() * round_up(N, lanes)); }
+  index back_bytes(index N) const {
+    if (halves) return dense_panels(N) * back_panel_bytes();
+    return bytes(back_depth() * round_up(N, lanes));
+  }
   index back_recurrent() const { return back_bytes(I); }
   index back_projection() const { return back_recurrent() + back_bytes(R); }
   index backward_bytes() const {
-    const index of_projection = bytes(round_up(R, lanes) * round_up(H, lanes));
+    const index of_projection =
+        halves ? dense_panels(H) * product.panel_bytes(2, round_up(R, lanes))
+               : bytes(round_up(R, lanes) * round_up(H, lanes));
     return back_projection() + (model.projects ? of_projection : 0);
   }
   int back_tile() const { return find(2, 2).tile; }
+  const Gradients& gradients() const { return halves ? halves->gradients : k.gradients; }
 
   const PanelProduct& find(int of_width, int of_sums) const {
     const PanelProduct* found = product.panels.data();
@@ -157,15 +181,29 @@ struct Layout {
  private:
   static constexpr int first_block = 0;
 
+  // Makes a block one with transposed weights, whose last panel may be narrow. In halves
+  // it has two vectors.
+  void transpose(Block& b) const;
   // Returns a product of one term with a matrix of N columns, in panels of two vectors.
   Block dense_block(int role, const char* panels, index depth, index N) const;
 };
 
-inline Matrix with_weight(Matrix of, const char* weight, const float* scale = nullptr) {
+inline Matrix with_weight(Matrix of, const char* weight, index item = 0,
+                          const float* scale = nullptr) {
   of.weight = weight;
+  of.item = item;
   of.scale = scale;
   return of;
 }
+
+// In halves, save_record copies some units of a record to a saved row, where c is
+// already, and load_record copies both back. LayerNorm's statistics go with any units.
+void save_record(const Layout& layout, const char* record, Range units, char* saved);
+void load_record(const Layout& layout, const char* saved, Range units, char* record);
+
+// Applies dropout to rows whose elements have `item` bytes.
+void drop_rows(const Layout& layout, const Dropout<char>& problem, index item,
+               Range rows);
 
 // Returns how many rows LayerNorm takes together: enough for their sums to run side by
 // side, few enough to stay in the first-level cache.
@@ -256,7 +294,7 @@ struct ForwardPlan {
   bool fused;                   // whether W x is part of the step
   index time_block;             // steps whose W x is one product
   index tile_rows, tile_units;  // of a register tile, with all gates of its units
-  index saved;                  // values per step and row for backward
+  index saved;                  // bytes per step and row for backward
   index workspace;              // bytes
 };
 

@@ -10,7 +10,18 @@ void recompute(const Layout& l, const char* weights, Call call,
   call.model.projects = true;
   call.saves = true;
   Step step{&call, {}, nullptr, nullptr, false, false, rows.norm_rows};
+  const auto convert = [&](char** list, index K, const Operand& to, bool from_halves) {
+    if (!l.converts()) return;
+    const auto put = from_halves ? l.halves->put_left : l.product.put_left;
+    put({nullptr, 0, nullptr, list}, team.share(rows.count), K, &to, 1);
+  };
   const auto run = [&](Block b, Pointwise after, Range panels) {
+    for (int n = 0; n < b.count && l.converts(); ++n) {
+      const int role = b.terms[n].role;
+      b.terms[n].operand = rows.operands[role == role::x           ? 0
+                                         : role == role::h_dropped ? 1
+                                                                   : 2];
+    }
     b.rows[role::x] = {nullptr, 0, nullptr, rows.x};
     b.rows[role::record] = {nullptr, 0, nullptr, rows.record};
     b.rows[role::h_dropped] = {nullptr, 0, nullptr, rows.h_dropped};
@@ -34,6 +45,9 @@ void recompute(const Layout& l, const char* weights, Call call,
     }
     team.meet();
   };
+  convert(rows.x, l.I, rows.operands[0], rows.x_item != l.size);
+  convert(rows.h_dropped, l.R, rows.operands[1], false);
+  if (l.converts()) team.meet();
   const Range panels = team.share(l.panels());
   if (norm) {
     step.put = {
@@ -51,6 +65,8 @@ void recompute(const Layout& l, const char* weights, Call call,
     run(b, cell_has_second ? l.cell.open : l.cell.forward[changes::all], panels);
   }
   if (!cell_has_second) return;
+  convert(rows.operand, l.H, rows.operands[2], false);
+  if (l.converts()) team.meet();
   Block second = l.second_block(weights);
   second.used = bit(role::operand);
   step.put = {role::record, 0, 1, l.record.recurrent(0), l.P, l.H, true};

@@ -13,6 +13,8 @@ struct RecomputedRows {
   char **x, **record, **h_dropped, **h_prev, **c_prev, **operand;
   char* unused_row;  // (P), of this thread: receives h and c, which are known
   char* norm_rows;   // LayerNorm's scratch memory for some whole rows
+  index x_item;
+  const Operand* operands;  // of x, h' and a second product's operand, if there are any
 };
 
 void recompute(const Layout& layout, const char* forward_weights, Call call,

@@ -8,6 +8,10 @@
 
 namespace fusedrnn {
 
+// Threads that own units share the conversion of more elements to operands, and convert
+// fewer each by itself.
+constexpr index few_operands = 16 * 1024;
+
 // StepScratch is the scratch memory that forward and backward both have.
 struct StepScratch : Arena {
   char* norm_rows;             // LayerNorm's scratch memory for some whole rows
@@ -47,12 +51,14 @@ struct ForwardScratch : StepScratch {
   char* mask;      // (B, P) of recurrent dropout
   char* dropped;   // (3, B, P) h0 · mask, and h · mask of even and odd steps
   char* operand;   // (B, P) of the second product
-  char* records;   // where they are not saved
-  // Rows that are converted for a product: x, of a time block, h' and `operand`. Threads
-  // that own units share the conversion of many elements, and convert few by themselves.
+  char* records;   // where they are not saved as they are
+  char* h_now;     // in halves: (2, B, R), every h of even and odd steps, padded
+  char* gates;     // in halves: (B, gates, H), those of a step, if they are returned
+  // Rows that are converted for a product: x, of a time block, h' and `operand`.
   Operand x_operand[most_terms]{}, h_operand{}, second_operand{};
   bool shares_operands = false;
 
+  static index h_row_bytes(const Layout& l) { return l.bytes(round_up(l.R, l.lanes)); }
   // Returns the steps of a time block. It is one step, with W·x fused into it, if the
   // rows of a step are enough to pay for reading W's panels each time. Else it is as many
   // as keep their records in the second-level cache, but enough rows for W·x to run at
@@ -88,16 +94,17 @@ struct ForwardScratch : StepScratch {
     mask = take(drops(p.options) ? all : 0);
     dropped = take(drops(p.options) ? 3 * all : 0);
     operand = take(l.has_second() ? all : 0);
-    records = take(saves(l, p) ? 0 : steps * p.B * l.record_bytes());
+    records = take(saves(l, p) && !l.halves ? 0 : steps * p.B * l.record_bytes());
+    h_now = take(l.halves ? 2 * p.B * h_row_bytes(l) : 0);
+    gates = take(l.halves && p.trace ? l.bytes(p.B * l.shape.gates * l.H) : 0);
     if (l.converts()) take_operands(l, p, steps, rank, threads);
   }
 
  private:
   void take_operands(const Layout& l, const Forward& p, index steps, int rank,
                      int threads) {
-    constexpr index few_elements = 16 * 1024;
     const bool by_rows = Blocks::cuts_rows(l, p, l.panels(), l.tile_rows(), threads);
-    shares_operands = !by_rows && threads > 1 && p.B * p.H > few_elements;
+    shares_operands = !by_rows && threads > 1 && p.B * p.H > few_operands;
     const index rows = by_rows ? (p.B + threads - 1) / threads : p.B;
     const auto take_rows = [&](Operand& rows_of, index count, index K) {
       const auto part = [&](index bytes) {
@@ -133,7 +140,14 @@ struct BackwardScratch : StepScratch {
   char* dh;       // (B, P)
   char* dm;       // (B, P) operand of a second product, or its result
   char* sums;     // see WeightGradients
-  char* records;  // (time_block + 1, B) recomputed
+  char* records;  // (time_block + 1, B) recomputed or, in halves, converted
+  // In halves: h', y and dy of a step as float32, h0 as bfloat16, dx of a time block as
+  // float32, and h' of a time block where it is recomputed.
+  char *wide_h, *wide_y, *wide_dy, *h0, *wide_dx, *recomputed_h;
+  // Rows that are converted for products: da of a step, `second` of a step, da of dx, and
+  // x, h' and a second product's operand of recomputed rows.
+  Operand da_operand{}, second_operand{}, dx_operand{}, recomputed_operand[3]{};
+  bool shares_operands = false;
 
   // Returns the steps of a time block: as many as keep their da in the second-level
   // cache, but enough for the products of the gradients.
@@ -143,6 +157,12 @@ struct BackwardScratch : StepScratch {
     const index rows = cached_rows > enough_rows ? cached_rows : enough_rows;
     const index steps = rows / p.B > 1 ? rows / p.B : 1;
     return steps < p.T ? steps : p.T;
+  }
+  // Returns the steps whose records are in memory, where they are not read as saved.
+  static index record_steps(const Layout& l, const Backward& p) {
+    if (recomputes(l, p)) return time_block(l, p) + 1;
+    if (!l.halves || !saves_slots(l.shape.saves, p.options)) return 0;
+    return l.model.norm ? time_block(l, p) + 1 : 1;
   }
   static bool recomputes(const Layout& l, const Backward& p) {
     return !p.saved && saves_slots(l.shape.saves, p.options);
@@ -187,7 +207,38 @@ struct BackwardScratch : StepScratch {
     dh = take(p.has_options ? all : 0);
     dm = take(l.has_second() ? all : 0);
     sums = take(p.has_options ? WeightGradients::vectors(l) * row : 0);
-    records = take(is_recomputed ? (steps + 1) * p.B * l.record_bytes() : 0);
+    records = take(record_steps(l, p) * p.B * l.record_bytes());
+    if (!l.halves) return;
+    wide_h = take(p.B * l.bytes(l.P));
+    wide_y = take(saves_slots(l.shape.saves, p.options) ? 0 : p.B * l.bytes(l.P));
+    wide_dy = take(p.B * l.bytes(l.P));
+    h0 = take(p.B * p.R * l.item);
+    const bool by_rows =
+        Blocks::cuts_rows(l, p, l.dense_panels(p.R), l.back_tile(), threads);
+    const index rows_now = by_rows ? (p.B + threads - 1) / threads : p.B;
+    shares_operands = !by_rows && threads > 1 && p.B * p.H > few_operands;
+    const auto operand = [&](index rows, index K, bool shared) {
+      Operand of{};
+      of.apart = l.product.left_bytes(K);
+      const index bytes = (rows + most_tile_rows) * of.apart;
+      of.rows = shared ? take(bytes) : of_thread(bytes, rank, threads);
+      return of;
+    };
+    da_operand = operand(rows_now, l.back_depth(), shares_operands);
+    if (l.has_second()) {
+      const index K = l.model.projects ? round_up(p.R, l.lanes) : l.back_depth();
+      second_operand = operand(rows_now, K, shares_operands);
+    }
+    if (p.dx) {
+      const index own = (time_block_rows + threads - 1) / threads + l.back_tile();
+      dx_operand = operand(own, l.back_depth(), false);
+      wide_dx = of_thread(p.x_item == l.size ? 0 : l.bytes(own * p.I), rank, threads);
+    }
+    if (!is_recomputed) return;
+    recomputed_h = take(time_block_rows * l.padded_bytes());
+    recomputed_operand[0] = operand(time_block_rows, p.I, true);
+    recomputed_operand[1] = operand(time_block_rows, p.R, true);
+    if (l.has_second()) recomputed_operand[2] = operand(time_block_rows, p.H, true);
   }
 };
 

@@ -8,7 +8,8 @@
 //   trace         (L·D, T, B, blocks, H)
 //   gradients     ten arrays for each, in the order of reference.Parameters
 //
-// Strides are in bytes. Layer l + 1 reads the y of layer l.
+// Strides are in bytes. In halves y, trace and dy are bfloat16, x and dx may be; states,
+// cells and gradients of parameters are float32. Layer l + 1 reads the y of layer l.
 #pragma once
 
 #include <memory>
@@ -30,6 +31,7 @@ struct Stack {
 // StackCall has the arguments that forward and backward share.
 struct StackCall {
   index T, B;
+  index x_item;  // bytes of an element of x and dx
   bool reverse;  // of a single direction
   Options options;
   double weight_dropout;

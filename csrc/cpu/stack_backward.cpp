@@ -21,7 +21,7 @@ class StackBackwardPass : StackPass<Backward> {
     const Layout& first = stack_.layout();
     if (c_.dx) {
       clear_rows(c_.dx, c_.dx_t, c_.dx_b, {steps_, call_.T}, call_.B,
-                 first.bytes(first.I));
+                 first.I * call_.x_item);
     }
     const index n = stack_.count(), rows = steps_ * call_.B;
     for (index k = 0; k < n; ++k) {
@@ -34,7 +34,7 @@ class StackBackwardPass : StackPass<Backward> {
     }
     plan();
     const auto [one, other] = scratch();
-    const index widest = std::max(row_of_y(), first.bytes(first.I));
+    const index widest = std::max(row_of_y(), first.I * call_.x_item);
     const index zeros = reads_zeros() ? call_.B * element() * first.H : 0;
     const index between = layers_ > 1 ? rows * row_of_y() : 0;
     const index own = D_ == 2 ? rows * widest : 0;
@@ -63,7 +63,8 @@ class StackBackwardPass : StackPass<Backward> {
 
   void clear() const {
     const Layout& l = stack_.layout();
-    if (c_.dx) clear_rows(c_.dx, c_.dx_t, c_.dx_b, {0, call_.T}, call_.B, l.bytes(l.I));
+    const index row = l.I * call_.x_item;
+    if (c_.dx) clear_rows(c_.dx, c_.dx_t, c_.dx_b, {0, call_.T}, call_.B, row);
     copy_state(c_.dh_n, bytes_of_h(), c_.dh0);
     copy_state(c_.dc_n, bytes_of_c(), c_.dc0);
     for (index n = 0; n < stack_.count(); ++n) {
@@ -108,6 +109,7 @@ class StackBackwardPass : StackPass<Backward> {
     const Layout& l = weights(n).layout();
     const bool is_last = layer == layers_ - 1;
     const index row = row_of_y(), R = l.bytes(l.R), H = l.bytes(l.H);
+    const index of_y = l.R * l.item;
     if (has_options_) {
       const bool is_recomputed = BackwardScratch::recomputes(l, p);
       p.forward_weights = is_recomputed
@@ -125,7 +127,7 @@ class StackBackwardPass : StackPass<Backward> {
     p.y = is_last ? const_cast<char*>(c_.y) : saved_.y[layer];
     p.y_t = is_last ? c_.y_t : B * row;
     p.y_b = is_last ? c_.y_b : row;
-    p.y += d * R;
+    p.y += d * of_y;
     if (is_last && c_.cells) {
       p.cells = const_cast<char*>(c_.cells) + d * H;
       p.cells_t = c_.cells_t, p.cells_b = c_.cells_b;
@@ -134,16 +136,16 @@ class StackBackwardPass : StackPass<Backward> {
       p.cells_t = B * saved_.cells_row, p.cells_b = saved_.cells_row;
     }
     if (!is_last) {
-      p.dy = buffers[(layer + 1) % 2] + d * R, p.dy_t = B * row, p.dy_b = row;
+      p.dy = buffers[(layer + 1) % 2] + d * of_y, p.dy_t = B * row, p.dy_b = row;
     } else if (c_.dy) {
-      p.dy = c_.dy + d * R, p.dy_t = c_.dy_t, p.dy_b = c_.dy_b;
+      p.dy = c_.dy + d * of_y, p.dy_t = c_.dy_t, p.dy_b = c_.dy_b;
     }
     if (is_last && c_.dcells) {
       p.dcells = c_.dcells + d * H, p.dcells_t = c_.dcells_t, p.dcells_b = c_.dcells_b;
     }
     p.dh_n = c_.dh_n ? c_.dh_n + n * B * R : nullptr;
     p.dc_n = c_.dc_n ? c_.dc_n + n * B * H : nullptr;
-    const index of_x = layer > 0 ? row : l.bytes(l.I);
+    const index of_x = layer > 0 ? row : l.I * call_.x_item;
     if (layer == 0 && !c_.dx) {
       p.dx = nullptr;
     } else if (D_ == 2 && d == 0) {
@@ -175,10 +177,13 @@ class StackBackwardPass : StackPass<Backward> {
         const index t = n / call_.B, b = n % call_.B;
         char* const to = p.dx + t * p.dx_t + b * p.dx_b;
         const char* const from = own.dx + t * own.dx_t + b * own.dx_b;
-        if (element() == 4)
+        if (p.x_item == 2) {
+          add_halves(from, p.I, to);
+        } else if (p.x_item == 4) {
           add_values<float>(from, p.I, to);
-        else
+        } else {
           add_values<double>(from, p.I, to);
+        }
       }
       worked = true;
     }
@@ -198,10 +203,22 @@ class StackBackwardPass : StackPass<Backward> {
                                call_.options.seed,
                                static_cast<std::uint32_t>(Draw::between),
                                static_cast<std::uint32_t>(layer - 1)};
-      stack_.layout().k.drop_out(drop, team.share(steps_ * call_.B));
+      drop_rows(stack_.layout(), drop, of.x_item, team.share(steps_ * call_.B));
       worked = true;
     }
     return worked && layer > 0;
+  }
+  void add_halves(const char* from, index n, char* to) const {
+    constexpr index at_once = 256;
+    const Halves& halves = *stack_.layout().halves;
+    for (index k = 0; k < n; k += at_once, from += 2 * at_once, to += 2 * at_once) {
+      const index count = std::min(n - k, at_once);
+      char sums[4 * at_once], others[4 * at_once];
+      halves.widen(to, count, sums);
+      halves.widen(from, count, others);
+      add_values<float>(others, count, sums);
+      halves.narrow(sums, count, to);
+    }
   }
   template <class E>
   static void add_values(const char* from, index n, char* to) {
@@ -225,7 +242,7 @@ class StackBackwardPass : StackPass<Backward> {
       }
       char* const dweight_hh = c_.gradients[n * parameter_count + 1];
       if (dropped_.empty() || !dweight_hh) continue;
-      drop_weights(weights(n), dropped_at(call_, n), dweight_hh, dweight_hh);
+      drop_weights(weights(n), dropped_at(call_, n), element(), dweight_hh, dweight_hh);
     }
   }
 };

@@ -20,6 +20,7 @@ class StackForwardPass : StackPass<Forward> {
       const auto packed = weights(at).forward(steps_, steps_ * call_.B, has_options_);
       p.weights = packed.start;
       p.unpacked = packed.unpacked;
+      p.trace = c_.trace;  // the scratch memory depends on whether it is null
     }
     plan();
     const auto [one, other] = scratch();
@@ -49,7 +50,8 @@ class StackForwardPass : StackPass<Forward> {
         [&](const Group& group, const Team& team) {
           const index layer = group.first / D_;
           if (layer == 0 || !drops_between(stack_, call_)) return false;
-          stack_.layout().k.drop_out(drops[layer], team.share(steps_ * call_.B));
+          const Layout& l = stack_.layout();
+          drop_rows(l, drops[layer], l.item, team.share(steps_ * call_.B));
           return true;
         },
         [](const Group&, const Team&) { return false; });
@@ -80,7 +82,7 @@ class StackForwardPass : StackPass<Forward> {
                  D_ * l.bytes(l.H));
     }
     if (c_.trace) {
-      const index row = stack_.weights[0]->blocks() * l.bytes(l.H);
+      const index row = stack_.weights[0]->blocks() * l.H * l.item;
       std::memset(c_.trace, 0, stack_.count() * call_.T * call_.B * row);
     }
   }
@@ -94,12 +96,12 @@ class StackForwardPass : StackPass<Forward> {
   index trace_bytes() const {
     const Layout& l = stack_.layout();
     if (!c_.trace || !stack_.weights[0]->has_absent()) return 0;
-    return stack_.count() * steps_ * call_.B * l.shape.gates * l.bytes(l.H);
+    return stack_.count() * steps_ * call_.B * l.shape.gates * l.H * l.item;
   }
   void copy_traces(const char* from) const {
     const Layout& l = stack_.layout();
     const int gates = l.shape.gates;
-    const index row = l.bytes(l.H), rows = steps_ * call_.B;
+    const index row = l.H * l.item, rows = steps_ * call_.B;
     for (index at = 0; at < stack_.count(); ++at) {
       char* to = c_.trace + at * call_.T * call_.B * (gates - 1) * row;
       for (index n = 0; n < rows; ++n, from += gates * row, to += (gates - 1) * row) {
@@ -124,7 +126,7 @@ class StackForwardPass : StackPass<Forward> {
       p.x = dropped, p.x_t = B * row, p.x_b = row;
       drops[layer] = {steps_,
                       B,
-                      row / element(),
+                      row / l.item,
                       below,
                       B * row,
                       row,
@@ -141,7 +143,7 @@ class StackForwardPass : StackPass<Forward> {
     p.y = is_last ? c_.y : y_of(layer);
     p.y_t = is_last ? c_.y_t : B * row;
     p.y_b = is_last ? c_.y_b : row;
-    p.y += d * R;
+    p.y += d * l.R * l.item;
     p.h_n = c_.h_n + at * B * R;
     p.c_n = l.shape.has_c ? c_.c_n + at * B * H : nullptr;
     p.saved = c_.saved ? saved.records[at] : nullptr;
@@ -152,7 +154,7 @@ class StackForwardPass : StackPass<Forward> {
       p.cells_t = B * saved.cells_row, p.cells_b = saved.cells_row;
     }
     if (!c_.trace) return;
-    const index of_trace = B * l.shape.gates * H;
+    const index of_trace = B * l.shape.gates * l.H * l.item;
     p.trace =
         traces ? traces + at * steps_ * of_trace : c_.trace + at * call_.T * of_trace;
   }

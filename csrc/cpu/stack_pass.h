@@ -96,14 +96,14 @@ struct Saved {
     const bool saves = saves_slots(l.shape.saves, c.options) && !c.recompute;
     const index layers = stack.count() / stack.directions;
     cells_row = stack.directions * l.bytes(l.H);
-    y_row = stack.directions * l.bytes(l.R);
+    y_row = stack.directions * l.R * l.item;
     const auto take = [&](bool exists, index row) {
       char* const part = exists && memory ? memory + c.T * c.B * bytes : nullptr;
       bytes += exists ? row : 0;
       return part;
     };
     for (const auto& weights : stack.weights) {
-      records.push_back(take(saves, weights->layout().record_bytes()));
+      records.push_back(take(saves, weights->layout().saved_record_bytes()));
     }
     for (index layer = 0; layer < layers; ++layer) {
       cells.push_back(take(c.recompute && l.shape.has_c, cells_row));
@@ -156,7 +156,7 @@ class StackPass {
     return dropped_.empty() ? *stack_.weights[at] : *dropped_[at];
   }
   index element() const { return stack_.layout().size; }
-  index row_of_y() const { return D_ * stack_.layout().bytes(stack_.layout().R); }
+  index row_of_y() const { return D_ * stack_.layout().R * stack_.layout().item; }
   index bytes_of_h() const {
     return stack_.count() * call_.B * stack_.layout().bytes(stack_.layout().R);
   }
@@ -181,6 +181,7 @@ class StackPass {
     p.weight_ih = weights(at).parameters().weight_ih;
     p.weight_hh = weights(at).parameters().weight_hh;
     p.masks = masks_;
+    p.x_item = at < D_ ? call_.x_item : l.item;
     p.has_options = has_options_;
     const index rows =
         masks_.lengths

@@ -25,11 +25,11 @@ void WeightGradients::add(const Schedule& all, const Team& team, index begin,
   if (!p_.dweight_ih && !p_.dweight_hh && !p_.dweight_hr && !wants_biases()) return;
   const Kernels& k = l_.k;
   const index rows = all.count(begin, end);
-  const Range of_da = team.share(l_.shape.slots * l_.P, k.gradient_tile);
+  const Range of_da = team.share(l_.shape.slots * l_.P, l_.gradients().tile);
   for (index done = 0; done < rows; done += gradient_depth) {
     Depth depth;
     find(all, begin, end, done, depth);
-    if (depth.count <= few_rows && !p_.has_options) {
+    if (depth.count <= few_rows && !p_.has_options && !l_.halves) {
       add_outer_products(depth, of_da);
     } else {
       if (done > 0) team.meet();  // the panels are still being read
@@ -51,19 +51,22 @@ void WeightGradients::add_outer_products(const Depth& rows, Range of_da) const {
 
 void WeightGradients::add_products(const Depth& rows, const Team& team,
                                    Range of_da) const {
-  const Kernels& k = l_.k;
-  const index depth = rows.count, P = l_.P, tile = k.gradient_tile;
+  const Gradients& of = l_.gradients();
+  const index depth = rows.count, P = l_.P, tile = of.tile;
   char* const x_panels = memory_.right;
-  char* const h_panels = x_panels + l_.bytes(depth * round_up(p_.I, l_.lanes));
-  char* const second_panels = h_panels + l_.bytes(depth * round_up(p_.R, l_.lanes));
-  const Range own_rows = team.share(depth);
-  if (p_.dweight_ih) k.pack_right(rows.x, own_rows, depth, p_.I, x_panels);
-  if (p_.dweight_hh) k.pack_right(rows.h_dropped, own_rows, depth, p_.R, h_panels);
+  char* const h_panels = x_panels + panel_bytes(l_, depth, p_.I);
+  char* const second_panels = h_panels + panel_bytes(l_, depth, p_.R);
+  const Range own_rows = team.share(depth, l_.halves ? 2 : 1);  // pairs
+  const index h_item = drops(p_.options) ? l_.size : l_.item;
+  if (p_.dweight_ih) of.pack_right(rows.x, p_.x_item, own_rows, depth, p_.I, x_panels);
+  if (p_.dweight_hh) {
+    of.pack_right(rows.h_dropped, h_item, own_rows, depth, p_.R, h_panels);
+  }
   if (l_.has_second()) {
     const char* second[gradient_depth];
     const index at = l_.bytes(p_.model.projects ? row_.m : row_.operand);
     for (index n = 0; n < depth; ++n) second[n] = rows.da[n] + at;
-    k.pack_right(second, own_rows, depth, p_.H, second_panels);
+    of.pack_right(second, l_.size, own_rows, depth, p_.H, second_panels);
   }
   team.meet();
 
@@ -71,9 +74,9 @@ void WeightGradients::add_products(const Depth& rows, const Team& team,
     const index at_once = gradient_tiles_at_once * tile;
     for (index column = columns.begin; column < columns.end; column += at_once) {
       const index last = column + at_once < columns.end ? column + at_once : columns.end;
-      k.pack_left(rows.da, depth, {column, last}, memory_.left);
+      of.pack_left(rows.da, depth, {column, last}, memory_.left);
       for (int n = 0; n < count; ++n) {
-        k.add_products(memory_.left, depth, {column, last}, targets[n], rows.first);
+        of.add_products(memory_.left, depth, {column, last}, targets[n], rows.first);
       }
     }
   };
@@ -85,7 +88,7 @@ void WeightGradients::add_products(const Depth& rows, const Team& team,
   Target targets[] = {of_W(x_panels), of_R(h_panels), {}};
   if (l_.has_second() && !p_.model.projects) {
     Target& of_first = targets[1];
-    targets[2] = {of_first.begin, 1,    l_.of_second.blocks, p_.H,
+    targets[2] = {of_first.begin, 1,    l_.of_second.blocks, p_.H, P,
                   second_panels,  p_.H, p_.dweight_hh};
     of_first.begin += P;
     of_first.order += 1;
@@ -96,8 +99,9 @@ void WeightGradients::add_products(const Depth& rows, const Team& team,
   }
   if (!p_.model.projects || !p_.dweight_hr) return;
   const Range of_dh = team.share(round_up(p_.R, l_.lanes), tile);
-  const Target of_projection{row_.dh,       1,    l_.of_second.blocks, p_.R,
-                             second_panels, p_.H, p_.dweight_hr};
+  const Target of_projection{
+      row_.dh,       1,    l_.of_second.blocks, p_.R, round_up(p_.R, l_.lanes),
+      second_panels, p_.H, p_.dweight_hr};
   add({row_.dh + of_dh.begin, row_.dh + of_dh.end}, &of_projection, 1);
 }
 

@@ -25,11 +25,13 @@ class WeightGradients {
     char* sums;   // (vectors, P) gradients of peepholes and LayerNorm's vectors
   };
   static index left_bytes(const Layout& l) {
-    return l.bytes(gradient_depth * gradient_tiles_at_once * l.k.gradient_tile);
+    const index of_column =
+        l.halves ? l.product.left_bytes(gradient_depth) : l.bytes(gradient_depth);
+    return gradient_tiles_at_once * l.gradients().tile * of_column;
   }
   static index right_bytes(const Layout& l, index depth) {
-    const index second = l.has_second() ? round_up(l.H, l.lanes) : 0;
-    return l.bytes(depth * (round_up(l.I, l.lanes) + round_up(l.R, l.lanes) + second));
+    const index second = l.has_second() ? panel_bytes(l, depth, l.H) : 0;
+    return panel_bytes(l, depth, l.I) + panel_bytes(l, depth, l.R) + second;
   }
   static index vectors(const Layout& l) {
     return l.shape.peephole_count + 2 * l.shape.gates + 2;
@@ -45,6 +47,12 @@ class WeightGradients {
   void add_vectors(const Schedule& all, const Team& team, index begin, index end) const;
 
  private:
+  // Returns the bytes of the panels of `depth` rows of N elements.
+  static index panel_bytes(const Layout& l, index depth, index N) {
+    if (l.halves) return l.dense_panels(N) * l.product.panel_bytes(2, depth);
+    return l.bytes(depth * round_up(N, l.lanes));
+  }
+
   // Depth is the rows that are added at once.
   struct Depth {
     index count;
@@ -56,11 +64,11 @@ class WeightGradients {
   void add_outer_products(const Depth& rows, Range of_da) const;
   void add_products(const Depth& rows, const Team& team, Range of_da) const;
   Target of_W(const char* panels) const {
-    return {row_.input, l_.shape.gates, l_.of_input.blocks, p_.H,
+    return {row_.input, l_.shape.gates, l_.of_input.blocks, p_.H, l_.P,
             panels,     p_.I,           p_.dweight_ih};
   }
   Target of_R(const char* panels) const {
-    return {row_.recurrent, l_.shape.gates, l_.of_recurrent.blocks, p_.H,
+    return {row_.recurrent, l_.shape.gates, l_.of_recurrent.blocks, p_.H, l_.P,
             panels,         p_.R,           p_.dweight_hh};
   }
   bool wants_biases() const { return p_.dbias_ih || p_.dbias_hh; }

@@ -23,25 +23,27 @@ void remove_block(const char* from, index bytes, int blocks, int absent, char* t
   std::memcpy(to + before, from + before + bytes, (blocks - 1) * bytes - before);
 }
 
-void drop_weights(const Weights& weights, const DroppedWeights& dropped, const char* from,
-                  char* to) {
+void drop_weights(const Weights& weights, const DroppedWeights& dropped, index item,
+                  const char* from, char* to) {
   constexpr index values_per_thread = 1 << 15;
   const Layout& l = weights.layout();
-  const index rows = weights.blocks() * l.H, row = l.bytes(l.R);
+  const index rows = weights.blocks() * l.H, row = l.R * item;
   const auto draw = static_cast<std::uint32_t>(Draw::weights);
   const Dropout<char> problem{1, rows, l.R,       from,         0,    row,          to,
                               0, row,  dropped.p, dropped.seed, draw, dropped.where};
   with_team(threads_for(rows * l.R, values_per_thread), true, 0,
-            [&](const Team& team) { l.k.drop_out(problem, team.share(rows)); });
+            [&](const Team& team) { drop_rows(l, problem, item, team.share(rows)); });
 }
 
 Weights::Weights(const Kernels& kernels, const Product& product, const CellKernels& cell,
                  const Parameters<char>& parameters, const Vectors<const char>& vectors)
-    : layout_(kernels, product, parameters.input_operands, cell, parameters.model),
+    : layout_(kernels, product, parameters.input_operands, cell, parameters.model,
+              parameters.halves),
       user_parameters_(parameters),
       user_vectors_(vectors),
       parameters_(parameters),
       vectors_(vectors) {
+  widen();
   if (has_absent() && user_parameters_.weight_ih) expand();
 }
 
@@ -51,15 +53,39 @@ Weights::Weights(const Weights& whole, const DroppedWeights& dropped)
       user_vectors_(whole.user_vectors_),
       parameters_(user_parameters_),
       vectors_(user_vectors_) {
-  const index values = blocks() * layout_.H * layout_.R;
-  dropped_ = Memory(static_cast<std::size_t>(layout_.bytes(values)));
-  drop_weights(*this, dropped, user_parameters_.weight_hh, dropped_.as<char>());
+  const index item = weight_bytes();
+  dropped_ = Memory(static_cast<std::size_t>(blocks() * layout_.H * layout_.R * item));
+  drop_weights(*this, dropped, item, user_parameters_.weight_hh, dropped_.as<char>());
   parameters_.weight_hh = dropped_.as<char>();
+  widen();
   if (has_absent()) expand();
 }
 
 Weights::~Weights() {
   for (Slot* slot : {&bias_, &forward_, &backward_}) delete slot->load();
+}
+
+// Converts the parameters that are vectors from bfloat16.
+void Weights::widen() {
+  const Layout& l = layout_;
+  if (!l.halves || parameters_.item == l.size) return;
+  const index peepholes = (l.shape.peephole_count - has_absent()) * l.H;
+  const index rows = blocks() * l.H;
+  widened_ = Memory(static_cast<std::size_t>(l.bytes(peepholes + 4 * rows + 2 * l.H)));
+  char* to = widened_.as<char>();
+  const auto put = [&](const char*& from, index values) {
+    if (!from) return;
+    l.halves->widen(from, values, to);
+    from = to;
+    to += l.bytes(values);
+  };
+  put(parameters_.bias_ih, rows);
+  put(parameters_.bias_hh, rows);
+  put(vectors_.weight_ch, peepholes);
+  put(vectors_.gamma_ih, rows);
+  put(vectors_.gamma_hh, rows);
+  put(vectors_.gamma_c, l.H);
+  put(vectors_.beta_c, l.H);
 }
 
 // Copies parameters into arrays with zeros for the absent gate.
@@ -122,7 +148,7 @@ Weights::Packed Weights::forward(index steps, index rows, bool has_options) cons
 }
 
 const char* Weights::backward(index steps, index rows, bool has_options) const {
-  if (!backward_.load(std::memory_order_acquire) && !has_options) {
+  if (!backward_.load(std::memory_order_acquire) && !has_options && !is_narrow()) {
     if (skips_packing(rows_backward_, steps, rows, 3 * few_rows)) return nullptr;
   }
   return find(backward_, Packing::backward);

@@ -42,11 +42,7 @@ class Weights {
   const Parameters<char>& parameters() const { return parameters_; }
   // Returns whether weights are narrower than the element type.
   bool is_narrow() const { return layout_.product.precision != Precision::element; }
-  // Returns the bytes of a weight.
-  index weight_bytes() const {
-    const Precision of = layout_.product.precision;
-    return of == Precision::element ? layout_.size : of == Precision::int8 ? 1 : 2;
-  }
+  index weight_bytes() const { return layout_.weight_item(parameters_); }
   // Returns the number of blocks of rows in the user's parameters: the kernels' gates
   // without an absent one.
   int blocks() const { return layout_.shape.gates - has_absent(); }
@@ -76,22 +72,23 @@ class Weights {
   using Slot = std::atomic<const Memory*>;
 
   const char* find(Slot& slot, Packing packing) const;
+  void widen();
   void expand();
 
   const Layout layout_;
   const Parameters<char> user_parameters_;
   const Vectors<const char> user_vectors_;
-  Memory dropped_, expanded_;
+  Memory dropped_, widened_, expanded_;
   Parameters<char> parameters_;  // as the kernels read them
   Vectors<const char> vectors_;
   mutable Slot bias_{nullptr}, forward_{nullptr}, backward_{nullptr};
   mutable std::atomic<index> rows_forward_{0}, rows_backward_{0};
 };
 
-// Copies weight_hh (as the user has it) or its gradient, with the dropped elements set to
-// 0.
-void drop_weights(const Weights& weights, const DroppedWeights& dropped, const char* from,
-                  char* to);
+// Copies weight_hh (as the user has it) or its gradient, whose elements have `item`
+// bytes, with the dropped elements set to 0.
+void drop_weights(const Weights& weights, const DroppedWeights& dropped, index item,
+                  const char* from, char* to);
 
 // Returns the place of a slot among the peepholes.
 inline int peephole_of(const Shape& shape, int slot) {

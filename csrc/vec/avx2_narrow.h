@@ -37,6 +37,10 @@ inline void put_halves(Ints a, char* p) {
                    _mm_packus_epi32(_mm256_castsi256_si128(upper),
                                     _mm256_extracti128_si256(upper, 1)));
 }
+inline Vec<float> from_halves(const char* p) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16))};
+}
 inline Vec<float> float16(const char* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }

@@ -9,6 +9,7 @@
 //   nearest(x), converted(a)      x rounded to integers, ties to even; a as floats
 //   put_bytes(a, p)               the lowest byte of each integer
 //   put_halves(a, p)              the upper half of each integer
+//   from_halves(p)                `lanes` bfloat16 as a Vec<float>
 //   float16(p)                    `lanes` float16 as a Vec<float>
 //   even_of(p), odd_of(p)         the first (second) of each pair of bfloat16, as a
 //                                 Vec<float>

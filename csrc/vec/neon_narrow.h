@@ -29,6 +29,11 @@ inline void put_halves(Ints a, char* p) {
   const uint16x4_t upper = vshrn_n_u32(vreinterpretq_u32_s32(a.v), 16);
   __builtin_memcpy(p, &upper, sizeof(upper));
 }
+inline Vec<float> from_halves(const char* p) {
+  uint16x4_t halves;
+  __builtin_memcpy(&halves, p, sizeof(halves));
+  return {vreinterpretq_f32_u32(vshll_n_u16(halves, 16))};
+}
 inline Vec<float> float16(const char* p) {
   float16x4_t four;
   __builtin_memcpy(&four, p, sizeof(four));

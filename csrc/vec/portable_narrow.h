@@ -65,6 +65,13 @@ inline void put_halves(Ints a, char* p) {
     __builtin_memcpy(p + 2 * l, &half, 2);
   }
 }
+inline Vec<float> from_halves(const char* p) {
+  return Vec<float>::each([=](int l) {
+    std::uint16_t half;
+    __builtin_memcpy(&half, p + 2 * l, 2);
+    return std::bit_cast<float>(static_cast<std::uint32_t>(half) << 16);
+  });
+}
 // Weights are finite, so the exponent is never that of an infinity.
 inline Vec<float> float16(const char* p) {
   return Vec<float>::each([=](int l) {

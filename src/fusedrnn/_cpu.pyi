@@ -36,8 +36,8 @@ class Layers:
     def plan(self, at: int, T: int, B: int, options: Options, /) -> dict[str, Any]:
         """Return how a forward of one layer and direction would run."""
 
-    def saved_values(self, options: Options, /) -> int:
-        """Return the number of values saved per step and row, beside x and the results."""
+    def saved_bytes(self, options: Options, /) -> int:
+        """Return the number of bytes saved per step and row, beside x and the results."""
 
     def forward(
         self,

@@ -86,10 +86,10 @@ def explain(
             else _on_gpu(layer, T, B, I, training, bool(in_use))
         )
         if on_cpu:
-            saved = plan.pop("saved values")
+            saved = plan.pop("saved bytes")
             if options.recompute:
-                saved = H if "c" in layer._cell.states else 0
-            explanation["saved_bytes"] += item * B * T * saved if training else 0
+                saved = max(item, 4) * H if "c" in layer._cell.states else 0
+            explanation["saved_bytes"] += B * T * saved if training else 0
             sizes, single = (T, B, I, H), str(layer.dtype) == "float32"
             explanation["floor"] += floor.seconds(
                 sizes,
@@ -123,7 +123,7 @@ def _on_cpu(layers: Layers, at: int, T: int, B: int, options: Options) -> dict[s
         "each thread owns": owns if threads > 1 else "all",
         "packing": f"{packing}, {plan['packed_bytes'] / 1e3:.0f} kB",
         "scratch": f"{plan['workspace_bytes'] / 1e3:.0f} kB",
-        "saved values": plan["saved"],
+        "saved bytes": plan["saved"],
     }
 
 

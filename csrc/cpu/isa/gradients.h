@@ -10,7 +10,8 @@ namespace fusedrnn::FUSEDRNN_ARCH {
 // Packs rows [own.begin, own.end) of panels of two vectors, the last of one if that is
 // enough: [panel][k][width][lanes].
 template <class S>
-void pack_right(const char* const* rows, Range own, index depth, index N, char* to) {
+void pack_right(const char* const* rows, index, Range own, index depth, index N,
+                char* to) {
   using V = Vec<S>;
   constexpr int lanes = V::lanes;
   for (index n = 0; n < N; n += 2 * lanes) {
@@ -89,7 +90,7 @@ template <class S>
 void add_products(const char* left, index depth, Range columns, const Target& of,
                   bool first) {
   constexpr int tile = gradient_tile<S>, lanes = Vec<S>::lanes;
-  const index P = round_up(of.units, lanes), end = of.begin + of.blocks * P;
+  const index P = of.padded, end = of.begin + of.blocks * P;
   if (!of.dweight || columns.end <= of.begin || columns.begin >= end) return;
   S* const dweight = reinterpret_cast<S*>(of.dweight);
   S* rows[gradient_tiles_at_once][tile];  // null for padding and other columns

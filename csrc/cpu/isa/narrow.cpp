@@ -3,8 +3,7 @@
 // narrow_<set> and FUSEDRNN_VECTORS to the vectors that it uses.
 #include "../narrow.h"
 
-#include "operands.h"
-#include "shapes.h"
+#include "halves.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
@@ -74,19 +73,30 @@ constexpr auto probe_of = probe<F>;
 // else an operand has `size` bytes for each element.
 template <class F, int size>
 constexpr Product product(Precision precision, const char* unit,
-                          decltype(Product::put_left) put_left) {
+                          decltype(Product::pack) pack,
+                          decltype(Product::put_left) put_left,
+                          decltype(Product::pack_transposed) transposed = nullptr,
+                          const Halves* halves = nullptr) {
   return {precision,
           unit,
+          F::grain,
+          size,
           panels_of<F>.at,
           [](int width, index K) { return narrow_panel_bytes(panel<F>, width, K); },
-          [](const Matrix& of, int unit_vectors, Range panels, char* to) {
-            pack_narrow(panel<F>, of, unit_vectors, panels, to);
-          },
+          pack,
+          transposed,
           [](index K) { return operand_bytes(K, F::grain, size); },
           put_left,
           nullptr,
           leave,
-          probe_of<F>};
+          probe_of<F>,
+          halves};
+}
+
+// Packs weights that are narrow already, whatever their bytes.
+template <class F>
+void pack_whole(const Matrix& of, int unit_vectors, Range panels, char* to) {
+  pack_narrow(panel<F>, of, unit_vectors, panels, to);
 }
 
 #ifdef FUSEDRNN_NARROW_INT8
@@ -100,8 +110,8 @@ constexpr const char* int8_unit = "NEON I8MM";
 using Int8Format = Bytes<4>;
 constexpr const char* int8_unit = Int8::unit;
 #endif
-constinit const Product int8 =
-    product<Int8Format, 1>(Precision::int8, int8_unit, put_int8<Int8Format::grain>);
+constinit const Product int8 = product<Int8Format, 1>(
+    Precision::int8, int8_unit, pack_whole<Int8Format>, put_int8<Int8Format::grain>);
 #endif
 
 #ifdef FUSEDRNN_NARROW_BFLOAT16
@@ -118,13 +128,22 @@ using Bfloat16Format = WidenedPairs;
 constexpr bool is_widened = true;
 constexpr const char* bfloat16_unit = "FMA";
 #endif
-constinit const Product bfloat16 = product<Bfloat16Format, is_widened ? 4 : 2>(
-    Precision::bfloat16, bfloat16_unit, put_bfloat16<is_widened, Bfloat16Format::grain>);
+constexpr int grain = Bfloat16Format::grain, of_operand = is_widened ? 4 : 2;
+constinit const Halves halves{
+    put_halves_left<is_widened, grain>,
+    {panels_of<Bfloat16Format>.at[0].tile, pack_right_halves<grain>,
+     pack_left_halves<is_widened, grain>,
+     add_products_of_halves<Bfloat16Format, of_operand>},
+    widen,
+    narrow_row};
+constinit const Product bfloat16 = product<Bfloat16Format, of_operand>(
+    Precision::bfloat16, bfloat16_unit, pack_pairs<grain>,
+    put_bfloat16<is_widened, grain>, pack_transposed_halves<grain>, &halves);
 #endif
 
 #ifdef FUSEDRNN_NARROW_FLOAT16
 constinit const Product widened_float16 =
-    product<Float16, 0>(Precision::float16, "FMA", nullptr);
+    product<Float16, 0>(Precision::float16, "FMA", pack_whole<Float16>, nullptr);
 #endif
 
 }  // namespace

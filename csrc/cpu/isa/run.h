@@ -139,7 +139,7 @@ class BlockRun {
       const Term& of = b_.terms[n];
       const Matrix& weights = *of.matrix;
       if (b_.transposed) {
-        pack_transposed<S>(weights, {panel, panel + 1}, to);
+        b_.product->pack_transposed(weights, {panel, panel + 1}, to);
       } else {
         b_.product->pack(weights, b_.unit_vectors, {panel, panel + 1}, to);
       }
@@ -289,7 +289,7 @@ class BlockRun {
       const Operand& of = b_.terms[n].operand;
       const char* row = of.rows + place * of.apart;
       for (int r = 0; r < rows; ++r, row += of.apart) operand_[n][r] = row;
-      terms_[n].scale = of.scale + place;
+      if (of.scale) terms_[n].scale = of.scale + place;
     }
   }
 
@@ -366,7 +366,7 @@ class BlockRun {
     for (int n = 0; n < b_.count; ++n) {
       const Term& of = b_.terms[n];
       terms_[n].right = packs_ ? right_[n] : right_[n] + panel * of.panel_bytes;
-      if (of.from > 0) terms_[n].left = left_from(of, of.from);
+      if (of.from > 0) terms_[n].left = left_from(n, of.from);
     }
     by_panels[together - 1](to, start, terms_, b_.count);
   }
@@ -380,10 +380,9 @@ class BlockRun {
       const auto part_of = [&](index piece) { return of.depth * piece / pass.pieces; };
       const index begin = pass.pieces == 1 ? of.from : part_of(pass.piece);
       const index end = pass.pieces == 1 ? of.K : part_of(pass.piece + 1);
-      const char* const* const left = of.operand.rows ? operand_[n] : at_[of.role];
       TermAt& term = terms_[n];
       term.K = begin < of.from ? 0 : end - begin;
-      term.left = begin > 0 ? left_from(of, begin) : left;
+      term.left = begin > 0 ? left_from(n, begin) : rows_of_term(n);
       term.right = of.panels + panel * of.panel_bytes + begin * of.k_bytes;
       if (together > 1) continue;
       if (pass.prefetch == Pass::own) {
@@ -405,16 +404,20 @@ class BlockRun {
     with(to, start, terms_, b_.count);
     for (int n = 0; n < b_.count; ++n) {
       const Term& of = b_.terms[n];
-      terms_[n].left = of.operand.rows ? operand_[n] : at_[of.role];
+      terms_[n].left = rows_of_term(n);
       terms_[n].K = of.K - of.from;
     }
   }
 
+  const char* const* rows_of_term(int n) const {
+    return b_.terms[n].operand.rows ? operand_[n] : at_[b_.terms[n].role];
+  }
   // Returns the left rows of a term from some k on, in an array that only one term can
   // use.
-  const char* const* left_from(const Term& of, index k) {
+  const char* const* left_from(int n, index k) {
+    const char* const* const rows = rows_of_term(n);
     for (int r = 0; r < rows_; ++r) {
-      left_[r] = at_[of.role][r] + k * index{sizeof(S)};
+      left_[r] = rows[r] + k * b_.terms[n].left_bytes;
       asm("" : "+r"(left_[r]));
     }
     return left_;

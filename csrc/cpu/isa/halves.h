@@ -1,0 +1,261 @@
+// This header has the functions for arrays of bfloat16: conversions of rows, packing, and
+// the products of the gradients of weights, in a format of bfloat16 (narrow_formats.h).
+//
+// A row is bfloat16 or float32 in memory, by the bytes of an element, and is rounded to
+// bfloat16 in either case.
+#pragma once
+
+#include "operands.h"
+#include "shapes.h"
+
+namespace fusedrnn::FUSEDRNN_ARCH {
+
+constexpr index half = 2;  // bytes
+
+// Loads bfloat16 from element k on, zeros from K on.
+inline Vec<float> halves_at(const char* row, index k, index K) {
+  constexpr index lanes = Vec<float>::lanes;
+  if (K - k >= lanes) return from_halves(row + k * half);
+  alignas(64) char rest[lanes * half] = {};
+  if (k < K) __builtin_memcpy(rest, row + k * half, (K - k) * half);
+  return from_halves(rest);
+}
+inline void store_halves(Vec<float> rounded, char* to, index left) {
+  constexpr index lanes = Vec<float>::lanes;
+  if (left >= lanes) return put_halves(bits(rounded), to);
+  alignas(64) char rest[lanes * half];
+  put_halves(bits(rounded), rest);
+  __builtin_memcpy(to, rest, left * half);
+}
+// Loads elements of `item` bytes from k on, rounded; null stands for a row of zeros.
+template <index item>
+inline Vec<float> rounded_at(const char* row, index k, index K) {
+  if (!row) return Vec<float>::broadcast(0);
+  if (item == half) return halves_at(row, k, K);
+  return rounded_to_bfloat16(elements(reinterpret_cast<const float*>(row), k, K));
+}
+
+inline void widen(const char* from, index n, char* to) {
+  using V = Vec<float>;
+  float* const out = reinterpret_cast<float*>(to);
+  for (index k = 0; k < n; k += V::lanes) {
+    store_upto(halves_at(from, k, n), out + k, n - k);
+  }
+}
+inline void narrow_row(const char* from, index n, char* to) {
+  for (index k = 0; k < n; k += Vec<float>::lanes) {
+    store_halves(rounded_at<4>(from, k, n), to + k * half, n - k);
+  }
+}
+
+// Writes rows of bfloat16 as operands.
+template <bool widened, int grain>
+void put_halves_left(const Rows& rows, Range places, index K, const Operand* to, int) {
+  each_row(rows, places, [&](const float* found, index place) {
+    const char* const row = reinterpret_cast<const char*>(found);
+    char* const at = to->rows + place * to->apart;
+    const index padding = round_up(K, grain) - K;
+    if (widened) {
+      widen(row, K, at);
+      if (padding) __builtin_memset(at + K * 4, 0, padding * 4);
+    } else {
+      __builtin_memcpy(at, row, K * half);
+      if (padding) __builtin_memset(at + K * half, 0, padding * half);
+    }
+  });
+}
+
+// Returns pairs of bfloat16, a in the lower halves and b in the upper ones, as the bits
+// of a vector.
+inline Vec<float> paired(Vec<float> a, Vec<float> b) {
+  return floats(shifted_right<16>(bits(a)) + bits(b));
+}
+
+// Loads the pairs of a row from element k on.
+template <index item>
+inline Vec<float> pairs_of(const char* row, index k, index K) {
+  using V = Vec<float>;
+  constexpr index lanes = V::lanes;
+  V pairs;
+  if (item == half && K - k >= 2 * lanes) {
+    __builtin_memcpy(&pairs, row + k * half, sizeof(pairs));
+    return pairs;
+  }
+  alignas(64) char both[2 * lanes * half];
+  put_halves(bits(rounded_at<item>(row, k, K)), both);
+  put_halves(bits(rounded_at<item>(row, k + lanes, K)), both + lanes * half);
+  __builtin_memcpy(&pairs, both, sizeof(pairs));
+  return pairs;
+}
+
+// Packs panels of rows of weights: [k / 2][vector][lane][2], K padded to `grain`.
+template <int grain, index item>
+void pack_pairs_of(const Matrix& of, int unit_vectors, Range panels, char* to) {
+  using V = Vec<float>;
+  constexpr index lanes = V::lanes;
+  const int width = of.slots * unit_vectors;
+  const index depth = round_up(of.K, grain), row_bytes = of.K * item;
+  for (index panel = panels.begin; panel < panels.end; ++panel) {
+    for (int vector = 0; vector < width; ++vector) {
+      const index unit = (panel * unit_vectors + vector % unit_vectors) * lanes;
+      const char* const rows =
+          of.weight + (of.blocks[vector / unit_vectors] * of.H + unit) * row_bytes;
+      char* at = to + vector * index{sizeof(V)};
+      for (index k = 0; k < depth; k += 2 * lanes) {
+        V square[lanes];
+#pragma GCC unroll 16
+        for (int u = 0; u < lanes; ++u) {
+          const char* const row = rows + u * row_bytes;
+          square[u] = unit + u < of.H ? pairs_of<item>(row, k, of.K) : V::broadcast(0);
+          // The hardware prefetcher does not follow so many rows at once.
+          __builtin_prefetch(row + (k + 4 * lanes) * item);
+        }
+        transpose(square);
+        for (int i = 0; i < lanes && k + 2 * i < depth; ++i) {
+          square[i].store(reinterpret_cast<float*>(at));
+          at += width * index{sizeof(V)};
+        }
+      }
+    }
+    to += depth / 2 * width * index{sizeof(V)};
+  }
+}
+template <int grain>
+void pack_pairs(const Matrix& of, int unit_vectors, Range panels, char* to) {
+  (of.item == half ? pack_pairs_of<grain, half>
+                   : pack_pairs_of<grain, 4>)(of, unit_vectors, panels, to);
+}
+
+// Packs rows k of `own` to panels of two vectors, [k / 2][vector][lane][2], where row k
+// is row_at(k), and `depth` is padded to `grain`. Two rows go to all panels before the
+// next ones, as each is contiguous in memory.
+template <int grain, index item, class F>
+void pack_rows(const F& row_at, Range own, index depth, index N, Range panels, char* to) {
+  using V = Vec<float>;
+  constexpr index lanes = V::lanes;
+  const index padded = round_up(depth, grain), panel_bytes = padded * 2 * lanes * half;
+  const index end = own.end == depth ? padded : own.end;
+  for (index k = own.begin; k < end; k += 2) {
+    const char* const a = k < depth ? row_at(k) : nullptr;
+    const char* const b = k + 1 < depth ? row_at(k + 1) : nullptr;
+    char* at = to + k * 2 * lanes * half;
+    for (index panel = panels.begin; panel < panels.end; ++panel, at += panel_bytes) {
+      const index n = panel * 2 * lanes;
+      for (int w = 0; w < 2; ++w) {
+        const V pairs = paired(rounded_at<item>(a, n + w * lanes, N),
+                               rounded_at<item>(b, n + w * lanes, N));
+        pairs.store(reinterpret_cast<float*>(at) + w * lanes);
+      }
+    }
+  }
+}
+
+template <int grain>
+void pack_right_halves(const char* const* rows, index item, Range own, index depth,
+                       index N, char* to) {
+  constexpr index columns = 2 * Vec<float>::lanes;
+  const Range panels{0, (N + columns - 1) / columns};
+  const auto row_at = [&](index k) { return rows[k]; };
+  if (item == half) return pack_rows<grain, half>(row_at, own, depth, N, panels, to);
+  pack_rows<grain, 4>(row_at, own, depth, N, panels, to);
+}
+
+template <int grain>
+void pack_transposed_halves(const Matrix& of, Range panels, char* to) {
+  const auto row_at = [&](index k) -> const char* {
+    const index slot = k / of.P, unit = k - slot * of.P;
+    if (unit >= of.H) return nullptr;
+    return of.weight + (of.blocks[slot] * of.H + unit) * of.K * of.item;
+  };
+  const index depth = of.slots * of.P;
+  if (of.item == half) {
+    return pack_rows<grain, half>(row_at, {0, depth}, depth, of.K, panels, to);
+  }
+  pack_rows<grain, 4>(row_at, {0, depth}, depth, of.K, panels, to);
+}
+
+// Writes columns of rows of float32 as operands of `depth` elements, one for each column.
+template <bool widened, int grain>
+void pack_left_halves(const char* const* rows, index depth, Range columns, char* to) {
+  using V = Vec<float>;
+  constexpr index lanes = V::lanes, size = widened ? 4 : half;
+  const index apart = operand_bytes(depth, grain, size), padded = round_up(depth, grain);
+  const auto at = [&](index k, index column) {
+    const char* const row = k < depth ? rows[k] + column * 4 : nullptr;
+    return rounded_at<4>(row, 0, columns.end - column);
+  };
+  for (index column = columns.begin; column < columns.end; column += lanes) {
+    char* const out = to + (column - columns.begin) * apart;
+    for (index k = 0; k < padded; k += widened ? lanes : 2 * lanes) {
+      V square[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) {
+        square[i] = widened ? at(k + i, column)
+                            : paired(at(k + 2 * i, column), at(k + 2 * i + 1, column));
+      }
+      transpose(square);
+      for (index i = 0; i < lanes && column + i < columns.end; ++i) {
+        square[i].store(reinterpret_cast<float*>(out + i * apart + k * size));
+      }
+    }
+  }
+}
+
+// Adds leftᵀ · right to dweight, as add_products in gradients.h.
+template <class F, int size>
+void add_products_of_halves(const char* left, index depth, Range columns,
+                            const Target& of, bool first) {
+  using V = Vec<float>;
+  constexpr index lanes = V::lanes;
+  constexpr const PanelProduct& product = panel_table<F, shapes<V>.count - 1>.at[0];
+  constexpr int tile = product.tile;
+  static_assert(product.width == 2 && product.sums == 2);
+  const index P = of.padded, end = of.begin + of.blocks * P;
+  if (!of.dweight || columns.end <= of.begin || columns.begin >= end) return;
+  const index apart = operand_bytes(depth, F::grain, size);
+  const index panel_bytes = round_up(depth, F::grain) * 2 * lanes * half;
+  alignas(64) float sums[tile * 2 * lanes];
+  alignas(64) const float zeros[lanes] = {};
+  const char *starts[tile], *rows[tile];
+  for (const char*& start : starts) start = reinterpret_cast<const char*>(zeros);
+  int configured = 0;
+  for (index n = 0; n < of.N; n += 2 * lanes) {
+    for (index column = columns.begin; column < columns.end; column += tile) {
+      const index left_over = columns.end - column;
+      const int height = static_cast<int>(left_over < tile ? left_over : tile);
+      float* to[tile];  // null for padding and other columns
+      for (int r = 0; r < height; ++r) {
+        rows[r] = left + (column - columns.begin + r) * apart;
+        const index at = column + r - of.begin, block = at / P, unit = at - block * P;
+        const bool real = at >= 0 && at < of.blocks * P && unit < of.units;
+        to[r] = real ? reinterpret_cast<float*>(of.dweight) +
+                           (of.order[block] * of.units + unit) * of.N + n
+                     : nullptr;
+        // The sums are added to when the product is done.
+        for (index w = 0; w < 2 * lanes && to[r]; w += 16) {
+          __builtin_prefetch(to[r] + w, 1);
+        }
+      }
+      TermAt term{};
+      term.left = rows;
+      term.right = of.right + n / (2 * lanes) * panel_bytes;
+      term.K = depth;
+      term.panel = panel_bytes;
+      product.multiply[height - 1][0](sums, {starts, 0, 0, 0, height, &configured}, &term,
+                                      1);
+      for (int r = 0; r < height; ++r) {
+        for (index w = 0; w < 2 * lanes && n + w < of.N && to[r]; w += lanes) {
+          const V sum = V::load(sums + r * 2 * lanes + w);
+          float* const at = to[r] + w;
+          const index rest = of.N - n - w;
+          store_upto(first ? sum : load_upto<V>(at, rest) + sum, at, rest);
+        }
+      }
+    }
+  }
+#ifdef FUSEDRNN_WITH_TILES
+  if (configured) Tiles::release();
+#endif
+}
+
+}  // namespace fusedrnn::FUSEDRNN_ARCH
