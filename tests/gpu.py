@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import MASKS, OPTIONS, TOLERANCE, Place, Sizes, op
+from helpers import MASKS, TOLERANCE, Place, Sizes, factor_of_rounding, op
 
 from fusedrnn import cuda
 from fusedrnn.cells import Cell
@@ -58,15 +58,10 @@ class Gpu(Place):
         return op(cell, suffix)(**arguments, precision=mode(self.precision))
 
     def factor(self, cell: Cell, options: Iterable[str]) -> float:
-        factor = 3.0 if len(set(options) & set(OPTIONS)) > 1 else 1.0
-        # The slope of relu jumps: where an h is rounded to 0 it is another. So do those of the
-        # clips. Below 1e-5 no rounding of these inputs crosses a jump.
-        jumps = cell.reference.jumps or {"clip", "cell_clip"} & set(options)
-        if jumps and factor * TOLERANCE[self.row].results > 1e-5:
-            factor *= 30
-        if cell.name == "lstm_coupled":  # da_i is of g - c', which may nearly cancel
-            factor *= 2
-        return factor
+        factor = factor_of_rounding(cell, options)
+        # Below 1e-5 no rounding of these inputs crosses a jump.
+        crosses = min(factor, 3) * TOLERANCE[self.row].results > 1e-5
+        return factor if crosses else min(factor, 3)
 
 
 def put(values: dict[str, Any], precision: str) -> dict[str, Any]:

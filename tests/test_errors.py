@@ -21,13 +21,23 @@ def refused(error: type[Exception], message: str) -> Any:
 
 WRONG = [
     ("x", lambda a: None, TypeError, "x must be an array, got None"),
-    ("x", lambda a: a.astype(int), TypeError, "x must be float32 or float64, got int64"),
-    ("x", lambda a: a.astype(">f8"), TypeError, "x must be float32 or float64, got >f8"),
+    (
+        "x",
+        lambda a: a.astype(int),
+        TypeError,
+        "x must be float32, float64 or bfloat16, got int64",
+    ),
+    (
+        "x",
+        lambda a: a.astype(">f8"),
+        TypeError,
+        "x must be float32, float64 or bfloat16, got >f8",
+    ),
     (
         "x",
         lambda a: a.astype(complex),
         TypeError,
-        "x must be float32 or float64, got complex128",
+        "x must be float32, float64 or bfloat16, got complex128",
     ),
     ("x", lambda a: [[1.0], [2.0, 3.0]], TypeError, "x must be an array"),
     ("x", lambda a: a[0, 0], ValueError, "x must have shape (T, B, I) or (T, I), got (4,)"),
@@ -233,7 +243,7 @@ def test_wrong_size_of_a_layer(arguments_: tuple, error: type, message: str) -> 
 
 
 def test_wrong_dtype_of_a_layer() -> None:
-    with refused(TypeError, "dtype must be float32 or float64, got float16"):
+    with refused(TypeError, "dtype must be float32, float64 or bfloat16, got float16"):
         fr.GRU(3, 4, dtype=np.float16)
 
 
@@ -286,7 +296,7 @@ def test_wrong_state_dict_changes_nothing() -> None:
         )
     with refused(ValueError, "bias_hh_l0 must have shape (rows,) = (12,), got (11,)"):
         layer.load_state_dict(good | {"bias_hh_l0": np.zeros(11)})
-    with refused(TypeError, "weight_ih_l0 must be float32 or float64, got int64"):
+    with refused(TypeError, "weight_ih_l0 must be float32, float64 or bfloat16, got int64"):
         layer.weight_ih_l0 = np.zeros((12, 3), int)
     with pytest.raises(AttributeError, match="hidden_size is fixed"):
         layer.hidden_size = 8

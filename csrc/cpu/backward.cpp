@@ -123,14 +123,8 @@ class BackwardPass {
   }
   // Writes h' of row b and step s as float32, of some units.
   void widen_h(index s, index b, Range of, char* to) const {
-    const StateBefore before = h_before(s);
-    const index first = l_.bytes(of.begin);
-    if (before.is_initial(b)) {
-      std::memcpy(to + first, p_.h0 + b * l_.bytes(p_.R) + first,
-                  l_.bytes(of.end) - first);
-    } else {
-      l_.halves->widen(before(b) + of.begin * l_.item, of.end - of.begin, to + first);
-    }
+    l_.halves->widen(h_before(s)(b) + of.begin * l_.item, of.end - of.begin,
+                     to + l_.bytes(of.begin));
   }
   static GradientRows::Pointers find_gradient_rows(const void* pass,
                                                    const Schedule::Entry& at) {
@@ -277,7 +271,8 @@ class BackwardPass {
     if (p_.has_options) {
       zoneout_.start();
       l_.k.bounds(p_.options.clip, memory_.bounds);
-      if (in_halves_) round(memory_.bounds, 4);  // as the saved gates are
+      // The saved gates are rounded, those that LayerNorm computes again are not.
+      if (in_halves_ && !l_.model.norm) round(memory_.bounds, 4);
       call_.vectors = pad_vectors(l_, p_.vectors, memory_.vectors);
     }
     own_.meet(team_);

@@ -102,25 +102,25 @@ Block Layout::dense_block(int role, const char* panels, index depth, index N) co
 }
 
 void save_record(const Layout& l, const char* record, Range units, char* saved) {
-  const Record& r = l.record;
-  const index of_c = l.bytes(r.has_c * r.P), wide = l.bytes(r.values() - r.cell());
-  std::memcpy(saved + of_c, record + l.bytes(r.scale()), wide - of_c);
-  for (index at = units.begin; at < r.cell(); at += r.P) {
-    l.halves->narrow(record + l.bytes(at), units.end - units.begin,
-                     saved + wide + at * l.item);
+  const Record &from = l.record, &to = l.saved;
+  const index of_c = l.bytes(to.has_c * to.P), wide = l.saved_halves();
+  std::memcpy(saved + of_c, record + l.bytes(from.scale()), wide - of_c);
+  for (index part = 0; part * to.P < to.cell(); ++part) {
+    l.halves->narrow(record + l.bytes(part * from.P + units.begin),
+                     units.end - units.begin,
+                     saved + wide + (part * to.P + units.begin) * l.item);
   }
 }
 
 void load_record(const Layout& l, const char* saved, Range units, char* record) {
-  const Record& r = l.record;
+  const Record &from = l.saved, &to = l.record;
   const index first = l.bytes(units.begin), count = l.bytes(units.end) - first;
-  char* const cell = record + l.bytes(r.cell());
-  if (r.has_c) std::memcpy(cell + first, saved + first, count);
-  const index of_c = l.bytes(r.has_c * r.P), wide = l.bytes(r.values() - r.cell());
-  std::memcpy(cell + of_c, saved + of_c, wide - of_c);
-  for (index at = units.begin; at < r.cell(); at += r.P) {
-    l.halves->widen(saved + wide + at * l.item, units.end - units.begin,
-                    record + l.bytes(at));
+  const index of_c = l.bytes(from.has_c * from.P), wide = l.saved_halves();
+  if (to.has_c) std::memcpy(record + l.bytes(to.cell()) + first, saved + first, count);
+  std::memcpy(record + l.bytes(to.scale()), saved + of_c, wide - of_c);
+  for (index part = 0; part * from.P < from.cell(); ++part) {
+    l.halves->widen(saved + wide + (part * from.P + units.begin) * l.item,
+                    units.end - units.begin, record + l.bytes(part * to.P + units.begin));
   }
 }
 

@@ -65,7 +65,7 @@ struct Layout {
   index item;                     // bytes of an element of y
   int unit_vectors, width, sums;  // of a forward panel
   index panel_units;              // units of one
-  Record record;
+  Record record, saved;           // saved: in halves, padded to whole vectors alone
   Matrix of_input, of_recurrent, of_second;  // their weights are null
 
   // `operands`: of a layer's input, where the product converts rows.
@@ -91,6 +91,7 @@ struct Layout {
         sums(shape.slots * unit_vectors),
         panel_units(unit_vectors * lanes),
         record(shape, m.norm, P),
+        saved(shape, m.norm, round_up(m.H, lanes)),
         of_input{nullptr, shape.input + shape.first_input(), shape.gates, H, I, P},
         of_recurrent{nullptr, shape.recurrent, shape.gates, H, R, P},
         of_second{nullptr, &first_block,
@@ -110,9 +111,9 @@ struct Layout {
   // A record is saved as it is or, in halves, as c and LayerNorm's statistics, which stay
   // float32, followed by everything else.
   index saved_record_bytes() const {
-    if (!halves) return record_bytes();
-    return apart(bytes(record.values() - record.cell()) + record.cell() * item);
+    return halves ? apart(saved_halves() + saved.cell() * item) : record_bytes();
   }
+  index saved_halves() const { return bytes(saved.values() - saved.cell()); }
   index saved_cell() const { return halves ? 0 : bytes(record.cell()); }
   index padded_bytes() const { return bytes(P); }
 

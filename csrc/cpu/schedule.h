@@ -134,9 +134,6 @@ struct StateBefore {
   const char *zeros, *initial, *previous;
   index initial_apart, previous_apart;
 
-  bool is_initial(index b) const {
-    return masks.is_first(p, s, b) && !masks.is_reset(p, s, b);
-  }
   const char* operator()(index b) const {
     if (masks.is_reset(p, s, b)) return zeros;
     return masks.is_first(p, s, b) ? initial + b * initial_apart

@@ -138,6 +138,9 @@ def set_torch(
     An observer is a function that returns true while a mode, transform or tracer is active.
     """
 
+def set_bfloat16(dtype: np.dtype[Any], /) -> None:
+    """Set which dtype of NumPy is bfloat16."""
+
 def set_clears_saved(clears: bool, /) -> None:
     """Set whether saved values are 0 where the kernels do not write; for tests."""
 

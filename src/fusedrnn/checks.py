@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from .bfloat16 import is_bfloat16
 from .reference import Array
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+NAMES = ("float32", "float64", "bfloat16")  # of the dtypes on the CPU
 
 
 def as_array(name: str, value: Any) -> Array:
@@ -32,15 +34,15 @@ def as_array(name: str, value: Any) -> Array:
 
 
 def array(name: str, value: Any, dtype: np.dtype[Any] | None = None, like: str = "x") -> Array:
-    """Return `value` as an array of `dtype`, which `like` has, or of float32 or float64."""
+    """Return `value` as an array of `dtype`, which `like` has, or of a dtype that we have."""
     if value is None:
         raise TypeError(f"{name} must be an array, got None")
     converted = as_array(name, value)
     if dtype is not None:
         if converted.dtype != dtype:
             raise TypeError(f"{name} must be {dtype} like {like}, got {converted.dtype}")
-    elif converted.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32 or float64, got {converted.dtype}")
+    elif converted.dtype not in DTYPES and not is_bfloat16(converted.dtype):
+        raise TypeError(f"{name} must be float32, float64 or bfloat16, got {converted.dtype}")
     return converted
 
 

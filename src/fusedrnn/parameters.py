@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from . import checks, cuda
 from .backend import Spec
+from .bfloat16 import host_dtype
 from .cells import CELLS, Cell
 from .cuda import Precision
 from .options import DEFAULTS, check_options
 from .reference import Array, Narrow, Options, Parameters
-from .reference.narrow import NarrowPrecision
+from .reference.narrow import NarrowPrecision, widened
 from .weights import WEIGHTS, check_precision, narrow_weight, stored
 
 LayerT = TypeVar("LayerT", bound="ParameterStore")
@@ -50,8 +51,8 @@ def on_host(value: Any) -> Array:
 def placed(array: Array, dtype: str, place: str) -> Any:
     """Return a read-only copy of a host array on the CPU or a GPU."""
     if place != "cpu":
-        return cuda.array(array, dtype, int(place.partition(":")[2]))
-    return _read_only(array.astype(dtype, order="C"))
+        return cuda.array(widened(array), dtype, int(place.partition(":")[2]))
+    return _read_only(array.astype(host_dtype(dtype), order="C"))
 
 
 def _read_only(array: Array) -> Array:
@@ -131,9 +132,9 @@ class ParameterStore:
                 f"proj_size must be smaller than hidden_size = {self.hidden_size}, "
                 f"got {self.proj_size}"
             )
-        self.dtype = np.dtype(dtype)
-        if self.dtype not in checks.DTYPES:
-            raise TypeError(f"dtype must be float32 or float64, got {self.dtype}")
+        self.dtype = host_dtype(dtype)
+        if str(self.dtype) not in checks.NAMES:
+            raise TypeError(f"dtype must be float32, float64 or bfloat16, got {self.dtype}")
         self.device = "cpu"
         self.precision: Precision = "exact"
         self._options = check_options(cell, options)
@@ -193,14 +194,16 @@ class ParameterStore:
         ----------
         device: "cpu", "cuda" (the first GPU) or "cuda:1" and so on. On a GPU, each
             parameter is a `fusedrnn.cuda.Array`, and x and states must be arrays there.
-        dtype: the new dtype of the parameters: float32 or float64; on a GPU bfloat16 or
-            float16, too. None keeps it, or makes it float32 if the CPU lacks it.
+        dtype: the new dtype of the parameters: float32, float64 or bfloat16; on a GPU
+            float16, too. None keeps it, or makes it float32 if the CPU lacks it. On the CPU,
+            bfloat16 is that of the package ml_dtypes.
         precision: "tf32" lets a GPU's matrix units multiply float32, rounded to 10 bits.
 
         Raises
         ------
-        TypeError, ValueError: an argument of a wrong type or value. RuntimeError: no GPU can
-            be used. MemoryError: its memory is full. None of them changes the layer.
+        TypeError, ValueError: an argument of a wrong type or value. ImportError: bfloat16 on
+            the CPU without ml_dtypes. RuntimeError: no GPU can be used. MemoryError: its memory
+            is full. None of them changes the layer.
 
         >>> import fusedrnn as fr
         >>> fr.LSTM(3, 4).to("cuda" if fr.cuda.is_available() else "cpu").hidden_size
@@ -222,7 +225,7 @@ class ParameterStore:
         moved = {k: placed(v, name, place) for k, v in values.items()}
         self.__dict__.update(
             device=place,
-            dtype=np.dtype(name) if place == "cpu" else name,
+            dtype=host_dtype(name) if place == "cpu" else name,
             precision=precision,
         )
         self._parameters.update(moved)
@@ -240,7 +243,7 @@ class ParameterStore:
             raise ValueError(f'device must be "cpu", "cuda" or "cuda:<number>", got {device!r}')
         if not on_cpu:
             cuda.check_device(int(number or 0))
-        known = ("float32", "float64") if on_cpu else cuda.DTYPES
+        known = checks.NAMES if on_cpu else cuda.DTYPES
         name = str(self.dtype) if dtype is None else cuda.dtype_name(dtype)
         if dtype is None and name not in known:
             name = "float32"
@@ -271,8 +274,8 @@ class ParameterStore:
 
         Parameters
         ----------
-        state_dict: arrays of float32 or float64 (or what NumPy can convert, as CPU tensors) by
-            torch's names; they are converted to the layer's dtype.
+        state_dict: arrays of float32, float64 or bfloat16 (or what NumPy can convert, as CPU
+            tensors) by torch's names; they are converted to the layer's dtype.
 
         Raises
         ------

@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import checks
 from .._cpu import Layers
+from ..bfloat16 import is_bfloat16
 from ..reference import Array, Narrow, Parameters
 from . import Spec
 
@@ -53,12 +54,13 @@ class Host:
         return contiguous(a) if whole else _rows(a) if a.ndim else a
 
     def state_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
-        """Return the dtype of states for x of `dtype`."""
-        return dtype
+        """Return the dtype of states for x of `dtype`: at least float32."""
+        return np.dtype(np.float32) if is_bfloat16(dtype) else dtype
 
     def state(self, name: str, value: Any, dtype: np.dtype[Any]) -> Array:
         """Return a state or its gradient."""
-        return contiguous(checks.array(name, value, dtype))
+        like = "the states of x" if is_bfloat16(getattr(value, "dtype", None)) else "x"
+        return contiguous(checks.array(name, value, dtype, like))
 
     def lengths(self, value: Any, T: int, batch: tuple[int, ...]) -> Array:
         """Return the rows' lengths; `batch` is (B,), or () for x (T, I)."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import blocks, module_of
+from .arrays import blocks, like, module_of
 from .types import Array, Gradients, Options, Parameters, State
 
 EPSILON = 1e-5  # which LayerNorm adds to the variance
@@ -27,6 +27,18 @@ def _clipped(a: Array, bound: float) -> tuple[Array, Any]:
     module = module_of(a)
     inside = abs(a.real) < bound
     return module.where(inside, a, module.sign(a.real) * bound), inside
+
+
+def _activated(
+    value: Callable[[Array], Array], a: Array, p: Parameters, o: Options
+) -> tuple[Array, Any]:
+    """Return the activation of a clipped a, and where the gradient passes."""
+    bounded, inside = _clipped(a, o.clip)
+    found = value(bounded)
+    if inside is True:
+        return found, inside
+    bounds = value(like(a, [-o.clip, o.clip], a.dtype))
+    return found, p.passes(inside, found, (bounds[0], bounds[1]))
 
 
 def mixed(keep: Any, old: Any, new: Any) -> Any:
@@ -64,6 +76,7 @@ def _product(
 ) -> tuple[Array, Callable[[Array, Gradients], Array]]:
     """Return LN(weight x; γ) + b for some rows, or weight x + b without γ, and the pullback."""
     weight, gamma, bias = (getattr(p, name) for name in names)
+    x = p.rounded(x)
     a = x @ weight[rows].T
     if gamma is not None:
         n, unnormalise = _normalised(a)
@@ -77,6 +90,7 @@ def _product(
         if gamma is not None:
             into[names[1]][rows] += _sum(da * n)
             da = unnormalise(gamma[rows] * da)
+        da = p.rounded(da)
         into[names[0]][rows] += np.atleast_2d(da).T @ np.atleast_2d(x)
         dx: Array = da @ weight[rows]
         return dx
@@ -150,8 +164,8 @@ def _lstm(coupled: bool) -> Callable[[Array, Array, State, Parameters, Options],
 
         def activate(letter: str, c: Array) -> None:
             total = a[letter] + peephole[letter] * c if letter in peephole else a[letter]
-            bounded, passes[letter] = _clipped(total, o.clip)
-            gates[letter] = xp.tanh(bounded) if letter == "g" else sigmoid(bounded)
+            value = xp.tanh if letter == "g" else sigmoid
+            gates[letter], passes[letter] = _activated(value, total, p, o)
 
         for letter in letters[:-1]:
             activate(letter, c_prev)
@@ -167,12 +181,14 @@ def _lstm(coupled: bool) -> Callable[[Array, Array, State, Parameters, Options],
 
         def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
             dh, dc = d
-            dc_of_h = dh * gates["o"] * (1 - tanh_c**2)
+            i, g, out = (p.rounded(gates[letter]) for letter in "igo")
+            f = p.rounded(1 - gates["i"] if coupled else gates["f"])
+            dc_of_h = dh * out * (1 - tanh_c**2)
             if p.gamma_c is not None:
                 into["gamma_c"] += _sum(dc_of_h * n)
                 into["beta_c"] += _sum(dc_of_h)
                 dc_of_h = unnormalise(p.gamma_c * dc_of_h)
-            da = {"o": dh * tanh_c * gates["o"] * (1 - gates["o"]) * passes["o"]}
+            da = {"o": dh * tanh_c * out * (1 - out) * passes["o"]}
             dc = (dc + dc_of_h + da["o"] * peephole.get("o", 0)) * c_passes
             di, df = dc * g, dc * c_prev
             if coupled:
@@ -204,28 +220,29 @@ def _gru(reset_after: bool) -> Callable[[Array, Array, State, Parameters, Option
         x_rz, pull_x_rz = _input_part(x, rz, p)
         x_n, pull_x_n = _input_part(x, new, p)
         h_rz, pull_h_rz = _recurrent_part(h_dropped, rz, p)
-        bounded, passes_rz = _clipped(x_rz + h_rz, o.clip)
-        r, z = blocks(sigmoid(bounded), 2)
+        rz_gates, passes_rz = _activated(sigmoid, x_rz + h_rz, p, o)
+        r, z = blocks(rz_gates, 2)
         if reset_after:
             h_n, pull_h_n = _recurrent_part(h_dropped, new, p)
-            bounded, passes_n = _clipped(x_n + r * h_n, o.clip)
+            a_n = x_n + r * h_n
         else:
             h_n, pull_h_n = _recurrent_part(r * h_dropped, new, p)
-            bounded, passes_n = _clipped(x_n + h_n, o.clip)
-        n = module_of(bounded).tanh(bounded)
+            a_n = x_n + h_n
+        n, passes_n = _activated(module_of(a_n).tanh, a_n, p, o)
 
         def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
             (dh,) = d
-            da_n = dh * (1 - z) * (1 - n**2) * passes_n
+            r_, z_, n_, h_n_ = map(p.rounded, (r, z, n, h_n))
+            da_n = dh * (1 - z_) * (1 - n_**2) * passes_n
             if reset_after:
-                dh_dropped, dr = pull_h_n(da_n * r, into), da_n * h_n
+                dh_dropped, dr = pull_h_n(da_n * r_, into), da_n * h_n_
             else:
                 d_reset = pull_h_n(da_n, into)
-                dh_dropped, dr = d_reset * r, d_reset * h_dropped
-            dz = dh * (h_prev - n)
-            da_rz = np.concatenate([dr * r * (1 - r), dz * z * (1 - z)], -1) * passes_rz
+                dh_dropped, dr = d_reset * r_, d_reset * p.rounded(h_dropped)
+            dz = dh * (p.rounded(h_prev) - n_)
+            da_rz = np.concatenate([dr * r_ * (1 - r_), dz * z_ * (1 - z_)], -1) * passes_rz
             dx = pull_x_rz(da_rz, into) + pull_x_n(da_n, into)
-            return dx, dh_dropped + pull_h_rz(da_rz, into), (dh * z,)
+            return dx, dh_dropped + pull_h_rz(da_rz, into), (dh * z_,)
 
         return Step(((1 - z) * n + z * h_prev,), {"r": r, "z": z, "n": n}, pull)
 
@@ -238,11 +255,10 @@ def _rnn(
     def step(x: Array, h_dropped: Array, state: State, p: Parameters, o: Options) -> Step:
         a_x, pull_x = _input_part(x, slice(None), p)
         a_h, pull_h = _recurrent_part(h_dropped, slice(None), p)
-        bounded, passes = _clipped(a_x + a_h, o.clip)
-        h = value(bounded)
+        h, passes = _activated(value, a_x + a_h, p, o)
 
         def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
-            da = d[0] * slope(h) * passes
+            da = d[0] * slope(p.rounded(h)) * passes
             return pull_x(da, into), pull_h(da, into), (np.zeros_like(h),)
 
         return Step((h,), {"h": h}, pull)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from .arrays import like, module_of, zeros
 from .cells import Cell, Step, mixed
+from .narrow import Bfloat16Parameters, is_bfloat16, widened
 from .random import RECURRENT, WEIGHTS, ZONEOUT, drawn, dropped
 from .types import Array, Gradients, Grads, Options, Parameters, State
 
@@ -47,8 +48,12 @@ def run(
 
     A row takes the steps t < length. At the other times its state does not change, y, cells and
     gates are 0, and x, dy and d_cells are ignored. Where resets is true, the state is set to 0
-    before the step.
+    before the step. x of bfloat16 is computed as `reference.narrow` defines.
     """
+    if is_bfloat16(x):
+        wide = Bfloat16Parameters(*map(widened, parameters))
+        masks = (lengths, resets, reverse)
+        return _rounded(run(cell, widened(x), wide, state, *masks, options), x.dtype)
     p, o = parameters, options or Options()
     where = module_of(x).where
     T, batch, dtype = len(x), x.shape[1:-1], x.dtype
@@ -78,7 +83,7 @@ def run(
     if o.training and o.weight_dropout:
         weight_rows = np.arange(len(p.weight_hh))
         weight_mask = dropped(WEIGHTS, 0, weight_rows, R, o.weight_dropout, o, x)
-        p = p._replace(weight_hh=p.weight_hh * weight_mask)
+        p = p._replace(weight_hh=p.rounded(p.weight_hh * weight_mask))
 
     def keep(t: int) -> tuple[Any, ...]:
         if not o.training or not any(o.zoneout):
@@ -99,7 +104,7 @@ def run(
         step = cell.step(x[t], old[0] * h_mask, old, p, o)
         (h, *c), keeps = step.state, keep(t)
         if p.weight_hr is not None:
-            h = h @ p.weight_hr.T
+            h = p.rounded(h) @ p.weight_hr.T
         new = tuple(mixed(k, s, n) for k, s, n in zip(keeps, old, (h, *c), strict=False))
         current = tuple(where(taken[t], n, s) for n, s in zip(new, current, strict=True))
         steps.append((old, step))
@@ -141,7 +146,7 @@ def run(
                 for k, g in zip(keeps, d_new, strict=False)
             )
             if p.weight_hr is not None:
-                m = step.state[0]
+                m, dh = p.rounded(step.state[0]), p.rounded(dh)
                 into["weight_hr"] += np.atleast_2d(dh).T @ np.atleast_2d(m)
                 dh = dh @ p.weight_hr
             dx[t], dh_dropped, direct = step.pull((dh, *dc), into)
@@ -157,6 +162,17 @@ def run(
         return Grads(dx, h0=d[0], c0=d[1] if len(d) > 1 else None, **_by_name(into))
 
     return Run(y, current, pullback, cells, gates)
+
+
+def _rounded(of: Run, dtype: Any) -> Run:
+    """Return a run whose y, gates and dx are of bfloat16."""
+
+    def pullback(dy: Any = None, d_final: Any = None, d_cells: Any = None) -> Grads:
+        found = of.pullback(widened(dy), d_final, d_cells)
+        return found._replace(x=found.x.astype(dtype))
+
+    gates = {letter: gate.astype(dtype) for letter, gate in of.gates.items()}
+    return Run(of.y.astype(dtype), of.state, pullback, of.cells, gates)
 
 
 def _by_name(into: Gradients) -> dict[str, Any]:

@@ -1,4 +1,16 @@
-"""Weights that are narrower than float32, and the products with them.
+"""Values that are narrower than float32, and the products with them.
+
+Layers of bfloat16
+------------------
+x, y, the gates that backward reads, and the gradients dx and dy are bfloat16. Products multiply
+bfloat16: an operand that is computed, as h', r h', da or what a projection reads, is rounded
+first. Sums, biases, h, c, the states and the gradients of parameters are float32. Backward
+reads h' as y has it. With LayerNorm the kernels save the normalised sums of a gate, rounded,
+instead of the gate.
+
+Weights for inference
+---------------------
+x and y are float32.
 
 ::
 
@@ -26,7 +38,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .types import Array
+from .types import Array, Parameters
 
 NarrowPrecision = Literal["int8", "bfloat16", "float16"]
 DTYPES = {"int8": np.int8, "bfloat16": np.uint16, "float16": np.float16}  # in memory
@@ -43,6 +55,34 @@ def to_bfloat16(a: Array) -> Array:
 def from_bfloat16(bits: Array) -> Array:
     """Return bfloat16, given as uint16, as float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def is_bfloat16(a: Any) -> bool:
+    """Return whether an array of NumPy is of bfloat16."""
+    return isinstance(a, np.ndarray) and a.dtype.name == "bfloat16"
+
+
+def widened(a: Any) -> Any:
+    """Return an array of bfloat16 as float32, and anything else as it is."""
+    return a.astype(np.float32) if is_bfloat16(a) else a
+
+
+class Bfloat16Parameters(Parameters):
+    """Parameters of a layer of bfloat16, as float32."""
+
+    __slots__ = ()
+
+    def rounded(self, a: Array) -> Array:
+        """Return the nearest bfloat16; infinities and NaN stay."""
+        nearest = from_bfloat16(to_bfloat16(a)).astype(a.dtype)
+        return np.where(np.isfinite(a), nearest, a)
+
+    def passes(self, inside: Any, value: Array, bounds: tuple[Any, Any]) -> Any:
+        """Return where the saved value is within the bounds, both rounded."""
+        if self.gamma_ih is not None:  # what is saved is not the clipped number
+            return inside
+        low, high = (self.rounded(np.asarray(bound, value.dtype)) for bound in bounds)
+        return (low < self.rounded(value)) & (self.rounded(value) < high)
 
 
 def quantised(rows: Array, operands: int = 1) -> list[tuple[Array, Array]]:

@@ -54,6 +54,17 @@ class Parameters(NamedTuple):
     gamma_c: Any = None
     beta_c: Any = None
 
+    def rounded(self, a: Array) -> Array:
+        """Return an operand of a product, or a saved value, as these parameters round it."""
+        return a
+
+    def passes(self, inside: Any, value: Array, bounds: tuple[Any, Any]) -> Any:
+        """Return where a gradient passes a clip: inside its bounds, as backward sees it.
+
+        `value` is what is saved of a clipped number, `bounds` the same of the bounds.
+        """
+        return inside
+
 
 class Options(NamedTuple):
     """The options of a call that are not arrays.
