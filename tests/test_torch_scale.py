@@ -86,6 +86,11 @@ def process(rank: int, folder: str) -> None:
                 fully_shard(layer, mesh=mesh)
             module = fully_shard(model, mesh=mesh)
         losses[way] = train(module, tokens[:, mine], targets[:, mine], lengths[mine])
+    model, tokens, targets, lengths = make()
+    module = DistributedDataParallel(model.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        part = (tokens[:, mine], targets[:, mine], lengths[mine])
+        losses["autocast"] = train(module, *part)
     Path(folder, f"{rank}.json").write_text(json.dumps(losses))
     distributed.monitored_barrier()  # see examples/characters.py
     distributed.destroy_process_group()
@@ -99,6 +104,8 @@ def test_processes_agree_with_one_on_the_joined_batch(tmp_path: Path) -> None:
     for way in WAYS:
         mean = [sum(of_step) / WORLD for of_step in zip(*(f[way] for f in found), strict=True)]
         assert_close(mean, expected, "training", way)
+    losses = [sum(f["autocast"][n] for f in found) / WORLD for n in range(STEPS)]
+    assert_close(losses, expected, "bfloat16", "DDP under autocast", factor=3)
     assert expected[-1] < expected[0]
 
 

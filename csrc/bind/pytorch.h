@@ -26,13 +26,21 @@ struct Shim {
   int (*empty_strided)(std::int64_t rank, const std::int64_t* sizes,
                        const std::int64_t* strides, std::int32_t dtype,
                        std::int32_t device_type, std::int32_t device, Handle* to);
-  std::int32_t float32, float64, cpu;
+  std::int32_t float32, float64, bfloat16, cpu;
+
+  std::int32_t dtype(index item) const {
+    return item == half_item ? bfloat16 : item == 4 ? float32 : float64;
+  }
+  // Returns the bytes of an element, 0 for a type that the kernels do not read.
+  index item(std::int32_t type) const {
+    return type == float32 ? 4 : type == float64 ? 8 : type == bfloat16 ? half_item : 0;
+  }
 };
 
 // Torch has the parts of PyTorch that are used; fusedrnn.torch sets them.
 struct Torch {
   PyObject *tensor, *parameter;  // types
-  py::object to_handles, from_handles, from_numpy, is_grad_enabled, forward_ad;
+  py::object to_handles, from_handles, from_numpy, bfloat16, is_grad_enabled, forward_ad;
   std::vector<py::object> observers;  // functions; true means that calls are observed
   Shim shim;
 };
@@ -65,6 +73,8 @@ inline Shim find_shim(const std::string& library) {
   shim.float32 = number();
   find(number, "dtype_float64");
   shim.float64 = number();
+  find(number, "dtype_bfloat16");
+  shim.bfloat16 = number();
   find(number, "device_type_cpu");
   shim.cpu = number();
   return shim;
@@ -91,8 +101,7 @@ inline bool is_observed() {
   return PyLong_AsLong(py::reinterpret_steal<py::object>(found).ptr()) >= 0;
 }
 
-// NewTensors creates tensors of float32 or float64 on the CPU and hands them to Python
-// together.
+// NewTensors creates tensors on the CPU and hands them to Python together.
 class NewTensors {
  public:
   explicit NewTensors(index element) : element_(element) {}
@@ -101,8 +110,9 @@ class NewTensors {
     for (Shim::Handle handle : handles_) torch().shim.delete_tensor_object(handle);
   }
 
-  // Creates the next tensor and returns its memory.
-  char* add(const Axes& axes) {
+  // Creates the next tensor, of elements of `item` bytes (0: of the element type), and
+  // returns its memory.
+  char* add(const Axes& axes, index item = 0) {
     const Shim& shim = torch().shim;
     std::int64_t sizes[5], strides[5], apart = 1;
     for (index n = axes.count - 1; n >= 0; --n) {
@@ -111,7 +121,7 @@ class NewTensors {
       apart *= sizes[n] > 0 ? sizes[n] : 1;
     }
     Shim::Handle handle = nullptr;
-    const auto dtype = element_ == 4 ? shim.float32 : shim.float64;
+    const auto dtype = shim.dtype(item ? item : element_);
     const int failed =
         shim.empty_strided(axes.count, sizes, strides, dtype, shim.cpu, 0, &handle);
     if (failed) throw std::bad_alloc();
@@ -137,16 +147,19 @@ class NewTensors {
 
 // Creates a tensor that only backward reads, in reused memory: clearing fresh pages is
 // expensive.
-inline py::object new_large(const Axes& axes, index element, char*& start) {
-  const py::dtype dtype = element == 4 ? py::dtype::of<float>() : py::dtype::of<double>();
+inline py::object new_large(const Axes& axes, index item, char*& start) {
+  // NumPy may have no bfloat16.
+  const py::dtype dtype =
+      item == half_item ? py::dtype::of<std::int16_t>() : element_dtype(item);
   Array array = allocate({axes.lengths, axes.lengths + axes.count}, dtype);
   start = static_cast<char*>(array.mutable_data());
-  return torch().from_numpy(array);
+  const py::object tensor = torch().from_numpy(array);
+  return item == half_item ? tensor.attr("view")(torch().bfloat16) : tensor;
 }
 
-// TensorReader reads tensors on the CPU of one element type, that of the first. They are
-// collected, then opened together. `ok` becomes false if the kernels cannot read one of
-// them as it lies.
+// TensorReader reads tensors on the CPU of one element type, that of the first, or in
+// halves of bfloat16 and float32. They are collected, then opened together. `ok` becomes
+// false if the kernels cannot read one of them as it lies.
 class TensorReader {
  public:
   // `exact`: subclasses of tensors are refused.
@@ -157,12 +170,15 @@ class TensorReader {
   }
 
   bool ok = true, requires_grad = false, unbatched = false;
-  index element = 0;
+  bool halves = false;
+  index element = 0;           // bytes, in halves those of float32
+  index item = 0, x_item = 0;  // bytes of an element of y, and of x
+  index parameter_item = 0;
 
   struct View {
     Shim::Handle handle = nullptr;
     const char* start = nullptr;
-    index rank = 0;
+    index rank = 0, item = 0;
     const std::int64_t *shape = nullptr, *strides = nullptr;  // in elements
   };
 
@@ -188,7 +204,8 @@ class TensorReader {
     others_.push_back(other);
     tensors_.append(tensor);
   }
-  void open() {
+  // `in_halves`: whatever the type of the first tensor.
+  void open(bool in_halves) {
     if (!ok) return;
     const Shim& shim = torch().shim;
     const py::list handles(torch().to_handles(tensors_));
@@ -212,9 +229,15 @@ class TensorReader {
       v.shape = shape;
       v.strides = strides;
       v.start = static_cast<const char*>(start);
-      const index size = dtype == shim.float32 ? 4 : dtype == shim.float64 ? 8 : 0;
-      if (element == 0) element = size;
-      if (!others_[n] && (size == 0 || size != element)) fail();
+      v.item = shim.item(dtype);
+      if (n == 0) {
+        halves = in_halves || v.item == half_item;
+        x_item = v.item;
+        element = halves ? 4 : v.item;
+        item = parameter_item = halves ? half_item : v.item;
+      }
+      const bool fits = v.item == element || (halves && v.item == half_item);
+      if (!others_[n] && (v.item == 0 || !fits)) fail();
     }
   }
 
@@ -223,12 +246,18 @@ class TensorReader {
     const int place = ok ? places_[next_++] : -1;
     return place < 0 ? View{} : views_[place];
   }
-  // Returns the start of the next tensor, which must be contiguous and of a shape, or
-  // null for None.
-  const char* whole(const Axes& axes) {
+  // Returns the next tensor, which must be contiguous and of a shape, or an empty view
+  // for None.
+  View whole_view(const Axes& axes) {
     const View v = next();
-    if (!v.handle) return nullptr;
-    if (!check(v, axes)) fail();
+    if (v.handle && !check(v, axes)) fail();
+    return v;
+  }
+  // Returns the start of such a tensor, of elements of `of_item` bytes (0: of the element
+  // type), or null for None.
+  const char* whole(const Axes& axes, index of_item = 0) {
+    const View v = whole_view(axes);
+    if (v.handle && v.item != (of_item ? of_item : element)) fail();
     return v.start;
   }
 

@@ -15,10 +15,15 @@ namespace {
 // zero; for tests.
 std::atomic<bool> clears_saved{false};
 
+// Returns the functions that convert bfloat16.
+const Halves& halves_of_torch() {
+  return *product_of(active_isa(), 4, Precision::bfloat16).halves;
+}
+
 }  // namespace
 
 TensorLayers::TensorLayers(std::string cell, std::array<index, 3> sizes, int layers,
-                           int directions, unsigned kinds, bool reverse)
+                           int directions, unsigned kinds, bool reverse, bool halves)
     : cell_(std::move(cell)),
       I_(sizes[0]),
       H_(sizes[1]),
@@ -26,7 +31,8 @@ TensorLayers::TensorLayers(std::string cell, std::array<index, 3> sizes, int lay
       layers_(layers),
       directions_(directions),
       kinds_(kinds),
-      reverse_(reverse) {
+      reverse_(reverse),
+      halves_(halves) {
   const Shape& shape = find_cell(*active_isa().base->f32, cell_).shape;
   const bool has_absent = shape.differs.absent >= 0;
   gates_ = shape.gates - has_absent;
@@ -36,14 +42,16 @@ TensorLayers::TensorLayers(std::string cell, std::array<index, 3> sizes, int lay
 
 py::tuple TensorLayers::arguments() const {
   return py::make_tuple(cell_, std::array{I_, H_, R_}, layers_, directions_, kinds_,
-                        reverse_);
+                        reverse_, halves_);
 }
 
 // Builds the layers for one call; their packed weights end with it. Without parameters
 // only sizes can be asked for.
-Stack TensorLayers::stack(index element,
+Stack TensorLayers::stack(index element, bool halves, index item,
                           const std::vector<const char*>& parameters) const {
   const Kernels& kernels = kernels_of(active_isa(), element);
+  const Product& product = product_of(active_isa(), element,
+                                      halves ? Precision::bfloat16 : Precision::element);
   const CellKernels& cell = find_cell(kernels, cell_);
   Stack stack{{}, directions_, 0};
   stack.weights.reserve(layers_ * directions_);
@@ -57,24 +65,26 @@ Stack TensorLayers::stack(index element,
     const bool projects = kinds_ >> 4 & 1, norm = kinds_ >> 6 & 1;
     const Model model{I, H_, R_, cell.shape.variant, projects, norm};
     stack.weights.push_back(std::make_unique<const Weights>(
-        kernels, kernels.product, cell,
-        Parameters<char>{model, p[0], p[1], p[2], p[3], p[4]},
+        kernels, product, cell,
+        Parameters<char>{model, p[0], p[1], p[2], p[3], p[4], nullptr, nullptr, nullptr,
+                         1, halves, halves ? item : 0},
         Vectors<const char>{p[5], p[6], p[7], p[8], p[9]}));
   }
   return stack;
 }
 
-index TensorLayers::saved_values(bool is_double, const py::object& options) const {
-  const index element = is_double ? 8 : 4;
+index TensorLayers::saved_values(index item, const py::object& options) const {
   StackCall c{};
   CallOptions(options).put(c);
-  return saved_bytes(stack(element, {}), c) / element;
+  const bool halves = item == half_item;
+  return saved_bytes(stack(halves ? 4 : item, halves, item, {}), c) / item;
 }
 
 // Reads a call's arguments, which `reader` has collected, x first; returns false if
 // Python must check them.
 bool TensorLayers::read(TensorReader& reader, StackCall& c,
-                        std::vector<const char*>& addresses, AxesOf axes) const {
+                        std::vector<const char*>& addresses, Memory (&wide)[2],
+                        AxesOf axes) const {
   const auto v = reader.next();
   if (!reader.ok || !v.start) return false;
   const bool step = axes == AxesOf::step, unbatched = v.rank == 2 && !step;
@@ -84,31 +94,36 @@ bool TensorLayers::read(TensorReader& reader, StackCall& c,
   if (v.shape[last] != I_ || (I_ > 1 && v.strides[last] != 1)) return false;
   reader.unbatched = unbatched;
   c.x = v.start;
-  c.x_item = reader.element;
+  c.x_item = reader.x_item;
   c.T = step ? 1 : v.shape[time];
   c.B = step ? v.shape[0] : unbatched ? 1 : v.shape[row];
-  c.x_t = step ? 0 : v.strides[time] * reader.element;
-  c.x_b = step        ? v.strides[0] * reader.element
-          : unbatched ? 0
-                      : v.strides[row] * reader.element;
+  c.x_t = step ? 0 : v.strides[time] * v.item;
+  c.x_b = step ? v.strides[0] * v.item : unbatched ? 0 : v.strides[row] * v.item;
   if (c.T < 1 || c.B < 1) return false;
   c.reverse = reverse_;
   const index n = layers_ * directions_;
-  const auto state = [&](index width) {
-    return reader.whole(step        ? Axes{c.B, width}
-                        : unbatched ? Axes{n, width}
-                                    : Axes{n, c.B, width});
+  const auto state = [&](index width, Memory& own) {
+    const auto s = reader.whole_view(step        ? Axes{c.B, width}
+                                     : unbatched ? Axes{n, width}
+                                                 : Axes{n, c.B, width});
+    if (s.item != half_item || !s.start) return s.start;
+    const index values = n * c.B * width;
+    own = Memory(static_cast<std::size_t>(4 * values));
+    halves_of_torch().widen(s.start, values, own.as<char>());
+    return static_cast<const char*>(own.as<char>());
   };
-  c.h0 = state(R_);
-  c.c0 = state(H_);
+  c.h0 = state(R_, wide[0]);
+  c.c0 = state(H_, wide[1]);
   c.lengths = reinterpret_cast<const index*>(reader.next().start);
   c.resets = reinterpret_cast<const bool*>(reader.next().start);
   for (index at = 0; at < n; ++at) {
     for (int kind = 0; kind < parameter_count; ++kind) {
       if (!(kinds_ >> kind & 1)) continue;
-      const char* const start = reader.whole(parameter_axes(at, kind));
-      if (!start) return false;
-      addresses.push_back(start);
+      const auto p = reader.whole_view(parameter_axes(at, kind));
+      if (!p.start) return false;
+      if (addresses.empty()) reader.parameter_item = p.item;
+      if (p.item != reader.parameter_item) return false;
+      addresses.push_back(p.start);
     }
   }
   return reader.ok;
@@ -172,13 +187,14 @@ py::object TensorLayers::infer(const py::handle& x, const py::handle& hx,
   TensorReader reader(true);
   StackForward c{};
   std::vector<const char*> addresses;
+  Memory wide[2];
   const py::none none;
   if (!collect(reader, x, h0, c0, parameters, none, none)) return none;
   if (reader.requires_grad && is_true(torch().is_grad_enabled)) return py::bool_(false);
-  reader.open();
-  if (!read(reader, c, addresses, kind)) return none;
+  reader.open(halves_);
+  if (!read(reader, c, addresses, wide, kind)) return none;
   CallOptions(options).put(c);
-  const index n = layers_ * directions_, width = directions_ * R_, size = reader.element;
+  const index n = layers_ * directions_, width = directions_ * R_, size = reader.item;
   const bool step = kind == AxesOf::step;
   const bool unbatched = reader.unbatched;
   const bool batch_first = kind == AxesOf::batch_first;
@@ -186,8 +202,14 @@ py::object TensorLayers::infer(const py::handle& x, const py::handle& hx,
     return step ? Axes{c.B, of} : unbatched ? Axes{n, of} : Axes{n, c.B, of};
   };
   NewTensors outputs(size);
-  c.h_n = outputs.add(state(R_));
-  if (has_c_) c.c_n = outputs.add(state(H_));
+  // The user's states have the type of x, those of the kernels are float32 in halves.
+  char *h_n = outputs.add(state(R_)), *c_n = has_c_ ? outputs.add(state(H_)) : nullptr;
+  Memory ends[2];
+  for (int end = 0; end < 2 && reader.halves; ++end) {
+    ends[end] = Memory(static_cast<std::size_t>(4 * n * c.B * (end ? H_ : R_)));
+  }
+  c.h_n = reader.halves ? ends[0].as<char>() : h_n;
+  c.c_n = reader.halves ? ends[1].as<char>() : c_n;
   Memory of_step;
   if (step) {
     of_step = Memory(static_cast<std::size_t>(c.B * R_ * size));
@@ -199,10 +221,15 @@ py::object TensorLayers::infer(const py::handle& x, const py::handle& hx,
   }
   c.y_t = (batch_first ? 1 : c.B) * width * size;
   c.y_b = (batch_first ? c.T : 1) * width * size;
-  const Stack layers = stack(size, addresses);
+  const Stack layers =
+      stack(reader.element, reader.halves, reader.parameter_item, addresses);
   {
     const py::gil_scoped_release release;
     fusedrnn::forward(layers, c);
+  }
+  if (reader.halves) {
+    halves_of_torch().narrow(c.h_n, n * c.B * R_, h_n);
+    if (has_c_) halves_of_torch().narrow(c.c_n, n * c.B * H_, c_n);
   }
   const py::list all = outputs.take();
   py::object last = all[0];
@@ -218,42 +245,44 @@ py::object TensorLayers::forward(const py::handle& x, const py::handle& h0,
   TensorReader reader(false);
   StackForward c{};
   std::vector<const char*> addresses;
+  Memory wide[2];
   const AxesOf axes = step ? AxesOf::step : AxesOf::sequence;
   if (!collect(reader, x, h0, c0, parameters, lengths, resets)) return py::none();
-  reader.open();
-  if (!read(reader, c, addresses, axes)) return py::none();
+  reader.open(halves_);
+  if (!read(reader, c, addresses, wide, axes)) return py::none();
   const CallOptions o(options);
   o.put(c);
-  const Stack layers = stack(reader.element, addresses);
-  const index n = layers_ * directions_, size = reader.element;
+  const Stack layers =
+      stack(reader.element, reader.halves, reader.parameter_item, addresses);
+  const index n = layers_ * directions_, size = reader.element, item = reader.item;
   const index y_row = directions_ * R_, c_row = directions_ * H_;
   NewTensors outputs(size);
   // The operator has six results: those that a call does not have are empty tensors. A
   // step leaves them out.
-  const auto add = [&](bool exists, const Axes& shape) -> char* {
-    if (exists) return outputs.add(shape);
-    if (!step) outputs.add({0});
+  const auto add = [&](bool exists, const Axes& shape, index of_item) -> char* {
+    if (exists) return outputs.add(shape, of_item);
+    if (!step) outputs.add({0}, item);
     return nullptr;
   };
-  c.y = outputs.add(step ? Axes{c.B, R_} : Axes{c.T, c.B, y_row});
-  c.y_b = y_row * size;
+  c.y = outputs.add(step ? Axes{c.B, R_} : Axes{c.T, c.B, y_row}, item);
+  c.y_b = y_row * item;
   c.y_t = c.B * c.y_b;
   Memory h_of_step;
   if (step) h_of_step = Memory(static_cast<std::size_t>(c.B * R_ * size));
   c.h_n = step ? h_of_step.as<char>() : outputs.add({n, c.B, R_});
-  c.c_n = add(has_c_, step ? Axes{c.B, H_} : Axes{n, c.B, H_});
-  c.cells = add(o.return_cells, {c.T, c.B, c_row});
+  c.c_n = add(has_c_, step ? Axes{c.B, H_} : Axes{n, c.B, H_}, size);
+  c.cells = add(o.return_cells, {c.T, c.B, c_row}, size);
   c.cells_b = c_row * size;
   c.cells_t = c.B * c.cells_b;
-  c.trace = add(o.trace, {n, c.T, c.B, gates_, H_});
-  const index values = saves ? saved_bytes(layers, c) / size : 0;
+  c.trace = add(o.trace, {n, c.T, c.B, gates_, H_}, item);
+  const index values = saves ? saved_bytes(layers, c) / item : 0;
   const Axes saved_axes{c.T, c.B, values};
-  const index bytes = c.T * c.B * values * size;
+  const index bytes = c.T * c.B * values * item;
   py::object large;
   if (bytes >= large_array) {
-    large = new_large(saved_axes, size, c.saved);
+    large = new_large(saved_axes, item, c.saved);
   } else {
-    c.saved = outputs.add(values > 0 ? saved_axes : Axes{0});
+    c.saved = outputs.add(values > 0 ? saved_axes : Axes{0}, item);
   }
   if (values == 0) c.saved = nullptr;
   if (clears_saved && values > 0) std::memset(c.saved, 0, bytes);
@@ -276,16 +305,18 @@ py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence
   TensorReader reader(false);
   StackBackward c{};
   std::vector<const char*> addresses;
+  Memory wide[2];
   const AxesOf axes = step ? AxesOf::step : AxesOf::sequence;
   if (d.size() != 4 || wanted.size() != 3 + parameters.size()) return py::none();
   if (!collect(reader, x, h0, c0, parameters, lengths, resets)) return py::none();
   for (const py::handle& a : {y, cells, saved}) reader.collect(a);
   for (const py::handle g : d) reader.collect(g);
-  reader.open();
-  if (!read(reader, c, addresses, axes)) return py::none();
+  reader.open(halves_);
+  if (!read(reader, c, addresses, wide, axes)) return py::none();
   CallOptions(options).put(c);
-  const Stack layers = stack(reader.element, addresses);
-  const index n = layers_ * directions_, size = reader.element;
+  const Stack layers =
+      stack(reader.element, reader.halves, reader.parameter_item, addresses);
+  const index n = layers_ * directions_, size = reader.element, item = reader.item;
   const index y_row = directions_ * R_, c_row = directions_ * H_;
   const auto sequence = [&](index width) {
     return step ? Axes{c.B, width} : Axes{c.T, c.B, width};
@@ -293,15 +324,16 @@ py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence
   const auto state = [&](index width) {
     return step ? Axes{c.B, width} : Axes{n, c.B, width};
   };
-  const index values = saved_bytes(layers, c) / size;
-  c.y = reader.whole(sequence(y_row));
-  c.y_b = c.dy_b = y_row * size;
+  const index values = saved_bytes(layers, c) / item;
+  c.y = reader.whole(sequence(y_row), item);
+  c.y_b = c.dy_b = y_row * item;
   c.y_t = c.dy_t = c.B * c.y_b;
   c.cells = reader.whole(sequence(c_row));
   c.cells_b = c.dcells_b = c_row * size;
   c.cells_t = c.dcells_t = c.B * c.cells_b;
-  c.saved = values > 0 ? reader.whole({c.T, c.B, values}) : (reader.next(), nullptr);
-  c.dy = reader.whole(sequence(y_row));
+  c.saved =
+      values > 0 ? reader.whole({c.T, c.B, values}, item) : (reader.next(), nullptr);
+  c.dy = reader.whole(sequence(y_row), item);
   c.dh_n = reader.whole(state(R_));
   c.dc_n = reader.whole(state(H_));
   c.dcells = reader.whole(sequence(c_row));
@@ -311,25 +343,42 @@ py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence
     return PyObject_IsTrue(py::object(wanted[at]).ptr()) == 1;
   };
   NewTensors outputs(size);
-  if (is_wanted(0)) c.dx = outputs.add(sequence(I_));
-  c.dx_b = I_ * size;
+  if (is_wanted(0)) c.dx = outputs.add(sequence(I_), c.x_item);
+  c.dx_b = I_ * c.x_item;
   c.dx_t = c.B * c.dx_b;
   if (is_wanted(1)) c.dh0 = outputs.add(state(R_));
   if (has_c_ && is_wanted(2)) c.dc0 = outputs.add(state(H_));
+  // The kernels' gradients of parameters are float32, those of PyTorch have the type of
+  // the parameter.
+  struct Rounded {
+    Memory wide;
+    index values;
+    char* to;
+  };
+  std::vector<Rounded> rounded;
   std::vector<char*> gradients;
   index at = 3;
   for (index of = 0; of < n; ++of) {
     for (int kind = 0; kind < parameter_count; ++kind) {
       gradients.push_back(nullptr);
       if (!(kinds_ >> kind & 1)) continue;
-      if (is_wanted(at)) gradients.back() = outputs.add(parameter_axes(of, kind));
-      ++at;
+      if (!is_wanted(at++)) continue;
+      const Axes shape = parameter_axes(of, kind);
+      gradients.back() = outputs.add(shape, reader.parameter_item);
+      if (reader.parameter_item == size) continue;
+      const index count = shape.lengths[0] * (shape.count == 2 ? shape.lengths[1] : 1);
+      rounded.push_back(
+          {Memory(static_cast<std::size_t>(count * size)), count, gradients.back()});
+      gradients.back() = rounded.back().wide.as<char>();
     }
   }
   c.gradients = gradients.data();
   {
     const py::gil_scoped_release release;
     fusedrnn::backward(layers, c);
+    for (const Rounded& of : rounded) {
+      halves_of_torch().narrow(of.wide.as<const char>(), of.values, of.to);
+    }
   }
   return outputs.take();
 }
@@ -344,6 +393,7 @@ void bind_tensors(py::module_& m) {
                interface.attr("unsafe_alloc_void_ptrs_from_tensors"),
                interface.attr("alloc_tensors_by_stealing_from_void_ptrs"),
                module.attr("from_numpy"),
+               module.attr("bfloat16"),
                module.attr("is_grad_enabled"),
                module.attr("autograd").attr("forward_ad"),
                std::move(observers),
@@ -351,7 +401,7 @@ void bind_tensors(py::module_& m) {
   });
   m.def("set_clears_saved", [](bool clears) { clears_saved = clears; });
   py::class_<TensorLayers>(m, "TensorLayers")
-      .def(py::init<std::string, std::array<index, 3>, int, int, unsigned, bool>())
+      .def(py::init<std::string, std::array<index, 3>, int, int, unsigned, bool, bool>())
       .def("saved_values", &TensorLayers::saved_values)
       .def("infer", &TensorLayers::infer)
       .def("forward", &TensorLayers::forward)

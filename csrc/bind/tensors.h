@@ -15,12 +15,13 @@ enum class AxesOf : int { sequence, batch_first, step };
 
 class TensorLayers {
  public:
-  // sizes: I, H, R. `kinds` has a bit for each parameter that a direction has.
+  // sizes: I, H, R. `kinds` has a bit for each parameter that a direction has. `halves`:
+  // calls compute as with x of bfloat16, whatever its type.
   TensorLayers(std::string cell, std::array<index, 3> sizes, int layers, int directions,
-               unsigned kinds, bool reverse);
+               unsigned kinds, bool reverse, bool halves);
 
-  // Returns how many values a training call saves for each row of a step.
-  index saved_values(bool is_double, const py::object& options) const;
+  // Returns how many values of `item` bytes a training call saves for each row of a step.
+  index saved_values(index item, const py::object& options) const;
 
   // Takes x and hx as a module's user passes them and returns the module's results.
   // Returns None also where something other than autograd observes calls, and False,
@@ -45,19 +46,22 @@ class TensorLayers {
   py::tuple arguments() const;
 
  private:
-  Stack stack(index element, const std::vector<const char*>& parameters) const;
+  // `item`: bytes of an element of the parameters, in halves.
+  Stack stack(index element, bool halves, index item,
+              const std::vector<const char*>& parameters) const;
   bool collect(class TensorReader& reader, const py::handle& x, const py::handle& h0,
                const py::handle& c0, const py::sequence& parameters,
                const py::handle& lengths, const py::handle& resets) const;
+  // `wide` gets states that are not float32.
   bool read(TensorReader& reader, StackCall& call, std::vector<const char*>& addresses,
-            AxesOf axes) const;
+            Memory (&wide)[2], AxesOf axes) const;
   Axes parameter_axes(index at, int kind) const;
 
   const std::string cell_;
   const index I_, H_, R_;
   const int layers_, directions_;
   const unsigned kinds_;
-  const bool reverse_;
+  const bool reverse_, halves_;
   int gates_, peepholes_;  // blocks of the user's parameters
   bool has_c_;
 };

@@ -65,7 +65,8 @@ class TensorLayers:
     """Layers on PyTorch's tensors, which PyTorch's C interface reads and allocates.
 
     `sizes` are I, H and R. `kinds` has a bit for each parameter that a direction has, in the
-    order of `reference.Parameters`. Calls return None, and do nothing, if the kernels cannot
+    order of `reference.Parameters`. With `halves` calls compute as with x of bfloat16, whatever
+    its type. Calls return None, and do nothing, if the kernels cannot
     read a tensor as it is.
     """
 
@@ -77,10 +78,14 @@ class TensorLayers:
         directions: int,
         kinds: int,
         reverse: bool,
+        halves: bool,
         /,
     ) -> None: ...
-    def saved_values(self, is_double: bool, options: Options, /) -> int:
-        """Return the number of values saved per step and row, beside x and the results."""
+    def saved_values(self, item: int, options: Options, /) -> int:
+        """Return the number of values saved per step and row, beside x and the results.
+
+        `item` is the bytes of an element of y and of what is saved.
+        """
 
     def infer(
         self, x: object, hx: object, parameters: list[Any], axes: int, options: Options, /

@@ -291,21 +291,36 @@ class Recurrent(nn.Module):
             asked += f" bptt={checks.positive('bptt', bptt)}"
         return asked
 
-    def _compute(self, layers: str, asked: str, *tensors: Any) -> tuple[Tensor, ...]:
-        """Run the layers that `layers` describes on the tensors of `ops.Inputs`, x first."""
-        x = tensors[0]
+    def _compute(
+        self, layers: str, asked: str, *tensors: Any, wide_states: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Run the layers that `layers` describes on the tensors of `ops.Inputs`, x first.
+
+        Under autocast on the CPU states stay float32 with `wide_states`, as those of torch.nn's
+        cells do.
+        """
+        x, h0, c0, weights, *others = tensors
         dtype = _computed_in(x)
         if dtype is None:
             return _run(layers, asked, *tensors)
-        kind = x.device.type
+        kind, is_cast = x.device.type, _is_cast(x.device.type)
+        result = dtype if is_cast else x.dtype
+        if kind == "cpu" and dtype == torch.float16:
+            dtype = torch.float32
+
+        def read(a: Tensor) -> Tensor:
+            rounds = kind == "cpu" and dtype == torch.bfloat16 and a.dtype == torch.float32
+            return a if rounds else a.to(dtype)  # the kernels round float32 where they read it
+
+        asked += " bfloat16" * (kind == "cpu" and dtype == torch.bfloat16)
+        x, weights = read(x), list(map(read, weights))
         of_state = torch.promote_types(dtype, torch.float32)
-        x, h0, c0, weights, *others = tensors
         start = (None if a is None else a.to(of_state) for a in (h0, c0))
-        cast = (x.to(dtype), *start, [p.to(dtype) for p in weights], *others)
-        result = dtype if _is_cast(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
-            *made, saved = _run(layers, asked, *cast)
-        return (*(a.to(result) for a in made), saved)
+            y, *states, trace, saved = _run(layers, asked, x, *start, weights, *others)
+        if not (wide_states and is_cast and kind == "cpu"):
+            states = [a.to(result) for a in states]
+        return (y.to(result), *states, trace.to(result), saved)
 
 
 def _run(layers: str, asked: str, *tensors: Any) -> tuple[Tensor, ...]:
@@ -327,14 +342,17 @@ def _is_cast(kind: str) -> bool:
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
+def is_half(x: Tensor) -> bool:
+    """Return whether a tensor has 16 bits, of which the states within a call have more."""
+    return x.dtype in _HALVES
+
+
 def _computed_in(x: Tensor) -> torch.dtype | None:
     """Return the dtype to compute in, or None if it is the dtype of all tensors."""
     kind = x.device.type
     if _is_cast(kind) and x.dtype != torch.float64:  # autocast does not change float64
-        return torch.float32 if kind == "cpu" else torch.get_autocast_dtype(kind)
-    if x.dtype in _HALVES:
-        return torch.float32 if kind == "cpu" else x.dtype
-    return None
+        return torch.get_autocast_dtype(kind)
+    return x.dtype if is_half(x) else None
 
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)

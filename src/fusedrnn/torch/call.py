@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import _cpu
@@ -86,6 +87,8 @@ class Call:
     kinds: the names of the parameters that each layer and direction has.
     reverse: whether a single direction runs from the last step to the first.
     saves: whether forward saves values for backward.
+    halves: whether the CPU computes as with x of bfloat16, whatever the type of x, as under
+        autocast.
     weights, x_bits: the precision of narrow weights, or None, as `fusedrnn.LSTM.quantize`
         takes them; `kinds` then has the scales, too.
     """
@@ -101,6 +104,7 @@ class Call:
     precision: str
     weights: NarrowPrecision | None
     x_bits: int
+    halves: bool
 
     @property
     def has_c(self) -> bool:
@@ -131,6 +135,10 @@ class Call:
     def keeps_cells(self, on_gpu: bool) -> bool:
         """Whether every c is a result, for the user or for backward on a GPU."""
         return self.options.return_cells or (on_gpu and self.options.recompute and self.has_c)
+
+    def dtype(self, given: Inputs) -> torch.dtype:
+        """Return the dtype of y, of a trace and, on the CPU, of the saved values."""
+        return torch.bfloat16 if self.halves else given.x.dtype
 
     def sizes(self, given: Inputs) -> Sizes:
         """Return T, B, I, H, R."""
@@ -179,7 +187,7 @@ class Call:
             raise ValueError(OTHER_PARAMETERS)
         kinds = sum(1 << k for k, n in enumerate(Parameters._fields) if n in self.kinds)
         shape = (self.layers, self.directions, kinds, self.reverse)
-        return _cpu.TensorLayers(self.cell.name, (I, H, R), *shape)
+        return _cpu.TensorLayers(self.cell.name, (I, H, R), *shape, self.halves)
 
 
 def describe(
@@ -220,7 +228,7 @@ def parse(layers: str, asked: str = "") -> Call:
     Parameters
     ----------
     layers: the string that `describe` returns.
-    asked: words that say what the call does: save (values for backward), training,
+    asked: words that say what the call does: save (values for backward), bfloat16, training,
         return_cells, trace, recompute, bptt=<number>.
 
     >>> parse('{"cell": "gru", "clip": 3.0}', "save bptt=5").options.bptt
@@ -234,12 +242,12 @@ def parse(layers: str, asked: str = "") -> Call:
     narrow = given.pop("weights", None), given.pop("x_bits", 0)
     words = asked.split()
     flags: dict[str, Any] = {"training": False} | {
-        word: True for word in words if "=" not in word and word != "save"
+        word: True for word in words if "=" not in word and word not in ("save", "bfloat16")
     }
     flags |= {name: int(value) for name, _, value in (w.partition("=") for w in words) if value}
     options = check_options(cell, given | flags | {"seed": 0})._replace(where=where)
-    text, saves = (layers, asked), "save" in words
-    return Call(text, cell, options, kinds, *numbers, reverse, saves, precision, *narrow)
+    has = ("save" in words, precision, *narrow, "bfloat16" in words)
+    return Call((layers, asked), cell, options, kinds, *numbers, reverse, *has)
 
 
 def with_seed(call: Call, seed: Maybe) -> Options:

@@ -22,12 +22,13 @@ def define(call: Call, *tensors: Any) -> Outputs:
 
     16-bit inputs are computed in float32, which states also have.
     """
-    of_state, of_x = state_dtype(tensors[0]), tensors[0].dtype
+    of_state = state_dtype(tensors[0])
 
     def wide(a: Any) -> Any:
         return a.to(of_state) if a is not None and a.is_floating_point() else a
 
     given = Inputs(*tensors)
+    of_y = call.dtype(given)
     options, D = with_seed(call, given.seed), call.directions
     parameters = iter(map(wide, given.parameters))
     x, states = wide(given.x), [wide(a) for a in given[1 : 1 + len(call.cell.states)]]
@@ -49,10 +50,10 @@ def define(call: Call, *tensors: Any) -> Outputs:
     h_n, *c_n = (torch.stack(of_letter) for of_letter in zip(*ends, strict=True))
     keeps_cells = call.options.return_cells
     return (
-        x.to(of_x),
+        x.to(of_y),
         h_n,
         c_n[0] if c_n else none,
         torch.cat([of.cells for of in done], -1) if keeps_cells else none,
-        torch.stack(traces).to(of_x) if call.options.trace else none,
+        torch.stack(traces).to(of_y) if call.options.trace else none,
         none,
     )

@@ -17,6 +17,7 @@ from ..engine import backend_of
 from ..options import asked_of_layer
 from ..reference import Options, Parameters
 from .call import OTHER_PARAMETERS, READ, Call, Inputs, Maybe, Outputs, with_seed
+from .definition import state_dtype
 
 
 def share_team() -> bool:
@@ -60,6 +61,8 @@ def follow_threads() -> None:
 
 
 # On the CPU
+
+_ON_CPU = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class NeedsChecksError(Exception):
@@ -154,11 +157,17 @@ def _without_steps(call: Call, given: Inputs) -> Outputs:
     """Return the results of a call without steps or rows, which keeps the state."""
     s, x = call.sizes(given), given.x
     shapes = call.output_shapes(s, False)
-    made = [x.new_zeros((0,) if shape is None else shape) for shape in shapes]
+    of_y, of_state = call.dtype(given), state_dtype(x)
+    dtypes = (of_y, of_state, of_state, of_state, of_y)
+    made = [
+        x.new_zeros((0,), dtype=of_y) if shape is None else x.new_zeros(shape, dtype=dtype)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
     for n, state in enumerate((given.h0, given.c0)):
         if state is not None:
             made[1 + n].copy_(state)
-    return (*made, x.new_zeros(saved_shape(call, given)))  # type: ignore[return-value]
+    saved = x.new_zeros(saved_shape(call, given), dtype=of_y)
+    return (*made, saved)  # type: ignore[return-value]
 
 
 def _backward_on_cpu(
@@ -331,15 +340,19 @@ def check_tensors(call: Call, given: Inputs) -> None:
         dtype = given.x.dtype
         if a is None:
             continue
-        if name in ("h0", "c0") and dtype in (torch.bfloat16, torch.float16):
-            dtype = torch.float32
+        if name in ("h0", "c0"):
+            dtype = state_dtype(given.x)
+        elif call.halves:
+            dtype = given.parameters[0].dtype
         if a.shape != expected or a.dtype != dtype or a.device != given.x.device:
             raise ValueError(
                 f"{name} must have shape {expected} and dtype {dtype} on {given.x.device}, "
                 f"got {tuple(a.shape)}, {a.dtype} on {a.device}"
             )
-    if given.x.is_cpu and given.x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x must be float32 or float64 on the CPU, got {given.x.dtype}")
+    if given.x.is_cpu and given.x.dtype not in _ON_CPU:
+        raise TypeError(
+            f"x must be float32, float64 or bfloat16 on the CPU, got {given.x.dtype}"
+        )
 
 
 def saved_shape(call: Call, given: Inputs) -> tuple[Any, ...]:
@@ -354,7 +367,7 @@ def saved_shape(call: Call, given: Inputs) -> tuple[Any, ...]:
         count = _saved_bytes(call, int(s.I), int(s.H), int(s.R), *where)
         return ((s.T * s.B * count + 255) // 256 * 256,) if count else (0,)
     layers = call.of_sizes(int(s.I), int(s.H), int(s.R))
-    values = layers.saved_values(given.x.dtype == torch.float64, call.options)
+    values = layers.saved_values(call.dtype(given).itemsize, call.options)
     return (s.T, s.B, values) if values else (0,)
 
 

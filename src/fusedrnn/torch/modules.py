@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..cells import CELLS, gru_cell, lstm_cell, rnn_cell
 from . import ops
-from .base import GRUOptions, LSTMOptions, Recurrent, RNNOptions, check_kind, of_cell
+from .base import GRUOptions, LSTMOptions, Recurrent, RNNOptions, check_kind, is_half, of_cell
 from .kernels import NeedsChecksError
 from .packed import Layout
 
@@ -208,7 +208,7 @@ class _Layers(Recurrent):
         if torch.compiler.is_compiling():
             return None
         results: Any = self._infer(input, hx, int(self.batch_first))
-        if results is not False or input.dim() not in (2, 3):
+        if results is not False or input.dim() not in (2, 3) or is_half(input):
             return results or None
         unbatched = input.dim() == 2
         h0, c0 = hx if self._is_pair and hx else (hx, None)
@@ -417,8 +417,9 @@ class LSTM(_Layers):
     precision: "tf32" lets a GPU's matrix units multiply float32, rounded to 10 bits; without
         effect on other types and on the CPU.
 
-    On the CPU bfloat16 and float16 are computed in float32 and rounded at the end of each
-    layer; under autocast the CPU computes in float32, a GPU in the type of autocast.
+    Under autocast a module computes in the type of autocast. float16 is computed in float32 on
+    the CPU, and rounded at the end of each layer. In bfloat16 products round their operands;
+    sums, h and c are float32 (`fusedrnn.reference.narrow`).
 
     Raises
     ------

@@ -346,7 +346,9 @@ class _NarrowStep(_NarrowModule, _Step):
         ends = [s[0] for s in made[1]]
         return tuple(ends) if self._is_pair else ends[0]
 
-    def _compute(self, layers: str, asked: str, *tensors: Any) -> tuple[Tensor, ...]:
+    def _compute(
+        self, layers: str, asked: str, *tensors: Any, wide_states: bool = False
+    ) -> tuple[Tensor, ...]:
         x, h0, c0, _weights, lengths, resets, _seed = tensors
         made = self._call("", x, (h0, c0), lengths, resets)
         return (*made, made[-1])

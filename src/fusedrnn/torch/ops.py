@@ -27,18 +27,18 @@ from .kernels import (
 
 def _fake_forward(layers: str, asked: str, *tensors: Any) -> Outputs:
     call, given = parse(layers, asked), Inputs(*tensors)
-    of_x, of_state = given.x.dtype, state_dtype(given.x)
-    dtypes = (of_x, of_state, of_state, of_state, of_x)
+    of_y, of_state = call.dtype(given), state_dtype(given.x)
+    dtypes = (of_y, of_state, of_state, of_state, of_y)
     shapes = call.output_shapes(call.sizes(given), given.is_on_gpu)
     made = [
         given.x.new_empty(
-            (0,) if shape is None else shape, dtype=of_x if shape is None else dtype
+            (0,) if shape is None else shape, dtype=of_y if shape is None else dtype
         )
         for shape, dtype in zip(shapes, dtypes, strict=True)
     ]
     shape = saved_shape(call, given)
     is_bytes = given.is_on_gpu and shape != (0,)
-    saved = given.x.new_empty(shape, dtype=torch.uint8 if is_bytes else of_x)
+    saved = given.x.new_empty(shape, dtype=torch.uint8 if is_bytes else of_y)
     return (*made, saved)  # type: ignore[return-value]
 
 
@@ -47,11 +47,12 @@ def _fake_backward(
 ) -> list[Tensor]:
     call, given = parse(layers, asked), Inputs(*tensors[READ:])
     s, of_state = call.sizes(given), state_dtype(given.x)
-    shapes = [(s.T, s.B, s.I), *call.output_shapes(s, False)[1:3]]
-    shapes += [tuple(p.shape) for p in given.parameters]
+    of_x, of_h, of_c = (s.T, s.B, s.I), *call.output_shapes(s, False)[1:3]
+    like = [(of_x, given.x.dtype), (of_h, of_state), (of_c, of_state)]
+    like += [(tuple(p.shape), p.dtype) for p in given.parameters]
     return [
-        given.x.new_empty(shape, dtype=of_state if n in (1, 2) else given.x.dtype)
-        for n, (shape, is_wanted) in enumerate(zip(shapes, wanted, strict=True))
+        given.x.new_empty(shape, dtype=dtype)
+        for (shape, dtype), is_wanted in zip(like, wanted, strict=True)
         if is_wanted and shape is not None
     ]
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ..cells import gru_cell, lstm_cell, rnn_cell
 from . import ops
-from .base import GRUOptions, LSTMOptions, Recurrent, RNNOptions, of_cell
+from .base import GRUOptions, LSTMOptions, Recurrent, RNNOptions, is_half, of_cell
 from .kernels import NeedsChecksError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class _Step(Recurrent):
         asked = self._asked((x, *state, *weights))
         h0, c0 = [*(a.unsqueeze(0) for a in state), None, None][:2]
         tensors = (x.unsqueeze(0), h0, c0, weights, None, None, self._seed(seed))
-        made = self._compute(self._together, asked, *tensors)
+        made = self._compute(self._together, asked, *tensors, wide_states=True)
         ends = [a[0, 0] if unbatched else a[0] for a in made[1 : 2 + self._is_pair]]
         return tuple(ends) if self._is_pair else ends[0]
 
@@ -95,6 +95,8 @@ class _Step(Recurrent):
         state = self._infer(input, hx, 2)
         if state is not False:
             return state
+        if is_half(input):
+            return None
         h, c = hx if self._is_pair and hx is not None else (hx, None)
         weights: list[Any] = list(map(self._parameters.get, self._names))
         try:
