@@ -76,7 +76,7 @@ def test_against_torch_nn_in_float64(name: str, form: dict[str, Any]) -> None:
 
 
 def test_autocast_copies_no_whole_tensor() -> None:
-    """Weights, x and gradients of float32 reach the kernels as they are, y as it leaves them."""
+    """Weights and x of float32 reach the kernels as they are, y as it leaves them."""
     module, x = ft.LSTM(64, 96), torch.randn(20, 8, 64)
     copied = []
 

@@ -104,8 +104,11 @@ def test_processes_agree_with_one_on_the_joined_batch(tmp_path: Path) -> None:
     for way in WAYS:
         mean = [sum(of_step) / WORLD for of_step in zip(*(f[way] for f in found), strict=True)]
         assert_close(mean, expected, "training", way)
+    model, *batch = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        alone = train(model.float(), *batch)
     losses = [sum(f["autocast"][n] for f in found) / WORLD for n in range(STEPS)]
-    assert_close(losses, expected, "bfloat16", "DDP under autocast", factor=3)
+    assert_close(losses, alone, "bfloat16", "DDP under autocast", factor=2)
     assert expected[-1] < expected[0]
 
 
