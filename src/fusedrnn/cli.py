@@ -75,6 +75,7 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         default="quick",
         help="quick (a minute), shapes (the tables of the README), options (what each costs), "
         "modules (fusedrnn.torch against torch.nn), narrow (weights of 8 and 16 bits), "
+        "bfloat16 (training in 16 bits), "
         "properties (scaling, memory, small calls …), full; default: quick",
     )
     bench.add_argument("--device", choices=DTYPES, default="cpu", help="default: cpu")
@@ -86,7 +87,7 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         nargs="+",
         metavar="dtype",
         help="; ".join(f"on {device}: {' '.join(known)}" for device, known in DTYPES.items())
-        + "; default: the first",
+        + "; default: the suite's, or the first",
     )
     bench.add_argument(
         "--weights",
@@ -129,8 +130,8 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="peer",
         help="any of torch onnxruntime openvino reference, compiled (our module under "
         "torch.compile), plain (our layer without the form); with --weights also float32 (our "
-        "layer) and torch-bfloat16 torch-int8 onnxruntime-int8 openvino-bfloat16; without a "
-        "name, fusedrnn runs alone; default: the suite's",
+        "layer) and torch-bfloat16 torch-int8 onnxruntime-int8 openvino-bfloat16; with "
+        "--dtypes bfloat16 also float32 and torch-float32; without a name, fusedrnn runs alone; default: the suite's",
     )
     bench.add_argument(
         "--before",

@@ -72,7 +72,10 @@ GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 CELLS = ("LSTM", "GRU")  # those of a suite, unless others are asked for
 MODES = ("inference", "training", "streaming")
 WEIGHTS = ("int8", "int8-x8", "bfloat16", "float16")  # int8-x8: x_bits = 8
-DTYPES = {"cpu": ("float32", "float64"), "cuda": ("bfloat16", "float16", "float32", "tf32")}
+DTYPES = {
+    "cpu": ("float32", "float64", "bfloat16"),
+    "cuda": ("bfloat16", "float16", "float32", "tf32"),
+}
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,11 @@ class Case:
         directions = 1 + layer.get("bidirectional", False)
         widths = [I] + [H * directions] * (layer.get("num_layers", 1) - 1)
         return [(T, B, width, H) for width in widths for _ in range(directions)]
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether a layer on the CPU computes with fewer bits than float32 has."""
+        return self.device == "cpu" and (bool(self.weights) or self.dtype == "bfloat16")
 
     @property
     def quantisation(self) -> tuple[str, int | None]:
@@ -178,6 +186,7 @@ class Suite:
     seconds: about how long the rounds of a case take.
     interface: of the cases; a form "cell" always has PyTorch's.
     weights: the precisions of weights that run.
+    dtypes: those that run, unless others are asked for.
     against: the contenders beside ours, None for the installed peers and the reference.
     """
 
@@ -189,6 +198,7 @@ class Suite:
     interface: str = "numpy"
     against: Sequence[str] | None = None
     weights: Sequence[str] = ("",)
+    dtypes: Sequence[str] = ("float32",)
 
 
 def _with_training(shapes: Sequence[str]) -> dict[str, Sequence[str]]:
@@ -288,6 +298,21 @@ SUITES = {
         forms={"two-layers": ("stream-speech",), "both-directions": ("stream-speech",)},
         seconds=1.0,
         weights=("int8", "bfloat16"),
+    ),
+    "bfloat16": Suite(
+        {
+            "training": (*USUAL, "stream-middle", "odd", "three-rows", "hundred", "digits"),
+            "inference": ("stream", "speech", "large", "larger", "weather", "narrow"),
+        },
+        every_count=True,
+        forms={
+            "two-layers": ("weather",),
+            "both-directions": ("weather",),
+            "lengths": ("speech",),
+            "cell": ("step-256", *ROW_STEPS),
+        },
+        seconds=1.0,
+        dtypes=("bfloat16",),
     ),
     "full": Suite(
         {

@@ -53,6 +53,7 @@ _OF_CASES = (
     "threads",
     "budget",
 )
+_ROUNDED = ("float32", "torch-float32")  # contenders for cases of bfloat16
 _HAVE_OPTIONS = ("plain", "compiled")  # contenders for the forms with an option
 
 Measure = Callable[[Case, Sequence[str]], Result]
@@ -236,7 +237,9 @@ def _cases(request: Request) -> list[Case]:
         if "streaming" in (request.modes or ()):
             raise UserError("--modes streaming can only be measured on the CPU")
     known = DTYPES[request.device]
-    dtypes = request.dtypes or (known[0],)
+    dtypes = request.dtypes or (
+        _suite(request).dtypes if request.device == "cpu" else known[:1]
+    )
     for dtype in dtypes:
         if dtype not in known:
             raise UserError(
@@ -327,15 +330,19 @@ def _contenders(request: Request) -> list[str]:
     if request.before and request.against is None:
         return ["plain"] if suite == ("plain",) else []
     if request.device == "cpu":
-        offered = tuple(name for name in CONTENDERS if name != "ours")
+        offered = tuple(name for name in CONTENDERS if name not in ("ours", *_ROUNDED))
         if _has_narrow(request):
-            offered += tuple(narrow.CONTENDERS)
+            offered += ("float32", *narrow.CONTENDERS)
+        if _has_bfloat16(request):
+            offered += _ROUNDED
     else:
         offered = ("torch", "plain")
     if request.against is None:
         usual = suite or ((*PEERS, "reference") if request.device == "cpu" else ("torch",))
         if _has_narrow(request):
-            usual = (*PEERS, *narrow.CONTENDERS)
+            usual = (*PEERS, "float32", *narrow.CONTENDERS)
+        if _has_bfloat16(request):
+            usual = ("torch", *_ROUNDED)
         return [name for name in usual if not missing(name)]
     for name in request.against:
         if name not in offered:
@@ -359,6 +366,12 @@ def _contenders(request: Request) -> list[str]:
 def _has_narrow(request: Request) -> bool:
     """Whether cases have narrow weights."""
     return bool(request.weights or any(_suite(request).weights))
+
+
+def _has_bfloat16(request: Request) -> bool:
+    """Whether cases on the CPU have arrays of bfloat16."""
+    dtypes = request.dtypes or _suite(request).dtypes
+    return request.device == "cpu" and "bfloat16" in dtypes
 
 
 def _check_build(command: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 import fusedrnn as fr
 
+from ..bfloat16 import host_dtype, is_bfloat16
 from . import forms
 from .cases import Case
 
@@ -34,14 +35,24 @@ class Inputs:
         form = case.form if form is None else form
         T, B, I, H = case.sizes
         rng = np.random.default_rng(0)
-        x = rng.normal(size=(T, B, I)).astype(case.dtype)
+        dtype = host_dtype(case.dtype)
+        x = rng.normal(size=(T, B, I)).astype(dtype)
         arguments = forms.layer_arguments(form, H)
         width = arguments.get("proj_size", H) * (1 + arguments.get("bidirectional", False))
-        dy = rng.normal(size=(T, B, width)).astype(case.dtype)
-        layer = getattr(fr, case.cell)(I, H, rng=rng, dtype=case.dtype, **arguments)
+        dy = rng.normal(size=(T, B, width)).astype(dtype)
+        layer = getattr(fr, case.cell)(I, H, rng=rng, dtype=dtype, **arguments)
         if layer.batch_first:
             x, dy = (np.ascontiguousarray(a.swapaxes(0, 1)) for a in (x, dy))
         return cls(layer, x, dy, forms.FORMS[form].call(T, B))
+
+    @classmethod
+    def widened(cls, case: Case, inputs: Inputs) -> tuple[Case, Inputs]:
+        """Return a case in float32 without narrow weights, and the same values as its inputs."""
+        wide = replace(case, weights="", dtype="float32")
+        of = cls.of(wide)
+        of.layer.load_state_dict(inputs.layer.state_dict())
+        x, dy = (a.astype(np.float32) for a in (inputs.x, inputs.dy))
+        return wide, replace(of, x=x, dy=dy)
 
     @property
     def parameters(self) -> list[Array]:
@@ -173,6 +184,18 @@ def torch(case: Case, inputs: Inputs) -> Run:
     return run_module(torch.nn, case, inputs)
 
 
+def float32(case: Case, inputs: Inputs) -> Run | None:
+    """Run our layer or module in float32, for cases with fewer bits."""
+    return ours(*Inputs.widened(case, inputs)) if case.is_rounded else None
+
+
+def torch_float32(case: Case, inputs: Inputs) -> Run | None:
+    """Run torch.nn's module in float32, for cases of bfloat16."""
+    if case.dtype != "bfloat16":
+        return None
+    return torch(*Inputs.widened(case, inputs))
+
+
 def compiled(case: Case, inputs: Inputs) -> Run | None:
     """Run the module of `fusedrnn.torch` through torch.compile."""
     import torch
@@ -201,8 +224,14 @@ def run_module(
     torch.set_num_threads(case.threads)
     _, B, I, H = case.sizes
     kind: dict[str, Any] = {"dtype": getattr(torch, case.dtype)}
-    weights = {k: torch.from_numpy(v.copy()) for k, v in inputs.layer.state_dict().items()}
-    x, dy = torch.from_numpy(inputs.x.copy()), torch.from_numpy(inputs.dy.copy())
+
+    def tensor(a: Array) -> Any:
+        if is_bfloat16(a.dtype):
+            return torch.from_numpy(a.view(np.int16).copy()).view(torch.bfloat16)
+        return torch.from_numpy(a.copy())
+
+    weights = {k: tensor(v) for k, v in inputs.layer.state_dict().items()}
+    x, dy = tensor(inputs.x), tensor(inputs.dy)
     is_cell = case.form == "cell"
     if is_cell:
         weights = {k.removesuffix("_l0"): v for k, v in weights.items()}
@@ -233,10 +262,13 @@ def run_module(
         y, state = call(packed)
         return utils.pad_packed_sequence(y, total_length=len(x))[0], state
 
+    def array(a: Any) -> Array:
+        values: Array = (a.float() if a.dtype == torch.bfloat16 else a).numpy()
+        return values
+
     def results(y: Any) -> Results:
-        y = y.detach()
-        y = (y if dtype is None else y.float()).numpy()
-        return {"y": y[None] if is_cell else y}
+        values = array(y.detach())
+        return {"y": values[None] if is_cell else values}
 
     if not case.training:
         carries = case.mode == "streaming"
@@ -257,11 +289,8 @@ def run_module(
             leaf.grad = None
         y, _ = run(start)
         y.backward(dy)
-        dx: Any = x.grad
-        return results(y) | {
-            "dx": dx.numpy()[None] if is_cell else dx.numpy(),
-            "dR": R.grad.numpy(),
-        }
+        dx = array(x.grad)
+        return results(y) | {"dx": dx[None] if is_cell else dx, "dR": array(R.grad)}
 
     return train
 
@@ -411,7 +440,7 @@ def openvino_of(case: Case, inputs: Inputs, precision: str) -> Run | None:
     return with_state(case, inputs, run)
 
 
-# "reference", "compiled" and "plain" are yardsticks and not peers.
+# "reference", "compiled", "plain" and "float32" are yardsticks and not peers.
 CONTENDERS: dict[str, Callable[[Case, Inputs], Run | None]] = {
     "ours": ours,
     "torch": torch,
@@ -420,10 +449,13 @@ CONTENDERS: dict[str, Callable[[Case, Inputs], Run | None]] = {
     "reference": reference,
     "compiled": compiled,
     "plain": plain,
+    "float32": float32,
+    "torch-float32": torch_float32,
 }
 # The packages that a contender needs.
 NEEDS = {
     "torch": ("torch",),
+    "torch-float32": ("torch",),
     "torch-bfloat16": ("torch",),
     "torch-int8": ("torch",),
     "onnxruntime-int8": ("onnxruntime", "onnx"),

@@ -13,7 +13,6 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,10 @@ from .contenders import (
     Run,
     onnx_model,
     openvino_of,
-    ours,
     run_module,
     runs_models,
     with_state,
 )
-
-
-def float32(case: Case, inputs: Inputs) -> Run:
-    """Run our layer or module in float32."""
-    return ours(replace(case, weights=""), inputs)
 
 
 @contextlib.contextmanager
@@ -97,7 +90,6 @@ def openvino_bfloat16(case: Case, inputs: Inputs) -> Run | None:
 
 
 CONTENDERS = {
-    "float32": float32,
     "torch-bfloat16": torch_bfloat16,
     "torch-int8": torch_int8,
     "onnxruntime-int8": onnxruntime_int8,
@@ -105,7 +97,7 @@ CONTENDERS = {
 }
 INT8_PEERS = ("torch-int8", "onnxruntime-int8")
 BFLOAT16_PEERS = ("torch-bfloat16", "openvino-bfloat16")
-# The largest error with which a contender takes part.
+# The largest error of a case with fewer bits than float32 with which a contender takes part.
 LARGEST_ERROR = 3e-2
 
 

@@ -83,7 +83,7 @@ class Race:
     Attributes
     ----------
     wrong: by contender, the results that differ from the definition.
-    errors: by contender, the largest error of y, of cases with narrow weights.
+    errors: by contender, the largest error of y, of cases with fewer bits than float32.
     same_bits: whether the other build's results are equal, bit for bit.
     rounds: the number of rounds that take about `seconds`.
     """
@@ -96,7 +96,7 @@ class Race:
         expected = exact(case, inputs) if case.form in CHECKED else {}
         self.wrong: dict[str, str] = {}
         self.errors: dict[str, float] = {}
-        limit = narrow.LARGEST_ERROR if case.weights else LIMITS[case.dtype]
+        limit = narrow.LARGEST_ERROR if case.is_rounded else LIMITS[case.dtype]
         known = CONTENDERS | narrow.CONTENDERS
         self._runs: dict[str, Callable[[], Any]] = {}
         for name in ("ours", *names):
@@ -108,7 +108,7 @@ class Race:
                 bits = bits_of(results)
             is_checked = expected and name != "plain"
             deviation = _deviation(results, expected, limit) if is_checked else ""
-            if case.weights and expected:
+            if case.is_rounded and expected:
                 self.errors[name] = narrow.largest_error(results, expected)
             if deviation:
                 self.wrong[name] = deviation
@@ -176,7 +176,8 @@ class Race:
         """Return the result, ready for JSON."""
         case = self.case
         how: dict[str, Any] = {"training": case.training, "threads": case.threads}
-        how |= {"single": case.dtype == "float32", "weights": case.quantisation[0] or None}
+        precision = "bfloat16" if case.dtype == "bfloat16" else case.quantisation[0]
+        how |= {"single": case.dtype == "float32", "weights": precision or None}
         least = 0.0
         for n, sizes in enumerate(case.passes):
             operands = (

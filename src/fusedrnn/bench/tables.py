@@ -62,7 +62,9 @@ def best(result: Result) -> float | None:
 def _peers(result: Result) -> tuple[str, ...]:
     """Return the names of the peers that a case competes with."""
     weights = result.get("weights", "")
-    return peers_of(weights, PEERS) if weights else PEERS
+    if weights:
+        return peers_of(weights, PEERS)
+    return (*PEERS, "torch-float32") if result["dtype"] == "bfloat16" else PEERS
 
 
 class Group(NamedTuple):
@@ -159,7 +161,7 @@ def table_of(group: Group, results: list[Result]) -> Table:
 
 
 def error_tables(results: Iterable[Result]) -> Iterator[Table]:
-    """Yield the largest errors of y of cases with narrow weights."""
+    """Yield the largest errors of y of cases with fewer bits than float32."""
     with_errors = [r for r in results if "y errors" in r]
     for group, members in grouped(with_errors).items():
         names = list(dict.fromkeys(name for r in members for name in r["y errors"]))

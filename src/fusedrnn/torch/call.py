@@ -246,8 +246,9 @@ def parse(layers: str, asked: str = "") -> Call:
     }
     flags |= {name: int(value) for name, _, value in (w.partition("=") for w in words) if value}
     options = check_options(cell, given | flags | {"seed": 0})._replace(where=where)
-    has = ("save" in words, precision, *narrow, "bfloat16" in words)
-    return Call((layers, asked), cell, options, kinds, *numbers, reverse, *has)
+    saves, halves, text = "save" in words, "bfloat16" in words, (layers, asked)
+    where = (*numbers, reverse)
+    return Call(text, cell, options, kinds, *where, saves, precision, *narrow, halves)
 
 
 def with_seed(call: Call, seed: Maybe) -> Options:
