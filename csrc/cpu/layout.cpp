@@ -68,7 +68,8 @@ Block Layout::backward_block(const char* panels, const Matrix* unpacked, index N
   Block b = dense_block(role::da_after, panels, back_depth(), N);
   b.terms[0].from = first_slot * P;
   b.terms[0].matrix = unpacked;
-  transpose(b);
+  b.transposed = true;
+  b.narrow_product = &find(1, 1);
   b.panel_bytes = panels ? back_panel_bytes() : 0;
   if (b.panel_bytes > large_panel) b.pieces = shape.gates;
   return b;
@@ -77,16 +78,11 @@ Block Layout::backward_block(const char* panels, const Matrix* unpacked, index N
 Block Layout::dense_backward_block(const char* panels, index depth, index K) const {
   Block b = dense_block(role::da_after, panels, depth, H);
   b.terms[0].K = K;
-  transpose(b);
+  b.transposed = true;
+  b.narrow_product = &find(1, 1);
   b.row_bytes = b.terms[0].left_bytes * K;
   b.panel_bytes = product.panel_bytes(2, K);
   return b;
-}
-
-void Layout::transpose(Block& b) const {
-  if (halves) return;
-  b.transposed = true;
-  b.narrow_product = &find(1, 1);
 }
 
 Block Layout::dense_block(int role, const char* panels, index depth, index N) const {
@@ -105,6 +101,9 @@ void save_record(const Layout& l, const char* record, Range units, char* saved) 
   const Record &from = l.record, &to = l.saved;
   const index of_c = l.bytes(to.has_c * to.P), wide = l.saved_halves();
   std::memcpy(saved + of_c, record + l.bytes(from.scale()), wide - of_c);
+  if (from.P == to.P && units.end - units.begin == to.P) {
+    return l.halves->narrow(record, to.cell(), saved + wide);
+  }
   for (index part = 0; part * to.P < to.cell(); ++part) {
     l.halves->narrow(record + l.bytes(part * from.P + units.begin),
                      units.end - units.begin,
@@ -118,6 +117,9 @@ void load_record(const Layout& l, const char* saved, Range units, char* record) 
   const index of_c = l.bytes(from.has_c * from.P), wide = l.saved_halves();
   if (to.has_c) std::memcpy(record + l.bytes(to.cell()) + first, saved + first, count);
   std::memcpy(record + l.bytes(to.scale()), saved + of_c, wide - of_c);
+  if (from.P == to.P && units.end - units.begin == to.P) {
+    return l.halves->widen(saved + wide, to.cell(), record);
+  }
   for (index part = 0; part * from.P < from.cell(); ++part) {
     l.halves->widen(saved + wide + (part * from.P + units.begin) * l.item,
                     units.end - units.begin, record + l.bytes(part * to.P + units.begin));

@@ -182,9 +182,6 @@ struct Layout {
  private:
   static constexpr int first_block = 0;
 
-  // Makes a block one with transposed weights, whose last panel may be narrow. In halves
-  // it has two vectors.
-  void transpose(Block& b) const;
   // Returns a product of one term with a matrix of N columns, in panels of two vectors.
   Block dense_block(int role, const char* panels, index depth, index N) const;
 };

@@ -36,4 +36,14 @@ inline Vec<float> rounded_to_bfloat16(Vec<float> x) {
   return if_less(abs(x), V::broadcast(__builtin_inff()), floats(upper), x + x);
 }
 
+// Writes x rounded to bfloat16.
+inline void put_rounded(Vec<float> x, char* p) {
+#ifdef __AVX512BF16__
+  const __m256bh halves = _mm512_cvtneps_pbh(x.v);
+  __builtin_memcpy(p, &halves, sizeof(halves));
+#else
+  put_halves(bits(rounded_to_bfloat16(x)), p);
+#endif
+}
+
 }  // namespace fusedrnn::FUSEDRNN_ARCH

@@ -20,13 +20,6 @@ inline Vec<float> halves_at(const char* row, index k, index K) {
   if (k < K) __builtin_memcpy(rest, row + k * half, (K - k) * half);
   return from_halves(rest);
 }
-inline void store_halves(Vec<float> rounded, char* to, index left) {
-  constexpr index lanes = Vec<float>::lanes;
-  if (left >= lanes) return put_halves(bits(rounded), to);
-  alignas(64) char rest[lanes * half];
-  put_halves(bits(rounded), rest);
-  __builtin_memcpy(to, rest, left * half);
-}
 // Loads elements of `item` bytes from k on, rounded; null stands for a row of zeros.
 template <index item>
 inline Vec<float> rounded_at(const char* row, index k, index K) {
@@ -38,14 +31,19 @@ inline Vec<float> rounded_at(const char* row, index k, index K) {
 inline void widen(const char* from, index n, char* to) {
   using V = Vec<float>;
   float* const out = reinterpret_cast<float*>(to);
-  for (index k = 0; k < n; k += V::lanes) {
-    store_upto(halves_at(from, k, n), out + k, n - k);
-  }
+  index k = 0;
+  for (; k + V::lanes <= n; k += V::lanes) from_halves(from + k * half).store(out + k);
+  if (k < n) store_upto(halves_at(from, k, n), out + k, n - k);
 }
 inline void narrow_row(const char* from, index n, char* to) {
-  for (index k = 0; k < n; k += Vec<float>::lanes) {
-    store_halves(rounded_at<4>(from, k, n), to + k * half, n - k);
-  }
+  constexpr index lanes = Vec<float>::lanes;
+  const float* const row = reinterpret_cast<const float*>(from);
+  index k = 0;
+  for (; k + lanes <= n; k += lanes) put_rounded(Vec<float>::load(row + k), to + k * half);
+  if (k == n) return;
+  alignas(64) char rest[lanes * half];
+  put_rounded(elements(row, k, n), rest);
+  __builtin_memcpy(to + k * half, rest, (n - k) * half);
 }
 
 // Writes rows of bfloat16 as operands.
@@ -82,8 +80,14 @@ inline Vec<float> pairs_of(const char* row, index k, index K) {
     return pairs;
   }
   alignas(64) char both[2 * lanes * half];
-  put_halves(bits(rounded_at<item>(row, k, K)), both);
-  put_halves(bits(rounded_at<item>(row, k + lanes, K)), both + lanes * half);
+  for (index n = 0; n < 2 * lanes; n += lanes) {
+    if (item == half) {
+      put_halves(bits(halves_at(row, k + n, K)), both + n * half);
+    } else {
+      const float* const values = reinterpret_cast<const float*>(row);
+      put_rounded(elements(values, k + n, K), both + n * half);
+    }
+  }
   __builtin_memcpy(&pairs, both, sizeof(pairs));
   return pairs;
 }
@@ -111,10 +115,12 @@ void pack_pairs_of(const Matrix& of, int unit_vectors, Range panels, char* to) {
           __builtin_prefetch(row + (k + 4 * lanes) * item);
         }
         transpose(square);
-        for (int i = 0; i < lanes && k + 2 * i < depth; ++i) {
-          square[i].store(reinterpret_cast<float*>(at));
-          at += width * index{sizeof(V)};
+        const index pairs = (depth - k) / 2, apart = width * index{sizeof(V)};
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {
+          if (i < pairs) square[i].store(reinterpret_cast<float*>(at + i * apart));
         }
+        at += lanes * apart;
       }
     }
     to += depth / 2 * width * index{sizeof(V)};
@@ -138,13 +144,15 @@ void pack_rows(const F& row_at, Range own, index depth, index N, Range panels, c
   for (index k = own.begin; k < end; k += 2) {
     const char* const a = k < depth ? row_at(k) : nullptr;
     const char* const b = k + 1 < depth ? row_at(k + 1) : nullptr;
-    char* at = to + k * 2 * lanes * half;
-    for (index panel = panels.begin; panel < panels.end; ++panel, at += panel_bytes) {
+    char* start = to;
+    for (index panel = panels.begin; panel < panels.end; ++panel, start += panel_bytes) {
       const index n = panel * 2 * lanes;
-      for (int w = 0; w < 2; ++w) {
-        const V pairs = paired(rounded_at<item>(a, n + w * lanes, N),
-                               rounded_at<item>(b, n + w * lanes, N));
-        pairs.store(reinterpret_cast<float*>(at) + w * lanes);
+      const int width = N - n > lanes ? 2 : 1;
+      float* const at = reinterpret_cast<float*>(start + k * width * lanes * half);
+      for (int w = 0; w < width; ++w) {
+        const index column = n + w * lanes;
+        paired(rounded_at<item>(a, column, N), rounded_at<item>(b, column, N))
+            .store(at + w * lanes);
       }
     }
   }
@@ -201,56 +209,71 @@ void pack_left_halves(const char* const* rows, index depth, Range columns, char*
   }
 }
 
+// Adds the products of some columns with a panel of `width` vectors, at columns n of
+// dweight.
+template <class F, int width>
+void add_panel_of_halves(const PanelProduct& product, TermAt term, const char* left,
+                         index apart, Range columns, const Target& of, index n, bool first,
+                         int* configured) {
+  using V = Vec<float>;
+  constexpr index lanes = V::lanes;
+  alignas(64) float sums[most_tile_rows * width * lanes];
+  alignas(64) const float zeros[lanes] = {};
+  const char *starts[most_tile_rows], *rows[most_tile_rows];
+  for (const char*& start : starts) start = reinterpret_cast<const char*>(zeros);
+  term.left = rows;
+  for (index column = columns.begin; column < columns.end; column += product.tile) {
+    const index rest = columns.end - column;
+    const int height = rest < product.tile ? static_cast<int>(rest) : product.tile;
+    float* to[most_tile_rows];  // null for padding and other columns
+    for (int r = 0; r < height; ++r) {
+      rows[r] = left + (column - columns.begin + r) * apart;
+      const index at = column + r - of.begin, block = at / of.padded;
+      const index unit = at - block * of.padded;
+      const bool real = at >= 0 && block < of.blocks && unit < of.units;
+      to[r] = real ? reinterpret_cast<float*>(of.dweight) +
+                         (of.order[block] * of.units + unit) * of.N + n
+                   : nullptr;
+      // The sums are added to when the product is done.
+      for (index w = 0; w < width * lanes && to[r]; w += 16) {
+        __builtin_prefetch(to[r] + w, 1);
+      }
+    }
+    const StartAt start{starts, 0, 0, 0, height, configured};
+    product.multiply[height - 1][0](sums, start, &term, 1);
+    for (int r = 0; r < height; ++r) {
+      for (index w = 0; w < width * lanes && n + w < of.N && to[r]; w += lanes) {
+        const V sum = V::load(sums + r * width * lanes + w);
+        float* const at = to[r] + w;
+        const index left_over = of.N - n - w;
+        store_upto(first ? sum : load_upto<V>(at, left_over) + sum, at, left_over);
+      }
+    }
+  }
+}
+
 // Adds leftᵀ · right to dweight, as add_products in gradients.h.
 template <class F, int size>
 void add_products_of_halves(const char* left, index depth, Range columns,
                             const Target& of, bool first) {
-  using V = Vec<float>;
-  constexpr index lanes = V::lanes;
-  constexpr const PanelProduct& product = panel_table<F, shapes<V>.count - 1>.at[0];
-  constexpr int tile = product.tile;
-  static_assert(product.width == 2 && product.sums == 2);
-  const index P = of.padded, end = of.begin + of.blocks * P;
+  constexpr index lanes = Vec<float>::lanes;
+  const index end = of.begin + of.blocks * of.padded;
   if (!of.dweight || columns.end <= of.begin || columns.begin >= end) return;
   const index apart = operand_bytes(depth, F::grain, size);
-  const index panel_bytes = round_up(depth, F::grain) * 2 * lanes * half;
-  alignas(64) float sums[tile * 2 * lanes];
-  alignas(64) const float zeros[lanes] = {};
-  const char *starts[tile], *rows[tile];
-  for (const char*& start : starts) start = reinterpret_cast<const char*>(zeros);
+  TermAt term{};
+  term.K = depth;
+  term.panel = round_up(depth, F::grain) * 2 * lanes * half;
+  term.right = of.right;
   int configured = 0;
-  for (index n = 0; n < of.N; n += 2 * lanes) {
-    for (index column = columns.begin; column < columns.end; column += tile) {
-      const index left_over = columns.end - column;
-      const int height = static_cast<int>(left_over < tile ? left_over : tile);
-      float* to[tile];  // null for padding and other columns
-      for (int r = 0; r < height; ++r) {
-        rows[r] = left + (column - columns.begin + r) * apart;
-        const index at = column + r - of.begin, block = at / P, unit = at - block * P;
-        const bool real = at >= 0 && at < of.blocks * P && unit < of.units;
-        to[r] = real ? reinterpret_cast<float*>(of.dweight) +
-                           (of.order[block] * of.units + unit) * of.N + n
-                     : nullptr;
-        // The sums are added to when the product is done.
-        for (index w = 0; w < 2 * lanes && to[r]; w += 16) {
-          __builtin_prefetch(to[r] + w, 1);
-        }
-      }
-      TermAt term{};
-      term.left = rows;
-      term.right = of.right + n / (2 * lanes) * panel_bytes;
-      term.K = depth;
-      term.panel = panel_bytes;
-      product.multiply[height - 1][0](sums, {starts, 0, 0, 0, height, &configured}, &term,
-                                      1);
-      for (int r = 0; r < height; ++r) {
-        for (index w = 0; w < 2 * lanes && n + w < of.N && to[r]; w += lanes) {
-          const V sum = V::load(sums + r * 2 * lanes + w);
-          float* const at = to[r] + w;
-          const index rest = of.N - n - w;
-          store_upto(first ? sum : load_upto<V>(at, rest) + sum, at, rest);
-        }
-      }
+  constexpr auto& table = panel_table<F>;
+  constexpr int last = shapes<Vec<float>>.count - 1;
+  for (index n = 0; n < of.N; n += 2 * lanes, term.right += term.panel) {
+    if (of.N - n > lanes) {
+      add_panel_of_halves<F, 2>(table.at[0], term, left, apart, columns, of, n, first,
+                                &configured);
+    } else {
+      add_panel_of_halves<F, 1>(table.at[last], term, left, apart, columns, of, n, first,
+                                &configured);
     }
   }
 #ifdef FUSEDRNN_WITH_TILES

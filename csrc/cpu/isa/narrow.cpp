@@ -11,9 +11,9 @@ namespace {
 
 using V = Vec<float>;
 
-// Narrow weights are for forward alone, which has no last panel of one vector.
-template <class F>
-constexpr auto& panels_of = panel_table<F, shapes<V>.count - 1>;
+// Weights for inference alone have no last panel of one vector.
+template <class F, bool trains = false>
+constexpr auto& panels_of = panel_table<F, shapes<V>.count - !trains>;
 
 template <class F>
 constexpr NarrowPanel panel{
@@ -75,13 +75,14 @@ template <class F, int size>
 constexpr Product product(Precision precision, const char* unit,
                           decltype(Product::pack) pack,
                           decltype(Product::put_left) put_left,
+                          std::span<const PanelProduct> panels = panels_of<F>.at,
                           decltype(Product::pack_transposed) transposed = nullptr,
                           const Halves* halves = nullptr) {
   return {precision,
           unit,
           F::grain,
           size,
-          panels_of<F>.at,
+          panels,
           [](int width, index K) { return narrow_panel_bytes(panel<F>, width, K); },
           pack,
           transposed,
@@ -131,14 +132,15 @@ constexpr const char* bfloat16_unit = "FMA";
 constexpr int grain = Bfloat16Format::grain, of_operand = is_widened ? 4 : 2;
 constinit const Halves halves{
     put_halves_left<is_widened, grain>,
-    {panels_of<Bfloat16Format>.at[0].tile, pack_right_halves<grain>,
+    {panels_of<Bfloat16Format, true>.at[0].tile, pack_right_halves<grain>,
      pack_left_halves<is_widened, grain>,
      add_products_of_halves<Bfloat16Format, of_operand>},
     widen,
     narrow_row};
 constinit const Product bfloat16 = product<Bfloat16Format, of_operand>(
     Precision::bfloat16, bfloat16_unit, pack_pairs<grain>,
-    put_bfloat16<is_widened, grain>, pack_transposed_halves<grain>, &halves);
+    put_bfloat16<is_widened, grain>, panels_of<Bfloat16Format, true>.at,
+    pack_transposed_halves<grain>, &halves);
 #endif
 
 #ifdef FUSEDRNN_NARROW_FLOAT16

@@ -38,11 +38,11 @@ void put_bfloat16(const Rows& rows, Range places, index K, const Operand* to, in
   each_row(rows, places, [&](const float* row, index place) {
     char* at = to->rows + place * to->apart;
     for (index k = 0; k < round_up(K, grain); k += lanes) {
-      const Vec<float> x = rounded_to_bfloat16(elements(row, k, K));
+      const Vec<float> x = elements(row, k, K);
       if (widened) {
-        x.store(reinterpret_cast<float*>(at) + k);
+        rounded_to_bfloat16(x).store(reinterpret_cast<float*>(at) + k);
       } else {
-        put_halves(bits(x), at + 2 * k);
+        put_rounded(x, at + 2 * k);
       }
     }
   });
