@@ -60,8 +60,8 @@ class BackwardPass {
         step_{&call_, {}, nullptr, nullptr, false, false, memory_.norm_rows},
         second_step_(step_),
         dx_step_(step_),
-        unpacked_{with_weight(l.of_input, p.weight_ih, l.size),
-                  with_weight(l.of_recurrent, p.weight_hh, l.size)},
+        unpacked_{with_weight(l.of_input, p.weight_ih, p.weight_item),
+                  with_weight(l.of_recurrent, p.weight_hh, p.weight_item)},
         weights_(l, p, call_.gradient,
                  {memory_.partial_sums, memory_.right, memory_.dbias, memory_.sums},
                  {find_gradient_rows, this}) {
@@ -563,8 +563,12 @@ class BackwardPass {
     }
     if (rounds) dx_.rows[role::to] = {memory_.wide_dx, l_.bytes(p_.I), nullptr, nullptr};
     l_.k.run(dx_);
-    for (index n = 0; rounds && n < dx_.places.end; ++n) {
-      l_.halves->narrow(memory_.wide_dx + n * l_.bytes(p_.I), p_.I, memory_.to[n]);
+    const index first = dx_.panels.begin * l_.dense_units();
+    const index last = std::min(dx_.panels.end * l_.dense_units(), p_.I);
+    for (index n = 0; rounds && n < dx_.places.end && first < last; ++n) {
+      const char* const row = memory_.wide_dx + n * l_.bytes(p_.I);
+      l_.halves->narrow(row + l_.bytes(first), last - first,
+                        memory_.to[n] + first * l_.item);
     }
   }
 };

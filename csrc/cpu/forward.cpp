@@ -66,8 +66,8 @@ class ForwardPass {
         step_{&call_, {}, nullptr, nullptr, false, false, memory_.norm_rows},
         second_step_(step_),
         inputs_step_(step_),
-        unpacked_{with_weight(l.of_input, p.weight_ih, l.size),
-                  with_weight(l.of_recurrent, p.weight_hh, l.size)},
+        unpacked_{with_weight(l.of_input, p.weight_ih, p.weight_item),
+                  with_weight(l.of_recurrent, p.weight_hh, p.weight_item)},
         product_(l.forward_block(p.weights, unpacked(), fused_, true)) {
     call_.saves = saves_;
     make_blocks();

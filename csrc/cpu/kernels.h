@@ -22,8 +22,10 @@ namespace fusedrnn {
 constexpr int most_tile_rows = 16, most_roles = 16, most_terms = 3;
 // The most rows, of one tile, that are multiplied with weights as the user has them.
 constexpr int most_unpacked_rows = 4;
-FUSEDRNN_SHARED constexpr bool packs_panels(index rows, int tile) {
-  return rows > tile || rows > most_unpacked_rows;
+// Returns whether each panel is packed where it is used, without a packing of all.
+// `converts`: whether the product converts rows, and reads packed panels alone.
+FUSEDRNN_SHARED constexpr bool packs_panels(index rows, int tile, bool converts) {
+  return converts || rows > tile || rows > most_unpacked_rows;
 }
 constexpr int gradient_tiles_at_once = 32;
 constexpr index gradient_depth = 256;

@@ -18,7 +18,7 @@ namespace fusedrnn {
 // user's.
 struct Forward : ForwardOf<char> {
   Masks masks;
-  index x_item;         // bytes of an element of x
+  index x_item, weight_item;  // bytes of an element of x and of a weight
   bool has_options;     // whether the plain kernels are not enough
   const char* weights;  // packed for forward; the bias alone where weights are unpacked
   bool unpacked;
@@ -30,7 +30,7 @@ struct Forward : ForwardOf<char> {
 };
 struct Backward : BackwardOf<char> {
   Masks masks;
-  index x_item;  // bytes of an element of x and dx
+  index x_item, weight_item;  // bytes of an element of x and dx, and of a weight
   bool has_options;
   const char* weights;          // packed for backward, or null: unpacked
   const char* forward_weights;  // packed for forward, where there are options

@@ -78,7 +78,8 @@ struct ForwardScratch : StepScratch {
     return p.saved && saves_slots(l.shape.saves, p.options);
   }
   static index panel_memory_bytes(const Layout& l, const Forward& p) {
-    const bool packs = p.unpacked && packs_panels(p.T * p.B, l.tile_rows());
+    const bool packs =
+        p.unpacked && packs_panels(p.T * p.B, l.tile_rows(), l.converts());
     return packs ? l.panel_bytes(p.I) + l.panel_bytes(p.R) : 0;
   }
 
@@ -168,7 +169,8 @@ struct BackwardScratch : StepScratch {
     return !p.saved && saves_slots(l.shape.saves, p.options);
   }
   static index panel_memory_bytes(const Layout& l, const Backward& p) {
-    const bool packs = !p.weights && packs_panels(p.T * p.B, l.back_tile());
+    const bool packs =
+        !p.weights && packs_panels(p.T * p.B, l.back_tile(), l.converts());
     return packs ? l.back_panel_bytes() : 0;
   }
 
@@ -230,7 +232,8 @@ struct BackwardScratch : StepScratch {
       second_operand = operand(rows_now, K, shares_operands);
     }
     if (p.dx) {
-      const index own = (time_block_rows + threads - 1) / threads + l.back_tile();
+      const index each = (time_block_rows + threads - 1) / threads + l.back_tile();
+      const index own = p.weights ? each : time_block_rows;  // or the threads share panels
       dx_operand = operand(own, l.back_depth(), false);
       wide_dx = of_thread(p.x_item == l.size ? 0 : l.bytes(own * p.I), rank, threads);
     }

@@ -180,6 +180,7 @@ class StackPass {
     p.vectors = weights(at).vectors();
     p.weight_ih = weights(at).parameters().weight_ih;
     p.weight_hh = weights(at).parameters().weight_hh;
+    p.weight_item = weights(at).weight_bytes();
     p.masks = masks_;
     p.x_item = at < D_ ? call_.x_item : l.item;
     p.has_options = has_options_;

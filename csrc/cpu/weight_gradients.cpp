@@ -21,7 +21,6 @@ void WeightGradients::find(const Schedule& all, index begin, index end, index do
 
 void WeightGradients::add(const Schedule& all, const Team& team, index begin,
                           index end) const {
-  constexpr index few_rows = 4;
   if (!p_.dweight_ih && !p_.dweight_hh && !p_.dweight_hr && !wants_biases()) return;
   const Kernels& k = l_.k;
   const index rows = all.count(begin, end);
@@ -29,7 +28,7 @@ void WeightGradients::add(const Schedule& all, const Team& team, index begin,
   for (index done = 0; done < rows; done += gradient_depth) {
     Depth depth;
     find(all, begin, end, done, depth);
-    if (depth.count <= few_rows && !p_.has_options && !l_.halves) {
+    if (depth.count <= few_rows && !p_.has_options) {
       add_outer_products(depth, of_da);
     } else {
       if (done > 0) team.meet();  // the panels are still being read
@@ -45,8 +44,42 @@ void WeightGradients::add(const Schedule& all, const Team& team, index begin,
 
 void WeightGradients::add_outer_products(const Depth& rows, Range of_da) const {
   const auto& add = l_.k.add_outer_products;
-  add(rows.da, rows.x, rows.count, of_da, l_.P, of_W(nullptr), rows.first);
-  add(rows.da, rows.h_dropped, rows.count, of_da, l_.P, of_R(nullptr), rows.first);
+  const char* const* da = rows.da;
+  const char* const* x = rows.x;
+  const char* const* h = rows.h_dropped;
+  const char *own_da[few_rows], *own_x[few_rows], *own_h[few_rows];
+  if (l_.halves) {  // as float32, after rounding
+    char* next = memory_.left;
+    const auto rounded = [&](const char* from, index item, index values) {
+      char* const to = next;
+      round(from, item, values, to);
+      next += l_.bytes(values);
+      return to;
+    };
+    const index first = l_.bytes(of_da.begin), columns = of_da.end - of_da.begin;
+    for (index n = 0; n < rows.count; ++n) {
+      own_da[n] = rounded(rows.da[n] + first, l_.size, columns) - first;
+      own_x[n] = rounded(rows.x[n], p_.x_item, p_.I);
+      own_h[n] = rounded(rows.h_dropped[n], l_.item, p_.R);
+    }
+    da = own_da, x = own_x, h = own_h;
+  }
+  add(da, x, rows.count, of_da, l_.P, of_W(nullptr), rows.first);
+  add(da, h, rows.count, of_da, l_.P, of_R(nullptr), rows.first);
+}
+
+void WeightGradients::round(const char* from, index item, index n, char* to) const {
+  constexpr index at_once = 512;
+  char halves[2 * at_once];
+  for (index k = 0; k < n; k += at_once) {
+    const index count = n - k < at_once ? n - k : at_once;
+    const char* part = from + k * item;
+    if (item == l_.size) {
+      l_.halves->narrow(part, count, halves);
+      part = halves;
+    }
+    l_.halves->widen(part, count, to + l_.bytes(k));
+  }
 }
 
 void WeightGradients::add_products(const Depth& rows, const Team& team,

@@ -132,24 +132,29 @@ const char* Weights::find(Slot& slot, Packing packing) const {
 }
 
 // Counts the rows of one more call, and returns whether to multiply them without a
-// packing. More rows at once than most_unpacked_rows would be packed in each step.
+// packing. More rows at once than most_unpacked_rows would be packed in each step, and so
+// would all in halves.
 static bool skips_packing(std::atomic<index>& rows_before, index steps, index rows,
-                          index few) {
+                          index few, bool halves) {
   const index before = rows_before.fetch_add(rows);
+  if (halves) return before == 0 && steps == 1 && few > 0;
   if (steps > 1 && rows > steps * most_unpacked_rows) return false;
   return before + rows <= few || (before == 0 && steps == 1 && few > 0);
 }
 
 Weights::Packed Weights::forward(index steps, index rows, bool has_options) const {
-  if (!forward_.load(std::memory_order_acquire) && !has_options && !is_narrow()) {
-    if (skips_packing(rows_forward_, steps, rows, few_rows)) return {bias(), true};
+  if (!forward_.load(std::memory_order_acquire) && !has_options && may_skip_packing()) {
+    if (skips_packing(rows_forward_, steps, rows, few_rows, layout_.halves)) {
+      return {bias(), true};
+    }
   }
   return {find(forward_, Packing::forward), false};
 }
 
 const char* Weights::backward(index steps, index rows, bool has_options) const {
-  if (!backward_.load(std::memory_order_acquire) && !has_options && !is_narrow()) {
-    if (skips_packing(rows_backward_, steps, rows, 3 * few_rows)) return nullptr;
+  if (!backward_.load(std::memory_order_acquire) && !has_options && may_skip_packing()) {
+    const bool halves = layout_.halves != nullptr;
+    if (skips_packing(rows_backward_, steps, rows, 3 * few_rows, halves)) return nullptr;
   }
   return find(backward_, Packing::backward);
 }

@@ -71,6 +71,7 @@ class Weights {
   // A Slot is filled once, by whichever thread is first.
   using Slot = std::atomic<const Memory*>;
 
+  bool may_skip_packing() const { return !is_narrow() || layout_.halves; }
   const char* find(Slot& slot, Packing packing) const;
   void widen();
   void expand();

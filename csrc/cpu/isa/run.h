@@ -57,7 +57,7 @@ class BlockRun {
         column_units_(block.unit_vectors * index{lanes}),
         packs_(block.panel_memory && !block.terms[0].panels &&
                packs_panels(block.places.end - block.places.begin,
-                            block.panel_product->tile)) {
+                            block.panel_product->tile, block.product->put_left)) {
     tile_.at = at_;
     tile_.used = b_.used;
     if (b_.has_options) __builtin_memset(at_, 0, sizeof(at_));
