@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "../cpu/workforce.h"
 #include "pytorch.h"
 
 namespace fusedrnn {
@@ -18,6 +19,49 @@ std::atomic<bool> clears_saved{false};
 // Returns the functions that convert bfloat16.
 const Halves& halves_of_torch() {
   return *product_of(active_isa(), 4, Precision::bfloat16).halves;
+}
+
+// RoundedOutputs has float32 in place of tensors of bfloat16, for the kernels.
+class RoundedOutputs {
+  struct Output {
+    Memory wide;
+    index values;
+    char* to;
+  };
+  std::vector<Output> outputs_;
+
+ public:
+  // Returns memory for the values of a tensor of elements of `item` bytes: its own,
+  // unless they are rounded.
+  char* add(char* to, index item, const Axes& shape) {
+    if (item != half_item || !to) return to;
+    index values = 1;
+    for (index n = 0; n < shape.count; ++n) values *= shape.lengths[n];
+    outputs_.push_back({Memory(static_cast<std::size_t>(4 * values)), values, to});
+    return outputs_.back().wide.as<char>();
+  }
+  void round() const {
+    constexpr index values_per_thread = 1 << 16;
+    for (const Output& of : outputs_) {
+      with_team(
+          threads_for(of.values, values_per_thread), true, 0, [&](const Team& team) {
+            const Range own = team.share(of.values, 64);
+            halves_of_torch().narrow(of.wide.as<const char>() + 4 * own.begin,
+                                     own.end - own.begin, of.to + half_item * own.begin);
+          });
+    }
+  }
+};
+
+// Reads the next tensor, a state, to `own` if it is not float32.
+const char* read_state(TensorReader& reader, const Axes& axes, Memory& own) {
+  const auto s = reader.whole_view(axes);
+  if (s.item != half_item || !s.start) return s.start;
+  index values = 1;
+  for (index n = 0; n < axes.count; ++n) values *= axes.lengths[n];
+  own = Memory(static_cast<std::size_t>(4 * values));
+  halves_of_torch().widen(s.start, values, own.as<char>());
+  return own.as<char>();
 }
 
 }  // namespace
@@ -103,14 +147,11 @@ bool TensorLayers::read(TensorReader& reader, StackCall& c,
   c.reverse = reverse_;
   const index n = layers_ * directions_;
   const auto state = [&](index width, Memory& own) {
-    const auto s = reader.whole_view(step        ? Axes{c.B, width}
-                                     : unbatched ? Axes{n, width}
-                                                 : Axes{n, c.B, width});
-    if (s.item != half_item || !s.start) return s.start;
-    const index values = n * c.B * width;
-    own = Memory(static_cast<std::size_t>(4 * values));
-    halves_of_torch().widen(s.start, values, own.as<char>());
-    return static_cast<const char*>(own.as<char>());
+    return read_state(reader,
+                      step        ? Axes{c.B, width}
+                      : unbatched ? Axes{n, width}
+                                  : Axes{n, c.B, width},
+                      own);
   };
   c.h0 = state(R_, wide[0]);
   c.c0 = state(H_, wide[1]);
@@ -202,14 +243,10 @@ py::object TensorLayers::infer(const py::handle& x, const py::handle& hx,
     return step ? Axes{c.B, of} : unbatched ? Axes{n, of} : Axes{n, c.B, of};
   };
   NewTensors outputs(size);
-  // The user's states have the type of x, those of the kernels are float32 in halves.
-  char *h_n = outputs.add(state(R_)), *c_n = has_c_ ? outputs.add(state(H_)) : nullptr;
-  Memory ends[2];
-  for (int end = 0; end < 2 && reader.halves; ++end) {
-    ends[end] = Memory(static_cast<std::size_t>(4 * n * c.B * (end ? H_ : R_)));
-  }
-  c.h_n = reader.halves ? ends[0].as<char>() : h_n;
-  c.c_n = reader.halves ? ends[1].as<char>() : c_n;
+  // The user's states have the type of x.
+  RoundedOutputs rounded;
+  c.h_n = rounded.add(outputs.add(state(R_)), size, state(R_));
+  if (has_c_) c.c_n = rounded.add(outputs.add(state(H_)), size, state(H_));
   Memory of_step;
   if (step) {
     of_step = Memory(static_cast<std::size_t>(c.B * R_ * size));
@@ -226,10 +263,7 @@ py::object TensorLayers::infer(const py::handle& x, const py::handle& hx,
   {
     const py::gil_scoped_release release;
     fusedrnn::forward(layers, c);
-  }
-  if (reader.halves) {
-    halves_of_torch().narrow(c.h_n, n * c.B * R_, h_n);
-    if (has_c_) halves_of_torch().narrow(c.c_n, n * c.B * H_, c_n);
+    rounded.round();
   }
   const py::list all = outputs.take();
   py::object last = all[0];
@@ -270,7 +304,10 @@ py::object TensorLayers::forward(const py::handle& x, const py::handle& h0,
   Memory h_of_step;
   if (step) h_of_step = Memory(static_cast<std::size_t>(c.B * R_ * size));
   c.h_n = step ? h_of_step.as<char>() : outputs.add({n, c.B, R_});
-  c.c_n = add(has_c_, step ? Axes{c.B, H_} : Axes{n, c.B, H_}, size);
+  const index state_item = step ? reader.x_item : size;
+  const Axes of_c = step ? Axes{c.B, H_} : Axes{n, c.B, H_};
+  RoundedOutputs rounded;
+  c.c_n = rounded.add(add(has_c_, of_c, state_item), state_item, of_c);
   c.cells = add(o.return_cells, {c.T, c.B, c_row}, size);
   c.cells_b = c_row * size;
   c.cells_t = c.B * c.cells_b;
@@ -289,6 +326,7 @@ py::object TensorLayers::forward(const py::handle& x, const py::handle& h0,
   {
     const py::gil_scoped_release release;
     fusedrnn::forward(layers, c);
+    rounded.round();
   }
   py::list all = outputs.take();
   if (large) all.append(large);
@@ -334,8 +372,9 @@ py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence
   c.saved =
       values > 0 ? reader.whole({c.T, c.B, values}, item) : (reader.next(), nullptr);
   c.dy = reader.whole(sequence(y_row), item);
-  c.dh_n = reader.whole(state(R_));
-  c.dc_n = reader.whole(state(H_));
+  Memory wide_d[2];
+  c.dh_n = read_state(reader, state(R_), wide_d[0]);
+  c.dc_n = read_state(reader, state(H_), wide_d[1]);
   c.dcells = reader.whole(sequence(c_row));
   if (!reader.ok || !c.y || (values > 0 && !c.saved)) return py::none();
 
@@ -346,16 +385,15 @@ py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence
   if (is_wanted(0)) c.dx = outputs.add(sequence(I_), c.x_item);
   c.dx_b = I_ * c.x_item;
   c.dx_t = c.B * c.dx_b;
-  if (is_wanted(1)) c.dh0 = outputs.add(state(R_));
-  if (has_c_ && is_wanted(2)) c.dc0 = outputs.add(state(H_));
-  // The kernels' gradients of parameters are float32, those of PyTorch have the type of
-  // the parameter.
-  struct Rounded {
-    Memory wide;
-    index values;
-    char* to;
+  // The states of a step have the type of x. The kernels' gradients of parameters are
+  // float32, those of PyTorch have the type of the parameter.
+  const index state_item = step ? reader.x_item : size;
+  RoundedOutputs rounded;
+  const auto add = [&](const Axes& shape, index of_item) {
+    return rounded.add(outputs.add(shape, of_item), of_item, shape);
   };
-  std::vector<Rounded> rounded;
+  if (is_wanted(1)) c.dh0 = add(state(R_), state_item);
+  if (has_c_ && is_wanted(2)) c.dc0 = add(state(H_), state_item);
   std::vector<char*> gradients;
   index at = 3;
   for (index of = 0; of < n; ++of) {
@@ -363,22 +401,14 @@ py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence
       gradients.push_back(nullptr);
       if (!(kinds_ >> kind & 1)) continue;
       if (!is_wanted(at++)) continue;
-      const Axes shape = parameter_axes(of, kind);
-      gradients.back() = outputs.add(shape, reader.parameter_item);
-      if (reader.parameter_item == size) continue;
-      const index count = shape.lengths[0] * (shape.count == 2 ? shape.lengths[1] : 1);
-      rounded.push_back(
-          {Memory(static_cast<std::size_t>(count * size)), count, gradients.back()});
-      gradients.back() = rounded.back().wide.as<char>();
+      gradients.back() = add(parameter_axes(of, kind), reader.parameter_item);
     }
   }
   c.gradients = gradients.data();
   {
     const py::gil_scoped_release release;
     fusedrnn::backward(layers, c);
-    for (const Rounded& of : rounded) {
-      halves_of_torch().narrow(of.wide.as<const char>(), of.values, of.to);
-    }
+    rounded.round();
   }
   return outputs.take();
 }

@@ -19,7 +19,7 @@ namespace fusedrnn {
 struct Forward : ForwardOf<char> {
   Masks masks;
   index x_item, weight_item;  // bytes of an element of x and of a weight
-  bool has_options;     // whether the plain kernels are not enough
+  bool has_options;           // whether the plain kernels are not enough
   const char* weights;  // packed for forward; the bias alone where weights are unpacked
   bool unpacked;
   // If layers run side by side: how many steps of x and of y are done, and the most steps

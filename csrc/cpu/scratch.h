@@ -78,8 +78,7 @@ struct ForwardScratch : StepScratch {
     return p.saved && saves_slots(l.shape.saves, p.options);
   }
   static index panel_memory_bytes(const Layout& l, const Forward& p) {
-    const bool packs =
-        p.unpacked && packs_panels(p.T * p.B, l.tile_rows(), l.converts());
+    const bool packs = p.unpacked && packs_panels(p.T * p.B, l.tile_rows(), l.converts());
     return packs ? l.panel_bytes(p.I) + l.panel_bytes(p.R) : 0;
   }
 
@@ -169,8 +168,7 @@ struct BackwardScratch : StepScratch {
     return !p.saved && saves_slots(l.shape.saves, p.options);
   }
   static index panel_memory_bytes(const Layout& l, const Backward& p) {
-    const bool packs =
-        !p.weights && packs_panels(p.T * p.B, l.back_tile(), l.converts());
+    const bool packs = !p.weights && packs_panels(p.T * p.B, l.back_tile(), l.converts());
     return packs ? l.back_panel_bytes() : 0;
   }
 
@@ -233,7 +231,8 @@ struct BackwardScratch : StepScratch {
     }
     if (p.dx) {
       const index each = (time_block_rows + threads - 1) / threads + l.back_tile();
-      const index own = p.weights ? each : time_block_rows;  // or the threads share panels
+      const index own =
+          p.weights ? each : time_block_rows;  // or the threads share panels
       dx_operand = operand(own, l.back_depth(), false);
       wide_dx = of_thread(p.x_item == l.size ? 0 : l.bytes(own * p.I), rank, threads);
     }

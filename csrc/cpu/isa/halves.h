@@ -39,7 +39,8 @@ inline void narrow_row(const char* from, index n, char* to) {
   constexpr index lanes = Vec<float>::lanes;
   const float* const row = reinterpret_cast<const float*>(from);
   index k = 0;
-  for (; k + lanes <= n; k += lanes) put_rounded(Vec<float>::load(row + k), to + k * half);
+  for (; k + lanes <= n; k += lanes)
+    put_rounded(Vec<float>::load(row + k), to + k * half);
   if (k == n) return;
   alignas(64) char rest[lanes * half];
   put_rounded(elements(row, k, n), rest);
@@ -141,12 +142,17 @@ void pack_rows(const F& row_at, Range own, index depth, index N, Range panels, c
   constexpr index lanes = V::lanes;
   const index padded = round_up(depth, grain), panel_bytes = padded * 2 * lanes * half;
   const index end = own.end == depth ? padded : own.end;
+  constexpr index ahead = 32;
   for (index k = own.begin; k < end; k += 2) {
-    const char* const a = k < depth ? row_at(k) : nullptr;
-    const char* const b = k + 1 < depth ? row_at(k + 1) : nullptr;
+    const auto row = [&](index at) { return at < depth ? row_at(at) : nullptr; };
+    const char *const a = row(k), *const b = row(k + 1);
+    const char *const a_later = row(k + ahead), *const b_later = row(k + 1 + ahead);
     char* start = to;
     for (index panel = panels.begin; panel < panels.end; ++panel, start += panel_bytes) {
       const index n = panel * 2 * lanes;
+      // The hardware prefetcher does not follow rows that are far apart.
+      if (a_later) __builtin_prefetch(a_later + n * item, 0, 2);
+      if (b_later) __builtin_prefetch(b_later + n * item, 0, 2);
       const int width = N - n > lanes ? 2 : 1;
       float* const at = reinterpret_cast<float*>(start + k * width * lanes * half);
       for (int w = 0; w < width; ++w) {
@@ -213,8 +219,8 @@ void pack_left_halves(const char* const* rows, index depth, Range columns, char*
 // dweight.
 template <class F, int width>
 void add_panel_of_halves(const PanelProduct& product, TermAt term, const char* left,
-                         index apart, Range columns, const Target& of, index n, bool first,
-                         int* configured) {
+                         index apart, Range columns, const Target& of, index n,
+                         bool first, int* configured) {
   using V = Vec<float>;
   constexpr index lanes = V::lanes;
   alignas(64) float sums[most_tile_rows * width * lanes];

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ..cells import gru_cell, lstm_cell, rnn_cell
 from . import ops
-from .base import GRUOptions, LSTMOptions, Recurrent, RNNOptions, is_half, of_cell
+from .base import GRUOptions, LSTMOptions, Recurrent, RNNOptions, of_cell
 from .kernels import NeedsChecksError
 
 if TYPE_CHECKING:
@@ -95,8 +95,6 @@ class _Step(Recurrent):
         state = self._infer(input, hx, 2)
         if state is not False:
             return state
-        if is_half(input):
-            return None
         h, c = hx if self._is_pair and hx is not None else (hx, None)
         weights: list[Any] = list(map(self._parameters.get, self._names))
         try:
