@@ -186,7 +186,7 @@ Results train(const Tested& of, const Arrays& a, bool unpacked, index chunks) {
       db_hh(GH), dh0(BH), dc0(BH);
   Backward p{};
   start(p, 0, a.T);
-  p.x_item = size;
+  p.x_item = p.gradient_item = size;
   p.has_options = a.row_wise, p.forward_weights = read(forward_weights);
   if (a.resets) p.masks = {a.lengths.data(), a.resets.get()};
   p.h0 = read(h0), p.c0 = has_c ? read(c0) : nullptr;

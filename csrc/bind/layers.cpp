@@ -413,6 +413,7 @@ py::object Tape::backward(const py::object& dy, const py::object& d_state,
     }
   }
   c.gradients = addresses.data();
+  c.gradient_item = l.size;
   {
     const py::gil_scoped_release release;
     fusedrnn::backward(stack, c);

@@ -385,8 +385,7 @@ py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence
   if (is_wanted(0)) c.dx = outputs.add(sequence(I_), c.x_item);
   c.dx_b = I_ * c.x_item;
   c.dx_t = c.B * c.dx_b;
-  // The states of a step have the type of x. The kernels' gradients of parameters are
-  // float32, those of PyTorch have the type of the parameter.
+  // The states of a step have the type of x.
   const index state_item = step ? reader.x_item : size;
   RoundedOutputs rounded;
   const auto add = [&](const Axes& shape, index of_item) {
@@ -401,10 +400,11 @@ py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence
       gradients.push_back(nullptr);
       if (!(kinds_ >> kind & 1)) continue;
       if (!is_wanted(at++)) continue;
-      gradients.back() = add(parameter_axes(of, kind), reader.parameter_item);
+      gradients.back() = outputs.add(parameter_axes(of, kind), reader.parameter_item);
     }
   }
   c.gradients = gradients.data();
+  c.gradient_item = reader.parameter_item;
   {
     const py::gil_scoped_release release;
     fusedrnn::backward(layers, c);

@@ -29,6 +29,7 @@ FUSEDRNN_SHARED constexpr bool packs_panels(index rows, int tile, bool converts)
 }
 constexpr int gradient_tiles_at_once = 32;
 constexpr index gradient_depth = 256;
+constexpr index most_outer_products = 4;  // rows that are added without packing
 constexpr index most_partial_rows = 512;  // that share panels larger than a cache
 
 // Rows addresses rows of a matrix by their place in a block of rows: `apart` from one to
@@ -186,6 +187,7 @@ struct Target {
   const char* right;  // panels
   index N;
   char* dweight;  // (blocks·units, N), or null
+  index item;     // bytes of its elements: of bfloat16 only if all rows are added at once
 };
 
 // Gradients has the functions that compute the gradients of weights of a block of depth.
@@ -197,6 +199,9 @@ struct Gradients {
   void (*pack_left)(const char* const* rows, index depth, Range columns, char* to);
   void (*add_products)(const char* left, index depth, Range columns, const Target&,
                        bool first);
+  // Adds the same from few rows, for which packing takes longer than the sums.
+  void (*add_outer_products)(const char* const* da, const char* const* right, index item,
+                             index depth, Range columns, const Target&, bool first);
 };
 
 // Halves has the functions of a product for calls whose x, y and saved values are
@@ -328,9 +333,7 @@ struct Kernels {
 
   void (*pack_bias)(const Shape&, const Parameters<char>&, index P, char* to);
 
-  // These functions compute the other gradients of a block of depth.
-  void (*add_outer_products)(const char* const* da, const char* const* right, index depth,
-                             Range columns, index P, const Target&, bool first);
+  // These functions compute the gradients of biases of a block of depth.
   void (*add_columns)(const char* const* a, const char* const* b, index depth, Range own,
                       char* to, bool first, bool continues);
   void (*write_biases)(const Shape&, const char* sums, index P, index H, Range own,

@@ -31,6 +31,7 @@ struct Forward : ForwardOf<char> {
 struct Backward : BackwardOf<char> {
   Masks masks;
   index x_item, weight_item;  // bytes of an element of x and dx, and of a weight
+  index gradient_item;        // of dweight_ih and dweight_hh
   bool has_options;
   const char* weights;          // packed for backward, or null: unpacked
   const char* forward_weights;  // packed for forward, where there are options

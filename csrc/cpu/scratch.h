@@ -158,6 +158,11 @@ struct BackwardScratch : StepScratch {
     const index steps = rows / p.B > 1 ? rows / p.B : 1;
     return steps < p.T ? steps : p.T;
   }
+  // Returns whether the gradients of weights are computed at once, so that they may be
+  // rounded.
+  static bool adds_at_once(const Layout& l, const Backward& p) {
+    return time_block(l, p) == p.T && p.T * p.B <= gradient_depth;
+  }
   // Returns the steps whose records are in memory, where they are not read as saved.
   static index record_steps(const Layout& l, const Backward& p) {
     if (recomputes(l, p)) return time_block(l, p) + 1;

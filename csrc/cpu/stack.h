@@ -8,8 +8,8 @@
 //   trace         (L·D, T, B, blocks, H)
 //   gradients     ten arrays for each, in the order of reference.Parameters
 //
-// Strides are in bytes. In halves y, trace and dy are bfloat16, x and dx may be; states,
-// cells and gradients of parameters are float32. Layer l + 1 reads the y of layer l.
+// Strides are in bytes. In halves y, trace and dy are bfloat16, and x, dx and
+// gradients may be; states and cells are float32. Layer l + 1 reads the y of layer l.
 #pragma once
 
 #include <memory>
@@ -69,6 +69,7 @@ struct StackBackward : StackCall {
   char* dx;  // or null
   index dx_t, dx_b;
   char *dh0, *dc0;         // each may be null
+  index gradient_item;     // bytes of an element of gradients
   char* const* gradients;  // null for each that is not wanted
 };
 

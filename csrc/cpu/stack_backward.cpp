@@ -71,7 +71,7 @@ class StackBackwardPass : StackPass<Backward> {
       for (int kind = 0; kind < parameter_count; ++kind) {
         char* const to = c_.gradients[n * parameter_count + kind];
         const auto [blocks, values] = blocks_of(n, kind);
-        if (to) std::memset(to, 0, blocks * values * element());
+        if (to) std::memset(to, 0, blocks * values * c_.gradient_item);
       }
     }
   }
@@ -89,16 +89,28 @@ class StackBackwardPass : StackPass<Backward> {
     return blocks[kind];
   }
 
-  // Sets where the kernels write gradients: the user's arrays or, if a gate is absent,
-  // memory that has a place for it.
+  // Returns whether the kernels' gradient has a place for an absent gate.
+  bool has_place(index n, int kind) const {
+    return stack_.weights[n]->has_absent() && blocks_of(n, kind).first > 1;
+  }
+  // Returns whether the kernels write a gradient to the user's array.
+  bool writes_user(index n, int kind) const {
+    if (has_place(n, kind)) return false;
+    if (c_.gradient_item == element()) return true;
+    const Pass<Backward>& pass = passes_[stack_.count() - 1 - n];
+    const bool is_product = kind < 2 && dropped_.empty();
+    return is_product && BackwardScratch::adds_at_once(*pass.layout, pass.problem);
+  }
+  // Sets where the kernels write gradients: the user's arrays, or memory that has a place
+  // for an absent gate, or elements that are rounded afterwards.
   void expand(Arena& memory) {
     for (index n = 0; n < stack_.count(); ++n) {
       for (int kind = 0; kind < parameter_count; ++kind) {
         char* const user = c_.gradients[n * parameter_count + kind];
         const auto [blocks, values] = blocks_of(n, kind);
-        const bool grows = stack_.weights[n]->has_absent() && blocks > 1;
-        gradients_[n][kind] =
-            user && grows ? memory.take((blocks + 1) * values * element()) : user;
+        const index all = blocks + has_place(n, kind);
+        const bool is_own = user && !writes_user(n, kind);
+        gradients_[n][kind] = is_own ? memory.take(all * values * element()) : user;
       }
     }
   }
@@ -158,6 +170,7 @@ class StackBackwardPass : StackPass<Backward> {
     p.dh0 = c_.dh0 ? c_.dh0 + n * B * R : nullptr;
     p.dc0 = c_.dc0 ? c_.dc0 + n * B * H : nullptr;
     const auto& d_of = gradients_[n];
+    p.gradient_item = writes_user(n, 0) ? c_.gradient_item : element();
     p.dweight_ih = d_of[0], p.dweight_hh = d_of[1], p.dbias_ih = d_of[2];
     p.dbias_hh = d_of[3], p.dweight_hr = d_of[4];
     p.dvectors = {d_of[5], d_of[6], d_of[7], d_of[8], d_of[9]};
@@ -229,21 +242,36 @@ class StackBackwardPass : StackPass<Backward> {
 
   // Copies the kernels' gradients to the user's.
   void finish() const {
+    const bool rounds = c_.gradient_item != element();
     for (index n = 0; n < stack_.count(); ++n) {
-      const Layout& l = weights(n).layout();
+      const Shape& shape = weights(n).layout().shape;
       for (int kind = 0; kind < parameter_count; ++kind) {
         char* const to = c_.gradients[n * parameter_count + kind];
-        if (!to || gradients_[n][kind] == to) continue;
+        char* const from = gradients_[n][kind];
+        if (!to) continue;
         const auto [blocks, values] = blocks_of(n, kind);
-        int absent = l.shape.differs.absent;
-        if (kind == 5) absent = peephole_of(l.shape, absent);
-        remove_block(gradients_[n][kind], values * element(),
-                     static_cast<int>(blocks) + 1, absent, to);
+        char* const wide = rounds ? from : to;
+        if (has_place(n, kind)) {
+          const int absent =
+              kind == 5 ? peephole_of(shape, shape.differs.absent) : shape.differs.absent;
+          remove_block(from, values * element(), static_cast<int>(blocks) + 1, absent,
+                       wide);
+        }
+        if (kind == 1 && !dropped_.empty()) {
+          drop_weights(weights(n), dropped_at(call_, n), element(), wide, wide);
+        }
+        if (rounds && from != to) round(wide, blocks * values, to);
       }
-      char* const dweight_hh = c_.gradients[n * parameter_count + 1];
-      if (dropped_.empty() || !dweight_hh) continue;
-      drop_weights(weights(n), dropped_at(call_, n), element(), dweight_hh, dweight_hh);
     }
+  }
+  void round(const char* from, index values, char* to) const {
+    constexpr index values_per_thread = 1 << 16, line = 64;
+    const Layout& l = stack_.layout();
+    with_team(threads_for(values, values_per_thread), true, 0, [&](const Team& team) {
+      const Range own = team.share(values, line);
+      l.halves->narrow(from + l.bytes(own.begin), own.end - own.begin,
+                       to + own.begin * l.item);
+    });
   }
 };
 

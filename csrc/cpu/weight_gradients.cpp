@@ -28,7 +28,7 @@ void WeightGradients::add(const Schedule& all, const Team& team, index begin,
   for (index done = 0; done < rows; done += gradient_depth) {
     Depth depth;
     find(all, begin, end, done, depth);
-    if (depth.count <= few_rows && !p_.has_options) {
+    if (depth.count <= most_outer_products && !p_.has_options) {
       add_outer_products(depth, of_da);
     } else {
       if (done > 0) team.meet();  // the panels are still being read
@@ -43,43 +43,10 @@ void WeightGradients::add(const Schedule& all, const Team& team, index begin,
 }
 
 void WeightGradients::add_outer_products(const Depth& rows, Range of_da) const {
-  const auto& add = l_.k.add_outer_products;
-  const char* const* da = rows.da;
-  const char* const* x = rows.x;
-  const char* const* h = rows.h_dropped;
-  const char *own_da[few_rows], *own_x[few_rows], *own_h[few_rows];
-  if (l_.halves) {  // as float32, after rounding
-    char* next = memory_.left;
-    const auto rounded = [&](const char* from, index item, index values) {
-      char* const to = next;
-      round(from, item, values, to);
-      next += l_.bytes(values);
-      return to;
-    };
-    const index first = l_.bytes(of_da.begin), columns = of_da.end - of_da.begin;
-    for (index n = 0; n < rows.count; ++n) {
-      own_da[n] = rounded(rows.da[n] + first, l_.size, columns) - first;
-      own_x[n] = rounded(rows.x[n], p_.x_item, p_.I);
-      own_h[n] = rounded(rows.h_dropped[n], l_.item, p_.R);
-    }
-    da = own_da, x = own_x, h = own_h;
-  }
-  add(da, x, rows.count, of_da, l_.P, of_W(nullptr), rows.first);
-  add(da, h, rows.count, of_da, l_.P, of_R(nullptr), rows.first);
-}
-
-void WeightGradients::round(const char* from, index item, index n, char* to) const {
-  constexpr index at_once = 512;
-  char halves[2 * at_once];
-  for (index k = 0; k < n; k += at_once) {
-    const index count = n - k < at_once ? n - k : at_once;
-    const char* part = from + k * item;
-    if (item == l_.size) {
-      l_.halves->narrow(part, count, halves);
-      part = halves;
-    }
-    l_.halves->widen(part, count, to + l_.bytes(k));
-  }
+  const auto& add = l_.gradients().add_outer_products;
+  const index h_item = drops(p_.options) ? l_.size : l_.item;
+  add(rows.da, rows.x, p_.x_item, rows.count, of_da, of_W(nullptr), rows.first);
+  add(rows.da, rows.h_dropped, h_item, rows.count, of_da, of_R(nullptr), rows.first);
 }
 
 void WeightGradients::add_products(const Depth& rows, const Team& team,
@@ -118,11 +85,18 @@ void WeightGradients::add_products(const Depth& rows, const Team& team,
     own = team.share(2 * l_.shape.gates * P, tile);
     own = {row_.input + own.begin, row_.input + own.end};
   }
-  Target targets[] = {of_W(x_panels), of_R(h_panels), {}};
+  Target targets[3] = {of_W(x_panels), of_R(h_panels)};
   if (l_.has_second() && !p_.model.projects) {
     Target& of_first = targets[1];
-    targets[2] = {of_first.begin, 1,    l_.of_second.blocks, p_.H, P,
-                  second_panels,  p_.H, p_.dweight_hh};
+    targets[2] = {of_first.begin,
+                  1,
+                  l_.of_second.blocks,
+                  p_.H,
+                  P,
+                  second_panels,
+                  p_.H,
+                  p_.dweight_hh,
+                  p_.gradient_item};
     of_first.begin += P;
     of_first.order += 1;
     of_first.blocks -= 1;
@@ -133,8 +107,8 @@ void WeightGradients::add_products(const Depth& rows, const Team& team,
   if (!p_.model.projects || !p_.dweight_hr) return;
   const Range of_dh = team.share(round_up(p_.R, l_.lanes), tile);
   const Target of_projection{
-      row_.dh,       1,    l_.of_second.blocks, p_.R, round_up(p_.R, l_.lanes),
-      second_panels, p_.H, p_.dweight_hr};
+      row_.dh,       1,    l_.of_second.blocks, p_.R,   round_up(p_.R, l_.lanes),
+      second_panels, p_.H, p_.dweight_hr,       l_.size};
   add({row_.dh + of_dh.begin, row_.dh + of_dh.end}, &of_projection, 1);
 }
 

@@ -27,9 +27,7 @@ class WeightGradients {
   static index left_bytes(const Layout& l) {
     const index of_column =
         l.halves ? l.product.left_bytes(gradient_depth) : l.bytes(gradient_depth);
-    const index of_tiles = gradient_tiles_at_once * l.gradients().tile * of_column;
-    const index of_rows = few_rows * l.bytes(l.shape.slots * l.P + l.I + l.R);
-    return l.halves && of_rows > of_tiles ? of_rows : of_tiles;
+    return gradient_tiles_at_once * l.gradients().tile * of_column;
   }
   static index right_bytes(const Layout& l, index depth) {
     const index second = l.has_second() ? panel_bytes(l, depth, l.H) : 0;
@@ -49,8 +47,6 @@ class WeightGradients {
   void add_vectors(const Schedule& all, const Team& team, index begin, index end) const;
 
  private:
-  static constexpr index few_rows = 4;  // whose products are added without packing
-
   // Returns the bytes of the panels of `depth` rows of N elements.
   static index panel_bytes(const Layout& l, index depth, index N) {
     if (l.halves) return l.dense_panels(N) * l.product.panel_bytes(2, depth);
@@ -66,16 +62,14 @@ class WeightGradients {
   };
   void find(const Schedule& all, index begin, index end, index done, Depth& rows) const;
   void add_outer_products(const Depth& rows, Range of_da) const;
-  // Writes n elements of `item` bytes, rounded to bfloat16, as float32.
-  void round(const char* from, index item, index n, char* to) const;
   void add_products(const Depth& rows, const Team& team, Range of_da) const;
   Target of_W(const char* panels) const {
-    return {row_.input, l_.shape.gates, l_.of_input.blocks, p_.H, l_.P,
-            panels,     p_.I,           p_.dweight_ih};
+    return {row_.input, l_.shape.gates, l_.of_input.blocks, p_.H, l_.P, panels,
+            p_.I,       p_.dweight_ih,  p_.gradient_item};
   }
   Target of_R(const char* panels) const {
-    return {row_.recurrent, l_.shape.gates, l_.of_recurrent.blocks, p_.H, l_.P,
-            panels,         p_.R,           p_.dweight_hh};
+    return {row_.recurrent, l_.shape.gates, l_.of_recurrent.blocks, p_.H, l_.P, panels,
+            p_.R,           p_.dweight_hh,  p_.gradient_item};
   }
   bool wants_biases() const { return p_.dbias_ih || p_.dbias_hh; }
 

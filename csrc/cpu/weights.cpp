@@ -19,8 +19,8 @@ void insert_block(const char* from, index bytes, int blocks, int absent, char* t
 
 void remove_block(const char* from, index bytes, int blocks, int absent, char* to) {
   const index before = absent * bytes;
-  std::memcpy(to, from, before);
-  std::memcpy(to + before, from + before + bytes, (blocks - 1) * bytes - before);
+  std::memmove(to, from, before);
+  std::memmove(to + before, from + before + bytes, (blocks - 1) * bytes - before);
 }
 
 void drop_weights(const Weights& weights, const DroppedWeights& dropped, index item,

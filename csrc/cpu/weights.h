@@ -99,7 +99,7 @@ inline int peephole_of(const Shape& shape, int slot) {
 }
 
 // Copies blocks of `bytes` each: insert_block from an array without the absent block of a
-// cell's `blocks` to one where it is zeros, remove_block the other way.
+// cell's `blocks` to one where it is zeros, remove_block the other way, also in place.
 void insert_block(const char* from, index bytes, int blocks, int absent, char* to);
 void remove_block(const char* from, index bytes, int blocks, int absent, char* to);
 

@@ -120,11 +120,11 @@ void add_products(const char* left, index depth, Range columns, const Target& of
 // Adds the same from few rows, for which packing takes longer than the sums.
 template <class S, int depth>
 void add_outer_products_of(const char* const* da, const char* const* right, Range columns,
-                           index P, const Target& of, bool first) {
+                           const Target& of, bool first) {
   using V = Vec<S>;
   constexpr index lanes = V::lanes;
   for (index column = columns.begin; column < columns.end; ++column) {
-    const index at = column - of.begin;
+    const index at = column - of.begin, P = of.padded;
     if (at < 0 || at >= of.blocks * P || at % P >= of.units) continue;
     S* const to =
         reinterpret_cast<S*>(of.dweight) + (of.order[at / P] * of.units + at % P) * of.N;
@@ -144,13 +144,13 @@ void add_outer_products_of(const char* const* da, const char* const* right, Rang
   }
 }
 template <class S>
-void add_outer_products(const char* const* da, const char* const* right, index depth,
-                        Range columns, index P, const Target& of, bool first) {
+void add_outer_products(const char* const* da, const char* const* right, index,
+                        index depth, Range columns, const Target& of, bool first) {
   if (!of.dweight) return;
-  if (depth == 1) return add_outer_products_of<S, 1>(da, right, columns, P, of, first);
-  if (depth == 2) return add_outer_products_of<S, 2>(da, right, columns, P, of, first);
-  if (depth == 3) return add_outer_products_of<S, 3>(da, right, columns, P, of, first);
-  add_outer_products_of<S, 4>(da, right, columns, P, of, first);
+  if (depth == 1) return add_outer_products_of<S, 1>(da, right, columns, of, first);
+  if (depth == 2) return add_outer_products_of<S, 2>(da, right, columns, of, first);
+  if (depth == 3) return add_outer_products_of<S, 3>(da, right, columns, of, first);
+  add_outer_products_of<S, 4>(da, right, columns, of, first);
 }
 
 // Computes Σ_k a[k] or Σ_k a[k] b[k], in order, of columns `own`. If it is not the first

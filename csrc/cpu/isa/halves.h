@@ -35,16 +35,20 @@ inline void widen(const char* from, index n, char* to) {
   for (; k + V::lanes <= n; k += V::lanes) from_halves(from + k * half).store(out + k);
   if (k < n) store_upto(halves_at(from, k, n), out + k, n - k);
 }
+inline void store_halves(Vec<float> x, char* to, index left) {
+  constexpr index lanes = Vec<float>::lanes;
+  if (left >= lanes) return put_rounded(x, to);
+  alignas(64) char rest[lanes * half];
+  put_rounded(x, rest);
+  __builtin_memcpy(to, rest, left * half);
+}
 inline void narrow_row(const char* from, index n, char* to) {
   constexpr index lanes = Vec<float>::lanes;
   const float* const row = reinterpret_cast<const float*>(from);
   index k = 0;
   for (; k + lanes <= n; k += lanes)
     put_rounded(Vec<float>::load(row + k), to + k * half);
-  if (k == n) return;
-  alignas(64) char rest[lanes * half];
-  put_rounded(elements(row, k, n), rest);
-  __builtin_memcpy(to + k * half, rest, (n - k) * half);
+  if (k < n) store_halves(elements(row, k, n), to + k * half, n - k);
 }
 
 // Writes rows of bfloat16 as operands.
@@ -215,6 +219,14 @@ void pack_left_halves(const char* const* rows, index depth, Range columns, char*
   }
 }
 
+// Adds a sum to some elements of dweight, or stores it.
+inline void add_to(char* dweight, index item, Vec<float> sum, index left, bool first) {
+  using V = Vec<float>;
+  if (item == half) return store_halves(sum, dweight, left);
+  float* const at = reinterpret_cast<float*>(dweight);
+  store_upto(first ? sum : load_upto<V>(at, left) + sum, at, left);
+}
+
 // Adds the products of some columns with a panel of `width` vectors, at columns n of
 // dweight.
 template <class F, int width>
@@ -231,18 +243,17 @@ void add_panel_of_halves(const PanelProduct& product, TermAt term, const char* l
   for (index column = columns.begin; column < columns.end; column += product.tile) {
     const index rest = columns.end - column;
     const int height = rest < product.tile ? static_cast<int>(rest) : product.tile;
-    float* to[most_tile_rows];  // null for padding and other columns
+    char* to[most_tile_rows];  // null for padding and other columns
     for (int r = 0; r < height; ++r) {
       rows[r] = left + (column - columns.begin + r) * apart;
       const index at = column + r - of.begin, block = at / of.padded;
       const index unit = at - block * of.padded;
       const bool real = at >= 0 && block < of.blocks && unit < of.units;
-      to[r] = real ? reinterpret_cast<float*>(of.dweight) +
-                         (of.order[block] * of.units + unit) * of.N + n
-                   : nullptr;
+      const index element = (of.order[real ? block : 0] * of.units + unit) * of.N + n;
+      to[r] = real ? of.dweight + element * of.item : nullptr;
       // The sums are added to when the product is done.
       for (index w = 0; w < width * lanes && to[r]; w += 16) {
-        __builtin_prefetch(to[r] + w, 1);
+        __builtin_prefetch(to[r] + w * of.item, 1);
       }
     }
     const StartAt start{starts, 0, 0, 0, height, configured};
@@ -250,9 +261,7 @@ void add_panel_of_halves(const PanelProduct& product, TermAt term, const char* l
     for (int r = 0; r < height; ++r) {
       for (index w = 0; w < width * lanes && n + w < of.N && to[r]; w += lanes) {
         const V sum = V::load(sums + r * width * lanes + w);
-        float* const at = to[r] + w;
-        const index left_over = of.N - n - w;
-        store_upto(first ? sum : load_upto<V>(at, left_over) + sum, at, left_over);
+        add_to(to[r] + w * of.item, of.item, sum, of.N - n - w, first);
       }
     }
   }
@@ -285,6 +294,47 @@ void add_products_of_halves(const char* left, index depth, Range columns,
 #ifdef FUSEDRNN_WITH_TILES
   if (configured) Tiles::release();
 #endif
+}
+
+// Adds Σ_k da[k] right[k] from few rows.
+template <index item>
+void add_outer_products_of_halves(const char* const* da, const char* const* right,
+                                  index depth, Range columns, const Target& of,
+                                  bool first) {
+  using V = Vec<float>;
+  constexpr index lanes = V::lanes;
+  for (index column = columns.begin; column < columns.end; column += lanes) {
+    V factors[most_outer_products];
+    for (index k = 0; k < depth; ++k) {
+      factors[k] = rounded_at<4>(da[k], column, columns.end);
+    }
+    for (index c = 0; c < lanes && column + c < columns.end; ++c) {
+      const index at = column + c - of.begin, block = at / of.padded;
+      const index unit = at - block * of.padded;
+      if (at < 0 || block >= of.blocks || unit >= of.units) continue;
+      char* const to = of.dweight + (of.order[block] * of.units + unit) * of.N * of.item;
+      V factor[most_outer_products];
+      for (index k = 0; k < depth; ++k) {
+        float lane[lanes];
+        factors[k].store(lane);
+        factor[k] = V::broadcast(lane[c]);
+      }
+      for (index n = 0; n < of.N; n += lanes) {
+        V sum = V::broadcast(0);
+        for (index k = 0; k < depth; ++k) {
+          sum = fma(factor[k], rounded_at<item>(right[k], n, of.N), sum);
+        }
+        add_to(to + n * of.item, of.item, sum, of.N - n, first);
+      }
+    }
+  }
+}
+inline void add_outer_products_halves(const char* const* da, const char* const* right,
+                                      index item, index depth, Range columns,
+                                      const Target& of, bool first) {
+  if (!of.dweight) return;
+  (item == half ? add_outer_products_of_halves<half>
+                : add_outer_products_of_halves<4>)(da, right, depth, columns, of, first);
 }
 
 }  // namespace fusedrnn::FUSEDRNN_ARCH

@@ -75,7 +75,8 @@ constinit const Kernels FUSEDRNN_TABLE(FUSEDRNN_ELEMENT){
     V::lanes,
     {Precision::element, "FMA", 1, 0, panels.at, panel_bytes<S>, pack_panels<S>,
      pack_transposed<S>, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
-    {gradient_tile<S>, pack_right<S>, pack_left<S>, add_products<S>},
+    {gradient_tile<S>, pack_right<S>, pack_left<S>, add_products<S>,
+     add_outer_products<S>},
     cells.at,
     run,
     walk,
@@ -90,7 +91,6 @@ constinit const Kernels FUSEDRNN_TABLE(FUSEDRNN_ELEMENT){
     fill,
     drop_out<S>,
     pack_bias<S>,
-    add_outer_products<S>,
     add_columns<S>,
     write_biases<S>,
 };

@@ -134,7 +134,7 @@ constinit const Halves halves{
     put_halves_left<is_widened, grain>,
     {panels_of<Bfloat16Format, true>.at[0].tile, pack_right_halves<grain>,
      pack_left_halves<is_widened, grain>,
-     add_products_of_halves<Bfloat16Format, of_operand>},
+     add_products_of_halves<Bfloat16Format, of_operand>, add_outer_products_halves},
     widen,
     narrow_row};
 constinit const Product bfloat16 = product<Bfloat16Format, of_operand>(
