@@ -6,8 +6,9 @@
 
 The text is `pydoc_data.topics`, which is a part of Python. Each process reads its own part of
 every batch and DistributedDataParallel averages the gradients, over gloo on CPUs and nccl on
-GPUs, so the losses are those of one process on the whole batch. At the end a NumPy layer loads
-the weights, and a `Stream` generates one character at a time.
+GPUs, so the losses are those of one process on the whole batch. With ``--precision bfloat16``
+the model computes under autocast, with float32 weights. At the end a NumPy layer loads the
+weights, and a `Stream` generates one character at a time.
 """
 
 from __future__ import annotations
@@ -51,13 +52,15 @@ def train(
     steps: int | None = None,
     rate: float = 4e-3,
     validate: bool = False,
+    precision: str = "float32",
     **extra: float,
 ) -> tuple[CharacterModel, list[list[float]], Outcome]:
     """Train on the first 95% of the text, in `batch` rows; `rate` is the highest.
 
     With `validate` the last 5% are not read, and the 5% before them are held out instead.
-    Returns the model, the bits per character (epochs, steps + 1), in each epoch that of the
-    held-out text last, and the outcome.
+    With `precision` "bfloat16" it computes under autocast. Returns the model, the bits per
+    character (epochs, steps + 1), in each epoch that of the held-out text last, and the
+    outcome.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -77,6 +80,11 @@ def train(
     steps = min(all_steps, steps or all_steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * steps)
+    dtype, casts = torch.bfloat16, precision == "bfloat16"
+
+    def run(text: Tensor, state: Any) -> tuple[Tensor, Any]:
+        with torch.autocast(device.type, dtype, enabled=casts):
+            return loss_of(module, text, state)
 
     curve, seconds = [], []
     for epoch in range(epochs):
@@ -84,7 +92,7 @@ def train(
         module.train()
         for step in range(steps):
             part = text[step * LENGTH : (step + 1) * LENGTH + 1]
-            loss, state = loss_of(module, part, state)
+            loss, state = run(part, state)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -93,7 +101,7 @@ def train(
             losses[step] = loss.detach()
         module.eval()
         with torch.no_grad():
-            losses[-1], _ = loss_of(module, text[-held_out:], None)
+            losses[-1], _ = run(text[-held_out:], None)
         if RANKS > 1:
             distributed.all_reduce(losses)
             losses /= RANKS
@@ -128,6 +136,12 @@ def main() -> None:
     arg_parser.add_argument("--batch", type=int, default=32, help="rows, of all processes")
     arg_parser.add_argument("--hidden", type=int, default=256)
     arg_parser.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
+    arg_parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the products",
+    )
     arg_parser.add_argument("--steps", type=int, help="at most so many an epoch; short: 15")
     arg_parser.add_argument("--prompt", default="The ", help="the text to continue")
     arg_parser.add_argument("--temperature", type=float, default=0.6, help="low: more certain")
@@ -142,6 +156,7 @@ def main() -> None:
             arg_parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
     steps = args.steps or (15 if args.short else None)
     sizes = (args.batch, args.hidden, steps, args.rate)
+    sizes += (False, args.precision)
     model, curve, _ = train(args.cell, args.epochs, args.seed, *sizes, **options(args.cell))
     if RANK == 0:
         speed = write(model, args.prompt, CHARACTERS, args.temperature, args.seed)

@@ -134,6 +134,19 @@ def test_characters(launcher: tuple[str, ...], tmp_path: Path) -> None:
     assert re.search(r"^\d+ characters a second$", printed, re.M)
 
 
+def test_characters_in_bfloat16(tmp_path: Path) -> None:
+    """Under autocast the model of characters learns as in float32."""
+    bits = []
+    for precision in ("float32", "bfloat16"):
+        how = ("--short", "--hidden=64", f"--precision={precision}")
+        done = start("characters", *how, folder=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = re.search(r"training (\S+) bits a character  held out (\S+)", done.stdout)
+        assert found
+        bits.append([float(found[1]), float(found[2])])
+    assert bits[1] == pytest.approx(bits[0], rel=0.01)
+
+
 def test_precisions(tmp_path: Path) -> None:
     """Weights of 8 and 16 bits change no task's error by much."""
     done = start("precisions", "--short", folder=tmp_path)

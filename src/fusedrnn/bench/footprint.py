@@ -2,7 +2,8 @@
 
 A program of its own, which imports only the library that it measures:
 
-    python footprint.py step fusedrnn|torch LSTM|GRU     MB of the peak of a training step
+    python footprint.py step fusedrnn|torch LSTM|GRU [DTYPE [T,B,I,H]]
+                                                         MB of the peak of a training step
     python footprint.py soak THREADS SECONDS PARTS       MB at the start and after each part
 """
 
@@ -28,9 +29,9 @@ def megabytes(name: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {name}")
 
 
-def step(library: str, cell: str) -> None:
+def step(library: str, cell: str, dtype: str = "float32", sizes: str = "") -> None:
     """Print what the peak of a training step is above the memory before it."""
-    T, B, I, H = SIZES
+    T, B, I, H = map(int, sizes.split(",")) if sizes else SIZES
     x, dy = np.ones((T, B, I), np.float32), np.ones((T, B, H), np.float32)
     if library == "torch":
         import torch
@@ -38,15 +39,18 @@ def step(library: str, cell: str) -> None:
         torch.set_num_threads(1)
 
         def train(x: Any, dy: Any) -> None:
-            layer = getattr(torch.nn, cell)(x.shape[2], dy.shape[2])
-            layer(torch.from_numpy(x).requires_grad_())[0].backward(torch.from_numpy(dy))
+            kind = getattr(torch, dtype)
+            layer = getattr(torch.nn, cell)(x.shape[2], dy.shape[2], dtype=kind)
+            leaf = torch.from_numpy(x).to(kind).requires_grad_()
+            layer(leaf)[0].backward(torch.from_numpy(dy).to(kind))
     else:
         import fusedrnn as fr
 
         fr.set_num_threads(1)
 
         def train(x: Any, dy: Any) -> None:
-            layer = getattr(fr, cell)(x.shape[2], dy.shape[2])
+            layer = getattr(fr, cell)(x.shape[2], dy.shape[2], dtype=dtype)
+            x, dy = x.astype(layer.dtype), dy.astype(layer.dtype)
             parameters = layer.state_dict().values()
             getattr(fr, f"{cell.lower()}_vjp")(x, *parameters)[1](dy)
 
