@@ -9,8 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 preset=$1
 case $preset in
-  asan) library=libasan.so tests="tests/test_kernels.py tests/test_exactness.py tests/test_math.py tests/test_options.py tests/test_narrow.py"; units=ON ;;
-  tsan) library=libtsan.so tests="tests/test_exactness.py tests/test_layers.py tests/test_options.py tests/test_narrow.py"; units=OFF ;;
+  asan) library=libasan.so tests="tests/test_kernels.py tests/test_exactness.py tests/test_math.py tests/test_options.py tests/test_narrow.py tests/test_bfloat16.py"; units=ON ;;
+  tsan) library=libtsan.so tests="tests/test_exactness.py tests/test_layers.py tests/test_options.py tests/test_narrow.py tests/test_bfloat16.py"; units=OFF ;;
   *) echo "usage: tests/sanitize.sh asan|tsan" >&2; exit 2 ;;
 esac
 build=$(mktemp -d)
@@ -40,6 +40,9 @@ left_out="any_shape or forked or 530 or small_caches or (portable and (340 or 66
 # Of narrow weights two shapes of six layers run with every set of units, and no test measures
 # the machine.
 left_out+=" or (test_narrow and (against or masks or 160 or 450 or explain))"
-if [ "$preset" = tsan ]; then left_out+=" or portable or (test_narrow and not exactness)"; fi
+left_out+=" or (test_bfloat16 and (definition or memory or stored or 65 or 160 or 450))"
+if [ "$preset" = tsan ]; then
+  left_out+=" or portable or ((test_narrow or test_bfloat16) and not exactness)"
+fi
 left_out+=" or ((lstm_coupled or gru_before) and not test_options)"
 python -m pytest -q -n auto --capture=sys -p no:cacheprovider -k "not ($left_out)" $tests "${@:2}"

@@ -220,7 +220,7 @@ def test_an_interrupted_run_keeps_what_was_measured(
         (["--shapes", "1,1,1,99999999"], "no array may have more than"),
         (["--threads", "0"], "must be an integer from 1"),
         (["--threads", "9999"], "--threads must be at most"),
-        (["--dtypes", "bfloat16"], "--dtypes must be among float32, float64 on cpu"),
+        (["--dtypes", "float16"], "--dtypes must be among float32, float64, bfloat16 on cpu"),
         (["--against", "haste"], "--against must be among torch, onnxruntime"),
         (["--json", "nowhere/run.json"], "--json cannot be written"),
         (["--json", "run.txt"], "--json must end in .json"),
@@ -355,6 +355,29 @@ def test_the_same_build_before_gives_the_same_bits(capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "× before" in shown
     assert "Other bits" not in shown
+
+
+def test_bfloat16_races_with_its_errors(tmp_path: pathlib.Path, capsys: Any) -> None:
+    """Cases of bfloat16 run beside PyTorch's and ours in float32, with their errors."""
+    path = tmp_path / "bfloat16.json"
+    arguments = ["--dtype", "bfloat16", "--shapes", "5,4,6,16", "--seconds", "0.01"]
+    arguments += [
+        "--modes",
+        "training",
+        "--cells",
+        "LSTM",
+        "--threads",
+        "1",
+        "--json",
+        str(path),
+    ]
+    assert cli.main(["bench", *arguments]) == 0
+    (case,) = json.loads(path.read_text("utf-8"))["cases"]
+    assert case["dtype"] == "bfloat16"
+    assert "float32" in case["seconds"]
+    assert 1e-4 < case["y errors"]["ours"] < 1e-2
+    assert case["y errors"]["float32"] < 1e-5
+    assert "LSTM training, 1 thread, bfloat16" in capsys.readouterr().out
 
 
 def test_narrow_weights_race_with_their_errors(tmp_path: pathlib.Path) -> None:

@@ -150,6 +150,8 @@ LARGE = Sizes(2, 40, 40, 450)  # whose rows threads convert together
 @pytest.mark.parametrize("name", EXACT)
 def test_exactness(name: str, precision: Any, sizes: Sizes, isa_with_units: str) -> None:
     """Threads, neighbours in the batch and chunks change no bit."""
+    if isa_with_units == "portable" and sizes == LARGE:
+        pytest.skip("slow, and the time loop is that of the other instruction sets")
     layer = layer_of(name, sizes, num_layers=2, bidirectional=True).quantize(precision)
     one_way = layer_of(name, sizes).quantize(precision)
     x, T, B = input_of(sizes), sizes.T, sizes.B

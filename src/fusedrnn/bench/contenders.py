@@ -11,13 +11,20 @@ import numpy as np
 
 import fusedrnn as fr
 
-from ..bfloat16 import host_dtype, is_bfloat16
 from . import forms
 from .cases import Case
 
 Array = np.ndarray[Any, Any]
 Results = dict[str, Array]
 Run = Callable[[], Results]
+
+
+def _host_dtype(name: str) -> np.dtype[Any]:
+    if name != "bfloat16":
+        return np.dtype(name)
+    from fusedrnn.bfloat16 import bfloat16  # which another build, see before.py, may lack
+
+    return bfloat16()
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Inputs:
         form = case.form if form is None else form
         T, B, I, H = case.sizes
         rng = np.random.default_rng(0)
-        dtype = host_dtype(case.dtype)
+        dtype = _host_dtype(case.dtype)
         x = rng.normal(size=(T, B, I)).astype(dtype)
         arguments = forms.layer_arguments(form, H)
         width = arguments.get("proj_size", H) * (1 + arguments.get("bidirectional", False))
@@ -47,7 +54,7 @@ class Inputs:
 
     @classmethod
     def widened(cls, case: Case, inputs: Inputs) -> tuple[Case, Inputs]:
-        """Return a case in float32 without narrow weights, and the same values as its inputs."""
+        """Return a case in float32 without narrow weights, and inputs of the same values."""
         wide = replace(case, weights="", dtype="float32")
         of = cls.of(wide)
         of.layer.load_state_dict(inputs.layer.state_dict())
@@ -226,7 +233,7 @@ def run_module(
     kind: dict[str, Any] = {"dtype": getattr(torch, case.dtype)}
 
     def tensor(a: Array) -> Any:
-        if is_bfloat16(a.dtype):
+        if a.dtype.name == "bfloat16":
             return torch.from_numpy(a.view(np.int16).copy()).view(torch.bfloat16)
         return torch.from_numpy(a.copy())
 
