@@ -131,8 +131,8 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="any of torch onnxruntime openvino reference, compiled (our module under "
         "torch.compile), plain (our layer without the form); with --weights also float32 (our "
         "layer) and torch-bfloat16 torch-int8 onnxruntime-int8 openvino-bfloat16; with "
-        "--dtypes bfloat16 also float32 and torch-float32; without a name, fusedrnn runs alone; "
-        "default: the suite's",
+        "--dtypes bfloat16 also float32 and torch-float32; without a name, fusedrnn runs "
+        "alone; default: the suite's",
     )
     bench.add_argument(
         "--before",
