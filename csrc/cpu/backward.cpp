@@ -65,6 +65,8 @@ class BackwardPass {
         weights_(l, p, call_.gradient,
                  {memory_.partial_sums, memory_.right, memory_.dbias, memory_.sums},
                  {find_gradient_rows, this}) {
+    const bool reads_c = in_halves_ && l.shape.has_c && !zones_out(p.options);
+    call_.saved_c = reads_c ? l.record.cell() : -1;
     make_blocks();
   }
 
@@ -272,7 +274,12 @@ class BackwardPass {
       zoneout_.start();
       l_.k.bounds(p_.options.clip, memory_.bounds);
       // The saved gates are rounded, those that LayerNorm computes again are not.
-      if (in_halves_ && !l_.model.norm) round(memory_.bounds, 4);
+      if (in_halves_ && !l_.model.norm) {
+        char* const rounded = memory_.bounds + l_.bytes(4);
+        std::memcpy(rounded, memory_.bounds, l_.bytes(4));
+        round(rounded, 4);
+        call_.bounds = rounded;
+      }
       call_.vectors = pad_vectors(l_, p_.vectors, memory_.vectors);
     }
     own_.meet(team_);
@@ -356,8 +363,10 @@ class BackwardPass {
         list[of][n] = const_cast<char*>(rows[of]);
       }
     }
+    Call call = call_;
+    call.bounds = memory_.bounds;
     fusedrnn::recompute(
-        l_, p_.forward_weights, call_,
+        l_, p_.forward_weights, call,
         {count, list[0], list[1], list[2], list[3], list[4], list[5], memory_.unused_row,
          memory_.norm_rows, p_.x_item, memory_.recomputed_operand},
         team_);

@@ -16,7 +16,7 @@ constexpr index few_operands = 16 * 1024;
 struct StepScratch : Arena {
   char* norm_rows;             // LayerNorm's scratch memory for some whole rows
   char* zeros;                 // (P)
-  char* bounds;                // of clip
+  char* bounds;                // of clip, and the same rounded
   char* vectors;               // padded
   char* zoneout;               // see Zoneout
   char* panel;                 // of weights that are not packed beforehand
@@ -31,7 +31,7 @@ struct StepScratch : Arena {
     const index of_norm = rows_at_once(l) * (2 + l.shape.slots) * row;
     norm_rows = of_thread(l.model.norm ? of_norm : 0, rank, threads);
     zeros = of_thread(row, rank, threads);
-    bounds = of_thread(l.bytes(4), rank, threads);
+    bounds = of_thread(l.bytes(2 * 4), rank, threads);
     vectors = of_thread(padded_vectors_bytes(l, p.vectors), rank, threads);
     zoneout =
         of_thread(Zoneout::bytes(l, p.options, p.has_options, p.B, threads, by_rows),

@@ -98,7 +98,7 @@ def explain(
                 plan["threads"],
                 single,
                 recurrent,
-                layer.weights,
+                layer.weights or ("bfloat16" if item == 2 else None),
                 max(getattr(parameters[at].weight_ih, "x_bits", 8) // 8, 1),
             )
     return explanation

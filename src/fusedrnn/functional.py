@@ -81,7 +81,8 @@ def lstm(
 
     Parameters
     ----------
-    x: (T, B, I) or (T, I), float32 or float64, any strides; every other array has its dtype.
+    x: (T, B, I) or (T, I), float32, float64 or ml_dtypes.bfloat16, any strides; every other
+        array has its dtype, but states and gradients of parameters of bfloat16 are float32.
         If x is on a GPU (`fusedrnn.cuda`), every array must be, in bfloat16 or float16, too,
         with float32 states; the rows of x and all other arrays must be contiguous.
     weight_ih: (4*H, I), gates in the order i f g o; or `fusedrnn.Weights`, which stands for

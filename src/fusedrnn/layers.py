@@ -308,7 +308,8 @@ class LSTM(_Layer[tuple[Array, Array]]):
         2000; 1 after Jozefowicz, Zaremba & Sutskever 2015); None draws them like the others.
     orthogonal: initialise each block of weight_hh with orthonormal columns (Saxe, McClelland &
         Ganguli 2014).
-    dtype: float32 or float64.
+    dtype: float32, float64 or "bfloat16", whose arrays are those of the package ml_dtypes and
+        whose states and gradients of parameters are float32 (`fusedrnn.reference.narrow`).
     rng: a NumPy generator or seed to draw the parameters, which are uniform in ±1/√H unless
         stated above.
 

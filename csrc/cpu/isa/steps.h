@@ -167,13 +167,22 @@ struct Steps {
             saves ? row_at<S>(t, role::record, r) : nullptr};
   }
   static BackRow back_row(const Step& s, const Tile& t, int r) {
-    return {row_at<S>(t, role::saved, r),     row_at<S>(t, role::before_h, r),
-            row_at<S>(t, role::before_c, r),  nullptr,
-            row_at<S>(t, role::dropped_h, r), row_at<S>(t, role::dcells, r),
-            row_at<S>(t, role::dh, r),        row_at<S>(t, role::dc, r),
-            row_at<S>(t, role::direct, r),    row_at<S>(t, role::da, r),
-            s.cut && s.cut[t.place + r],      row_at<S>(t, role::mask_h, r),
-            row_at<S>(t, role::keeps_h, r),   row_at<S>(t, role::keeps_c, r)};
+    S* const saved = row_at<S>(t, role::saved, r);
+    const index c = s.call->saved_c;
+    return {saved,
+            row_at<S>(t, role::before_h, r),
+            row_at<S>(t, role::before_c, r),
+            c < 0 ? nullptr : saved + c,
+            row_at<S>(t, role::dropped_h, r),
+            row_at<S>(t, role::dcells, r),
+            row_at<S>(t, role::dh, r),
+            row_at<S>(t, role::dc, r),
+            row_at<S>(t, role::direct, r),
+            row_at<S>(t, role::da, r),
+            s.cut && s.cut[t.place + r],
+            row_at<S>(t, role::mask_h, r),
+            row_at<S>(t, role::keeps_h, r),
+            row_at<S>(t, role::keeps_c, r)};
   }
 
   static void plain_forward(const Step& s, const Tile& t) {
