@@ -40,7 +40,8 @@ left_out="any_shape or forked or 530 or small_caches or (portable and (340 or 66
 # Of narrow weights two shapes of six layers run with every set of units, and no test measures
 # the machine.
 left_out+=" or (test_narrow and (against or masks or 160 or 450 or explain))"
-left_out+=" or (test_bfloat16 and (definition or memory or stored or 65 or 160 or 450))"
+left_out+=" or (test_bfloat16 and (vnni or definition or recomputing or memory or stored))"
+left_out+=" or (test_bfloat16 and (65 or 160 or 450))"
 if [ "$preset" = tsan ]; then
   left_out+=" or portable or ((test_narrow or test_bfloat16) and not exactness)"
 fi
