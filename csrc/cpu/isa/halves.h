@@ -69,9 +69,10 @@ void put_halves_left(const Rows& rows, Range places, index K, const Operand* to,
 }
 
 // Returns pairs of bfloat16, a in the lower halves and b in the upper ones, as the bits
-// of a vector.
+// of a vector. The lower half of a NaN may have bits.
 inline Vec<float> paired(Vec<float> a, Vec<float> b) {
-  return floats(shifted_right<16>(bits(a)) + bits(b));
+  const Ints upper = Ints::broadcast(static_cast<int>(0xffff0000u));
+  return floats(shifted_right<16>(bits(a)) + (bits(b) & upper));
 }
 
 // Loads the pairs of a row from element k on.
