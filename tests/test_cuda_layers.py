@@ -149,6 +149,8 @@ def test_layers_move_and_keep_their_parameters() -> None:
     y, (_, c_n) = layer(cuda.array(np.ones((2, 1, 3)), "bfloat16"))
     assert (y.dtype, c_n.dtype) == ("bfloat16", "float32")
     layer.to("cpu")
+    assert layer.dtype == "bfloat16"
+    layer.to("cuda", "float16").to("cpu")
     assert layer.dtype == np.float32
     assert not layer.weight_ih_l0.flags.writeable
 
@@ -182,7 +184,7 @@ def test_layers_take_new_parameters() -> None:
         (("cuda:x",), ValueError, "got 'cuda:x'"),
         (("cuda:99",), ValueError, "device must be from 0 to 0"),
         (("cuda", "int8"), TypeError, "dtype must be one of float32, float64, bfloat16"),
-        (("cpu", "bfloat16"), TypeError, "dtype must be one of float32, float64, got"),
+        (("cpu", "float16"), TypeError, "dtype must be one of float32, float64, bfloat16, got"),
         (("cuda", None, "fast"), ValueError, 'precision must be "exact" or "tf32"'),
         (("cuda", "float64", "tf32"), ValueError, 'precision must be "exact" for'),
         (("cpu", None, "tf32"), ValueError, 'precision must be "exact" on the CPU, got "tf32"'),
