@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../csrc/cpu/memory.h"
+#include "../csrc/cpu/stack.h"
 #include "../csrc/cpu/workforce.h"
 #include "products_test.h"
 
@@ -386,6 +387,80 @@ void test_narrow(const Isa& isa, const std::string& isa_name) {
   }
 }
 
+// Trains a layer in float32 or in halves.
+Results train_stack(const Isa& isa, std::string_view name, const Arrays& a, bool halves) {
+  const Tested of = tested(isa, name, 4);
+  const Precision precision = halves ? Precision::bfloat16 : Precision::element;
+  const Halves& convert = *product_of(isa, 4, Precision::bfloat16).halves;
+  const index GH = a.gates * a.H, BH = a.B * a.H, item = halves ? 2 : 4;
+  const bool has_c = of.cell.shape.has_c;
+  const auto wide = [](const auto& v) { return reinterpret_cast<const char*>(v.data()); };
+  const auto typed = [&](const auto& values) {
+    const auto from = as<float>(values);
+    std::vector<char> to(from.size() * item);
+    if (halves) convert.narrow(wide(from), std::ssize(from), to.data());
+    if (!halves) __builtin_memcpy(to.data(), from.data(), to.size());
+    return to;
+  };
+  const auto values_of = [&](const std::vector<char>& from) {
+    std::vector<float> to(from.size() / item);
+    char* const start = reinterpret_cast<char*>(to.data());
+    if (halves) convert.widen(from.data(), std::ssize(to), start);
+    if (!halves) __builtin_memcpy(start, from.data(), from.size());
+    return widened(to);
+  };
+  const auto x = typed(a.x), w_ih = typed(a.weight_ih), w_hh = typed(a.weight_hh);
+  const auto b_ih = typed(a.bias_ih), b_hh = typed(a.bias_hh), dy = typed(a.dy);
+  const auto h0 = as<float>(a.h0), c0 = as<float>(a.c0), dh_n = as<float>(a.dh_n);
+  const Model model{a.I, a.H, a.H, of.cell.shape.variant, false, false};
+  Stack stack{{}, 1, 0};
+  stack.weights.push_back(std::make_unique<const Weights>(
+      of.kernels, product_of(isa, 4, precision), of.cell,
+      Parameters<char>{model, w_ih.data(), w_hh.data(), b_ih.data(), b_hh.data(), nullptr,
+                       nullptr, nullptr, nullptr, 1, halves, halves ? item : 0},
+      Vectors<const char>{}));
+  StackForward c{};
+  c.T = a.T, c.B = a.B, c.options = a.options, c.x_item = item;
+  c.x = x.data(), c.x_t = a.B * a.I * item, c.x_b = a.I * item;
+  c.h0 = wide(h0), c.c0 = has_c ? wide(c0) : nullptr;
+  std::vector<char> y(a.T * BH * item), dx(a.T * a.B * a.I * item);
+  std::vector<char> saved(a.T * a.B * saved_bytes(stack, c));
+  std::vector<float> h_n(BH), c_n(BH), dh0(BH), dc0(BH), dw_ih(GH * a.I), dw_hh(GH * a.H),
+      db_ih(GH), db_hh(GH);
+  const auto write = [](auto& v) { return reinterpret_cast<char*>(v.data()); };
+  c.y = y.data(), c.y_t = BH * item, c.y_b = a.H * item;
+  c.h_n = write(h_n), c.c_n = has_c ? write(c_n) : nullptr, c.saved = saved.data();
+  forward(stack, c);
+  StackBackward d{};
+  static_cast<StackCall&>(d) = c;
+  d.y = c.y, d.y_t = c.y_t, d.y_b = c.y_b, d.saved = c.saved;
+  d.dy = dy.data(), d.dy_t = c.y_t, d.dy_b = c.y_b, d.dh_n = wide(dh_n);
+  d.dx = dx.data(), d.dx_t = c.x_t, d.dx_b = c.x_b;
+  d.dh0 = write(dh0), d.dc0 = has_c ? write(dc0) : nullptr;
+  char* gradients[parameter_count] = {write(dw_ih), write(dw_hh), write(db_ih),
+                                      write(db_hh)};
+  d.gradients = gradients, d.gradient_item = 4;
+  backward(stack, d);
+  return {values_of(y),   widened(h_n),   widened(dh0),   values_of(dx),
+          widened(dw_ih), widened(dw_hh), widened(db_ih), widened(db_hh)};
+}
+
+// Compares layers of bfloat16 with those of float32.
+void test_halves(const Isa& isa, const std::string& isa_name) {
+  std::mt19937 random(5);
+  constexpr index shapes[][4] = {{1, 1, 3, 5}, {4, 7, 33, 20}, {5, 37, 17, 50}};
+  for (const std::string_view name : {"lstm", "gru", "rnn_tanh"}) {
+    for (const auto& [T, B, I, H] : shapes) {
+      const int gates = tested(isa, name, 4).cell.shape.gates;
+      const Arrays a(random, gates, T, B, I, H, false, false);
+      set_num_threads(2);
+      compare(train_stack(isa, name, a, true), train_stack(isa, name, a, false), 3e-2,
+              isa_name + " " + std::string(name) + " in halves " + std::to_string(B));
+    }
+  }
+  set_num_threads(1);
+}
+
 // Compares y, h_n and c_n of the portable kernels with those that another product gives.
 void test_product(const Product& product, const CellKernels& cell, const Arrays& a,
                   double tolerance, const std::string& what) {
@@ -463,6 +538,7 @@ int main() {
     std::printf("%s: %s\n", name.c_str(), supported ? "run" : "this CPU lacks it");
     if (!supported) continue;
     test_narrow(isa, name);
+    test_halves(isa, name);
     // A name with an underscore adds units to the vectors of another ISA.
     if (name.find('_') != std::string::npos) continue;
     for (const MathEntry& function : isa.base->math) {
