@@ -78,8 +78,8 @@ struct Call {
   const char* bounds;           // of clip: 4 elements
   bool saves;                   // whether the slots are kept for backward
   bool has_direct;  // whether a part of dh bypasses the product, else it is zero
-  // Where c lies in a record, if backward with options reads it; -1 if it computes c
-  // again from the gates, which are exact then.
+  // saved_c is the element of a record where c begins, if backward with options reads
+  // it, or -1 if it computes c again from the gates, which are exact then.
   index saved_c = -1;
   GradientRow gradient;
 };

@@ -28,6 +28,7 @@ inline Vec<float> rounded_at(const char* row, index k, index K) {
   return rounded_to_bfloat16(elements(reinterpret_cast<const float*>(row), k, K));
 }
 
+// widen converts n elements of bfloat16 to float32.
 inline void widen(const char* from, index n, char* to) {
   using V = Vec<float>;
   float* const out = reinterpret_cast<float*>(to);
@@ -35,6 +36,7 @@ inline void widen(const char* from, index n, char* to) {
   for (; k + V::lanes <= n; k += V::lanes) from_halves(from + k * half).store(out + k);
   if (k < n) store_upto(halves_at(from, k, n), out + k, n - k);
 }
+// store_halves rounds x to bfloat16 and stores its first elements, at most left.
 inline void store_halves(Vec<float> x, char* to, index left) {
   constexpr index lanes = Vec<float>::lanes;
   if (left >= lanes) return put_rounded(x, to);
@@ -42,6 +44,7 @@ inline void store_halves(Vec<float> x, char* to, index left) {
   put_rounded(x, rest);
   __builtin_memcpy(to, rest, left * half);
 }
+// narrow_row rounds n elements of float32 to bfloat16.
 inline void narrow_row(const char* from, index n, char* to) {
   constexpr index lanes = Vec<float>::lanes;
   const float* const row = reinterpret_cast<const float*>(from);
