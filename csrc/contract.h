@@ -49,6 +49,21 @@ struct Model {
   bool norm;      // LayerNorm
 };
 
+// An Activation is a function that replaces σ or tanh in a cell (activations.h).
+struct Activation {
+  enum Kind : int { own, tanh, sigmoid, line, elu, softsign, softplus, leaky, threshold };
+
+  int kind = own;  // own: the cell's
+  double alpha = 1, beta = 1, low = 0, high = 0;
+};
+// `state` replaces the cell's tanh, `gate` its σ.
+struct Activations {
+  Activation state, gate;
+};
+FUSEDRNN_SHARED constexpr bool replaces(const Activations& a) {
+  return a.state.kind != Activation::own || a.gate.kind != Activation::own;
+}
+
 // The options of a call; src/fusedrnn/reference/types.py defines their meaning.
 struct Options {
   double clip, cell_clip;  // infinite for none
@@ -57,6 +72,7 @@ struct Options {
   std::uint64_t seed;
   std::uint32_t where;
   index bptt;  // 0: gradients pass everywhere
+  Activations activations;
 };
 // drops() says whether R multiplies another h' than the cell reads, zones_out() whether
 // zoneout changes a state.
@@ -69,9 +85,9 @@ FUSEDRNN_SHARED constexpr bool zones_out(const Options& o) {
 
 // These bits name the parts of a cell that options change. Functions are compiled for
 // some of them: the gates (clips, peepholes) or the states (zoneout, recurrent dropout, a
-// projection, cells and gates that are returned).
+// projection, cells and gates that are returned), the activations.
 namespace changes {
-enum : int { nothing = 0, gates = 1, states = 2, all = 3 };
+enum : int { nothing = 0, gates = 1, states = 2, activations = 4, all = 7 };
 }
 
 // The parameters of options are contiguous as the user has them, or null.

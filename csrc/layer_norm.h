@@ -15,7 +15,7 @@
 //   scratch(r)             (2 + slots, P) for a row; each thread uses its own units only
 //   once(f), all(n)        calls f in one of a row's threads; the units of a whole row
 //   rounded(x)             x as a record rounds it
-//   bounds(clip, to)       to[4]: ±clip and the activations there (clip_bounds)
+//   bounds(clip, activations, to)  to[5]: clip and the activations there (clip_bounds)
 //   bias_is_in             whether the product's sums start at the bias
 //   vectors_are_padded     whether the blocks of `vectors` have P elements, or H
 #pragma once

@@ -11,19 +11,30 @@
 // in record.h. E is a walk along rows (layer_norm.h).
 #pragma once
 
+#include "activations.h"
 #include "layer_norm.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
 
-// Computes the highest pre-activation, σ of the lowest and of the highest, and tanh of
-// the highest.
+// Computes the highest pre-activation, and the lowest and highest value of the
+// activations of gates and of states between the bounds.
 template <class V>
-FUSEDRNN_DEVICE void clip_bounds(double clip, V (&to)[4]) {
+FUSEDRNN_DEVICE void clip_bounds(double clip, const Activations& of, V (&to)[5]) {
   using S = typename V::scalar;
   to[0] = V::broadcast(static_cast<S>(clip));
-  to[1] = sigmoid(V::broadcast(static_cast<S>(-clip)));
-  to[2] = sigmoid(to[0]);
-  to[3] = tanh(to[0]);
+  const V lowest = V::broadcast(static_cast<S>(-clip));
+  const Replaced<V, true> x{of};
+  const V gates[] = {x.gate(lowest), x.gate(to[0])};
+  const V states[] = {x.state(lowest), x.state(to[0])};
+  to[1] = min(gates[0], gates[1]);
+  to[2] = max(gates[0], gates[1]);
+  to[3] = min(states[0], states[1]);
+  to[4] = max(states[0], states[1]);
+}
+
+// Returns the activations of options as each backend has them.
+FUSEDRNN_DEVICE const Activations& activations_of(const Options& o) {
+  return o.activations;
 }
 
 template <class Cell, class E>
@@ -43,6 +54,7 @@ class RowWise : public NormalisedRows<Cell, E> {
   using typename Base::BackRow;
   using typename Base::Row;
   const bool any_zoneout;
+  const Activations& activations;
   const Extras<V> extras;
 
   template <class Problem>
@@ -50,6 +62,7 @@ class RowWise : public NormalisedRows<Cell, E> {
                           const E& walk)
       : Base(p, padded, packed_bias, walk),
         any_zoneout(p.options.zoneout_h > 0 || p.options.zoneout_c > 0),
+        activations(activations_of(p.options)),
         extras(extras_of(p, walk)) {}
 
   // Forward
@@ -74,7 +87,8 @@ class RowWise : public NormalisedRows<Cell, E> {
             e.store(c, e.scratch(r), u);
             e.store(v[Cell::hidden_gate], e.scratch(r) + P, u);
           } else {
-            put_h(row, u, Cell::hidden(v[Cell::hidden_gate], Cell::squash(c)));
+            const V squashed = Cell::squash(c, extras_at(u));
+            put_h(row, u, Cell::hidden(v[Cell::hidden_gate], squashed));
           }
         } else {
           put_h(row, u, Cell::forward(v, prev, extras_at(u)).h);
@@ -90,7 +104,8 @@ class RowWise : public NormalisedRows<Cell, E> {
         e.each(units, [&](index u) {
           const V n_c = of.normal(r, e.load(e.scratch(r), u));
           const V gate = e.load(e.scratch(r) + P, u);
-          put_h(rows[r], u, Cell::hidden(gate, Cell::squash(scaled_cell(n_c, u))));
+          const V squashed = Cell::squash(scaled_cell(n_c, u), extras_at(u));
+          put_h(rows[r], u, Cell::hidden(gate, squashed));
         });
       }
     }
@@ -182,9 +197,9 @@ class RowWise : public NormalisedRows<Cell, E> {
       const V c_prev = e.load(row.c_prev, u);
       const auto x = extras_at(u);
       const V c = row.c ? e.load(row.c, u) : Cell::cell(v, c_prev, x);
-      const V squashed = Cell::squash(c), gate = v[Cell::hidden_gate];
+      const V squashed = Cell::squash(c, x), gate = v[Cell::hidden_gate];
       V direct;
-      const V dc = Cell::hidden_backward(gate, squashed, dm, dc_of(row, u, direct));
+      const V dc = Cell::hidden_backward(gate, squashed, dm, dc_of(row, u, direct), x);
       backward_c(row, at, u, v, c_prev, c, squashed, dm, dc, direct, x);
     } else {
       State<V> prev{};
@@ -237,6 +252,7 @@ class RowWise : public NormalisedRows<Cell, E> {
 
  private:
   static constexpr bool has_gates = (E::parts & changes::gates) != 0;
+  static constexpr bool has_activations = (E::parts & changes::activations) != 0;
   static constexpr bool has_states = (E::parts & changes::states) != 0;
 
   FUSEDRNN_DEVICE bool zones_out() const { return has_states && any_zoneout; }
@@ -252,12 +268,13 @@ class RowWise : public NormalisedRows<Cell, E> {
     x.clips_cell = p.options.cell_clip < none;
     x.has_peephole = p.vectors.weight_ch;
     if (x.clips) {
-      V bounds[4];
-      e.bounds(p.options.clip, bounds);
+      V bounds[5];
+      e.bounds(p.options.clip, activations_of(p.options), bounds);
       x.clip = e.rounded(bounds[0]);
-      x.sigmoid_low = e.rounded(bounds[1]);
-      x.sigmoid_high = e.rounded(bounds[2]);
-      x.tanh_high = e.rounded(bounds[3]);
+      x.gate_low = e.rounded(bounds[1]);
+      x.gate_high = e.rounded(bounds[2]);
+      x.state_low = e.rounded(bounds[3]);
+      x.state_high = e.rounded(bounds[4]);
     } else {
       x.clip = V::broadcast(static_cast<S>(none));
     }
@@ -282,20 +299,36 @@ class RowWise : public NormalisedRows<Cell, E> {
     FUSEDRNN_DEVICE V add_from_peephole(int k, V da, V dc) const {
       return of().has_peephole ? fma(da, peephole(k), dc) : dc;
     }
+    FUSEDRNN_DEVICE auto activations() const {
+      if constexpr (has_activations) {
+        return Replaced<V, true>{rows.activations};
+      } else {
+        return Plain<V>{variant};
+      }
+    }
+    FUSEDRNN_DEVICE V gate(V a) const { return activations().gate(a); }
+    FUSEDRNN_DEVICE V state(V a) const { return activations().state(a); }
+    FUSEDRNN_DEVICE V gate_slope(V s) const { return activations().gate_slope(s); }
+    FUSEDRNN_DEVICE V state_slope(V s) const { return activations().state_slope(s); }
     FUSEDRNN_DEVICE V bounded(V a) const { return of().bounded(a); }
     FUSEDRNN_DEVICE V bounded_cell(V c) const { return of().bounded_cell(c); }
-    FUSEDRNN_DEVICE V through_sigmoid(V s, V da) const {
-      return of().through_sigmoid(s, da);
-    }
-    FUSEDRNN_DEVICE V through_tanh(V s, V da) const { return of().through_tanh(s, da); }
+    FUSEDRNN_DEVICE V through_gate(V s, V da) const { return of().through_gate(s, da); }
+    FUSEDRNN_DEVICE V through_state(V s, V da) const { return of().through_state(s, da); }
     FUSEDRNN_DEVICE V through_bounds(V a, V da) const {
       return of().through_bounds(a, da);
     }
     FUSEDRNN_DEVICE V through_cell(V c, V dc) const { return of().through_cell(c, dc); }
   };
+  // PlainReplaced has activations alone.
+  struct PlainReplaced : Plain<V, true>, Replaced<V, false> {
+    using Replaced<V, false>::gate, Replaced<V, false>::state;
+    using Replaced<V, false>::gate_slope, Replaced<V, false>::state_slope;
+  };
   FUSEDRNN_DEVICE auto extras_at(index u) const {
     if constexpr (has_gates) {
       return UnitExtras{*this, u, extras.variant};
+    } else if constexpr (has_activations) {
+      return PlainReplaced{{extras.variant}, {activations}};
     } else {
       return Plain<V, true>{extras.variant};
     }
@@ -421,11 +454,12 @@ class RowWise : public NormalisedRows<Cell, E> {
     for (int r = 0; r < count(n); ++r) {
       e.each(e.all(H), [&](index u) {
         const V n_c = of.normal(r, e.load(c_at(r), u));
-        const V squashed = Cell::squash(scaled_cell(n_c, u));
+        const auto x = extras_at(u);
+        const V squashed = Cell::squash(scaled_cell(n_c, u), x);
         const V gate = e.load(gates_at(r) + Cell::hidden_gate * P, u);
         // Adding -0 changes no value, not even the sign of a zero.
         const V d = Cell::hidden_backward(gate, squashed, e.load(dm[r], u),
-                                          V::broadcast(static_cast<S>(-0.0)));
+                                          V::broadcast(static_cast<S>(-0.0)), x);
         e.put(n_c, rows[r].da + at.normal_c, u, H);
         e.put(d, rows[r].da + at.squashed, u, H);
         e.store(d * vector(vectors.gamma_c, 0, u), d_normal_at(r), u);

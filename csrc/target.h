@@ -11,7 +11,7 @@
 #define FUSEDRNN_LONG FUSEDRNN_DEVICE
 #else
 #define FUSEDRNN_DEVICE inline
-#define FUSEDRNN_CALLED inline
+#define FUSEDRNN_CALLED [[gnu::noinline]] inline
 #define FUSEDRNN_LONG [[gnu::noinline]] inline
 #endif
 

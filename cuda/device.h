@@ -237,6 +237,10 @@ FUSEDRNN_DEVICE float bounded(float x, float least, float most) {
 __device__ __noinline__ inline double exp_of(double x) { return exp(x); }
 FUSEDRNN_DEVICE float tanh_of(float x) { return tanhf(x); }
 __device__ __noinline__ inline double tanh_of(double x) { return tanh(x); }
+__device__ __noinline__ inline float expm1_of(float x) { return expm1f(x); }
+__device__ __noinline__ inline double expm1_of(double x) { return expm1(x); }
+__device__ __noinline__ inline float log1p_of(float x) { return log1pf(x); }
+__device__ __noinline__ inline double log1p_of(double x) { return log1p(x); }
 FUSEDRNN_DEVICE float root_of(float x) { return sqrtf(x); }
 FUSEDRNN_DEVICE double root_of(double x) { return sqrt(x); }
 // This is not __frcp_rn, which calls a function for denormals.

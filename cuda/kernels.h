@@ -125,6 +125,41 @@ struct Conversion {
   Element from_element, to_element;
 };
 void convert(const Conversion&, int device, Stream);
+
+// TakeSteps computes which steps rows take under a mask.
+struct TakeSteps {
+  const bool *mask, *resets;  // (T, B) at any strides; resets may be null
+  index mask_t, mask_b, resets_t, resets_b;
+  const void* lengths;  // (B,) int64 if wide, else int32; or null
+  bool wide;
+  int *times, *places;    // (T, B): the time of a step, the step of a time; or -1
+  int* repeated[2];       // (T, B): the step before a time or at it, by direction; or -1
+  int* counts;            // (B,)
+  bool* resets_of_steps;  // (T, B), or null
+  index T, B;
+};
+void take_steps(const TakeSteps&, int device, Stream);
+
+// MoveRows copies to[t, b, :] = from[at[t, b], b, :] of (T, B, N). Where `at` is -1 the
+// elements are those of `initial` (B, N), of state_element, or 0 if that is null.
+struct MoveRows : Conversion {
+  const int* at;  // (T, B)
+  const void* initial;
+  Element initial_element;
+};
+void move_rows(const MoveRows&, int device, Stream);
+
+// SumRepeated adds the gradients of the rows of y that repeat a step: to[k, b, :] =
+// Σ from[t, b, :] over the times at which at[t, b] is k. Those where `at` is -1 are added
+// to `initial` (B, N). Either result may be null.
+struct SumRepeated : Conversion {
+  const int* at;
+  void* initial;
+  Element initial_element;
+  bool reverse;
+};
+void sum_repeated(const SumRepeated&, int device, Stream);
+
 // drop_out is that of rows.h, for code that is not compiled as a kernel.
 template <class S>
 void drop_out(const Dropout<S>&, int device, Stream);

@@ -233,6 +233,12 @@ ElementNames elements_of(Precision precision) {
   }
 }
 
+// The kind of an activation and its four numbers; kind 0 is the cell's own.
+using Numbers = std::array<double, 5>;
+Activation activation_of(const Numbers& n) {
+  return {static_cast<int>(n[0]), n[1], n[2], n[3], n[4]};
+}
+
 // CallOptions has the options of a call beside its arrays.
 struct CallOptions {
   Options values;
@@ -624,6 +630,76 @@ void convert_view(const View& from, const View& to, std::uintptr_t stream) {
   const OnDevice current(to.device);
   convert(problem, to.device, reinterpret_cast<Stream>(stream));
 }
+
+template <class E>
+E* pointer_of(const std::optional<View>& v) {
+  return v ? reinterpret_cast<E*>(v->pointer) : nullptr;
+}
+// `steps` is (4, T, B): TakeSteps::times, places and repeated.
+void take_steps_of(const View& mask, const std::optional<View>& lengths,
+                   const std::optional<View>& resets, const View& steps,
+                   const View& counts, const std::optional<View>& resets_of_steps,
+                   std::uintptr_t stream) {
+  const index T = mask.shape[0], B = mask.shape[1], each = T * B;
+  int* const to = reinterpret_cast<int*>(steps.pointer);
+  const TakeSteps problem{reinterpret_cast<const bool*>(mask.pointer),
+                          pointer_of<const bool>(resets),
+                          mask.strides[0],
+                          mask.strides[1],
+                          resets ? resets->strides[0] : 0,
+                          resets ? resets->strides[1] : 0,
+                          pointer_of<const void>(lengths),
+                          lengths && lengths->dtype->name == "int64",
+                          to,
+                          to + each,
+                          {to + 2 * each, to + 3 * each},
+                          reinterpret_cast<int*>(counts.pointer),
+                          pointer_of<bool>(resets_of_steps),
+                          T,
+                          B};
+  const py::gil_scoped_release release;
+  const OnDevice current(mask.device);
+  take_steps(problem, mask.device, reinterpret_cast<Stream>(stream));
+}
+
+// Returns the conversion of one (T, B, n) to another of its shape and element type; `to`
+// may be missing.
+Conversion conversion_of(const View& from, const std::optional<View>& to) {
+  if (to && (from.shape != to->shape || from.dtype != to->dtype)) refuse("move");
+  const Cube a(from), b(to ? *to : from);
+  const Element element = element_of(from);
+  return {reinterpret_cast<const void*>(from.pointer),
+          a.t,
+          a.b,
+          pointer_of<void>(to),
+          b.t,
+          b.b,
+          a.T,
+          a.B,
+          a.N,
+          element,
+          element};
+}
+void move_rows_of(const View& from, const View& at, const std::optional<View>& initial,
+                  const View& to, std::uintptr_t stream) {
+  const MoveRows problem{
+      conversion_of(from, to), reinterpret_cast<const int*>(at.pointer),
+      pointer_of<const void>(initial), initial ? element_of(*initial) : Element::float32};
+  const py::gil_scoped_release release;
+  const OnDevice current(from.device);
+  move_rows(problem, from.device, reinterpret_cast<Stream>(stream));
+}
+void sum_repeated_of(const View& from, const View& at, bool reverse,
+                     const std::optional<View>& to, const std::optional<View>& initial,
+                     std::uintptr_t stream) {
+  const SumRepeated problem{conversion_of(from, to),
+                            reinterpret_cast<const int*>(at.pointer),
+                            pointer_of<void>(initial),
+                            initial ? element_of(*initial) : Element::float32, reverse};
+  const py::gil_scoped_release release;
+  const OnDevice current(from.device);
+  sum_repeated(problem, from.device, reinterpret_cast<Stream>(stream));
+}
 void clear_view(const View& to, std::uintptr_t stream) {
   if (!to.is_contiguous()) refuse("clear");
   const OnDevice current(to.device);
@@ -760,17 +836,30 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   py::class_<CallOptions>(m, "Options")
       .def(py::init([](double clip, double cell_clip, double zoneout_h, double zoneout_c,
                        double recurrent_dropout, bool training, std::uint64_t seed,
-                       std::uint32_t where, index bptt, bool adds_dx) {
-             return CallOptions{{clip, cell_clip, zoneout_h, zoneout_c, recurrent_dropout,
-                                 training, seed, where, bptt},
+                       std::uint32_t where, index bptt, const Numbers& state,
+                       const Numbers& gate, bool adds_dx) {
+             return CallOptions{{clip,
+                                 cell_clip,
+                                 zoneout_h,
+                                 zoneout_c,
+                                 recurrent_dropout,
+                                 training,
+                                 seed,
+                                 where,
+                                 bptt,
+                                 {activation_of(state), activation_of(gate)}},
                                 adds_dx};
            }),
            py::arg("clip"), py::arg("cell_clip"), py::arg("zoneout_h"),
            py::arg("zoneout_c"), py::arg("recurrent_dropout"), py::arg("training"),
-           py::arg("seed"), py::arg("where"), py::arg("bptt"), py::arg("adds_dx"));
+           py::arg("seed"), py::arg("where"), py::arg("bptt"), py::arg("activation"),
+           py::arg("recurrent_activation"), py::arg("adds_dx"));
   m.def("drop", &drop);
   m.def("convert", &convert_view);
   m.def("clear", &clear_view);
+  m.def("take_steps", &take_steps_of);
+  m.def("move_rows", &move_rows_of);
+  m.def("sum_repeated", &sum_repeated_of);
   py::class_<Kernel>(m, "Kernel")
       .def(py::init<const std::string&, const std::string&, int, std::uintptr_t>(),
            py::arg("cell"), py::arg("precision"), py::arg("device"), py::arg("stream"))

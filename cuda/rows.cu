@@ -45,6 +45,16 @@ void convert(const Conversion& problem, int ordinal, Stream stream) {
   launch_each(Convert{problem}, problem.T * problem.B * problem.N, ordinal, stream);
 }
 
+void take_steps(const TakeSteps& problem, int ordinal, Stream stream) {
+  launch_each(RunTakeSteps{problem}, problem.B, ordinal, stream);
+}
+void move_rows(const MoveRows& problem, int ordinal, Stream stream) {
+  launch_each(RunMoveRows{problem}, problem.T * problem.B * problem.N, ordinal, stream);
+}
+void sum_repeated(const SumRepeated& problem, int ordinal, Stream stream) {
+  launch_each(RunSumRepeated{problem}, problem.B * problem.N, ordinal, stream);
+}
+
 #define FUSEDRNN_ROWS(P)                                               \
   template void launch_each(const PackBias<P>&, index, int, Stream);   \
   template void launch_each(const Previous<P>&, index, int, Stream);   \

@@ -322,22 +322,96 @@ struct MaskArrays {
   }
 };
 
+// Reads or writes an element of any type, exactly.
+FUSEDRNN_DEVICE double element_at(const void* from, Element element, index i) {
+  if (element == Element::float64) return static_cast<const double*>(from)[i];
+  if (element == Element::float32) return static_cast<const float*>(from)[i];
+  return from_half(static_cast<const Half*>(from)[i], element == Element::bfloat16);
+}
+FUSEDRNN_DEVICE void put_element(double value, void* to, Element element, index i) {
+  if (element == Element::float64) {
+    static_cast<double*>(to)[i] = value;
+  } else if (element == Element::float32) {
+    static_cast<float*>(to)[i] = static_cast<float>(value);
+  } else {
+    const bool bfloat = element == Element::bfloat16;
+    static_cast<Half*>(to)[i] = to_half(static_cast<float>(value), bfloat);
+  }
+}
+
 struct Convert : Conversion {
   FUSEDRNN_DEVICE void operator()() const {
     for_each(T, B, N, [&](index i, index j, index n, index) {
-      const index in = i * from_t + j * from_b + n, out = i * to_t + j * to_b + n;
-      if (to_element == Element::float64) {
-        static_cast<double*>(to)[out] = static_cast<const double*>(from)[in];
-        return;
+      const double value = element_at(from, from_element, i * from_t + j * from_b + n);
+      put_element(value, to, to_element, i * to_t + j * to_b + n);
+    });
+  }
+};
+
+// A thread takes a row of the batch.
+struct RunTakeSteps : TakeSteps {
+  FUSEDRNN_DEVICE void operator()() const {
+    for_each(B, [&](index b) {
+      const index end = lengths ? wide ? static_cast<const std::int64_t*>(lengths)[b]
+                                       : static_cast<const std::int32_t*>(lengths)[b]
+                                : T;
+      int count = 0;
+      for (index t = 0; t < T; ++t) {
+        const bool taken = t < end && mask[t * mask_t + b * mask_b];
+        places[t * B + b] = taken ? count : -1;
+        repeated[0][t * B + b] = taken ? count : count - 1;
+        repeated[1][t * B + b] = count;
+        if (!taken) continue;
+        times[count * B + b] = static_cast<int>(t);
+        if (resets_of_steps) {
+          resets_of_steps[count * B + b] = resets[t * resets_t + b * resets_b];
+        }
+        ++count;
       }
-      const float value = from_element == Element::float32
-                              ? static_cast<const float*>(from)[in]
-                              : from_half(static_cast<const Half*>(from)[in],
-                                          from_element == Element::bfloat16);
-      if (to_element == Element::float32) {
-        static_cast<float*>(to)[out] = value;
-      } else {
-        static_cast<Half*>(to)[out] = to_half(value, to_element == Element::bfloat16);
+      counts[b] = count;
+      for (index t = T - 1; t >= 0 && repeated[1][t * B + b] == count; --t) {
+        repeated[1][t * B + b] = -1;
+      }
+      for (index k = count; k < T; ++k) {
+        times[k * B + b] = -1;
+        if (resets_of_steps) resets_of_steps[k * B + b] = false;
+      }
+    });
+  }
+};
+
+struct RunMoveRows : MoveRows {
+  FUSEDRNN_DEVICE void operator()() const {
+    for_each(T, B, N, [&](index t, index b, index n, index) {
+      const index source = at[t * B + b];
+      const double value =
+          source >= 0 ? element_at(from, from_element, source * from_t + b * from_b + n)
+          : initial   ? element_at(initial, initial_element, b * N + n)
+                      : 0.0;
+      put_element(value, to, to_element, t * to_t + b * to_b + n);
+    });
+  }
+};
+
+// A thread takes a column of a row of the batch, against its direction.
+struct RunSumRepeated : SumRepeated {
+  FUSEDRNN_DEVICE void operator()() const {
+    for_each(1, B, N, [&](index, index b, index n, index) {
+      double sum = 0;
+      for (index i = 0; i < T; ++i) {
+        const index t = reverse ? i : T - 1 - i, after = reverse ? t + 1 : t - 1;
+        const index step = at[t * B + b];
+        sum += element_at(from, from_element, t * from_t + b * from_b + n);
+        const bool is_last = after < 0 || after >= T || at[after * B + b] != step;
+        if (!is_last) continue;
+        if (step >= 0 && to) {
+          put_element(sum, to, to_element, step * to_t + b * to_b + n);
+        } else if (step < 0 && initial) {
+          const index place = b * N + n;
+          sum += element_at(initial, initial_element, place);
+          put_element(sum, initial, initial_element, place);
+        }
+        sum = 0;
       }
     });
   }

@@ -68,8 +68,8 @@ struct BlockWalk {
   }
   FUSEDRNN_DEVICE static V rounded(V x) { return x; }
   FUSEDRNN_DEVICE A* scratch(int) const { return own_scratch; }
-  FUSEDRNN_DEVICE static void bounds(double clip, V (&to)[4]) {
-    device::clip_bounds(clip, to);
+  FUSEDRNN_DEVICE static void bounds(double clip, const Activations& of, V (&to)[5]) {
+    device::clip_bounds(clip, of, to);
   }
 
  private:

@@ -17,8 +17,14 @@ template <class A>
 struct UnitOptions {
   struct Values {
     A clip, cell_clip, zoneout_h, zoneout_c;
+    const Activations* activations;
+
+    FUSEDRNN_DEVICE friend const Activations& activations_of(const Values& v) {
+      return *v.activations;
+    }
   };
-  Values options;
+  Values options;  // its activations are set by row_of_unit
+  Activations activations;
   int variant;  // of cells that share their kernels
   index B, H;
   bool any;     // whether a step has options
@@ -38,13 +44,15 @@ struct UnitOptions {
     constexpr double none = __builtin_inf();
     UnitOptions u{};
     u.options = {static_cast<A>(o.clip), static_cast<A>(o.cell_clip),
-                 static_cast<A>(o.zoneout_h), static_cast<A>(o.zoneout_c)};
+                 static_cast<A>(o.zoneout_h), static_cast<A>(o.zoneout_c), nullptr};
+    u.activations = o.activations;
     u.variant = call.model.variant;
     u.B = call.B;
     u.H = call.H;
     u.weight_ch = static_cast<const A*>(call.vectors.weight_ch);
     u.trace = call.trace;
-    u.any = zones_out(o) || o.clip < none || o.cell_clip < none || u.weight_ch || u.trace;
+    u.any = replaces(o.activations) || zones_out(o) || o.clip < none ||
+            o.cell_clip < none || u.weight_ch || u.trace;
     u.bfloat = call.precision == Precision::bfloat16;
     u.rounds = u.bfloat || call.precision == Precision::float16;
     u.dropout_scale = static_cast<A>(drops(o) ? 1 / (1 - o.recurrent_dropout) : 1);
@@ -107,8 +115,8 @@ struct UnitWalk {
   FUSEDRNN_DEVICE V keep_h(const A*, index) const { return {keeps_h}; }
   FUSEDRNN_DEVICE V keep_c(const A*, index) const { return {keeps_c}; }
   FUSEDRNN_DEVICE static A* scratch(int) { return nullptr; }
-  FUSEDRNN_DEVICE static void bounds(double clip, V (&to)[4]) {
-    device::clip_bounds(clip, to);
+  FUSEDRNN_DEVICE static void bounds(double clip, const Activations& of, V (&to)[5]) {
+    device::clip_bounds(clip, of, to);
   }
   FUSEDRNN_DEVICE V rounded(V x) const {
     if constexpr (sizeof(A) == 4) {
@@ -129,6 +137,7 @@ FUSEDRNN_DEVICE device::RowWise<Cell, UnitWalk<A>> row_of_unit(const UnitOptions
     Model model;
     Vectors<const A> vectors;
   } arguments{o.options, {0, o.H, o.H, o.variant, false, false}, {}};
+  arguments.options.activations = &o.activations;
   if (o.weight_ch) arguments.vectors.weight_ch = o.weight_ch + unit;
   return {arguments, 1, nullptr, walk};
 }

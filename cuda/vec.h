@@ -54,6 +54,10 @@ struct Vec {
   FUSEDRNN_DEVICE friend Vec sigmoid(Vec x) {
     return {cuda::reciprocal(1 + cuda::exp_of(-x.value))};
   }
+  // These are for the activations that an option selects, and need not be fast.
+  FUSEDRNN_DEVICE friend Vec exp_below_0(Vec x) { return {cuda::exp_of(x.value)}; }
+  FUSEDRNN_DEVICE friend Vec exp_minus_1(Vec x) { return {cuda::expm1_of(x.value)}; }
+  FUSEDRNN_DEVICE friend Vec log_1_plus(Vec x) { return {cuda::log1p_of(x.value)}; }
   FUSEDRNN_DEVICE friend Vec tanh(Vec x) { return {cuda::tanh_of(x.value)}; }
 };
 

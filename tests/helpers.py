@@ -162,12 +162,17 @@ OPTIONS = {
     "trace": "h",
     "bptt": "h",
     "recompute": "h",
+    "activation": "a",
+    "recurrent_activation": "n",
 }
 
 
 def options_of(cell: Cell) -> list[str]:
-    """The options that a cell knows: c those of an LSTM, n those of cells with gates."""
+    """The options that a cell knows: c those of an LSTM, n those of cells with gates, a those
+    of cells whose activation is a tanh.
+    """
     kinds = "h" + "c" * ("c" in cell.states) + "n" * (len(cell.gates) > 1)
+    kinds += "a" * (cell.name not in ("rnn_relu", "rnn_identity"))
     return [name for name, kind in OPTIONS.items() if kind in kinds]
 
 
@@ -202,6 +207,10 @@ def with_options(
             options["clip"] = 0.8
         elif name == "cell_clip":
             options["cell_clip"] = 0.5
+        elif name == "activation":
+            options[name] = "softsign"
+        elif name == "recurrent_activation":
+            options[name] = ("tanh", 0.5, 0.9)
         elif name.startswith("zoneout"):
             options["zoneout"] = (0.25, 0.4) if "c" in cell.states else 0.25
             options["training"] &= name == "zoneout"
@@ -213,28 +222,44 @@ def with_options(
             options |= masks(name, sizes, seed)
         else:
             options[name] = True
+    if "lengths" in options and "mask" in options:
+        options["mask"] &= np.arange(T)[:, None] < options["lengths"]
     return {k: None if v is None else v.astype(dtype) for k, v in values.items()}, options
 
 
-MASKS = ("lengths", "resets", "both")
+MASKS = ("lengths", "resets", "both", "mask", "mask last")
 
 
-def masks(kind: str, sizes: Sizes, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random lengths, 0 and T among them, and resets, a row in four at each time."""
+def masks(kind: str, sizes: Sizes, seed: int = 0) -> dict[str, Any]:
+    """Random lengths, 0 and T among them, resets, a row in four at each time, and masks with
+    padding on both sides and gaps.
+    """
     rng = np.random.default_rng([seed, *sizes])
     T, B, *_ = sizes
     lengths = rng.integers(0, T + 1, B)
     if B > 1:
         lengths[rng.permutation(B)[:2]] = T, 0
     both = {"lengths": lengths, "resets": rng.random((T, B)) < 0.25}
+    if kind.startswith("mask"):
+        mask = rng.random((T, B)) < rng.choice([0.0, 0.4, 0.8, 1.0], B, p=[0.1, 0.4, 0.4, 0.1])
+        mask[: T // 3, ::3] = False
+        return {"mask": mask} | ({"masked_output": "last"} if kind == "mask last" else {})
     return both if kind == "both" else {kind: both[kind]}
 
 
-def spoil_padding(a: np.ndarray, masks: dict[str, np.ndarray]) -> None:
+def taken_steps(a: np.ndarray, masks: dict[str, Any]) -> np.ndarray:
+    """Which steps (T, B) are taken."""
+    taken = np.ones(a.shape[:2], bool)
+    if masks.get("lengths") is not None:
+        taken &= np.arange(len(a))[:, None] < masks["lengths"]
+    return taken if masks.get("mask") is None else taken & masks["mask"]
+
+
+def spoil_padding(a: np.ndarray, masks: dict[str, Any]) -> None:
     """Write NaN and inf to (T, B, …) where no step is taken: none of them may be read."""
-    for b, length in enumerate(masks.get("lengths", ())):
-        a[length:, b] = np.nan
-        a[length:, b, ::2] = -np.inf
+    taken = taken_steps(a, masks)
+    a[~taken] = np.nan
+    a[..., ::2][~taken] = -np.inf
 
 
 def op(cell: Cell, suffix: str = "", module: Any = fr) -> Any:
@@ -372,7 +397,8 @@ def check_against_reference(
     names = ["dy", *(f"d{letter}_n" for letter in cell.states), "d_cells"]
     weights = dict(zip(names, cotangents(expected, seed), strict=False))
     for name in {"dy", "d_cells"} & set(weights):
-        spoil_padding(weights[name], asked)
+        if name != "dy" or asked.get("masked_output") != "last":
+            spoil_padding(weights[name], asked)
     weights = place.put_all(weights)
     gradients = pulled(cell, pullback, list(weights.values()))
     wanted = pulled(cell, expected_pullback, list(double(weights).values()))
@@ -471,6 +497,7 @@ def matrix(name: str) -> list[tuple[Any, ...]]:
     flags = [n for n in options_of(CELLS[name]) if n != "zoneout in inference"]
     columns = [
         *([None, flag] for flag in [*flags, *MASKS[:2]]),
+        [None, "mask", "mask last"],
         [False, True],
         ["float32", "float64"],
         [Sizes(5, 3, 4, 7), Sizes(4, 40, 7, 50), Sizes(40, 13, 3, 16), Sizes(9, 1, 6, 33)],

@@ -169,7 +169,7 @@ MISTAKES: list[Callable[[], Any]] = [
     lambda: fr.LSTM(8, 64)(X, R[None, :4]),  # type: ignore[arg-type]
     lambda: fr.LSTM(8, 64)(X, lengths=[1.0] * 4),
     lambda: fr.LSTM(8, 64)(X, lengths=[11] * 4),
-    lambda: fr.LSTM(8, 64)(X, resets=np.zeros((10, 4))),
+    lambda: fr.LSTM(8, 64)(X, resets=np.full((10, 4), 0.5)),
     lambda: fr.LSTM(8, 64, dropout=0.5),
     lambda: fr.gru(X, W[:192], R[:192], cell_clip=1.0),  # type: ignore[call-arg]
     swap_a_module,

@@ -105,7 +105,12 @@ WRONG = [
     ("lengths", lambda a: 3, ValueError, "lengths must have shape (B,) = (2,), got ()"),
     ("lengths", lambda a: [3, -1], ValueError, "lengths must be from 0 to T = 3, got -1"),
     ("lengths", lambda a: [5, 4], ValueError, "lengths must be from 0 to T = 3, got 5"),
-    ("resets", lambda a: np.zeros((3, 2), int), TypeError, "resets must be bool, got int64"),
+    (
+        "resets",
+        lambda a: np.full((3, 2), -1),
+        ValueError,
+        "resets must be bool or numbers that are 0 or 1, got -1",
+    ),
     ("resets", lambda a: "no", TypeError, "resets must be bool, got <U2"),
     ("resets", lambda a: [[True], []], TypeError, "resets must be an array"),
     (

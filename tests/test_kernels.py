@@ -352,8 +352,9 @@ def test_a_call_takes_what_needs_no_preparing() -> None:
     options = reference.Options()
     x, h0, c0 = values["x"], values["h0"], values["c0"]
 
-    def run(x: Any, h0: Any, c0: Any, lengths: Any = None, resets: Any = None) -> Any:
-        return layers.forward(x, (h0, c0), lengths, resets, options, None, False)
+    def run(x: Any, h0: Any, c0: Any, *masks: Any) -> Any:
+        given = (*masks, None, None, None)[:3]
+        return layers.forward(x, (h0, c0), *given, options, None, False)
 
     lengths, resets = np.array([6, 0, 2, 3]), np.zeros((6, 4), bool)
     assert run(x, h0, c0) is not None
@@ -376,10 +377,15 @@ def test_a_call_takes_what_needs_no_preparing() -> None:
         (x, h0, c0, lengths[:2]),
         (x, h0, c0, lengths, resets.T),
         (x, h0, c0, lengths, resets.astype(int)),
+        (x, h0, c0, None, None, resets.T),
+        (x, h0, c0, lengths, None, ~resets),
     ]
     assert all(run(*arrays) is None for arrays in wrong)
-    assert layers.forward(x, [h0, c0], None, None, options, None, False) is None
-    (y, state), tape = layers.forward(x, (h0, c0), None, None, options, None, True)
+    nothing = (None, None, None)
+    assert layers.forward(x, [h0, c0], *nothing, options, None, False) is None
+    repeats = options._replace(repeats=True)
+    assert layers.forward(x, (h0, c0), *nothing, repeats, None, False) is None
+    (y, state), tape = layers.forward(x, (h0, c0), *nothing, options, None, True)
     assert not y.flags.writeable
     assert tape.backward(y, state, None) is not None
     assert tape.backward(y, (None, state[1]), None) is not None

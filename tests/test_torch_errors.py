@@ -63,7 +63,12 @@ def wrong(what: str) -> tuple[Any, ...]:
         "lengths kind": (lstm, x, None, [1.0, 2.0]),
         "lengths shape": (lstm, x, None, [1]),
         "lengths value": (lstm, x, None, [1, 6]),
-        "resets kind": (lstm, x, None, None, torch.zeros(5, 2)),
+        "resets kind": (lstm, x, None, None, torch.full((5, 2), 0.5)),
+        "mask shape": (lstm, x, None, None, None, torch.ones(2, 5)),
+        "mask value": (lstm, x, None, None, None, torch.full((5, 2), 2)),
+        "mask kind": (lstm, x, None, None, None, torch.full((5, 2), 1j)),
+        "mask and lengths": (lstm, x, None, [5, 4], None, torch.ones(5, 2)),
+        "packed mask": (lstm, pack_padded_sequence(x, [5, 2]), None, None, None, x[..., 0]),
         "resets shape": (lstm, x, None, None, torch.zeros(2, 5, dtype=torch.bool)),
     }[what]
 
@@ -92,7 +97,12 @@ WRONG = {
     "lengths kind": (TypeError, "lengths must be integers, got torch.float32"),
     "lengths shape": (ValueError, r"lengths must have shape \(B,\) = \(2,\), got \(1,\)"),
     "lengths value": (ValueError, "lengths must be from 0 to T = 5, got 6"),
-    "resets kind": (TypeError, "resets must be bool, got torch.float32"),
+    "resets kind": (ValueError, "resets must be bool or numbers that are 0 or 1, got 0.5"),
+    "mask shape": (ValueError, r"mask must have .* \(5, 2\), got \(2, 5\)"),
+    "mask value": (ValueError, "mask must be bool or numbers that are 0 or 1, got 2"),
+    "mask kind": (TypeError, "mask must be bool, got torch.complex64"),
+    "mask and lengths": (ValueError, "true at step 4 of row 1, whose length is 4"),
+    "packed mask": (TypeError, "mask must be None with a PackedSequence"),
     "resets shape": (ValueError, r"resets must have .* \(5, 2\), got \(2, 5\)"),
 }
 

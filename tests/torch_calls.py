@@ -22,8 +22,13 @@ CASES = [
     (name, options)
     for name, cell in CELLS.items()
     for options in [
-        *([o] for o in ["plain", *options_of(cell), "lengths", "resets", "reverse"]),
-        [o for o in [*options_of(cell), "both"] if o not in ("zoneout in inference", "bptt")],
+        *([o] for o in ["plain", *options_of(cell), "lengths", "resets", "mask", "reverse"]),
+        ["mask last", "reverse"],
+        [
+            o
+            for o in [*options_of(cell), "both", "mask last"]
+            if o not in ("zoneout in inference", "bptt")
+        ],
     ]
 ]
 
@@ -51,7 +56,8 @@ def call_with(cell: Cell, *, reverse: bool, **given: Any) -> tuple[Any, Inputs]:
     kinds = [kind for kind in Parameters._fields if kind in tensors]
     words = [n for n in FLAGS if given.get(n)] + ["save"]
     words += [f"bptt={value}" for name, value in given.items() if name == "bptt"]
-    others = (*FLAGS, "bptt", "seed", *tensors)
+    words += ["repeat"] if given.get("masked_output") == "last" else []
+    others = (*FLAGS, "bptt", "seed", "masked_output", *tensors)
     options = {k: v for k, v in given.items() if k not in others}
     layers = describe(cell.name, options, kinds, reverse=reverse)
     state = [tensors[n][None] if n in tensors else None for n in ("h0", "c0")]
@@ -61,6 +67,7 @@ def call_with(cell: Cell, *, reverse: bool, **given: Any) -> tuple[Any, Inputs]:
         [tensors[kind] for kind in kinds],
         tensors.get("lengths"),
         tensors.get("resets"),
+        tensors.get("mask"),
         torch.tensor([given.get("seed", 0)]),
     )
     return parse(layers, " ".join(words)), inputs

@@ -83,6 +83,13 @@ std::unique_ptr<const Weights> make_weights(const Kernels& kernels,
 
 double as_double(PyObject* number) { return PyFloat_AsDouble(number); }
 
+// Reads reference.Activation, or None for the cell's own.
+Activation activation_of(PyObject* tuple) {
+  if (tuple == Py_None) return {};
+  const auto at = [&](int n) { return as_double(PyTuple_GET_ITEM(tuple, n)); };
+  return {static_cast<int>(at(0)), at(1), at(2), at(3), at(4)};
+}
+
 void freeze(const Array& a) {
   py::detail::array_proxy(a.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
 }
@@ -118,9 +125,10 @@ bool copy_lengths(const py::handle& object, const Sequence& x, std::vector<index
   return std::all_of(to.begin(), to.end(), [&](index n) { return n >= 0 && n <= x.T; });
 }
 
-// Copies resets (T, B), (B, T) or (T,) to (T, B). Bytes other than 0 count as true.
-bool copy_resets(const py::handle& object, const Sequence& x, bool batch_first,
-                 Memory& to) {
+// Copies resets or a mask (T, B), (B, T) or (T,) to (T, B). Bytes other than 0 count as
+// true.
+bool copy_flags(const py::handle& object, const Sequence& x, bool batch_first,
+                Memory& to) {
   if (object.is_none()) return true;
   if (!has_elements(object, py::detail::npy_api::NPY_BOOL_)) return false;
   const auto a = py::reinterpret_borrow<Array>(object);
@@ -138,6 +146,14 @@ bool copy_resets(const py::handle& object, const Sequence& x, bool batch_first,
   return true;
 }
 
+// Returns whether no mask is true where lengths say that a row takes no step.
+bool fits_lengths(const StackCall& c) {
+  for (index n = 0; c.mask && c.lengths && n < c.T * c.B; ++n) {
+    if (c.mask[n] && n / c.B >= c.lengths[n % c.B]) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 const CellKernels& find_cell(const Kernels& kernels, std::string_view name) {
@@ -148,7 +164,7 @@ const CellKernels& find_cell(const Kernels& kernels, std::string_view name) {
 }
 
 CallOptions::CallOptions(const py::handle& tuple) {
-  if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != 12) {
+  if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != 15) {
     refuse("options");
   }
   PyObject* const o = tuple.ptr();
@@ -163,11 +179,14 @@ CallOptions::CallOptions(const py::handle& tuple) {
             is_true(5),
             PyLong_AsUnsignedLongLong(at(6)),
             static_cast<std::uint32_t>(PyLong_AsUnsignedLong(at(7))),
-            PyLong_AsSsize_t(at(8))};
+            PyLong_AsSsize_t(at(8)),
+            {}};
   weight_dropout = as_double(at(4));
   return_cells = is_true(9);
   trace = is_true(10);
   recompute = is_true(11);
+  repeats = is_true(12);
+  values.activations = {activation_of(at(13)), activation_of(at(14))};
   if (PyErr_Occurred()) throw py::error_already_set();
 }
 
@@ -176,6 +195,7 @@ void CallOptions::put(StackCall& call) const {
   call.weight_dropout = weight_dropout;
   call.recompute = recompute;
   call.returns_gates = return_cells || trace;
+  call.repeats = repeats;
 }
 
 Layers::Layers(const std::string& cell, std::vector<Arrays> parameters, int directions,
@@ -273,8 +293,8 @@ py::object Layers::state_of(const Array& h, const MaybeArray& c) const {
 
 py::object Layers::forward(const py::object& x, const py::object& state,
                            const py::object& lengths, const py::object& resets,
-                           const py::object& options, const py::object& out,
-                           bool saves) const {
+                           const py::object& mask, const py::object& options,
+                           const py::object& out, bool saves) const {
   const Layout& l = layout();
   const CallOptions o(options);
   Reader reader(l.size), of_x(l.item);
@@ -290,12 +310,16 @@ py::object Layers::forward(const py::object& x, const py::object& state,
   c.x_t = input.t;
   c.x_b = input.b;
   std::vector<index> lengths_copy;
-  Memory resets_copy;
+  Memory resets_copy, mask_copy;
   if (!read_state(reader, state, input, c.h0, c.c0)) return py::none();
   if (!copy_lengths(lengths, input, lengths_copy)) return py::none();
-  if (!copy_resets(resets, input, batch_first_, resets_copy)) return py::none();
+  if (!copy_flags(resets, input, batch_first_, resets_copy)) return py::none();
+  if (!copy_flags(mask, input, batch_first_, mask_copy)) return py::none();
   if (!lengths.is_none()) c.lengths = lengths_copy.data();
   c.resets = resets_copy.as<const bool>();
+  c.mask = mask_copy.as<const bool>();
+  if (c.repeats && !c.mask) return py::none();
+  if (!fits_lengths(c)) return py::none();
 
   const index D = stack_.directions;
   const Array y = out.is_none() ? make(sequence_axes(input, D * l.R), l.item)
@@ -354,6 +378,7 @@ py::object Layers::forward(const py::object& x, const py::object& state,
   tape.saved_ = std::move(saved);
   tape.lengths_ = std::move(lengths_copy);
   tape.resets_ = std::move(resets_copy);
+  tape.mask_ = std::move(mask_copy);
   tape.call_ = c;
   tape.keep_state();
   return py::make_tuple(results, std::move(tape));

@@ -23,7 +23,7 @@ using Scales = std::pair<std::array<MaybeArray, 3>, int>;
 struct CallOptions {
   Options values;
   double weight_dropout;
-  bool return_cells, trace, recompute;
+  bool return_cells, trace, recompute, repeats;
 
   explicit CallOptions(const py::handle& tuple);
   void put(StackCall& call) const;
@@ -50,7 +50,8 @@ class Layers {
   // Returns (y, state[, cells][, trace]), with `saves` that tuple and a Tape, or None.
   py::object forward(const py::object& x, const py::object& state,
                      const py::object& lengths, const py::object& resets,
-                     const py::object& options, const py::object& out, bool saves) const;
+                     const py::object& mask, const py::object& options,
+                     const py::object& out, bool saves) const;
 
  private:
   friend class Tape;
@@ -93,7 +94,7 @@ class Tape {
   std::vector<py::object> kept_;
   Memory state_, saved_;
   std::vector<index> lengths_;
-  Memory resets_;
+  Memory resets_, mask_;
   StackCall call_;
 };
 

@@ -157,6 +157,7 @@ bool TensorLayers::read(TensorReader& reader, StackCall& c,
   c.c0 = state(H_, wide[1]);
   c.lengths = reinterpret_cast<const index*>(reader.next().start);
   c.resets = reinterpret_cast<const bool*>(reader.next().start);
+  c.mask = reinterpret_cast<const bool*>(reader.next().start);
   for (index at = 0; at < n; ++at) {
     for (int kind = 0; kind < parameter_count; ++kind) {
       if (!(kinds_ >> kind & 1)) continue;
@@ -194,12 +195,11 @@ Axes TensorLayers::parameter_axes(index at, int kind) const {
 bool TensorLayers::collect(TensorReader& reader, const py::handle& x,
                            const py::handle& h0, const py::handle& c0,
                            const py::sequence& parameters, const py::handle& lengths,
-                           const py::handle& resets) const {
+                           const py::handle& resets, const py::handle& mask) const {
   const std::size_t each = std::popcount(kinds_);
   if (parameters.size() != each * layers_ * directions_) return false;
   for (const py::handle& a : {x, h0, c0}) reader.collect(a);
-  reader.collect(lengths, true);
-  reader.collect(resets, true);
+  for (const py::handle& a : {lengths, resets, mask}) reader.collect(a, true);
   for (const py::handle p : parameters) {
     if (p.is_none()) return false;
     reader.collect(p);
@@ -230,7 +230,7 @@ py::object TensorLayers::infer(const py::handle& x, const py::handle& hx,
   std::vector<const char*> addresses;
   Memory wide[2];
   const py::none none;
-  if (!collect(reader, x, h0, c0, parameters, none, none)) return none;
+  if (!collect(reader, x, h0, c0, parameters, none, none, none)) return none;
   if (reader.requires_grad && is_true(torch().is_grad_enabled)) return py::bool_(false);
   reader.open(halves_);
   if (!read(reader, c, addresses, wide, kind)) return none;
@@ -275,13 +275,16 @@ py::object TensorLayers::infer(const py::handle& x, const py::handle& hx,
 py::object TensorLayers::forward(const py::handle& x, const py::handle& h0,
                                  const py::handle& c0, const py::sequence& parameters,
                                  const py::handle& lengths, const py::handle& resets,
-                                 const py::object& options, bool saves, bool step) const {
+                                 const py::handle& mask, const py::object& options,
+                                 bool saves, bool step) const {
   TensorReader reader(false);
   StackForward c{};
   std::vector<const char*> addresses;
   Memory wide[2];
   const AxesOf axes = step ? AxesOf::step : AxesOf::sequence;
-  if (!collect(reader, x, h0, c0, parameters, lengths, resets)) return py::none();
+  if (!collect(reader, x, h0, c0, parameters, lengths, resets, mask)) {
+    return py::none();
+  }
   reader.open(halves_);
   if (!read(reader, c, addresses, wide, axes)) return py::none();
   const CallOptions o(options);
@@ -339,14 +342,17 @@ py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence
                                   const py::handle& h0, const py::handle& c0,
                                   const py::sequence& parameters,
                                   const py::handle& lengths, const py::handle& resets,
-                                  const py::object& options, bool step) const {
+                                  const py::handle& mask, const py::object& options,
+                                  bool step) const {
   TensorReader reader(false);
   StackBackward c{};
   std::vector<const char*> addresses;
   Memory wide[2];
   const AxesOf axes = step ? AxesOf::step : AxesOf::sequence;
   if (d.size() != 4 || wanted.size() != 3 + parameters.size()) return py::none();
-  if (!collect(reader, x, h0, c0, parameters, lengths, resets)) return py::none();
+  if (!collect(reader, x, h0, c0, parameters, lengths, resets, mask)) {
+    return py::none();
+  }
   for (const py::handle& a : {y, cells, saved}) reader.collect(a);
   for (const py::handle g : d) reader.collect(g);
   reader.open(halves_);

@@ -34,15 +34,15 @@ class TensorLayers {
   // saved) or (h, c, saved), where states have no axis of layers.
   py::object forward(const py::handle& x, const py::handle& h0, const py::handle& c0,
                      const py::sequence& parameters, const py::handle& lengths,
-                     const py::handle& resets, const py::object& options, bool saves,
-                     bool step) const;
+                     const py::handle& resets, const py::handle& mask,
+                     const py::object& options, bool saves, bool step) const;
   // Returns the wanted gradients of x, h0, c0 and the parameters, in a list.
   py::object backward(const py::sequence& wanted, const py::sequence& d,
                       const py::handle& y, const py::handle& cells,
                       const py::handle& saved, const py::handle& x, const py::handle& h0,
                       const py::handle& c0, const py::sequence& parameters,
                       const py::handle& lengths, const py::handle& resets,
-                      const py::object& options, bool step) const;
+                      const py::handle& mask, const py::object& options, bool step) const;
   py::tuple arguments() const;
 
  private:
@@ -51,7 +51,8 @@ class TensorLayers {
               const std::vector<const char*>& parameters) const;
   bool collect(class TensorReader& reader, const py::handle& x, const py::handle& h0,
                const py::handle& c0, const py::sequence& parameters,
-               const py::handle& lengths, const py::handle& resets) const;
+               const py::handle& lengths, const py::handle& resets,
+               const py::handle& mask) const;
   // `wide` gets states that are not float32.
   bool read(TensorReader& reader, StackCall& call, std::vector<const char*>& addresses,
             Memory (&wide)[2], AxesOf axes) const;

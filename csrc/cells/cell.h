@@ -39,8 +39,8 @@
 //
 //   forward_c(a, c', x)                    -> c;     a becomes what is saved
 //   cell(s, c', x)                         -> c from what is saved
-//   squash(c), hidden(gate, squash(c))     -> h, from c and the slot `hidden_gate`
-//   hidden_backward(gate, squash(c), dh, dc)  -> dc + the gradient of c through h
+//   squash(c, x), hidden(gate, squash)     -> h, from c and the slot `hidden_gate`
+//   hidden_backward(gate, squash, dh, dc, x)  -> dc + the gradient of c through h
 //   backward_c(s, c', c, squash(c), dh, dc, x)  -> dc' from dc with what h adds to it
 //
 // A variant with a second product multiplies the block of `second` of weight_hh with
@@ -54,7 +54,9 @@
 //   open_backward(s, prev, dh, x)          -> dh_direct; s becomes da but for `factor`
 //   factor_backward(factor, d_factor, x)   -> da of that slot
 //
-// x has the options of a step: `Plain` has none, `Extras` has any of them at run time.
+// x has the options of a step: `Plain` has none, `Extras` has any of them at run time. A
+// cell calls its activations through x, which may replace them: x.gate for σ, x.state for
+// tanh, and their slopes as functions of the value.
 #pragma once
 
 #include "../target.h"
@@ -142,12 +144,16 @@ struct Plain {
   int variant;
 
   FUSEDRNN_DEVICE bool is_variant() const { return may_vary && variant == 1; }
+  FUSEDRNN_DEVICE V gate(V a) const { return sigmoid(a); }
+  FUSEDRNN_DEVICE V state(V a) const { return tanh(a); }
+  FUSEDRNN_DEVICE V gate_slope(V s) const { return s * (V::broadcast(1) - s); }
+  FUSEDRNN_DEVICE V state_slope(V s) const { return V::broadcast(1) - s * s; }
   FUSEDRNN_DEVICE V bounded(V a) const { return a; }
   FUSEDRNN_DEVICE V bounded_cell(V c) const { return c; }
   FUSEDRNN_DEVICE V add_peephole(int, V, V a) const { return a; }
   FUSEDRNN_DEVICE V add_from_peephole(int, V, V dc) const { return dc; }
-  FUSEDRNN_DEVICE V through_sigmoid(V, V da) const { return da; }
-  FUSEDRNN_DEVICE V through_tanh(V, V da) const { return da; }
+  FUSEDRNN_DEVICE V through_gate(V, V da) const { return da; }
+  FUSEDRNN_DEVICE V through_state(V, V da) const { return da; }
   FUSEDRNN_DEVICE V through_bounds(V, V da) const { return da; }
   FUSEDRNN_DEVICE V through_cell(V, V dc) const { return dc; }
 };
@@ -160,16 +166,16 @@ template <class V>
 struct Extras {
   int variant;
   bool clips, clips_cell, has_peephole;
-  V clip, sigmoid_low, sigmoid_high, tanh_high, cell_clip;
+  V clip, gate_low, gate_high, state_low, state_high, cell_clip;
 
   FUSEDRNN_DEVICE bool is_variant() const { return variant == 1; }
   FUSEDRNN_DEVICE V bounded(V a) const { return within(clip, a); }
   FUSEDRNN_DEVICE V bounded_cell(V c) const { return within(cell_clip, c); }
-  FUSEDRNN_DEVICE V through_sigmoid(V s, V da) const {
-    return clips ? inside(sigmoid_low, s, sigmoid_high, da) : da;
+  FUSEDRNN_DEVICE V through_gate(V s, V da) const {
+    return clips ? inside(gate_low, s, gate_high, da) : da;
   }
-  FUSEDRNN_DEVICE V through_tanh(V s, V da) const {
-    return clips ? inside(negative(tanh_high), s, tanh_high, da) : da;
+  FUSEDRNN_DEVICE V through_state(V s, V da) const {
+    return clips ? inside(state_low, s, state_high, da) : da;
   }
   FUSEDRNN_DEVICE V through_bounds(V a, V da) const {
     return clips ? inside(negative(clip), a, clip, da) : da;

@@ -40,8 +40,8 @@ struct Gru {
 
   template <class X>
   FUSEDRNN_DEVICE static void open(V (&a)[slots], const X& x) {
-    a[R] = sigmoid(x.bounded(a[R]));
-    a[Z] = sigmoid(x.bounded(a[Z]));
+    a[R] = x.gate(x.bounded(a[R]));
+    a[Z] = x.gate(x.bounded(a[Z]));
   }
   FUSEDRNN_DEVICE static V operand(V r, V h_prev) { return r * h_prev; }
   template <class X>
@@ -62,16 +62,15 @@ struct Gru {
   // Computes da of all slots but r; s[Q] becomes da_n.
   template <class X>
   FUSEDRNN_DEVICE static V open_backward(V (&s)[slots], State<V> prev, V dh, const X& x) {
-    const V one = V::broadcast(1);
     const V z = s[Z], n = s[N];
-    s[N] = x.through_tanh(n, dh * (one - z) * (one - n * n));
-    s[Z] = x.through_sigmoid(z, dh * (prev.h - n) * (z * (one - z)));
+    s[N] = x.through_state(n, dh * (V::broadcast(1) - z) * x.state_slope(n));
+    s[Z] = x.through_gate(z, dh * (prev.h - n) * x.gate_slope(z));
     s[Q] = s[N];
     return dh * z;
   }
   template <class X>
   FUSEDRNN_DEVICE static V factor_backward(V r, V dr, const X& x) {
-    return x.through_sigmoid(r, dr * (r * (V::broadcast(1) - r)));
+    return x.through_gate(r, dr * x.gate_slope(r));
   }
 
  private:
@@ -79,7 +78,7 @@ struct Gru {
   template <class X>
   FUSEDRNN_DEVICE static State<V> finish(V (&a)[slots], V a_n, State<V> prev,
                                          const X& x) {
-    const V z = a[Z], n = a[N] = tanh(x.bounded(a_n));
+    const V z = a[Z], n = a[N] = x.state(x.bounded(a_n));
     return {fma(z, prev.h - n, n), prev.c};
   }
 };

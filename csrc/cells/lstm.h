@@ -37,18 +37,18 @@ struct Lstm {
   template <class X>
   FUSEDRNN_DEVICE static V forward_c(V (&a)[slots], V c_prev, const X& x) {
     const V f = x.bounded(x.add_peephole(1, c_prev, a[F]));
-    a[I] = sigmoid(x.bounded(x.add_peephole(0, c_prev, a[I])));
-    a[G] = tanh(x.bounded(a[G]));
-    a[F] = x.is_variant() ? V::broadcast(1) - a[I] : sigmoid(f);
+    a[I] = x.gate(x.bounded(x.add_peephole(0, c_prev, a[I])));
+    a[G] = x.state(x.bounded(a[G]));
+    a[F] = x.is_variant() ? V::broadcast(1) - a[I] : x.gate(f);
     const V c = cell(a, c_prev, x);
-    a[O] = sigmoid(x.bounded(x.add_peephole(2, c, a[O])));
+    a[O] = x.gate(x.bounded(x.add_peephole(2, c, a[O])));
     return c;
   }
 
   template <class X>
   FUSEDRNN_DEVICE static State<V> forward(V (&a)[slots], State<V> prev, const X& x) {
     const V c = forward_c(a, prev.c, x);
-    return {hidden(a[hidden_gate], squash(c)), c};
+    return {hidden(a[hidden_gate], squash(c, x)), c};
   }
 
   // Computes c from the gates.
@@ -57,36 +57,39 @@ struct Lstm {
     return x.bounded_cell(fma(s[F], c_prev, s[I] * s[G]));
   }
 
-  FUSEDRNN_DEVICE static V squash(V c) { return tanh(c); }
+  template <class X>
+  FUSEDRNN_DEVICE static V squash(V c, const X& x) {
+    return x.state(c);
+  }
   FUSEDRNN_DEVICE static V hidden(V o, V tanh_c) { return o * tanh_c; }
-  FUSEDRNN_DEVICE static V hidden_backward(V o, V tanh_c, V dh, V dc) {
-    return fma(dh * o, V::broadcast(1) - tanh_c * tanh_c, dc);
+  template <class X>
+  FUSEDRNN_DEVICE static V hidden_backward(V o, V tanh_c, V dh, V dc, const X& x) {
+    return fma(dh * o, x.state_slope(tanh_c), dc);
   }
 
   // Takes the whole dc, including what comes through h.
   template <class X>
   FUSEDRNN_DEVICE static V backward_c(V (&s)[slots], V c_prev, V c, V tanh_c, V dh, V dc,
                                       const X& x) {
-    const V one = V::broadcast(1);
     const V i = s[I], f = s[F], g = s[G], o = s[O];
-    s[O] = x.through_sigmoid(o, dh * tanh_c * (o * (one - o)));
+    s[O] = x.through_gate(o, dh * tanh_c * x.gate_slope(o));
     dc = x.through_cell(c, x.add_from_peephole(2, s[O], dc));
     V di = dc * g, df = dc * c_prev;
     if (x.is_variant()) {
       di = di - df;
       df = V::broadcast(0);
     }
-    s[I] = x.through_sigmoid(i, di * (i * (one - i)));
-    s[F] = x.through_sigmoid(f, df * (f * (one - f)));
-    s[G] = x.through_tanh(g, dc * i * (one - g * g));
+    s[I] = x.through_gate(i, di * x.gate_slope(i));
+    s[F] = x.through_gate(f, df * x.gate_slope(f));
+    s[G] = x.through_state(g, dc * i * x.state_slope(g));
     return x.add_from_peephole(1, s[F], x.add_from_peephole(0, s[I], dc * f));
   }
 
   template <class X>
   FUSEDRNN_DEVICE static State<V> backward(V (&s)[slots], State<V> prev, V c, V dh, V dc,
                                            const X& x) {
-    const V tanh_c = squash(c);
-    dc = hidden_backward(s[hidden_gate], tanh_c, dh, dc);
+    const V tanh_c = squash(c, x);
+    dc = hidden_backward(s[hidden_gate], tanh_c, dh, dc, x);
     return {V::broadcast(0), backward_c(s, prev.c, c, tanh_c, dh, dc, x)};
   }
 };

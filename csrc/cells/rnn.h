@@ -21,7 +21,7 @@ struct Rnn {
   template <class X>
   FUSEDRNN_DEVICE static State<V> forward(V (&a)[slots], State<V> prev, const X& x) {
     const V bounded = x.bounded(a[0]);
-    a[0] = x.variant == hyperbolic  ? tanh(bounded)
+    a[0] = x.variant == hyperbolic  ? x.state(bounded)
            : x.variant == rectified ? max(V::broadcast(0), bounded)
                                     : bounded;
     return {a[0], prev.c};
@@ -32,7 +32,7 @@ struct Rnn {
                                            const X& x) {
     const V zero = V::broadcast(0), h = s[0];
     if (x.variant == hyperbolic) {
-      s[0] = x.through_tanh(h, dh * (V::broadcast(1) - h * h));
+      s[0] = x.through_state(h, dh * x.state_slope(h));
     } else {
       const V da = x.variant == rectified ? if_less(zero, h, dh, zero) : dh;
       s[0] = x.through_bounds(h, da);

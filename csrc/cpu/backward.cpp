@@ -272,12 +272,12 @@ class BackwardPass {
     }
     if (p_.has_options) {
       zoneout_.start();
-      l_.k.bounds(p_.options.clip, memory_.bounds);
+      l_.k.bounds(p_.options, memory_.bounds);
       // The saved gates are rounded, those that LayerNorm computes again are not.
       if (in_halves_ && !l_.model.norm) {
-        char* const rounded = memory_.bounds + l_.bytes(4);
-        std::memcpy(rounded, memory_.bounds, l_.bytes(4));
-        round(rounded, 4);
+        char* const rounded = memory_.bounds + l_.bytes(5);
+        std::memcpy(rounded, memory_.bounds, l_.bytes(5));
+        round(rounded, 5);
         call_.bounds = rounded;
       }
       call_.vectors = pad_vectors(l_, p_.vectors, memory_.vectors);

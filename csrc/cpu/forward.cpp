@@ -205,7 +205,7 @@ class ForwardPass {
     }
     if (!p_.has_options) return;
     zoneout_.start();
-    l_.k.bounds(p_.options.clip, memory_.bounds);
+    l_.k.bounds(p_.options, memory_.bounds);
     call_.vectors = pad_vectors(l_, p_.vectors, memory_.vectors);
     if (!drops(p_.options)) return;
     const Range places = own_.share(team_, own_.rows.rows());

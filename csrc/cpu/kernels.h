@@ -75,7 +75,7 @@ struct Call {
   Vectors<const char> vectors;  // with blocks padded to P elements
   index P;                      // elements of a padded row of units
   const char* bias;             // (slots, P)
-  const char* bounds;           // of clip: 4 elements
+  const char* bounds;           // of clip: 5 elements
   bool saves;                   // whether the slots are kept for backward
   bool has_direct;  // whether a part of dh bypasses the product, else it is zero
   // saved_c is the element of a record where c begins, if backward with options reads
@@ -327,7 +327,7 @@ struct Kernels {
   // These functions take tiles of any product.
   Pointwise put, finish, store_dh0, store_dh;
 
-  void (*bounds)(double clip, char* to);
+  void (*bounds)(const Options&, char* to);
   void (*draw_zoneout)(const ZoneoutDraw&);
   void (*draw_recurrent)(const Options&, index b, index R, char* to);
   void (*multiply_rows)(const char* a, const char* b, index n, char* to);

@@ -48,7 +48,10 @@ int changed_by(const Problem& p, bool returns_gates) {
   const Options& o = p.options;
   const bool gates = o.clip < none || o.cell_clip < none || p.vectors.weight_ch;
   const bool states = zones_out(o) || drops(o) || p.model.projects || returns_gates;
-  const int found = gates * changes::gates + states * changes::states;
+  const int found = gates * changes::gates + states * changes::states +
+                    replaces(o.activations) * changes::activations;
+  // A call with changes of several kinds has the function for all of them.
+  if (found & (found - 1)) return changes::all;
   return found ? found : changes::states;
 }
 

@@ -31,7 +31,7 @@ struct StepScratch : Arena {
     const index of_norm = rows_at_once(l) * (2 + l.shape.slots) * row;
     norm_rows = of_thread(l.model.norm ? of_norm : 0, rank, threads);
     zeros = of_thread(row, rank, threads);
-    bounds = of_thread(l.bytes(2 * 4), rank, threads);
+    bounds = of_thread(l.bytes(2 * 5), rank, threads);
     vectors = of_thread(padded_vectors_bytes(l, p.vectors), rank, threads);
     zoneout =
         of_thread(Zoneout::bytes(l, p.options, p.has_options, p.B, threads, by_rows),

@@ -38,6 +38,8 @@ struct StackCall {
   bool recompute, returns_gates;  // returns_gates: every c or gate is returned
   const index* lengths;           // (B,) 0 to T, or null
   const bool* resets;             // (T, B), contiguous; or null
+  const bool* mask;               // (T, B), the steps that rows take; or null
+  bool repeats;                   // y at other steps is h of the state, not 0
   const char* x;
   index x_t, x_b;
   const char *h0, *c0;  // null for zeros
@@ -78,6 +80,9 @@ struct StackBackward : StackCall {
 index saved_bytes(const Stack& stack, const StackCall& call);
 void forward(const Stack& stack, const StackForward& call);
 void backward(const Stack& stack, const StackBackward& call);
+// forward and backward call these for a call with a mask (masked.cpp).
+void forward_masked(const Stack& stack, const StackForward& call);
+void backward_masked(const Stack& stack, const StackBackward& call);
 // Returns how a forward of one layer and direction is laid out.
 ForwardPlan plan(const Stack& stack, index at, const StackCall& call);
 

@@ -190,13 +190,7 @@ class StackBackwardPass : StackPass<Backward> {
         const index t = n / call_.B, b = n % call_.B;
         char* const to = p.dx + t * p.dx_t + b * p.dx_b;
         const char* const from = own.dx + t * own.dx_t + b * own.dx_b;
-        if (p.x_item == 2) {
-          add_halves(from, p.I, to);
-        } else if (p.x_item == 4) {
-          add_values<float>(from, p.I, to);
-        } else {
-          add_values<double>(from, p.I, to);
-        }
+        add_values(stack_.layout(), from, p.x_item, p.I, to, p.x_item);
       }
       worked = true;
     }
@@ -220,24 +214,6 @@ class StackBackwardPass : StackPass<Backward> {
       worked = true;
     }
     return worked && layer > 0;
-  }
-  void add_halves(const char* from, index n, char* to) const {
-    constexpr index at_once = 256;
-    const Halves& halves = *stack_.layout().halves;
-    for (index k = 0; k < n; k += at_once, from += 2 * at_once, to += 2 * at_once) {
-      const index count = std::min(n - k, at_once);
-      char sums[4 * at_once], others[4 * at_once];
-      halves.widen(to, count, sums);
-      halves.widen(from, count, others);
-      add_values<float>(others, count, sums);
-      halves.narrow(sums, count, to);
-    }
-  }
-  template <class E>
-  static void add_values(const char* from, index n, char* to) {
-    for (index i = 0; i < n; ++i) {
-      reinterpret_cast<E*>(to)[i] += reinterpret_cast<const E*>(from)[i];
-    }
   }
 
   // Copies the kernels' gradients to the user's.
@@ -278,6 +254,7 @@ class StackBackwardPass : StackPass<Backward> {
 }  // namespace
 
 void backward(const Stack& stack, const StackBackward& call) {
+  if (call.mask) return backward_masked(stack, call);
   StackBackwardPass(stack, call).run();
 }
 

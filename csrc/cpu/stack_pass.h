@@ -46,7 +46,7 @@ inline bool asks_for_options(const StackCall& c) {
   constexpr double none = std::numeric_limits<double>::infinity();
   const Options& o = c.options;
   return o.clip < none || o.cell_clip < none || zones_out(o) || drops(o) ||
-         c.returns_gates || c.recompute;
+         replaces(o.activations) || c.returns_gates || c.recompute;
 }
 
 inline bool drops_weights(const StackCall& c) {
@@ -82,6 +82,33 @@ inline void copy_state(const char* from, index bytes, char* to) {
     std::memcpy(to, from, bytes);
   } else {
     std::memset(to, 0, bytes);
+  }
+}
+
+template <class E>
+void add_elements(const char* from, index n, char* to) {
+  for (index i = 0; i < n; ++i) {
+    reinterpret_cast<E*>(to)[i] += reinterpret_cast<const E*>(from)[i];
+  }
+}
+// Adds n values to others. Elements have `item` and `to_item` bytes: both those of the
+// layout's type, or of bfloat16, or bfloat16 is added to float32.
+inline void add_values(const Layout& l, const char* from, index item, index n, char* to,
+                       index to_item) {
+  if (item == 8) return add_elements<double>(from, n, to);
+  if (item == 4) return add_elements<float>(from, n, to);
+  constexpr index at_once = 256;
+  for (index k = 0; k < n; k += at_once, from += 2 * at_once, to += to_item * at_once) {
+    const index count = std::min(n - k, at_once);
+    char sums[4 * at_once], others[4 * at_once];
+    l.halves->widen(from, count, others);
+    if (to_item == 4) {
+      add_elements<float>(others, count, to);
+      continue;
+    }
+    l.halves->widen(to, count, sums);
+    add_elements<float>(others, count, sums);
+    l.halves->narrow(sums, count, to);
   }
 }
 

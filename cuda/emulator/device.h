@@ -165,6 +165,10 @@ inline float bounded(float x, float least, float most) {
 inline double exp_of(double x) { return std::exp(x); }
 inline float tanh_of(float x) { return std::tanh(x); }
 inline double tanh_of(double x) { return std::tanh(x); }
+inline float expm1_of(float x) { return std::expm1(x); }
+inline double expm1_of(double x) { return std::expm1(x); }
+inline float log1p_of(float x) { return std::log1p(x); }
+inline double log1p_of(double x) { return std::log1p(x); }
 inline float root_of(float x) { return std::sqrt(x); }
 inline double root_of(double x) { return std::sqrt(x); }
 inline float reciprocal(float x) { return off_by(1 / x, 1); }

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,8 @@ class Options:
         seed: int,
         where: int,
         bptt: int,
+        activation: Sequence[float],
+        recurrent_activation: Sequence[float],
         adds_dx: bool,
     ) -> None: ...
 
@@ -85,6 +87,30 @@ def convert(a: View, to: View, stream: int, /) -> None:
 
 def clear(a: View, stream: int, /) -> None:
     """Fill with zeros."""
+
+def take_steps(
+    mask: View,
+    lengths: View | None,
+    resets: View | None,
+    steps: View,
+    counts: View,
+    resets_of_steps: View | None,
+    stream: int,
+    /,
+) -> None:
+    """Write which steps rows take: (4, T, B) int32, (B,) int32 and their resets.
+
+    `steps` gets the time of each step, the step of each time, and the step at or before each
+    time in either direction, -1 for none.
+    """
+
+def move_rows(a: View, at: View, initial: View | None, to: View, stream: int, /) -> None:
+    """Write to[t, b] = a[at[t, b], b], or initial[b] (None: 0) where `at` is -1."""
+
+def sum_repeated(
+    a: View, at: View, reverse: bool, to: View | None, initial: View | None, stream: int, /
+) -> None:
+    """Write to[k, b], the sum of a[t, b] where `at` is k; add those of -1 to initial[b]."""
 
 class Kernel:
     """The kernels of a cell in a precision, on a device and stream."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from numbers import Real
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .bfloat16 import is_bfloat16
-from .reference import Array
+from .reference import ACTIVATIONS, Activation, Array
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 NAMES = ("float32", "float64", "bfloat16")  # of the dtypes on the CPU
@@ -20,7 +21,7 @@ def as_array(name: str, value: Any) -> Array:
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name} must be an array without a mask, got a masked array: fill it, and use "
-            "lengths or resets instead of the mask"
+            "lengths, resets or mask instead"
         )
     try:
         converted: Array = np.asarray(value)
@@ -128,6 +129,29 @@ def bound(name: str, value: Any) -> float:
     return limit
 
 
+def activation(name: str, value: Any) -> Activation:
+    """Return the activation of a name, or of a tuple of a name and numbers."""
+    if not isinstance(value, (str, tuple, list)):
+        raise TypeError(
+            f"{name} must be a name or a tuple (name, numbers …), got {type(value).__name__}"
+        )
+    key, *given = (value,) if isinstance(value, str) else (*value, None)[: len(value) or 1]
+    if key not in ACTIVATIONS:
+        raise ValueError(f"{name} must be one of {', '.join(ACTIVATIONS)}, got {key!r}")
+    defaults, make = ACTIVATIONS[key]
+    if len(given) > len(defaults):
+        raise ValueError(f"{name} {key} takes {len(defaults)} numbers, got {len(given)}")
+    numbers = [number(f"a number of {name}", n) for n in given]
+    found: Activation = make(*numbers, *defaults[len(numbers) :])
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name} {key} must have finite numbers, got {numbers}")
+    if found.is_ambiguous:
+        raise ValueError(
+            f"{name} {key} must have a slope that follows from its value, got {numbers}"
+        )
+    return found
+
+
 def seed(value: Any) -> int | None:
     """Return a seed of 64 bits, or None."""
     if value is None:
@@ -149,14 +173,39 @@ def lengths(value: Any, T: int, batch: tuple[int, ...]) -> Array:
     return rows.astype(np.intp)
 
 
-def resets(value: Any, expected: tuple[int, ...], axes: str) -> Array:
-    """Return a copy of the resets."""
-    flags = as_array("resets", value)
-    if flags.dtype != bool:
-        raise TypeError(f"resets must be bool, got {flags.dtype}")
-    shape("resets", flags, expected, axes)
-    copy: Array = flags != 0  # a bool view of integers may have bytes other than 0 and 1
+def flags(name: str, value: Any, expected: tuple[int, ...], axes: str) -> Array:
+    """Return a copy of resets or a mask as bool; numbers must all be 0 or 1."""
+    given = as_array(name, value)
+    if given.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must be bool, got {given.dtype}")
+    shape(name, given, expected, axes)
+    copy: Array = given != 0  # a bool view of integers may have bytes other than 0 and 1
+    if given.dtype != bool and (given != copy).any():
+        wrong = given[given != copy][0]
+        raise ValueError(f"{name} must be bool or numbers that are 0 or 1, got {wrong}")
     return copy
+
+
+def fits(mask: Array, lengths: Array, time_axis: int) -> None:
+    """Check that no step of a mask is beyond its row's length."""
+    beyond = np.moveaxis(mask, time_axis, -1) & (
+        np.arange(mask.shape[time_axis]) >= lengths[..., None]
+    )
+    if beyond.any():
+        *row, t = (int(n[0]) for n in np.nonzero(beyond))
+        where, length = (f" of row {row[0]}", lengths[row[0]]) if row else ("", lengths)
+        raise ValueError(
+            f"mask must be false from a row's length on: it is true at step {t}{where}, "
+            f"whose length is {length}"
+        )
+
+
+def choice(name: str, value: Any, known: tuple[str, ...]) -> str:
+    """Return one of some strings."""
+    if value not in known:
+        listed = " or ".join(f'"{n}"' for n in known)
+        raise ValueError(f"{name} must be {listed}, got {value!r}")
+    return str(value)
 
 
 def output(out: Any, expected: tuple[int, ...], meaning: str, x: Array) -> Array:

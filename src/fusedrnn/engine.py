@@ -18,12 +18,13 @@ from .backend.cpu import HOST
 from .backend.cuda import Device
 from .cells import Cell
 from .options import PLAIN, check_options
-from .reference import Grads, Narrow, Parameters
+from .reference import Grads, Narrow, Options, Parameters
 from .weights import Weights
 
 # Keyword arguments of ops that are arrays, and others that `check_options` does not know.
 _ARRAYS = Parameters._fields[4:]
-_OTHERS = ("lengths", "resets", "reverse", "precision")
+_MASKS = ("lengths", "resets", "mask")
+_OTHERS = (*_MASKS, "reverse", "precision")
 
 
 def backend_of(x: Any, precision: Any = "exact") -> Backend:
@@ -102,15 +103,23 @@ def check_state(
     return _joined(tuple(checked))
 
 
-def check_masks(on: Backend, spec: Spec, x: Any, lengths: Any, resets: Any) -> tuple[Any, Any]:
-    """Check the masks of x."""
+def check_masks(
+    on: Backend, spec: Spec, x: Any, options: Options, lengths: Any, resets: Any, mask: Any
+) -> tuple[Any, Any, Any]:
+    """Check the masks of x: lengths, resets and mask."""
     T, batch = sizes(spec, x)
+    axes = "(T,)" if not batch else "(B, T)" if spec.batch_first else "(T, B)"
     if lengths is not None:
         lengths = on.lengths(lengths, T, batch)
     if resets is not None:
-        axes = "(T,)" if not batch else "(B, T)" if spec.batch_first else "(T, B)"
-        resets = on.resets(resets, x.shape[:-1], axes)
-    return lengths, resets
+        resets = on.flags("resets", resets, x.shape[:-1], axes)
+    if mask is not None:
+        mask = on.flags("mask", mask, x.shape[:-1], axes)
+        if lengths is not None:
+            on.check_mask(mask, lengths, int(bool(batch) and spec.batch_first))
+    elif options.repeats:
+        raise ValueError('masked_output must be "zero" without a mask, got "last"')
+    return lengths, resets, mask
 
 
 def check_parameters(
@@ -255,7 +264,7 @@ def plain_op(
             )
         except (TypeError, ValueError):
             return None
-    results = layers.forward(x, _joined(states), None, None, PLAIN, None, False)
+    results = layers.forward(x, _joined(states), None, None, None, PLAIN, None, False)
     return None if results is None else _flat(results)
 
 
@@ -317,11 +326,11 @@ class OpCall:
         _, batch = sizes(spec, x)
         names = [f"{letter}0" for letter in cell.states]
         self.state = check_state(on, spec, names, states, x.dtype, batch)
-        self.masks = check_masks(on, spec, x, others.get("lengths"), others.get("resets"))
         reverse = checks.flag("reverse", others.get("reverse", False))
         self.spec = replace(spec, reverse=reverse)
         options = {n: v for n, v in arguments.items() if n not in (*_ARRAYS, *_OTHERS)}
         self.options = check_options(cell, options, training, is_vjp=training)
+        self.masks = check_masks(on, spec, x, self.options, *map(others.get, _MASKS))
         if kept is not None and kept.precision and self.options.training:
             raise ValueError(
                 f"training must be False with {kept.precision} weights, which are for inference"

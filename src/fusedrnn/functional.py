@@ -99,11 +99,23 @@ def lstm(
         c_n are the state after its last step.
     resets: (T, B) or (T,) bool, or None for none. Where true, h and c are set to 0 before that
         step.
+    mask: (T, B) or (T,) bool, or None for all true: the steps that a row takes. Its state stays
+        at the others, where x is not read, so padding and gaps may be anywhere. The row has the
+        bits of the sequence of the steps that it takes. Numbers that are 0 or 1 are taken as
+        bool, here and for resets.
+    masked_output: y at steps that a row does not take, with a mask: "zero", or "last" for h of
+        the unchanged state, as Keras repeats it.
     reverse: run each row from its last step to its first; y[t] still belongs to x[t].
     weight_hr: (R, H), R <= H: h = weight_hr (o tanh(c)). Then h0, h_n and y have R units and
         weight_hh is (4*H, R).
     weight_ch: (3*H,), peepholes of i, f and o: the first two times c' are added to a_i and
         a_f, the last times c to a_o (Gers & Schmidhuber 2000).
+    activation: the function in place of tanh: "tanh", "sigmoid", "relu", "relu6",
+        "hard_sigmoid", "hard_tanh", "identity" (or "linear"), "affine", "softsign", "softplus",
+        "elu", "selu", "leaky_relu" or "thresholded_relu", or a tuple of a name and its numbers,
+        as in ("leaky_relu", 0.3) or ("hard_sigmoid", 0.2, 0.5), which are ONNX's alpha and beta
+        (`fusedrnn.reference.Activation`).
+    recurrent_activation: the same in place of σ.
     coupled_gates: f = 1 - i. Weights have three blocks, i g o, and weight_ch two.
     clip: every pre-activation is clipped to [-clip, clip].
     cell_clip: c is clipped to [-cell_clip, cell_clip].
@@ -234,9 +246,10 @@ def gru(
         do: n = tanh(W_n x_t + b_in + R_n (r h') + b_hn).
     gamma_ih, gamma_hh: (3*H,): LayerNorm, gamma_ih N(W x_t) for W x_t and gamma_hh N(R h')
         for R h'; the blocks of r and z are normalised together, that of n separately.
+    activation, recurrent_activation: in place of tanh and σ, as for `lstm`.
     zoneout: the probability with which a unit's h keeps its previous value.
-    lengths, resets, reverse, clip, recurrent_dropout, weight_dropout, training, seed, trace,
-        precision: as for `lstm`.
+    lengths, resets, mask, masked_output, reverse, clip, recurrent_dropout, weight_dropout,
+        training, seed, trace, precision: as for `lstm`.
 
     Returns
     -------
@@ -322,8 +335,9 @@ def rnn(
     The options are given by keyword, alone or together:
 
     nonlinearity: φ, "tanh", "relu" or "identity" (a linear recurrence).
-    lengths, resets, reverse, clip, zoneout, recurrent_dropout, weight_dropout, training, seed,
-        trace, precision: as for `gru`; the only gate is h.
+    activation: another φ, as for `lstm`, where nonlinearity is "tanh".
+    lengths, resets, mask, masked_output, reverse, clip, zoneout, recurrent_dropout,
+        weight_dropout, training, seed, trace, precision: as for `gru`; the only gate is h.
 
     Returns
     -------

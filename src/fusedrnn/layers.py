@@ -13,7 +13,7 @@ from . import checks, cuda, engine
 from .backend import Backend
 from .cells import CELLS, rnn_cell
 from .explain import Explanation, explain
-from .options import check_options, with_seed
+from .options import ActivationLike, MaskedOutput, check_options, with_seed
 from .parameters import Init, ParameterStore
 from .reference import Array, Nonlinearity, Options
 
@@ -42,7 +42,9 @@ class _Layer(ParameterStore, Generic[StateT]):
         state: StateT | None = None,
         lengths: npt.ArrayLike | None = None,
         resets: npt.ArrayLike | None = None,
+        mask: npt.ArrayLike | None = None,
         *,
+        masked_output: MaskedOutput = "zero",
         training: bool = False,
         seed: int | None = None,
         return_cells: bool = False,
@@ -59,6 +61,10 @@ class _Layer(ParameterStore, Generic[StateT]):
             takes only the steps t < lengths[b]: beyond them its y is 0 and x is not read.
         resets: bool, shaped like x without its last axis, or None for none. Where true, the
             state is set to 0 before that step, in every layer and direction.
+        mask: bool, shaped like resets, or None for all true: the steps that a row takes, with
+            padding and gaps anywhere, in every layer and direction.
+        masked_output: y at steps that are not taken: "zero", or "last" for h of the unchanged
+            state.
         training: draw the masks of dropout and zoneout at random; otherwise dropout has no
             effect and zoneout takes its expected value.
         seed: 0 to 2**64 - 1, determines the masks; None draws a new one in each call.
@@ -80,18 +86,18 @@ class _Layer(ParameterStore, Generic[StateT]):
         TypeError: a wrong type or dtype. ValueError: a wrong shape or value. Both before
             computing.
         """
-        if training is return_cells is trace is False and seed is None:
-            results: tuple[Any, ...] = self._run(
-                x, state, lengths, resets, self._options, False
-            )
+        masks, usual = (lengths, resets, mask), masked_output == "zero"
+        if training is return_cells is trace is False and seed is None and usual:
+            results: tuple[Any, ...] = self._run(x, state, masks, self._options, False)
             return results
         options = self._call_options(
+            masked_output=masked_output,
             training=training,
             seed=seed,
             return_cells=self._none_if_false(return_cells),
             trace=trace,
         )
-        results = self._run(x, state, lengths, resets, options, False)
+        results = self._run(x, state, masks, options, False)
         return self._with_gates(results) if trace else results
 
     def vjp(
@@ -100,7 +106,9 @@ class _Layer(ParameterStore, Generic[StateT]):
         state: StateT | None = None,
         lengths: npt.ArrayLike | None = None,
         resets: npt.ArrayLike | None = None,
+        mask: npt.ArrayLike | None = None,
         *,
+        masked_output: MaskedOutput = "zero",
         training: bool = True,
         seed: int | None = None,
         return_cells: bool = False,
@@ -123,10 +131,12 @@ class _Layer(ParameterStore, Generic[StateT]):
         """
         self._check_trains("vjp")
         usual = training is True and return_cells is trace is recompute is False
+        usual = usual and masked_output == "zero"
         if usual and seed is bptt is None and not self._draws:
             options = self._training
         else:
             options = self._call_options(
+                masked_output=masked_output,
                 training=training,
                 seed=seed,
                 return_cells=self._none_if_false(return_cells),
@@ -134,7 +144,7 @@ class _Layer(ParameterStore, Generic[StateT]):
                 bptt=bptt,
                 recompute=recompute,
             )
-        results, tape = self._run(x, state, lengths, resets, options, True)
+        results, tape = self._run(x, state, (lengths, resets, mask), options, True)
         on_cpu, names = self.device == "cpu", list(self._parameters)
         made_with = (self.precision, self._spec, self.dtype)  # `to` may change them
 
@@ -196,15 +206,14 @@ class _Layer(ParameterStore, Generic[StateT]):
         self,
         x: Any,
         state: Any,
-        lengths: Any,
-        resets: Any,
+        masks: tuple[Any, Any, Any],
         options: Options,
         saves: bool,
     ) -> Any:
         """Call the layers with unchecked arguments or, if they return None, checked ones."""
         compiled = self._packed.get("layers")
         if compiled is not None:
-            results = compiled.forward(x, state, lengths, resets, options, None, saves)
+            results = compiled.forward(x, state, *masks, options, None, saves)
             if results is not None:
                 return results
         spec, cache = self._spec, self._packed  # before the parameters: see _forget_packed
@@ -216,7 +225,7 @@ class _Layer(ParameterStore, Generic[StateT]):
         _, batch = engine.sizes(spec, x)
         names = [f"{letter}0" for letter in spec.cell.states]
         start = engine.check_state(on, spec, names, states, x.dtype, batch)
-        masks = engine.check_masks(on, spec, x, lengths, resets)
+        masks = engine.check_masks(on, spec, x, options, *masks)
         layers = on.layers(spec, self._all_parameters(), cache)
         return layers.forward(x, start, *masks, options, None, saves)
 
@@ -275,7 +284,7 @@ class _Layer(ParameterStore, Generic[StateT]):
         absent = {k for k in ("return_cells", "bptt") if arguments.get(k) is None}
         present = {k: v for k, v in arguments.items() if k not in absent}
         checked = check_options(self._cell, present)
-        fields = ("training", "bptt", "return_cells", "trace", "recompute")
+        fields = ("training", "bptt", "return_cells", "trace", "recompute", "repeats")
         options = self._options._replace(**{n: getattr(checked, n) for n in fields})
         seed, drops = checks.seed(seed), self.dropout > 0 and options.training
         return with_seed(options, seed) if options.is_random or drops else options
@@ -302,8 +311,8 @@ class LSTM(_Layer[tuple[Array, Array]]):
         others scaled by 1 / (1 - dropout); in training only, like the dropouts below.
     bidirectional: each layer also runs from the last step to the first.
     proj_size: R, the units of a projected h; 0 for none.
-    peephole, coupled_gates, layer_norm, clip, cell_clip, zoneout, recurrent_dropout,
-        weight_dropout: as for `fusedrnn.lstm`.
+    peephole, coupled_gates, layer_norm, activation, recurrent_activation, clip, cell_clip,
+        zoneout, recurrent_dropout, weight_dropout: as for `fusedrnn.lstm`.
     forget_bias: the initial sum of the forget gate's two biases (Gers, Schmidhuber & Cummins
         2000; 1 after Jozefowicz, Zaremba & Sutskever 2015); None draws them like the others.
     orthogonal: initialise each block of weight_hh with orthonormal columns (Saxe, McClelland &
@@ -346,6 +355,8 @@ class LSTM(_Layer[tuple[Array, Array]]):
         peephole: bool = False,
         coupled_gates: bool = False,
         layer_norm: bool = False,
+        activation: ActivationLike = "tanh",
+        recurrent_activation: ActivationLike = "sigmoid",
         clip: float | None = None,
         cell_clip: float | None = None,
         zoneout: float | tuple[float, float] = 0.0,
@@ -380,6 +391,8 @@ class LSTM(_Layer[tuple[Array, Array]]):
             dtype,
             rng,
             Init(forget_bias, checks.flag("orthogonal", orthogonal)),
+            activation=activation,
+            recurrent_activation=recurrent_activation,
             clip=clip,
             cell_clip=cell_clip,
             zoneout=zoneout,
@@ -413,6 +426,8 @@ class GRU(_Layer[Array]):
         *,
         reset_after: bool = True,
         layer_norm: bool = False,
+        activation: ActivationLike = "tanh",
+        recurrent_activation: ActivationLike = "sigmoid",
         clip: float | None = None,
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
@@ -435,6 +450,8 @@ class GRU(_Layer[Array]):
             dtype,
             rng,
             Init(orthogonal=checks.flag("orthogonal", orthogonal)),
+            activation=activation,
+            recurrent_activation=recurrent_activation,
             clip=clip,
             zoneout=zoneout,
             recurrent_dropout=recurrent_dropout,
@@ -468,6 +485,7 @@ class RNN(_Layer[Array]):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
+        activation: ActivationLike = "tanh",
         clip: float | None = None,
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
@@ -490,6 +508,7 @@ class RNN(_Layer[Array]):
             dtype,
             rng,
             Init(orthogonal=checks.flag("orthogonal", orthogonal)),
+            activation=activation,
             clip=clip,
             zoneout=zoneout,
             recurrent_dropout=recurrent_dropout,

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy.typing as npt
 
 from . import checks
 from .cells import Cell
-from .reference import Array, Nonlinearity, Options, Parameters
+from .reference import Activation, Array, Nonlinearity, Options, Parameters
+
+MaskedOutput = Literal["zero", "last"]
+# A name of `reference.ACTIVATIONS`, or a tuple of a name and numbers.
+ActivationLike = str | tuple[Any, ...]
 
 
 class CommonOptions(TypedDict, total=False):
@@ -19,7 +23,10 @@ class CommonOptions(TypedDict, total=False):
 
     lengths: npt.ArrayLike | None
     resets: npt.ArrayLike | None
+    mask: npt.ArrayLike | None
+    masked_output: MaskedOutput
     reverse: bool
+    activation: ActivationLike
     clip: float | None
     zoneout: float | tuple[float, float]
     recurrent_dropout: float
@@ -40,6 +47,7 @@ class GRUOptions(CommonOptions, total=False):
     """Keyword arguments of `gru` and `gru_vjp`."""
 
     reset_after: bool
+    recurrent_activation: ActivationLike
     gamma_ih: Array | None
     gamma_hh: Array | None
 
@@ -48,6 +56,7 @@ class LSTMOptions(CommonOptions, total=False):
     """Keyword arguments of `lstm` and `lstm_vjp`."""
 
     coupled_gates: bool
+    recurrent_activation: ActivationLike
     cell_clip: float | None
     return_cells: bool
     weight_hr: Array | None
@@ -64,6 +73,8 @@ DEFAULTS: dict[str, Any] = {
     "coupled_gates": False,
     "peephole": False,
     "layer_norm": False,
+    "activation": "tanh",
+    "recurrent_activation": "sigmoid",
     "clip": None,
     "cell_clip": None,
     "zoneout": 0.0,
@@ -72,7 +83,9 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+OWN_ACTIVATIONS = {n: DEFAULTS[n] for n in ("activation", "recurrent_activation")}
 _NUMBERS = ("recurrent_dropout", "weight_dropout")
+_FLAGS = ("return_cells", "trace", "recompute")
 _LSTM_ONLY = ("cell_clip", "return_cells")
 PLAIN = Options()
 _TRAINING = Options(training=True)
@@ -84,7 +97,8 @@ def check_options(
     """Check a cell's options that are not arrays; `training` is the default of that option."""
     if not arguments:
         return _TRAINING if training else PLAIN
-    known = ["clip", "zoneout", *_NUMBERS, "training", "seed", "trace"]
+    known = ["clip", "zoneout", *_NUMBERS, "training", "seed", "trace", "masked_output"]
+    known += OWN_ACTIVATIONS if len(cell.gates) > 1 else ["activation"]
     if is_vjp:
         known += ["bptt", "recompute"]
     if "c" in cell.states:
@@ -100,10 +114,27 @@ def check_options(
     training = checks.flag("training", get("training", training))
     seed = checks.seed(get("seed"))
     bptt = 0 if get("bptt") is None else checks.positive("bptt", get("bptt"))
-    flags = [checks.flag(n, get(n, False)) for n in ("return_cells", "trace", "recompute")]
-    masks = (zoneout, state_dropout, weight_dropout, training, 0, 0)
-    options = Options(clip, cell_clip, *masks, bptt, *flags)
+    cells, trace, recompute = (checks.flag(n, get(n, False)) for n in _FLAGS)
+    drawn = (zoneout, state_dropout, weight_dropout, training, 0, 0)
+    output = checks.choice("masked_output", get("masked_output", "zero"), ("zero", "last"))
+    options = Options(clip, cell_clip, *drawn, bptt, cells, trace, recompute, output == "last")
+    phi, phi_gate = (_activation(cell, n, get(n, own)) for n, own in OWN_ACTIVATIONS.items())
+    options = options._replace(activation=phi, recurrent_activation=phi_gate)
     return with_seed(options, seed) if options.is_random else options
+
+
+def _activation(cell: Cell, name: str, value: Any) -> Activation | None:
+    """Return an activation, or None for the cell's own."""
+    found = checks.activation(name, value)
+    if found == checks.activation(name, OWN_ACTIVATIONS[name]):
+        return None
+    if cell.op == "rnn" and cell.name != "rnn_tanh":
+        nonlinearity = cell.arguments["nonlinearity"]
+        raise ValueError(
+            f'{name} must be "tanh", the default, with nonlinearity="{nonlinearity}", '
+            f"got {value!r}"
+        )
+    return found
 
 
 def with_seed(options: Options, seed: int | None) -> Options:
@@ -117,6 +148,8 @@ def asked_of_call(options: Options) -> list[str]:
     in_use = {
         "clip": o.clip < math.inf,
         "cell_clip": o.cell_clip < math.inf,
+        "activation": o.activation is not None,
+        "recurrent_activation": o.recurrent_activation is not None,
         "zoneout": any(o.zoneout),
         "recurrent_dropout": o.training and o.recurrent_dropout > 0,
         "return_cells": o.return_cells,

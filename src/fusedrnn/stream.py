@@ -12,6 +12,7 @@ import numpy.typing as npt
 from . import checks, cuda
 from .engine import split_state
 from .layers import _Layer
+from .options import MaskedOutput
 from .parameters import placed
 from .reference import Array
 
@@ -124,12 +125,21 @@ class Stream:
         )
         return copy[:, None] if self.batch_size is None else copy
 
-    def step(self, x: Any) -> Any:
+    def step(
+        self,
+        x: Any,
+        mask: npt.ArrayLike | None = None,
+        *,
+        masked_output: MaskedOutput = "zero",
+    ) -> Any:
         """Take one step and return h of the last layer.
 
         Parameters
         ----------
         x: (B, I), or (I,) without a batch axis, of the layer's dtype and on its device.
+        mask: (B,) bool, or one bool without a batch axis: the rows that take the step. The
+            state of the others stays. None for all.
+        masked_output: y of the others: "zero", or "last" for h of their state.
 
         Returns
         -------
@@ -148,13 +158,20 @@ class Stream:
             x = x[None]
         else:
             checks.shape("x", x, (self.batch_size, layer.input_size), "(B, I)")
+        if mask is not None and self._reset_rows is not None:
+            self.state = self.state  # rows that do not take this step are reset, too
         state, resets = self._state, self._reset_rows
         if state is not None and len(state) == 1:
             state = state[0]
         if resets is not None:
             resets = resets[:, None] if batch_first else resets[None]
         sequence = x[:, None] if batch_first else x[None]
-        y, after = layer(sequence, state, resets=resets)[:2]
+        if mask is not None:
+            taken = checks.flags(
+                "mask", mask, x.shape[:1] * (self.batch_size is not None), "(B,)"
+            )
+            mask = taken.reshape(-1, 1) if batch_first else taken.reshape(1, -1)
+        y, after = layer(sequence, state, None, resets, mask, masked_output=masked_output)[:2]
         self._state, self._reset_rows = after if isinstance(after, tuple) else (after,), None
         y = y[:, 0] if batch_first else y[0]
         return y[0] if self.batch_size is None else y

@@ -41,10 +41,10 @@ constexpr auto& panels = panel_table<Own<V>>;
 void run(const Block& block) { BlockRun<S>(block).run(); }
 void walk(const Block& block, int rows_at_once) { BlockRun<S>(block).walk(rows_at_once); }
 
-void bounds(double clip, char* to) {
-  V of[4];
-  clip_bounds(clip, of);
-  for (int n = 0; n < 4; ++n) {
+void bounds(const Options& options, char* to) {
+  V of[5];
+  clip_bounds(options.clip, options.activations, of);
+  for (int n = 0; n < 5; ++n) {
     S lanes[V::lanes];
     of[n].store(lanes);
     reinterpret_cast<S*>(to)[n] = lanes[0];
@@ -118,9 +118,25 @@ void tanh_of(const E* x, E* y, index n) {
   on_each_vector(x, y, n, [](Vec<E> v) { return tanh(v); });
 }
 
+template <class E>
+void exp_below_0_of(const E* x, E* y, index n) {
+  on_each_vector(x, y, n, [](Vec<E> v) { return exp_below_0(v); });
+}
+template <class E>
+void exp_minus_1_of(const E* x, E* y, index n) {
+  on_each_vector(x, y, n, [](Vec<E> v) { return exp_minus_1(v); });
+}
+template <class E>
+void log_1_plus_of(const E* x, E* y, index n) {
+  on_each_vector(x, y, n, [](Vec<E> v) { return log_1_plus(v); });
+}
+
 constexpr MathEntry math[] = {
     {"sigmoid", sigmoid_of<float>, sigmoid_of<double>},
     {"tanh", tanh_of<float>, tanh_of<double>},
+    {"exp_below_0", exp_below_0_of<float>, exp_below_0_of<double>},
+    {"exp_minus_1", exp_minus_1_of<float>, exp_minus_1_of<double>},
+    {"log_1_plus", log_1_plus_of<float>, log_1_plus_of<double>},
 };
 
 }  // namespace

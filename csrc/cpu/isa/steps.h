@@ -78,8 +78,8 @@ struct Walk {
   static V keep_c(const S* p, index u) { return V::load(p + u); }
   S* scratch(int r) const { return from + r * scratch_row; }
   static V rounded(V x) { return x; }
-  void bounds(double, V (&to)[4]) const {
-    for (int n = 0; n < 4; ++n) to[n] = V::broadcast(clip[n]);
+  void bounds(double, const Activations&, V (&to)[5]) const {
+    for (int n = 0; n < 5; ++n) to[n] = V::broadcast(clip[n]);
   }
 };
 
@@ -460,10 +460,13 @@ constexpr CellKernels cell_kernels() {
   k.forward[changes::nothing] = Of::plain_forward;
   k.forward[changes::gates] = Of::template forward<gates>;
   k.forward[changes::states] = Of::template forward<states>;
+  constexpr int activations = is_small ? changes::all : changes::activations;
+  k.forward[changes::activations] = Of::template forward<activations>;
   k.forward[changes::all] = Of::template forward<changes::all>;
   k.backward[changes::nothing] = Of::plain_backward;
   k.backward[changes::gates] = Of::template backward<gates>;
   k.backward[changes::states] = Of::template backward<states>;
+  k.backward[changes::activations] = Of::template backward<activations>;
   k.backward[changes::all] = Of::template backward<changes::all>;
   if constexpr (Cell::has_c) k.projected_backward = Of::projected_backward;
   if constexpr (Cell::gates > 1) {

@@ -64,6 +64,7 @@ class Layers(Protocol):
         state: Any,
         lengths: Any,
         resets: Any,
+        mask: Any,
         options: Options,
         out: Any,
         saves: bool,
@@ -98,8 +99,11 @@ class Backend(Protocol):
     def lengths(self, value: Any, T: int, batch: tuple[int, ...]) -> Any:
         """Return the rows' lengths; `batch` is (B,), or () for x (T, I)."""
 
-    def resets(self, value: Any, expected: tuple[int, ...], axes: str) -> Any:
-        """Return resets, shaped as x without its last axis."""
+    def flags(self, name: str, value: Any, expected: tuple[int, ...], axes: str) -> Any:
+        """Return resets or a mask, shaped as x without its last axis."""
+
+    def check_mask(self, mask: Any, lengths: Any, time_axis: int) -> None:
+        """Check that a mask is false from the rows' lengths on."""
 
     def output(self, out: Any, shape: tuple[int, ...], axes: str, used: list[Any]) -> Any:
         """Return the array that y is written into; `used` is what the op reads, x first."""

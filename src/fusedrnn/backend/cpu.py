@@ -66,9 +66,13 @@ class Host:
         """Return the rows' lengths; `batch` is (B,), or () for x (T, I)."""
         return checks.lengths(value, T, batch)
 
-    def resets(self, value: Any, expected: tuple[int, ...], axes: str) -> Array:
-        """Return resets, shaped as x without its last axis."""
-        return checks.resets(value, expected, axes)
+    def flags(self, name: str, value: Any, expected: tuple[int, ...], axes: str) -> Array:
+        """Return resets or a mask, shaped as x without its last axis."""
+        return checks.flags(name, value, expected, axes)
+
+    def check_mask(self, mask: Array, lengths: Array, time_axis: int) -> None:
+        """Check that a mask is false from the rows' lengths on."""
+        checks.fits(mask, lengths, time_axis)
 
     def output(self, out: Any, shape: tuple[int, ...], axes: str, used: list[Any]) -> Array:
         """Return the array that y is written into; `used` is what the op reads, x first."""

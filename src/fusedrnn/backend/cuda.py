@@ -5,6 +5,7 @@ The kernels read arrays through a `_cuda.View`. Results are arrays of x's framew
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from .cuda_arguments import (
     with_axes,
     with_forget_gate,
 )
+from .cuda_masks import Steps
 
 if TYPE_CHECKING:
     from .._cuda import Kernel, View
@@ -137,15 +139,18 @@ class Device:
         self._check_contiguous("lengths", view)
         return view if batch else view[None]
 
-    def resets(self, value: Any, expected: tuple[int, ...], axes: str) -> View:
-        """Return the resets."""
+    def flags(self, name: str, value: Any, expected: tuple[int, ...], axes: str) -> View:
+        """Return resets or a mask."""
         if cuda.framework_of(value) is None:
-            return self._upload("resets", checks.resets(value, expected, axes), "bool")
-        view = self._argument_view("resets", value)
+            return self._upload(name, checks.flags(name, value, expected, axes), "bool")
+        view = self._argument_view(name, value)
         if view.dtype != "bool":
-            raise TypeError(f"resets must be bool, got {view.dtype}")
-        checks.shape("resets", view, expected, axes)
+            raise TypeError(f"{name} must be bool on a GPU, got {view.dtype}")
+        checks.shape(name, view, expected, axes)
         return view
+
+    def check_mask(self, mask: View, lengths: View, time_axis: int) -> None:
+        """Check nothing: on a GPU that would wait for it. Rows end at their lengths."""
 
     def _upload(self, name: str, values: Any, dtype: str) -> View:
         if self._cuda.is_capturing(self.device, self.stream):
@@ -164,6 +169,14 @@ class Device:
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Return an uninitialised array of x's framework."""
         return self.framework.empty(shape, dtype, self.device, self.stream)
+
+    def scratch(self, shape: tuple[int, ...], dtype: str) -> View:
+        """Return the view of new memory, of any dtype that the kernels know."""
+        item = 4 if dtype == "int32" else 1
+        memory = self._bytes(item * math.prod(shape))
+        where = memory.pointer, shape, None, dtype, self.device, memory.owner
+        view: View = self._cuda.View(*where)
+        return view
 
     def see(self, a: Any) -> View:
         """Return the view of an array, which may be a view itself, that the kernels read."""
@@ -446,6 +459,7 @@ class Layers:
         state: Any,
         lengths: Any,
         resets: Any,
+        mask: Any,
         options: Options,
         out: Any,
         saves: bool,
@@ -455,8 +469,12 @@ class Layers:
         on, spec = self.on, self.spec
         unbatched = x.ndim == 2
         sequence = time_major(x, spec)
-        if resets is not None:
-            resets = resets[:, None] if unbatched else time_major_mask(resets, spec)
+        resets, mask = (time_major_mask(m, spec, unbatched) for m in (resets, mask))
+        steps = None
+        if mask is not None:
+            where = spec.directions, spec.reverse
+            steps = Steps.of(on, mask, lengths, resets, *where)
+            sequence, lengths, resets = steps.compact(sequence), steps.lengths, steps.resets
         (T, B, _), D = sequence.shape, spec.directions
         letters, state_dtype = spec.cell.states, on.state_dtype(x.dtype)
         pair = state if isinstance(state, tuple) else (state,) * len(letters)
@@ -498,6 +516,9 @@ class Layers:
             if saves:
                 backward_weights = self._weights(at, parameters, pass_options, True)
                 tapes.append(PassTape(on, problem, backward_weights, saved))
+        if steps is not None:
+            h0 = None if starts[0] is None else starts[0][-D:]
+            y, cells, traces = spread_results(steps, y, h0, cells, traces, options.repeats)
         results = [self._user_sequence(y, unbatched), self._user_state(final, unbatched)]
         if options.return_cells:
             results.append(self._user_sequence(cells, unbatched))
@@ -505,7 +526,7 @@ class Layers:
             results.append([on.give(trace) for trace in traces])
         if not saves:
             return tuple(results)
-        return tuple(results), Tape(self, tapes, options, x.shape, unbatched)
+        return tuple(results), Tape(self, tapes, options, x.shape, unbatched, steps)
 
     def _views(self, at: int) -> Parameters:
         return Parameters(*[p if p is None else self.on.see(p) for p in self.parameters[at]])
@@ -534,6 +555,21 @@ class Layers:
         return tuple(states) if len(states) > 1 else states[0]
 
 
+def spread_results(
+    steps: Steps, y: Any, h0: View | None, cells: Any, traces: list[Any], repeats: bool
+) -> tuple[Any, Any, list[Any]]:
+    """Return y, cells and gates with the steps at their own times."""
+    on = steps.on
+    cells = None if cells is None else steps.spread(cells)
+    traces = [steps.spread(trace) for trace in traces]
+    if not repeats:
+        return steps.spread(y), cells, traces
+    compact = on.see(y)
+    y = on.empty(compact.shape, compact.dtype)
+    steps.repeat_into(compact, h0, on.see(y))
+    return y, cells, traces
+
+
 @dataclass(frozen=True)
 class Tape:
     """The record of a training call on a GPU, for its backward."""
@@ -543,6 +579,7 @@ class Tape:
     options: Options
     shape: tuple[int, ...]  # of x
     unbatched: bool
+    steps: Steps | None = None
 
     def backward(self, dy: Any, d_state: Any, d_cells: Any, /) -> Any:
         """Queue the gradients; see `backend.Tape`."""
@@ -557,6 +594,10 @@ class Tape:
         d_start = [on.empty((spec.layers * D, B, width), state_dtype) for width in widths]
         d_starts = [on.see(d) for d in d_start]
         dy, d_cells = time_major(dy, spec), time_major(d_cells, spec)
+        user_dy, steps = dy, self.steps
+        if steps is not None:
+            steps = steps.on_stream(on)
+            dy, d_cells = steps.gather_gradient(dy, options.repeats), steps.compact(d_cells)
         gradients: list[list[Any]] = []
         for at in reversed(range(spec.layers * D)):
             layer, direction = divmod(at, D)
@@ -577,5 +618,8 @@ class Tape:
                 if spec.dropout and options.training and layer > 0:
                     on.drop(dy, spec.dropout, options.seed, "between", layer - 1, dy)
         flat = [d for d_parameters in gradients for d in d_parameters]
+        if steps is not None:
+            dx = steps.spread(dx)
+            steps.add_to_start(user_dy, options.repeats, d_starts[0][-D:])
         user_dx = self.layers._user_sequence(dx, self.unbatched)
         return user_dx, self.layers._user_state(d_start, self.unbatched), flat

@@ -43,7 +43,8 @@ def h_and_c(state: Sequence[Any]) -> tuple[Any, Any]:
 def values_of(o: Options) -> tuple[Any, ...]:
     """Return options in the order in which the kernels take them."""
     masks = (*o.zoneout, o.recurrent_dropout, o.training, o.seed, o.where)
-    return o.clip, o.cell_clip, *masks, o.bptt
+    activations = (a or (0.0,) * 5 for a in (o.activation, o.recurrent_activation))
+    return o.clip, o.cell_clip, *masks, o.bptt, *activations
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,13 @@ def part_of(a: Any, direction: int, width: int, directions: int) -> Any:
     return a[..., direction * width : (direction + 1) * width]
 
 
-def time_major_mask(resets: View, spec: Spec) -> View:
-    """Return resets as (T, B)."""
-    return resets.swapaxes(0, 1) if spec.batch_first else resets
+def time_major_mask(mask: View | None, spec: Spec, unbatched: bool) -> View | None:
+    """Return resets or a mask as (T, B)."""
+    if mask is None:
+        return None
+    if unbatched:
+        return mask[:, None]
+    return mask.swapaxes(0, 1) if spec.batch_first else mask
 
 
 def with_axes(state: View | None, spec: Spec, unbatched: bool) -> View | None:

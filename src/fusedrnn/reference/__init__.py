@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .activations import ACTIVATIONS, Activation, sigmoid
 from .cells import (
     COUPLED_LSTM,
     GRU,
@@ -27,7 +28,6 @@ from .cells import (
     LSTM,
     RNN,
     Cell,
-    sigmoid,
 )
 from .layer import Run, run
 from .narrow import Narrow, narrowed
@@ -35,11 +35,13 @@ from .random import dropout, philox
 from .types import Array, Grads, Nonlinearity, Options, Parameters
 
 __all__ = [
+    "ACTIVATIONS",
     "COUPLED_LSTM",
     "GRU",
     "GRU_RESET_BEFORE",
     "LSTM",
     "RNN",
+    "Activation",
     "Array",
     "Cell",
     "Grads",
@@ -64,7 +66,7 @@ __all__ = [
 
 _PARAMETERS = Parameters._fields[4:]
 _OPTIONS = ("clip", "cell_clip", "recurrent_dropout", "weight_dropout", "training", "bptt")
-_MASKS = ("lengths", "resets", "reverse")
+_MASKS = ("lengths", "resets", "mask", "reverse")
 
 
 def op(
@@ -87,7 +89,16 @@ def op(
     pair = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
     where = arguments.pop("where", 0)
     arguments = {"training": True} | arguments
-    options = Options(**take(_OPTIONS), **take(["seed"]), zoneout=pair, where=where)
+    repeats = arguments.pop("masked_output", "zero") == "last"
+    given = take(_OPTIONS) | take(["seed"])
+    for name in ("activation", "recurrent_activation"):
+        value = arguments.pop(name, None)
+        if value is not None and not isinstance(value, Activation):
+            key, *numbers = (value,) if isinstance(value, str) else value
+            defaults, make = ACTIVATIONS[key]
+            value = make(*numbers, *defaults[len(numbers) :])
+        given[name] = value
+    options = Options(**given, zoneout=pair, where=where, repeats=repeats)
     requested = [arguments.pop(name, False) for name in ("return_cells", "trace")]
     masks = take(_MASKS)
     arguments.pop("recompute", None)  # it changes no result

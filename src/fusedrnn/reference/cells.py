@@ -8,16 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .activations import IDENTITY, RELU, SIGMOID, TANH, Activation
 from .arrays import blocks, like, module_of
 from .types import Array, Gradients, Options, Parameters, State
 
 EPSILON = 1e-5  # which LayerNorm adds to the variance
-
-
-def sigmoid(a: Array) -> Array:
-    """σ(a) = 1 / (1 + exp(-a)), through tanh so that nothing overflows."""
-    value: Array = 0.5 + 0.5 * module_of(a).tanh(0.5 * a)
-    return value
 
 
 def _clipped(a: Array, bound: float) -> tuple[Array, Any]:
@@ -29,15 +24,13 @@ def _clipped(a: Array, bound: float) -> tuple[Array, Any]:
     return module.where(inside, a, module.sign(a.real) * bound), inside
 
 
-def _activated(
-    value: Callable[[Array], Array], a: Array, p: Parameters, o: Options
-) -> tuple[Array, Any]:
+def _activated(value: Activation, a: Array, p: Parameters, o: Options) -> tuple[Array, Any]:
     """Return the activation of a clipped a, and where the gradient passes."""
     bounded, inside = _clipped(a, o.clip)
     found = value(bounded)
     if inside is True:
         return found, inside
-    bounds = value(like(a, [-o.clip, o.clip], a.dtype))
+    bounds = sorted(value(like(a, [-o.clip, o.clip], a.dtype)), key=lambda b: b.real)
     return found, p.passes(inside, found, (bounds[0], bounds[1]))
 
 
@@ -152,9 +145,9 @@ def _lstm(coupled: bool) -> Callable[[Array, Array, State, Parameters, Options],
 
     def step(x: Array, h_dropped: Array, state: State, p: Parameters, o: Options) -> Step:
         c_prev = state[1]
+        of_state, of_gate = o.activation or TANH, o.recurrent_activation or SIGMOID
         a_x, pull_x = _input_part(x, slice(None), p)
         a_h, pull_h = _recurrent_part(h_dropped, slice(None), p)
-        xp = module_of(a_x)
         a = dict(zip(letters, blocks(a_x + a_h, len(letters)), strict=True))
         peephole: dict[str, Array] = {}
         if p.weight_ch is not None:
@@ -164,8 +157,8 @@ def _lstm(coupled: bool) -> Callable[[Array, Array, State, Parameters, Options],
 
         def activate(letter: str, c: Array) -> None:
             total = a[letter] + peephole[letter] * c if letter in peephole else a[letter]
-            value = xp.tanh if letter == "g" else sigmoid
-            gates[letter], passes[letter] = _activated(value, total, p, o)
+            phi = of_state if letter == "g" else of_gate
+            gates[letter], passes[letter] = _activated(phi, total, p, o)
 
         for letter in letters[:-1]:
             activate(letter, c_prev)
@@ -177,26 +170,26 @@ def _lstm(coupled: bool) -> Callable[[Array, Array, State, Parameters, Options],
         if p.gamma_c is not None:
             n, unnormalise = _normalised(c)
             c_normalised = p.gamma_c * n + p.beta_c
-        tanh_c = xp.tanh(c_normalised)
+        tanh_c = of_state(c_normalised)
 
         def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
             dh, dc = d
             i, g, out = (p.rounded(gates[letter]) for letter in "igo")
             f = p.rounded(1 - gates["i"] if coupled else gates["f"])
-            dc_of_h = dh * out * (1 - tanh_c**2)
+            dc_of_h = dh * out * of_state.slope(tanh_c)
             if p.gamma_c is not None:
                 into["gamma_c"] += _sum(dc_of_h * n)
                 into["beta_c"] += _sum(dc_of_h)
                 dc_of_h = unnormalise(p.gamma_c * dc_of_h)
-            da = {"o": dh * tanh_c * out * (1 - out) * passes["o"]}
+            da = {"o": dh * tanh_c * of_gate.slope(out) * passes["o"]}
             dc = (dc + dc_of_h + da["o"] * peephole.get("o", 0)) * c_passes
             di, df = dc * g, dc * c_prev
             if coupled:
                 di = di - df
             else:
-                da["f"] = df * f * (1 - f) * passes["f"]
-            da["i"] = di * i * (1 - i) * passes["i"]
-            da["g"] = dc * i * (1 - g**2) * passes["g"]
+                da["f"] = df * of_gate.slope(f) * passes["f"]
+            da["i"] = di * of_gate.slope(i) * passes["i"]
+            da["g"] = dc * i * of_state.slope(g) * passes["g"]
             dc_prev = dc * f
             for letter in peephole:
                 if letter != "o":
@@ -215,12 +208,13 @@ def _lstm(coupled: bool) -> Callable[[Array, Array, State, Parameters, Options],
 def _gru(reset_after: bool) -> Callable[[Array, Array, State, Parameters, Options], Step]:
     def step(x: Array, h_dropped: Array, state: State, p: Parameters, o: Options) -> Step:
         (h_prev,) = state
+        of_state, of_gate = o.activation or TANH, o.recurrent_activation or SIGMOID
         H = h_prev.shape[-1]
         rz, new = slice(0, 2 * H), slice(2 * H, 3 * H)
         x_rz, pull_x_rz = _input_part(x, rz, p)
         x_n, pull_x_n = _input_part(x, new, p)
         h_rz, pull_h_rz = _recurrent_part(h_dropped, rz, p)
-        rz_gates, passes_rz = _activated(sigmoid, x_rz + h_rz, p, o)
+        rz_gates, passes_rz = _activated(of_gate, x_rz + h_rz, p, o)
         r, z = blocks(rz_gates, 2)
         if reset_after:
             h_n, pull_h_n = _recurrent_part(h_dropped, new, p)
@@ -228,19 +222,20 @@ def _gru(reset_after: bool) -> Callable[[Array, Array, State, Parameters, Option
         else:
             h_n, pull_h_n = _recurrent_part(r * h_dropped, new, p)
             a_n = x_n + h_n
-        n, passes_n = _activated(module_of(a_n).tanh, a_n, p, o)
+        n, passes_n = _activated(of_state, a_n, p, o)
 
         def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
             (dh,) = d
             r_, z_, n_, h_n_ = map(p.rounded, (r, z, n, h_n))
-            da_n = dh * (1 - z_) * (1 - n_**2) * passes_n
+            da_n = dh * (1 - z_) * of_state.slope(n_) * passes_n
             if reset_after:
                 dh_dropped, dr = pull_h_n(da_n * r_, into), da_n * h_n_
             else:
                 d_reset = pull_h_n(da_n, into)
                 dh_dropped, dr = d_reset * r_, d_reset * p.rounded(h_dropped)
             dz = dh * (p.rounded(h_prev) - n_)
-            da_rz = np.concatenate([dr * r_ * (1 - r_), dz * z_ * (1 - z_)], -1) * passes_rz
+            slopes = of_gate.slope(np.concatenate([r_, z_], -1))
+            da_rz = np.concatenate([dr, dz], -1) * slopes * passes_rz
             dx = pull_x_rz(da_rz, into) + pull_x_n(da_n, into)
             return dx, dh_dropped + pull_h_rz(da_rz, into), (dh * z_,)
 
@@ -249,16 +244,15 @@ def _gru(reset_after: bool) -> Callable[[Array, Array, State, Parameters, Option
     return step
 
 
-def _rnn(
-    value: Callable[[Array], Array], slope: Callable[[Array], Array]
-) -> Callable[[Array, Array, State, Parameters, Options], Step]:
+def _rnn(own: Activation) -> Callable[[Array, Array, State, Parameters, Options], Step]:
     def step(x: Array, h_dropped: Array, state: State, p: Parameters, o: Options) -> Step:
         a_x, pull_x = _input_part(x, slice(None), p)
         a_h, pull_h = _recurrent_part(h_dropped, slice(None), p)
-        h, passes = _activated(value, a_x + a_h, p, o)
+        phi = o.activation or own
+        h, passes = _activated(phi, a_x + a_h, p, o)
 
         def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
-            da = d[0] * slope(p.rounded(h)) * passes
+            da = d[0] * phi.slope(p.rounded(h)) * passes
             return pull_x(da, into), pull_h(da, into), (np.zeros_like(h),)
 
         return Step((h,), {"h": h}, pull)
@@ -271,15 +265,7 @@ COUPLED_LSTM = Cell("igo", ("h", "c"), _lstm(coupled=True))
 GRU = Cell("rzn", ("h",), _gru(reset_after=True))
 GRU_RESET_BEFORE = Cell("rzn", ("h",), _gru(reset_after=False))
 RNN: dict[str, Cell] = {
-    "tanh": Cell("h", ("h",), _rnn(lambda a: module_of(a).tanh(a), lambda h: 1 - h**2)),
-    "relu": Cell(
-        "h",
-        ("h",),
-        _rnn(
-            lambda a: module_of(a).where(a.real <= 0, module_of(a).zeros_like(a), a),
-            lambda h: (h.real > 0).astype(h.dtype),
-        ),
-        jumps=True,
-    ),
-    "identity": Cell("h", ("h",), _rnn(lambda a: a, np.ones_like)),
+    "tanh": Cell("h", ("h",), _rnn(TANH)),
+    "relu": Cell("h", ("h",), _rnn(RELU), jumps=True),
+    "identity": Cell("h", ("h",), _rnn(IDENTITY)),
 }

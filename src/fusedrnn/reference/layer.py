@@ -41,18 +41,22 @@ def run(
     state: Sequence[Array | None],
     lengths: npt.ArrayLike | None = None,
     resets: npt.ArrayLike | None = None,
+    mask: npt.ArrayLike | None = None,
     reverse: bool = False,
     options: Options | None = None,
 ) -> Run:
     """Run `cell` over x.
 
-    A row takes the steps t < length. At the other times its state does not change, y, cells and
-    gates are 0, and x, dy and d_cells are ignored. Where resets is true, the state is set to 0
-    before the step. x of bfloat16 is computed as `reference.narrow` defines.
+    A row takes the steps t < length at which its mask is true. At the other times its state
+    does not change, y, cells and gates are 0, and x, dy and d_cells are ignored; with
+    `options.repeats`, y is h of the unchanged state there. The result of a row is that of the
+    steps it takes, one after the other: random masks and the chunks of bptt count only these.
+    Where resets is true, the state is set to 0 before the step. x of bfloat16 is computed as
+    `reference.narrow` defines.
     """
     if is_bfloat16(x):
         wide = Bfloat16Parameters(*map(widened, parameters))
-        masks = (lengths, resets, reverse)
+        masks = (lengths, resets, mask, reverse)
         return _rounded(run(cell, widened(x), wide, state, *masks, options), x.dtype)
     p, o = parameters, options or Options()
     where = module_of(x).where
@@ -68,6 +72,10 @@ def run(
     times_of_rows = like(x, np.arange(T).reshape(T, *[1] * (x.ndim - 1)))
     ends = like(x, T if lengths is None else lengths)[..., None]
     taken = times_of_rows < ends
+    if mask is not None:
+        taken = taken & like(x, mask)[..., None]
+        times_of_rows = taken.cumsum(0) - 1  # the number of a step among those that are taken
+        ends = taken.sum(0)
     reset = taken & (False if resets is None else like(x, resets)[..., None])
     cut = reset  # where no gradient of the state passes
     if o.bptt:
@@ -85,14 +93,27 @@ def run(
         weight_mask = dropped(WEIGHTS, 0, weight_rows, R, o.weight_dropout, o, x)
         p = p._replace(weight_hh=p.rounded(p.weight_hh * weight_mask))
 
-    def keep(t: int) -> tuple[Any, ...]:
-        if not o.training or not any(o.zoneout):
-            return o.zoneout
-        time, words = np.full(batch, t), 4 // len(cell.states)
+    def drawn_keeps(number: int) -> tuple[Any, ...]:
+        words = 4 // len(cell.states)
+        time = np.full(batch, number)
         return tuple(
             like(x, drawn(ZONEOUT, words, words * n, time, rows, width, o.zoneout[n], o))
             for n, (_, width) in enumerate(zip(cell.states, (R, H), strict=False))
         )
+
+    draws = o.training and any(o.zoneout)
+    if draws and mask is not None:
+        each = zip(*map(drawn_keeps, range(T)), strict=True)
+        of_numbers = [module_of(x).stack(of_state) for of_state in each]  # (T, B, units)
+
+    def keep(t: int) -> tuple[Any, ...]:
+        if not draws:
+            return o.zoneout
+        if mask is None:
+            return drawn_keeps(t)
+        number = times_of_rows[t, ..., 0].clip(0)  # a step that is not taken has no mask
+        at = (number, like(x, rows)) if batch else number
+        return tuple(keeps[at] for keeps in of_numbers)
 
     current = start
     steps: list[tuple[State, Step]] = []
@@ -110,7 +131,8 @@ def run(
         steps.append((old, step))
         step_outputs = dict(zip(("y", "cells"), current, strict=False)) | step.gates
         for name, value in step_outputs.items():
-            outputs.setdefault(name, []).append(where(taken[t], value, zero))
+            otherwise = value if name == "y" and o.repeats else zero
+            outputs.setdefault(name, []).append(where(taken[t], value, otherwise))
     by_time = slice(None, None, -1 if reverse else 1)
 
     def over_time(name: str, width: int) -> Any:
@@ -137,8 +159,8 @@ def run(
             old, step = steps[n]
             d_outputs = (dy, d_cells if cells is not None else None)
             d_new = tuple(
-                g if more is None else g + np.where(taken[t], more[t], zero)
-                for g, more in zip(d, d_outputs, strict=False)
+                g if more is None else g + np.where(taken[t] | is_read, more[t], zero)
+                for g, more, is_read in zip(d, d_outputs, (o.repeats, False), strict=False)
             )
             keeps = keep(t)
             dh, *dc = (
@@ -157,7 +179,7 @@ def run(
                 for k, g, before in zip(keeps, d_new, d_old, strict=False)
             )
             d_old = tuple(np.where(cut[t], zero, g) for g in d_old)
-            d = tuple(np.where(taken[t], g, same) for g, same in zip(d_old, d, strict=True))
+            d = tuple(np.where(taken[t], g, same) for g, same in zip(d_old, d_new, strict=True))
         into["weight_hh"] = into["weight_hh"] * weight_mask
         return Grads(dx, h0=d[0], c0=d[1] if len(d) > 1 else None, **_by_name(into))
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from .activations import Activation
 
 Array = npt.NDArray[Any]
 State = tuple[Array, ...]
@@ -82,6 +85,9 @@ class Options(NamedTuple):
     return_cells, trace: also return every c, every gate.
     recompute: compute the gates again for backward instead of saving them. The reference
         ignores this and the last two, because it always keeps everything.
+    repeats: at a step that is not taken, y is h of the unchanged state instead of 0.
+    activation, recurrent_activation: functions that replace the cell's tanh and its σ; None for
+        the cell's own.
     """
 
     clip: float = np.inf
@@ -96,6 +102,9 @@ class Options(NamedTuple):
     return_cells: bool = False
     trace: bool = False
     recompute: bool = False
+    repeats: bool = False
+    activation: Activation | None = None
+    recurrent_activation: Activation | None = None
 
     @property
     def is_random(self) -> bool:

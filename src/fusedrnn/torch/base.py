@@ -12,7 +12,7 @@ from torch.nn import init
 
 from .. import _cpu, checks
 from ..cells import CELLS
-from ..options import DEFAULTS, check_options
+from ..options import DEFAULTS, OWN_ACTIVATIONS, ActivationLike, check_options
 from . import ops
 from .call import Call, describe, parse
 from .kernels import follow_threads
@@ -21,6 +21,7 @@ from .kernels import follow_threads
 class RNNOptions(TypedDict, total=False):
     """Keyword arguments beyond torch.nn's; see `fusedrnn.LSTM`."""
 
+    activation: ActivationLike
     clip: float | None
     zoneout: float | tuple[float, float]
     recurrent_dropout: float
@@ -33,6 +34,7 @@ class GRUOptions(RNNOptions, total=False):
     """Keyword arguments beyond torch.nn's; see `fusedrnn.GRU`."""
 
     reset_after: bool
+    recurrent_activation: ActivationLike
     layer_norm: bool
 
 
@@ -41,6 +43,7 @@ class LSTMOptions(RNNOptions, total=False):
 
     peephole: bool
     coupled_gates: bool
+    recurrent_activation: ActivationLike
     layer_norm: bool
     cell_clip: float | None
     forget_bias: float | None
@@ -54,13 +57,22 @@ def of_cell(kind: Any) -> dict[str, Any]:
     return {n: value for n, value in _OPTIONS.items() if n in kind.__optional_keys__}
 
 
-_OF_CALLS = ("clip", "cell_clip", "zoneout", "recurrent_dropout", "weight_dropout")
+_OF_CALLS = (
+    *OWN_ACTIVATIONS,
+    "clip",
+    "cell_clip",
+    "zoneout",
+    "recurrent_dropout",
+    "weight_dropout",
+)
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-def _as_floats(value: Any) -> Any:
-    """Return a number or numbers, perhaps NumPy's, as floats for JSON."""
-    return list(map(float, value)) if isinstance(value, (tuple, list)) else float(value)
+def _as_plain(value: Any) -> Any:
+    """Return a string, a number or several, perhaps NumPy's, for JSON."""
+    if isinstance(value, (tuple, list)):
+        return list(map(_as_plain, value))
+    return value if isinstance(value, str) else float(value)
 
 
 def check_kind(name: str, value: Any, kind: type) -> None:
@@ -130,7 +142,7 @@ class Recurrent(nn.Module):
     def _describe(self, **more: Any) -> str:
         """Return the string that describes layers of this cell and options to an operator."""
         given = {name: self._options.get(name, _OPTIONS[name]) for name in _OF_CALLS}
-        asked = {n: _as_floats(v) for n, v in given.items() if v != _OPTIONS[n]}
+        asked = {n: _as_plain(v) for n, v in given.items() if v != _OPTIONS[n]}
         precision = self._options["precision"]
         return describe(self._cell, asked, self._kinds(), precision=precision, **more)
 
@@ -278,6 +290,7 @@ class Recurrent(nn.Module):
         trace: bool = False,
         bptt: int | None = None,
         recompute: bool = False,
+        masked_output: str = "zero",
     ) -> str:
         """Return the words that describe a call's options to an operator."""
         asked = "save" if _saves(tensors, self.training) else ""
@@ -287,6 +300,8 @@ class Recurrent(nn.Module):
         for name, value in flags.items():
             if value is not False and checks.flag(name, value):
                 asked += f" {name}"
+        if checks.choice("masked_output", masked_output, ("zero", "last")) == "last":
+            asked += " repeat"
         if bptt is not None:
             asked += f" bptt={checks.positive('bptt', bptt)}"
         return asked

@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
     x: (T, B, I). h0, c0: (layers*directions, B, R) and (…, B, H), or None for zeros.
     parameters: those that exist for each layer and direction, in the order of
         `reference.Parameters`.
-    lengths: (B,) integers. resets: (T, B) bool.
+    lengths: (B,) integers. resets, mask: (T, B) bool.
     seed: an int64 on the CPU, needed if the call draws random numbers.
     """
 
@@ -41,6 +41,7 @@ class Inputs(NamedTuple):
     parameters: tuple[Tensor, ...] | list[Tensor]
     lengths: Maybe = None
     resets: Maybe = None
+    mask: Maybe = None
     seed: Maybe = None
 
     @property
@@ -221,6 +222,9 @@ def describe(
     return json.dumps({"cell": cell} | changed | dict(options))
 
 
+_OF_CALL = ("save", "bfloat16", "repeat")  # words that name no option of an op
+
+
 @functools.cache
 def parse(layers: str, asked: str = "") -> Call:
     """Read the two strings of a call.
@@ -229,7 +233,8 @@ def parse(layers: str, asked: str = "") -> Call:
     ----------
     layers: the string that `describe` returns.
     asked: words that say what the call does: save (values for backward), bfloat16, training,
-        return_cells, trace, recompute, bptt=<number>.
+        return_cells, trace, recompute, repeat (the last y at steps that are not taken),
+        bptt=<number>.
 
     >>> parse('{"cell": "gru", "clip": 3.0}', "save bptt=5").options.bptt
     5
@@ -242,8 +247,10 @@ def parse(layers: str, asked: str = "") -> Call:
     narrow = given.pop("weights", None), given.pop("x_bits", 0)
     words = asked.split()
     flags: dict[str, Any] = {"training": False} | {
-        word: True for word in words if "=" not in word and word not in ("save", "bfloat16")
+        word: True for word in words if "=" not in word and word not in _OF_CALL
     }
+    if "repeat" in words:
+        flags["masked_output"] = "last"
     flags |= {name: int(value) for name, _, value in (w.partition("=") for w in words) if value}
     options = check_options(cell, given | flags | {"seed": 0})._replace(where=where)
     saves, halves, text = "save" in words, "bfloat16" in words, (layers, asked)

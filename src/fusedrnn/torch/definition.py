@@ -40,7 +40,7 @@ def define(call: Call, *tensors: Any) -> Outputs:
             start = [None if a is None else a[at] for a in states]
             options = options._replace(where=call.options.where + at)
             reverse = call.reverse or at % D == 1
-            masks = (given.lengths, given.resets, reverse)
+            masks = (given.lengths, given.resets, given.mask, reverse)
             run: Any = reference.run
             done.append(run(call.cell.reference, x, of_pass, start, *masks, options))
         x = torch.cat([of.y for of in done], -1)

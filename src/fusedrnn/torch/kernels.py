@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import _cpu, checks, cuda
-from ..backend.cuda import PassTape
+from ..backend.cuda import PassTape, spread_results
 from ..backend.cuda_arguments import Problem, Weights, values_of
+from ..backend.cuda_masks import Steps
 from ..engine import backend_of
 from ..options import asked_of_layer
 from ..reference import Options, Parameters
@@ -70,16 +71,16 @@ class NeedsChecksError(Exception):
 
 
 # The arguments of `_cpu.TensorLayers` from x to the options.
-_Arguments = tuple[Any, Maybe, Maybe, Sequence[Any], Maybe, Maybe, Options]
+_Arguments = tuple[Any, Maybe, Maybe, Sequence[Any], Maybe, Maybe, Maybe, Options]
 
 
 def _unchecked(call: Call, given: Inputs) -> _Arguments | None:
     """Return the kernels' arguments from x to the options, or None for those to be checked."""
-    x, h0, c0, parameters, lengths, resets, seed = given
-    if not (x.is_cpu and lengths is None and resets is None):
+    x, h0, c0, parameters, *masks, seed = given
+    if not x.is_cpu or any(a is not None for a in masks):
         return None
     follow_threads()
-    return x, h0, c0, parameters, None, None, with_seed(call, seed)
+    return x, h0, c0, parameters, None, None, None, with_seed(call, seed)
 
 
 def try_forward(call: Call, given: Inputs) -> Outputs | None:
@@ -122,14 +123,21 @@ def _readable(a: Maybe) -> Maybe:
 
 def _prepared(call: Call, given: Inputs) -> _Arguments:
     """Return the arguments of the kernels from x to the options, checked and readable."""
-    x, h0, c0, parameters, lengths, resets, seed = given
+    x, h0, c0, parameters, lengths, resets, mask, seed = given
     T, B, _ = x.shape
+
+    def flags(name: str, a: Maybe) -> Maybe:
+        if a is None:
+            return None
+        values = checks.flags(name, a.numpy(force=True), (T, B), "(T, B)")
+        return torch.from_numpy(values).contiguous()
+
     if lengths is not None:
         values = checks.lengths(lengths.numpy(force=True), T, (B,))
         lengths = torch.from_numpy(values)
-    if resets is not None:
-        values = checks.resets(resets.numpy(force=True), (T, B), "(T, B)")
-        resets = torch.from_numpy(values).contiguous()
+    resets, mask = flags("resets", resets), flags("mask", mask)
+    if mask is not None and lengths is not None:
+        checks.fits(mask.numpy(), lengths.numpy(), 0)
     weights = list(map(_readable, parameters))
     return (
         _readable(x),
@@ -138,6 +146,7 @@ def _prepared(call: Call, given: Inputs) -> _Arguments:
         weights,
         lengths,
         resets,
+        mask,
         with_seed(call, seed),
     )
 
@@ -211,6 +220,7 @@ class _OnGpu:
         self.parameters = Parameters(**seen)
         self.options = with_seed(call, given.seed)
         self.by_rows = bool(asked_of_layer(call.cell, self.parameters, False))
+        self._read_masks()
 
     def see(self, a: Maybe) -> Any:
         """Return a tensor as an array of the backend, without regard to autograd."""
@@ -223,16 +233,31 @@ class _OnGpu:
 
     def problem(self, y: Any, final: Any, cells: Any, trace: Any) -> Problem:
         """Return the arrays and options of the call as one object."""
-        call, given, on = self.call, self.given, self.on
-        (T, B, _), lengths, resets = self.x.shape, given.lengths, given.resets
-        if lengths is not None:
-            lengths = on.lengths(lengths.numpy() if lengths.is_cpu else lengths, T, (B,))
-        if resets is not None:
-            values = resets.numpy() if resets.is_cpu else resets
-            resets = on.resets(values, (T, B), "(T, B)")
-        start = tuple(None if a is None else self.see(a)[0] for a in given[1:3])
-        where = (self.x, start[: len(call.cell.states)], lengths, resets, call.reverse)
+        call = self.call
+        start = tuple(None if a is None else self.see(a)[0] for a in self.given[1:3])
+        x, lengths, resets = self.x, self.lengths, self.resets
+        if self.steps is not None:
+            x, lengths, resets = self.steps.compact(x), self.steps.lengths, self.steps.resets
+        where = (x, start[: len(call.cell.states)], lengths, resets, call.reverse)
         return Problem(call.cell, *where, y, final, self.options, self.by_rows, cells, trace)
+
+    def _read_masks(self) -> None:
+        """Set lengths, resets and, with a mask, the steps that rows take."""
+        given, on, (T, B, _) = self.given, self.on, self.x.shape
+
+        def read(a: Maybe) -> Any:
+            return a if a is None or not a.is_cpu else a.numpy()
+
+        def flags(name: str, a: Maybe) -> Any:
+            return None if a is None else on.flags(name, read(a), (T, B), "(T, B)")
+
+        lengths = read(given.lengths)
+        self.lengths = None if lengths is None else on.lengths(lengths, T, (B,))
+        self.resets, mask = flags("resets", given.resets), flags("mask", given.mask)
+        self.steps = None
+        if mask is not None:
+            where = (self.lengths, self.resets, 1, self.call.reverse)
+            self.steps = Steps.of(on, mask, *where)
 
     def pack(self, backward: bool) -> Weights:
         """Pack the parameters for forward or backward."""
@@ -249,10 +274,20 @@ class _OnGpu:
         final = tuple(a[0] for a in (h_n, c_n) if a is not None)
         problem = self.problem(y, final, cells, None if trace is None else trace[0])
         saved = on.forward(self.pack(False), problem, call.saves)
+        if self.steps is not None:
+            made = self._spread(self.steps, made)
         results = [x.new_empty(0) if a is None else on.give(a) for a in made]
         # Nothing is saved where no row takes a step.
         kept = x.new_empty(saved_shape(call, self.given)) if saved is None else saved.owner
         return (*results, kept)  # type: ignore[return-value]
+
+    def _spread(self, steps: Steps, made: Sequence[Any]) -> list[Any]:
+        """Return results with the steps at their own times."""
+        y, h_n, c_n, cells, trace = made
+        start = self.see(self.given.h0)
+        traces = [] if trace is None else [self.on.see(trace)[0]]
+        y, cells, traces = spread_results(steps, y, start, cells, traces, self.options.repeats)
+        return [y, h_n, c_n, cells, traces[0].unsqueeze(0) if traces else None]
 
     def backward(
         self,
@@ -263,14 +298,19 @@ class _OnGpu:
         saved: Tensor,
     ) -> list[Tensor]:
         """Return the results of `fusedrnn::backward`."""
-        on, call, see = self.on, self.call, self.see
-        problem = self.problem(see(y), (), see(cells) if call.keeps_cells(True) else None, None)
+        on, call, see, steps = self.on, self.call, self.see, self.steps
+        of_y, of_cells = see(y), see(cells) if call.keeps_cells(True) else None
+        dy, dh_n, dc_n, d_cells = map(see, d)
+        user_dy, repeats = dy, self.options.repeats
+        if steps is not None:
+            of_y, of_cells = steps.compact(of_y), steps.compact(of_cells)
+            dy, d_cells = steps.gather_gradient(dy, repeats), steps.compact(d_cells)
+        problem = self.problem(of_y, (), of_cells, None)
         tape = PassTape(on, problem, self.pack(True), see(saved) if saved.numel() else None)
         s = call.sizes(self.given)
         widths = (s.R, s.H)[: len(call.cell.states)]
         d_state = [self.empty((1, s.B, width), True) for width in widths]
         dx = self.empty((s.T, s.B, s.I)) if wanted[0] else None
-        dy, dh_n, dc_n, d_cells = map(see, d)
         names = [n for n, is_wanted in zip(call.kinds, wanted[3:], strict=True) if is_wanted]
         d_parameters = tape.backward(
             dy,
@@ -280,6 +320,9 @@ class _OnGpu:
             tuple(on.see(a)[0] for a in d_state),
             wanted=names,
         )
+        if steps is not None:
+            dx = None if dx is None else steps.spread(dx)
+            steps.add_to_start(user_dy, repeats, on.see(d_state[0]))
         of_state = [*d_state, None][:2]
         found = [dx, *of_state, *(getattr(d_parameters, n) for n in call.kinds)]
         return [on.give(a) for a, is_wanted in zip(found, wanted, strict=True) if is_wanted]

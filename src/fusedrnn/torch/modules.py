@@ -17,6 +17,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from ..cells import CELLS, gru_cell, lstm_cell, rnn_cell
+from ..options import MaskedOutput
 from . import ops
 from .base import GRUOptions, LSTMOptions, Recurrent, RNNOptions, check_kind, is_half, of_cell
 from .kernels import NeedsChecksError
@@ -24,6 +25,10 @@ from .packed import Layout
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+# lengths, resets and mask, each None for none.
+Masks = tuple[Any, Any, Any]
 
 
 class _Made(NamedTuple):
@@ -114,7 +119,9 @@ class _Layers(Recurrent):
         hx: Any = None,
         lengths: Any = None,
         resets: Any = None,
+        mask: Any = None,
         *,
+        masked_output: MaskedOutput = "zero",
         return_cells: bool = False,
         trace: bool = False,
         bptt: int | None = None,
@@ -131,6 +138,10 @@ class _Layers(Recurrent):
         lengths: (B,) integers 0 to T in any order, or None for T; not with a PackedSequence.
         resets: bool, shaped like input without its last axis, true where the state is set to 0
             before the step; not with a PackedSequence.
+        mask: bool, shaped like resets, true at the steps that a row takes, with padding and
+            gaps anywhere; not with a PackedSequence.
+        masked_output: output at steps that are not taken: "zero", or "last" for h of the
+            unchanged state.
         return_cells, trace, bptt, recompute: as for `fusedrnn.lstm_vjp`.
         seed: 0 to 2**64 - 1, determines the masks of zoneout, recurrent and weight dropout in
             training; None draws it from PyTorch's generator.
@@ -147,7 +158,8 @@ class _Layers(Recurrent):
         """
         is_plain = (
             return_cells is trace is recompute is False
-            and lengths is resets is bptt is seed is None
+            and lengths is resets is mask is bptt is seed is None
+            and masked_output == "zero"
         )
         if is_plain and not (self.training and (self._is_random or self.dropout)):
             results = self._try_unchecked(input, hx)
@@ -158,16 +170,20 @@ class _Layers(Recurrent):
             "recompute": recompute,
             "return_cells": return_cells,
             "trace": trace,
+            "masked_output": masked_output,
         }
+        masks = (lengths, resets, mask)
         if isinstance(input, fx.Proxy):
-            masks = {"lengths": lengths, "resets": resets, "seed": seed}
-            asked = kept | masks
+            named = dict(zip(("lengths", "resets", "mask"), masks, strict=True))
+            asked = kept | named | {"seed": seed}
             given = {k: v for k, v in asked.items() if v is not None and v is not False}
+            if masked_output == "zero":
+                del given["masked_output"]
             result: tuple[Any, ...] = self._as_leaf(input, input, hx, **given)
             return result
         weights = self._weights(self._names)
         if isinstance(input, PackedSequence):
-            return self._run_packed(input, hx, lengths, resets, weights, kept, seed)
+            return self._run_packed(input, hx, masks, weights, kept, seed)
         first = weights[0]
         self._check_like_weights("input", input, first, ValueError)
         if input.dim() not in (2, 3):
@@ -186,11 +202,19 @@ class _Layers(Recurrent):
         state = self._state(hx, x.shape[1], unbatched, first)
         if lengths is not None:
             lengths = _checked_lengths(lengths, x.shape[1], unbatched)
-        if resets is not None:
-            resets = _checked_resets(resets, tuple(input.shape[:-1]))
-            resets = resets.unsqueeze(1) if unbatched else resets
-            resets = resets.transpose(0, 1) if self.batch_first and not unbatched else resets
-        made = self._run(x, state, lengths, resets, weights, kept, seed)
+        if mask is None and masked_output == "last":
+            raise ValueError('masked_output must be "zero" without a mask, got "last"')
+
+        def flags(name: str, value: Any) -> Any:
+            if value is None:
+                return None
+            found = _checked_flags(name, value, tuple(input.shape[:-1]))
+            if unbatched:
+                return found.unsqueeze(1)
+            return found.transpose(0, 1) if self.batch_first else found
+
+        masks = (lengths, flags("resets", resets), flags("mask", mask))
+        made = self._run(x, state, masks, weights, kept, seed)
         return self._results(self._layout(unbatched), made, kept, unbatched)
 
     def _layout(self, unbatched: bool) -> Callable[[Tensor], Tensor]:
@@ -272,8 +296,7 @@ class _Layers(Recurrent):
         self,
         x: Tensor,
         state: tuple[Any, ...],
-        lengths: Any,
-        resets: Any,
+        masks: Masks,
         weights: list[Tensor],
         kept: dict[str, Any],
         seed: int | None,
@@ -283,7 +306,7 @@ class _Layers(Recurrent):
         D = 1 + self.bidirectional
         h0, c0 = (*state, None)[:2]
         asked = self._asked((x, *state, *weights), **kept)
-        masks = (lengths, resets, self._seed(seed))
+        others = (*masks, self._seed(seed))
         drops = bool(self.dropout) and self.training and self.num_layers > 1
         if x.is_cuda:  # one layer and direction at a time
             parts, width = self._one_way, 1
@@ -307,7 +330,7 @@ class _Layers(Recurrent):
             if len(parts) > 1:
                 start = tuple(None if s is None else s[at : at + width] for s in start)
             of_part = weights[at * each : (at + width) * each]
-            y, h_n, c_n, c, trace, _ = self._compute(part, asked, x, *start, of_part, *masks)
+            y, h_n, c_n, c, trace, _ = self._compute(part, asked, x, *start, of_part, *others)
             ys.append(y)
             cells.append(c)
             ends.append((h_n, c_n)[: 1 + self._is_pair])
@@ -337,23 +360,24 @@ class _Layers(Recurrent):
         self,
         packed: PackedSequence,
         hx: Any,
-        lengths: Any,
-        resets: Any,
+        masks: Masks,
         weights: list[Tensor],
         kept: dict[str, Any],
         seed: int | None,
     ) -> tuple[Any, ...]:
         """Run over a PackedSequence."""
+        lengths, *flags = masks
         if lengths is not None:
             raise TypeError(
                 "lengths must be None with a PackedSequence, which has its own lengths, "
                 f"got {type(lengths).__name__}"
             )
-        if resets is not None:
-            raise TypeError(
-                f"resets must be None with a PackedSequence, got {type(resets).__name__}; pass "
-                "a padded tensor and lengths instead"
-            )
+        for name, value in zip(("resets", "mask"), flags, strict=True):
+            if value is not None:
+                raise TypeError(
+                    f"{name} must be None with a PackedSequence, got {type(value).__name__}; "
+                    "pass a padded tensor and lengths instead"
+                )
         data, _, order, back = packed
         self._check_like_weights("input.data", data, weights[0], ValueError)
         if data.dim() != 2:
@@ -366,7 +390,7 @@ class _Layers(Recurrent):
         if order is not None:
             state = tuple(None if s is None else s.index_select(1, order) for s in state)
         x = layout.pad(data)
-        made = self._run(x, state, layout.lengths, None, weights, kept, seed, layout)
+        made = self._run(x, state, (layout.lengths, None, None), weights, kept, seed, layout)
         if back is not None:
             made = made._replace(final=[s.index_select(1, back) for s in made.final])
 
@@ -387,16 +411,27 @@ def _checked_lengths(lengths: Any, B: Any, unbatched: bool) -> Tensor:
     return found if found.dtype == torch.int32 else found.to(torch.int64)
 
 
-def _checked_resets(resets: Any, expected: tuple[Any, ...]) -> Tensor:
-    found = torch.as_tensor(resets)
-    if found.dtype != torch.bool:
-        raise TypeError(f"resets must be bool, got {found.dtype}")
+def _checked_flags(name: str, value: Any, expected: tuple[Any, ...]) -> Tensor:
+    found = torch.as_tensor(value)
+    if found.dtype.is_complex:
+        raise TypeError(f"{name} must be bool, got {found.dtype}")
     if found.shape != expected:
         raise ValueError(
-            f"resets must have the shape of input without its last axis, {expected}, "
+            f"{name} must have the shape of input without its last axis, {expected}, "
             f"got {tuple(found.shape)}"
         )
-    return found
+    if found.dtype == torch.bool:
+        return found
+    flags = found != 0
+    if _can_check(found) and bool((found != flags).any()):
+        wrong = found[found != flags][0]
+        raise ValueError(f"{name} must be bool or numbers that are 0 or 1, got {wrong}")
+    return flags
+
+
+def _can_check(a: Tensor) -> bool:
+    """Return whether a tensor's values can be read, without waiting for a GPU."""
+    return a.is_cpu and not torch.compiler.is_compiling() and not ops.is_transformed()
 
 
 class LSTM(_Layers):

@@ -23,7 +23,7 @@ from ..weights import WEIGHTS, check_precision, narrow_weight
 from .base import Recurrent
 from .call import Call, Inputs, Maybe, parse
 from .kernels import follow_threads
-from .modules import GRU, LSTM, RNN, _Layers, _Made
+from .modules import GRU, LSTM, RNN, Masks, _Layers, _Made
 from .steps import GRUCell, LSTMCell, RNNCell, _Step
 from .swapping import OURS, as_ours, kind_of, listed, replace_modules, transfer_hooks
 
@@ -81,6 +81,7 @@ def _run(
     c0: Maybe,
     lengths: Maybe,
     resets: Maybe,
+    mask: Maybe,
 ) -> list[Tensor]:
     """Return y, h_n, c_n, cells and trace; those that the call does not have are empty."""
     follow_threads()
@@ -94,9 +95,8 @@ def _run(
     x = x.detach()
     if x.stride(-1) != 1:
         x = x.contiguous()
-    results = layers.forward(
-        x.numpy(), state, of_rows, array(resets), call.options, None, False
-    )
+    masks = (of_rows, array(resets), array(mask))
+    results = layers.forward(x.numpy(), state, *masks, call.options, None, False)
     if results is None:
         raise ValueError("tensors must be on the CPU and have the sizes and dtype of x")
     y, ends, *others = results
@@ -113,11 +113,10 @@ def _infer(
     h0: Maybe,
     c0: Maybe,
     weights: Sequence[Tensor],
-    lengths: Maybe,
-    resets: Maybe,
+    *masks: Maybe,
 ) -> list[Tensor]:
     call = parse(layers, asked)
-    return _run(_kept_layers(call, x.shape[-1], weights), call, x, h0, c0, lengths, resets)
+    return _run(_kept_layers(call, x.shape[-1], weights), call, x, h0, c0, *masks)
 
 
 def _fake_infer(
@@ -133,7 +132,7 @@ infer = library.custom_op(
     _infer,
     mutates_args=(),
     schema="(str layers, str asked, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, "
-    "Tensor? lengths, Tensor? resets) -> Tensor[]",
+    "Tensor? lengths, Tensor? resets, Tensor? mask) -> Tensor[]",
 )
 infer.register_fake(_fake_infer)
 
@@ -239,7 +238,7 @@ class _NarrowModule(Recurrent):
             return None
         follow_threads()
         state = tuple(others) if len(others) > 1 else others[0] if others else None
-        results = kept[1].forward(first, state, None, None, PLAIN, None, False)
+        results = kept[1].forward(first, state, None, None, None, PLAIN, None, False)
         if results is None:
             return None
         y, ends = results
@@ -320,8 +319,7 @@ class _NarrowLayers(_NarrowModule, _Layers):
         self,
         x: Tensor,
         state: tuple[Any, ...],
-        lengths: Any,
-        resets: Any,
+        masks: Masks,
         weights: list[Tensor],
         kept: dict[str, Any],
         seed: int | None,
@@ -329,8 +327,9 @@ class _NarrowLayers(_NarrowModule, _Layers):
     ) -> _Made:
         if kept["bptt"] is not None or kept["recompute"]:
             raise TypeError("bptt and recompute are for gradients, which narrow weights lack")
-        asked = self._asked((), kept["return_cells"], kept["trace"])
-        y, h_n, c_n, cells, trace = self._call(asked, x, state, lengths, resets)
+        words = {n: kept[n] for n in ("return_cells", "trace", "masked_output")}
+        asked = self._asked((), **words)
+        y, h_n, c_n, cells, trace = self._call(asked, x, state, *masks)
         final = [h_n, c_n][: 1 + self._is_pair]
         gates = self._gates([trace]) if kept["trace"] else {}
         return _Made(y, final, cells, gates)
@@ -349,8 +348,8 @@ class _NarrowStep(_NarrowModule, _Step):
     def _compute(
         self, layers: str, asked: str, *tensors: Any, wide_states: bool = False
     ) -> tuple[Tensor, ...]:
-        x, h0, c0, _weights, lengths, resets, _seed = tensors
-        made = self._call("", x, (h0, c0), lengths, resets)
+        x, h0, c0, _weights, *masks, _seed = tensors
+        made = self._call("", x, (h0, c0), *masks)
         return (*made, made[-1])
 
 

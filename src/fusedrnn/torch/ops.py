@@ -57,7 +57,7 @@ def _fake_backward(
     ]
 
 
-_KINDS = ["Tensor", *["Tensor?"] * 2, "Tensor[]", *["Tensor?"] * 3]
+_KINDS = ["Tensor", *["Tensor?"] * 2, "Tensor[]", *["Tensor?"] * 4]
 _ARGUMENTS = ", ".join(
     f"{kind} {name}" for kind, name in zip(_KINDS, Inputs._fields, strict=True)
 )
@@ -103,15 +103,25 @@ _top_saved_hooks: Any = getattr(
 )
 
 
+# The gradients of the last tensors of `Inputs`: masks and the seed have none.
+_NO_GRADIENTS = (None,) * len(Inputs._fields[4:])
+
+
 def _flat(given: Sequence[Any]) -> list[Maybe]:
     """Return the tensors of `Inputs` in one list, the parameters last."""
-    return [*given[:3], *given[4:7], *given[3]]
+    return [*given[:3], *given[4:], *given[3]]
 
 
 def _inputs(flat: Sequence[Any]) -> Inputs:
     """Return the `Inputs` that `_flat` put into one list."""
-    x, h0, c0, lengths, resets, seed, *parameters = flat
-    return Inputs(x, h0, c0, parameters, lengths, resets, seed)
+    x, h0, c0, *others = flat
+    count = len(_NO_GRADIENTS)
+    return Inputs(x, h0, c0, others[count:], *others[:count])
+
+
+def _of_smooth(needs: Sequence[bool]) -> list[bool]:
+    """Return which of `Inputs.smooth` need gradients, from flags for the list of `_flat`."""
+    return [*needs[:3], *needs[3 + len(_NO_GRADIENTS) :]]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -139,7 +149,7 @@ def _pull(ctx: Any, *d: Maybe) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad
     wanted = [*needs[2:5], *needs[5]]
     found = _gradients(ctx.call, wanted, d, (y, cells, saved), _inputs(flat))
-    return None, None, *found[:3], found[3:], None, None, None
+    return None, None, *found[:3], found[3:], *_NO_GRADIENTS
 
 
 class _Eager(torch.autograd.Function):
@@ -172,9 +182,9 @@ class _Eager(torch.autograd.Function):
         given, y = _inputs(flat), kept if ctx.y is None else ctx.y
         if y._version and ctx.y is not None:
             y, _, _, _, _, saved = compute_forward(ctx.call, *given)
-        needs = ctx.needs_input_grad[1:]
-        found = _gradients(ctx.call, [*needs[1:4], *needs[7:]], d, (y, cells, saved), given)
-        return None, None, *found[:3], None, None, None, *found[3:]
+        needs = ctx.needs_input_grad[2:]
+        found = _gradients(ctx.call, _of_smooth(needs), d, (y, cells, saved), given)
+        return None, None, *found[:3], *_NO_GRADIENTS, *found[3:]
 
 
 class _EagerStep(torch.autograd.Function):
@@ -183,7 +193,7 @@ class _EagerStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, layers: Any, *read: Any) -> Any:
         x, h, c, *weights = read
-        made = layers.forward(x, h, c, weights, None, None, call.options, True, True)
+        made = layers.forward(x, h, c, weights, None, None, None, call.options, True, True)
         if made is None:
             raise NeedsChecksError
         *state, saved = made
@@ -202,7 +212,7 @@ class _EagerStep(torch.autograd.Function):
     def backward(ctx: Any, dy: Maybe, dc: Maybe = None) -> tuple[Any, ...]:
         kept, saved, x, h, c, *weights = ctx.saved_tensors
         call, layers, y = ctx.call, ctx.layers, kept if ctx.y is None else ctx.y
-        masks = (None, None, call.options)
+        masks = (None, None, None, call.options)
         if y._version and ctx.y is not None:
             y, *_, saved = layers.forward(x, h, c, weights, *masks, True, True)
         needs = ctx.needs_input_grad[2:]
@@ -245,11 +255,9 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d: Maybe) -> tuple[Any, ...]:
         y, cells, saved, *flat = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        found = _gradients(
-            ctx.call, [*needs[1:4], *needs[7:]], d, (y, cells, saved), _inputs(flat)
-        )
-        return None, *found[:3], None, None, None, *found[3:]
+        needs = _of_smooth(ctx.needs_input_grad[1:])
+        found = _gradients(ctx.call, needs, d, (y, cells, saved), _inputs(flat))
+        return None, *found[:3], *_NO_GRADIENTS, *found[3:]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, *flat: Any) -> Any:
@@ -312,7 +320,8 @@ def _pull_second(ctx: Any, d: Sequence[Maybe]) -> tuple[list[Maybe], list[Maybe]
 
 def _pull_second_of_operator(ctx: Any, d: Sequence[Maybe]) -> tuple[Any, ...]:
     known, found = _pull_second(ctx, d)
-    return None, None, None, *known, None, None, None, *found[:3], found[3:], None, None, None
+    of_inputs = (*found[:3], found[3:], *_NO_GRADIENTS)
+    return None, None, None, *known, None, None, None, *of_inputs
 
 
 class _TransformedBackward(torch.autograd.Function):
@@ -332,7 +341,8 @@ class _TransformedBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d: Maybe) -> tuple[Any, ...]:
         known, found = _pull_second(ctx, d)
-        return None, None, *known, None, None, None, *found[:3], None, None, None, *found[3:]
+        of_inputs = (*found[:3], *_NO_GRADIENTS, *found[3:])
+        return None, None, *known, None, None, None, *of_inputs
 
     @staticmethod
     def vmap(
@@ -388,7 +398,7 @@ _shorten(backward, _backward)
 
 # Batches of calls
 
-_ROWS = {"x": 1, "h0": 1, "c0": 1, "lengths": 0, "resets": 1}  # where inputs have B
+_ROWS = {"x": 1, "h0": 1, "c0": 1, "lengths": 0, "resets": 1, "mask": 1}  # where inputs have B
 _OUTPUT_ROWS = (1, 1, 1, 1, 2, 1)
 
 
@@ -518,7 +528,7 @@ def record(
 
     Raises `NeedsChecksError` if the kernels cannot read an argument directly.
     """
-    flat = (x, h0, c0, None, None, None, *weights)
+    flat = (x, h0, c0, *_NO_GRADIENTS, *weights)
     made: Sequence[Tensor] = _in_autograd(call, False, *flat)
     return made
 

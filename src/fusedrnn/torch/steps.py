@@ -85,7 +85,7 @@ class _Step(Recurrent):
         x, *state = (a.unsqueeze(0) if unbatched else a for a in given.values())
         asked = self._asked((x, *state, *weights))
         h0, c0 = [*(a.unsqueeze(0) for a in state), None, None][:2]
-        tensors = (x.unsqueeze(0), h0, c0, weights, None, None, self._seed(seed))
+        tensors = (x.unsqueeze(0), h0, c0, weights, None, None, None, self._seed(seed))
         made = self._compute(self._together, asked, *tensors, wide_states=True)
         ends = [a[0, 0] if unbatched else a[0] for a in made[1 : 2 + self._is_pair]]
         return tuple(ends) if self._is_pair else ends[0]
