@@ -1,0 +1,42 @@
+"""The activations that the kernels have, by Keras' functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+Activation = str | tuple[str, float]
+
+# Those whose name or constant differs; the others have the same name in both.
+_DIFFERENT: dict[str, Activation] = {"linear": "identity", "leaky_relu": ("leaky_relu", 0.2)}
+_SAME = (
+    "elu",
+    "hard_sigmoid",
+    "relu",
+    "selu",
+    "sigmoid",
+    "softplus",
+    "softsign",
+    "tanh",
+)
+OURS: dict[str, Activation] = {name: name for name in _SAME} | _DIFFERENT
+_BY_FUNCTION = {getattr(keras.activations, name): ours for name, ours in OURS.items()}
+
+
+def counterpart(argument: str, function: Callable[..., Any], of: str) -> Activation:
+    """Return our name of one of Keras' activation functions.
+
+    Raises
+    ------
+    ValueError: the kernels lack the function, which came as `argument` of the Keras layer `of`.
+    """
+    try:
+        return _BY_FUNCTION[function]
+    except (KeyError, TypeError):  # TypeError: a callable that has no hash
+        name = getattr(function, "__name__", repr(function))
+        raise ValueError(
+            f"{argument} must be one of {', '.join(sorted(OURS))}, got {name}: "
+            f"use keras.layers.{of} for it"
+        ) from None

@@ -1,0 +1,149 @@
+"""Replacing the recurrent layers of a model by ours and back, and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import keras
+
+from .layers import KERAS, activations_of
+
+_OURS = {theirs: ours for ours, theirs in KERAS.items()}
+
+
+class Swapped(NamedTuple):
+    """The result of `swap` and `restore`; it prints as text.
+
+    Attributes
+    ----------
+    replaced: the layers that were replaced, by their names in the model.
+    kept: the reasons why other recurrent layers were not, by their names.
+    """
+
+    replaced: dict[str, Any]
+    kept: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{path}: {type(layer).__name__}({layer.units})"
+            for path, layer in self.replaced.items()
+        ]
+        lines += [f"{path}: kept, {why}" for path, why in self.kept.items()]
+        return "\n".join(lines) or "no recurrent layer to replace"
+
+
+def swap(model: Any) -> Swapped:
+    """Replace every LSTM, GRU and SimpleRNN of `keras.layers` in a model by ours.
+
+    The layers stay the same objects and only their class changes. So their weights, the
+    optimizer's state, shared layers and every reference to a layer stay valid. Layers within
+    Bidirectional, TimeDistributed, models and layers of models are replaced, too.
+
+    Parameters
+    ----------
+    model: a Keras model or layer, which is changed in place.
+
+    Returns
+    -------
+    The layers that were replaced, and the reasons why others were not; print it.
+
+    Raises
+    ------
+    TypeError: model is neither a model nor a layer.
+
+    >>> import keras, fusedrnn.keras as fk  # doctest: +SKIP
+    >>> model = keras.Sequential([keras.layers.GRU(4, name="gru"), keras.layers.Dense(1)])
+    >>> print(fk.swap(model))  # doctest: +SKIP
+    gru: GRU(4)
+    """
+    return _replace(model, _ours)
+
+
+def _ours(layer: Any) -> Any:
+    """Return our class for a layer, or None if it has it."""
+    if type(layer) in KERAS:
+        return None
+    if type(layer) not in _OURS:
+        name = type(layer).__name__
+        raise ValueError(f"{name} is not one of keras.layers.LSTM, GRU and SimpleRNN")
+    activations_of(layer.cell)
+    return _OURS[type(layer)]
+
+
+def restore(model: Any) -> Swapped:
+    """Replace every layer of ours in a model by the layer of `keras.layers`: the way back.
+
+    Parameters, returns and errors are those of `swap`. A model saved after `restore` can be
+    loaded where this package is not installed.
+
+    >>> import keras, fusedrnn.keras as fk  # doctest: +SKIP
+    >>> model = keras.Sequential([fk.GRU(4, name="gru"), keras.layers.Dense(1)])
+    >>> print(fk.restore(model))  # doctest: +SKIP
+    gru: GRU(4)
+    """
+    return _replace(model, lambda layer: KERAS.get(type(layer)))
+
+
+def load_model(filepath: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load a model by `keras.saving.load_model`, with its recurrent layers replaced by ours.
+
+    Parameters and errors are those of `keras.saving.load_model`; the replacement is `swap`'s.
+
+    >>> import fusedrnn.keras as fk  # doctest: +SKIP
+    >>> model = fk.load_model("model.keras")  # doctest: +SKIP
+    """
+    model = keras.saving.load_model(filepath, *args, **kwargs)
+    swap(model)
+    return model
+
+
+def save_model(model: Any, filepath: Any, *args: Any, **kwargs: Any) -> None:
+    """Save a model by `keras.saving.save_model`, with Keras' own recurrent layers in the file.
+
+    The file can be loaded where this package is not installed. Parameters and errors are those
+    of `keras.saving.save_model`.
+
+    >>> import fusedrnn.keras as fk  # doctest: +SKIP
+    >>> fk.save_model(model, "model.keras")  # doctest: +SKIP
+    """
+    restored = restore(model).replaced.values()
+    try:
+        keras.saving.save_model(model, filepath, *args, **kwargs)
+    finally:
+        for layer in restored:
+            layer.__class__ = _OURS[type(layer)]
+
+
+def _replace(model: Any, kind_of: Callable[[Any], Any]) -> Swapped:
+    """Give each recurrent layer in a model the class that `kind_of` returns.
+
+    `kind_of` returns None for a layer to leave, or raises ValueError with the reason.
+    """
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"model must be a Keras model or layer, got {type(model).__name__}")
+    done = Swapped({}, {})
+    for path, layer in _layers_in(model, "", set()):
+        if isinstance(layer, keras.Model):
+            # Functions that Keras compiled from the layers before are made again.
+            layer.train_function = layer.test_function = layer.predict_function = None
+        elif isinstance(layer, keras.layers.RNN):
+            try:
+                kind = kind_of(layer)
+            except ValueError as reason:
+                done.kept[path] = str(reason)
+                continue
+            if kind is not None:
+                layer.__class__ = kind
+                done.replaced[path] = layer
+    return done
+
+
+def _layers_in(layer: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Iterate over a layer and all layers within it, each once, with their paths."""
+    seen.add(id(layer))
+    yield path or layer.name, layer
+    # Keras has no public list of the layers within a layer that is not a model.
+    for inner in layer._flatten_layers(include_self=False, recursive=False):
+        if id(inner) not in seen:
+            yield from _layers_in(inner, f"{path}/{inner.name}" if path else inner.name, seen)
