@@ -14,6 +14,9 @@ from collections.abc import Iterator
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
+# Keras reads its backend when it is imported, which a page of the documentation may do first.
+os.environ.setdefault("KERAS_BACKEND", "torch")
+
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 

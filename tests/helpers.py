@@ -51,6 +51,8 @@ TOLERANCE = {
     "float16": Limits(2e-3, 2e-3),
     # The σ and tanh of onnxruntime are rational approximations.
     "onnxruntime": Limits(1e-6, 1e-6),
+    # Keras rounds most products of float64 to float32.
+    "Keras in float64": Limits(5e-6, 2e-5),
     # The losses of a training in float64, to which each step adds its rounding.
     "training": Limits(1e-10, 1e-10),
     # Kernels on a GPU, or on its emulator.

@@ -34,16 +34,6 @@ class Fused:
             self.cell
         )  # an unknown one is reported here rather than in the first call
 
-    # Bidirectional would call cuDNN instead of its two layers if this were "auto" or True.
-    @property
-    def use_cudnn(self) -> bool:
-        """False: the kernels are ours in every case."""
-        return False
-
-    @use_cudnn.setter
-    def use_cudnn(self, value: Any) -> None:
-        vars(self)["use_cudnn"] = value  # what Keras' own class reads after `restore`
-
     def inner_loop(
         self, sequences: Any, initial_state: Any, mask: Any, training: bool = False
     ) -> tuple[Any, Any, list[Any]]:
@@ -74,9 +64,7 @@ class Fused:
         if self.go_backwards:
             x = ops.flip(x, 1)
             mask = None if mask is None else ops.flip(mask, 1)
-        options = activations_of(self.cell) | self._masks(mask) | self._drawn_dropout(training)
-        if not getattr(self.cell, "reset_after", True):
-            options["reset_after"] = False
+        options = _options_of(self.cell) | self._masks(x, mask) | self._dropout(training)
         y, states = _run(self.cell, x, states, options)
         last = states[0]
         if mask is not None:
@@ -88,13 +76,17 @@ class Fused:
         masks = self.cell.get_dropout_mask(x[:, 0])
         return masks[0] if isinstance(masks, list) else masks
 
-    def _masks(self, mask: Any) -> dict[str, Any]:
-        """Return a mask as options of a call."""
+    def _masks(self, x: Any, mask: Any) -> dict[str, Any]:
+        """Return the mask as options of a call with x (B, T, I)."""
         if mask is None:
             return {}
+        if mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"mask must have shape (B, T) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}"
+            )
         return {"mask": mask, "masked_output": "zero" if self.zero_output_for_mask else "last"}
 
-    def _drawn_dropout(self, training: bool) -> dict[str, Any]:
+    def _dropout(self, training: bool) -> dict[str, Any]:
         """Return recurrent dropout as options of a call, with a seed from Keras' generator."""
         rate = self.cell.recurrent_dropout
         if not training or not 0 < rate < 1:
@@ -129,6 +121,14 @@ def activations_of(cell: Any) -> dict[str, Activation]:
     return {name: ours for name, ours in found.items() if ours != _USUAL[name]}
 
 
+def _options_of(cell: Any) -> dict[str, Any]:
+    """Return a Keras cell's options by our names, without those that are the usual ones."""
+    options: dict[str, Any] = dict(activations_of(cell))
+    if not getattr(cell, "reset_after", True):
+        options["reset_after"] = False
+    return options
+
+
 _register = keras.saving.register_keras_serializable("fusedrnn")
 
 
@@ -147,7 +147,8 @@ class LSTM(Fused, keras.layers.LSTM):  # type: ignore[misc]
 
     recurrent_dropout: one mask for all gates, drawn by our generator; Keras draws one for each
         gate. With it, and with implementation=1, `dropout` has one mask for all gates, too.
-    unroll, use_cudnn, implementation: without effect.
+    unroll, implementation: without effect.
+    use_cudnn: read by Bidirectional alone, which on a GPU calls cuDNN unless it is False.
 
     Raises
     ------

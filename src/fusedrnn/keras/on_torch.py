@@ -26,7 +26,7 @@ def run(
     `options` are those of our modules and of their calls.
     """
     W, R, *biases = weights_of(cell, ops.convert_to_tensor, _exchange)
-    weights = {"weight_ih_l0": W, "weight_hh_l0": R}
+    weights = {"weight_ih_l0": W.contiguous(), "weight_hh_l0": R.contiguous()}
     if biases[0] is not None:
         for name, bias in zip(("bias_ih_l0", "bias_hh_l0"), biases, strict=True):
             weights[name] = torch.zeros_like(biases[0]) if bias is None else bias
@@ -34,9 +34,8 @@ def run(
     of_call = {n: value for n, value in options.items() if n in _OF_CALLS}
     module = _module(op_of(cell), R.shape[1], W.shape[1], cell.use_bias, **of_module)
     hx = tuple(state.unsqueeze(0) for state in states)
-    y, ends = torch.func.functional_call(
-        module, weights, (x.to(W.dtype), hx if len(hx) > 1 else hx[0]), of_call
-    )
+    layer = module.with_parameters(weights)
+    y, ends = layer(x.to(W.dtype), hx if len(hx) > 1 else hx[0], **of_call)
     return y, [end.squeeze(0) for end in (ends if len(hx) > 1 else (ends,))]
 
 
