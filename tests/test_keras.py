@@ -13,6 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -295,8 +296,8 @@ def model_of(source: Any) -> Any:
     inner = keras.Sequential([keras.Input((None, H)), source.GRU(H, return_sequences=True)])
     a = keras.layers.Bidirectional(source.LSTM(H, return_sequences=True), "sum")(inputs)
     b = inner(a)
-    c = keras.layers.TimeDistributed(source.SimpleRNN(2))(ops.expand_dims(b, 3))
-    d = source.GRU(H, reset_after=False)(ops.concatenate([b, c], -1))
+    c = keras.layers.TimeDistributed(source.SimpleRNN(2))(keras.layers.Reshape((-1, H, 1))(b))
+    d = source.GRU(H, reset_after=False)(keras.layers.Concatenate()([b, c]))
     model = keras.Model(inputs, keras.layers.Dense(1)(d))
     model.compile("adam", "mse")
     return model

@@ -11,6 +11,7 @@ gemm       what W·x, dx and dW add to a call, against OpenBLAS's sgemm of the s
 calls      microseconds of a step of one row, in the forms that a call may have
 modules    the same through PyTorch's modules, beside NumPy's layer and torch.nn
 team       two threads of our own or PyTorch's, after an operation on PyTorch's
+keras      fit and predict of a Keras model on our layers against Keras' own
 """
 
 from __future__ import annotations
@@ -333,6 +334,13 @@ def team() -> Rows:
         yield name, f"{np.median(times) * 1e3:.1f}"
 
 
+def keras() -> Rows:
+    """Compare fit and predict of Keras models: Keras' time over ours, batches of B."""
+    from .keras import rows
+
+    yield from rows()
+
+
 PROPERTIES: dict[str, Callable[[], Rows]] = {
     run.__name__: run
     for run in (
@@ -347,6 +355,7 @@ PROPERTIES: dict[str, Callable[[], Rows]] = {
         calls,
         modules,
         team,
+        keras,
     )
 }
 

@@ -9,9 +9,7 @@ import keras
 
 Activation = str | tuple[str, float]
 
-# Those whose name or constant differs; the others have the same name in both.
-_DIFFERENT: dict[str, Activation] = {"linear": "identity", "leaky_relu": ("leaky_relu", 0.2)}
-_SAME = (
+_SAME_NAME = (
     "elu",
     "hard_sigmoid",
     "relu",
@@ -21,7 +19,11 @@ _SAME = (
     "softsign",
     "tanh",
 )
-OURS: dict[str, Activation] = {name: name for name in _SAME} | _DIFFERENT
+OURS: dict[str, Activation] = {
+    **{name: name for name in _SAME_NAME},
+    "leaky_relu": ("leaky_relu", 0.2),
+    "linear": "identity",
+}
 _BY_FUNCTION = {getattr(keras.activations, name): ours for name, ours in OURS.items()}
 
 

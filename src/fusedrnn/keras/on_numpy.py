@@ -25,15 +25,16 @@ def run(
     weights = weights_of(cell, ops.convert_to_tensor, _exchange)
     dtype = _computed_in(weights[0].dtype)
     of_states = np.float32 if dtype.name == "bfloat16" else dtype
-    arrays = [None if a is None else a.astype(dtype, copy=False) for a in (x, *weights)]
+    arrays = [a if a is None else a.astype(dtype, copy=False) for a in weights]
     start = [state.astype(of_states, copy=False) for state in states]
+    steps = x.astype(dtype, copy=False).swapaxes(0, 1)
     given = dict(options)
     if "mask" in given:
         given["mask"] = given["mask"].T
     if "seed" in given:
         given |= {"seed": int(given["seed"]), "training": True}
     op = getattr(fusedrnn, op_of(cell))
-    y, *ends = op(arrays[0].swapaxes(0, 1), *arrays[1:], *start, **given)
+    y, *ends = op(steps, *arrays, *start, **given)
     return y.swapaxes(0, 1), ends
 
 

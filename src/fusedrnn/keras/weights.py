@@ -26,11 +26,13 @@ def weights_of(
     value: returns the array of a Keras variable.
     exchange: exchanges the first and the second of three blocks along the last axis.
     """
-    arrays = [
-        None if v is None else value(v) for v in (cell.kernel, cell.recurrent_kernel, cell.bias)
-    ]
-    if op_of(cell) == "gru":
-        arrays = [None if a is None else exchange(a) for a in arrays]
-    kernel, recurrent_kernel, bias = arrays
-    biases = bias if bias is not None and bias.ndim == 2 else (bias, None)
-    return kernel.T, recurrent_kernel.T, biases[0], biases[1]
+    is_gru = op_of(cell) == "gru"
+
+    def read(variable: Any) -> Any:
+        return exchange(value(variable)) if is_gru else value(variable)
+
+    W, R = read(cell.kernel).T, read(cell.recurrent_kernel).T
+    if cell.bias is None:
+        return W, R, None, None
+    bias = read(cell.bias)
+    return (W, R, *bias) if bias.ndim == 2 else (W, R, bias, None)
