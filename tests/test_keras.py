@@ -27,6 +27,7 @@ pytest.importorskip("fusedrnn.keras", reason="Keras has a backend without our ke
 from keras import ops  # noqa: E402
 
 import fusedrnn.keras as fk  # noqa: E402
+from fusedrnn.bench import keras as race_of_keras  # noqa: E402
 
 HAS_GRADIENTS = keras.backend.backend() == "torch"
 ON_TORCH = pytest.mark.skipif(not HAS_GRADIENTS, reason="Keras trains on torch alone here")
@@ -299,7 +300,7 @@ def model_of(source: Any) -> Any:
     c = keras.layers.TimeDistributed(source.SimpleRNN(2))(keras.layers.Reshape((-1, H, 1))(b))
     d = source.GRU(H, reset_after=False)(keras.layers.Concatenate()([b, c]))
     model = keras.Model(inputs, keras.layers.Dense(1)(d))
-    model.compile("adam", "mse")
+    model.compile("adam", keras.losses.MeanSquaredError())
     return model
 
 
@@ -627,3 +628,14 @@ def test_keras_s_own(backend: str) -> None:
         pytest.skip(f"the installed package of Keras has no {', '.join(missing)}")
     arguments = ["-p", "keras_with_ours", "-W", "ignore", "-c", os.devnull]
     run_pytest(*arguments, *map(str, KERAS_TESTS), KERAS_BACKEND=backend)
+
+
+@ON_TORCH
+@pytest.mark.parametrize("masked", race_of_keras.MASKS)
+def test_bench(monkeypatch: pytest.MonkeyPatch, masked: str) -> None:
+    """The benchmark compares models that predict the same."""
+    monkeypatch.setattr(race_of_keras, "ROUNDS", 2)
+    keras.config.set_dtype_policy("float32")
+    for layer in race_of_keras.LAYERS:
+        times = race_of_keras.race(layer, (4, 2, 3, 5), masked, 1)
+        assert [np.shape(of_call) for of_call in times.values()] == [(2, 2), (2, 2)]

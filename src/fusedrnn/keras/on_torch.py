@@ -44,6 +44,7 @@ def _exchange(a: Tensor) -> Tensor:
     return torch.cat((second, first, third), -1)
 
 
+@torch.compiler.disable  # a compiled call would make a module each time
 @functools.lru_cache
 def _module(op: str, units: int, inputs: int, bias: bool, **options: Any) -> Any:
     """Return a module of these sizes and options, whose parameters have no values."""
