@@ -20,6 +20,8 @@ REPOSITORY = "https://github.com/fusedrnn/fusedrnn"
 
 ROOT = Path(__file__).resolve().parents[1]
 
+os.environ.setdefault("KERAS_BACKEND", "torch")  # autodoc imports fusedrnn.keras
+
 project = "fusedrnn"
 author = "The fusedrnn developers"
 copyright = author
@@ -35,7 +37,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings say shapes and types
 autodoc_preserve_defaults = True
 nitpick_ignore_regex = [
-    ("py:obj", r"torch\..*|Figure"),  # PyTorch's and matplotlib's own pages
+    ("py:obj", r"(torch|keras)\..*|Figure"),  # PyTorch's, Keras' and matplotlib's own pages
     ("py:class", r"(torch|typing|numpy)\..*|Generic|StateT"),  # bases
 ]
 

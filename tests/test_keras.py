@@ -7,6 +7,8 @@ The backend of Keras is fixed for a process: conftest.py chooses torch, and
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import importlib.util
 import itertools
 import os
@@ -628,6 +630,15 @@ def test_keras_s_own(backend: str) -> None:
         pytest.skip(f"the installed package of Keras has no {', '.join(missing)}")
     arguments = ["-p", "keras_with_ours", "-W", "ignore", "-c", os.devnull]
     run_pytest(*arguments, *map(str, KERAS_TESTS), KERAS_BACKEND=backend)
+
+
+@ON_TORCH
+@pytest.mark.parametrize("module", ["", ".layers", ".swapping"])
+def test_docstrings(module: str) -> None:
+    """Examples in docstrings run and give what they say."""
+    results = doctest.testmod(importlib.import_module(f"fusedrnn.keras{module}"))
+    assert results.attempted > 0
+    assert results.failed == 0
 
 
 @ON_TORCH

@@ -2,8 +2,10 @@
 
 Keras' backend must be torch or NumPy; the latter computes without gradients, as in Keras.
 
->>> import fusedrnn.keras as fk  # doctest: +SKIP
->>> layer = fk.LSTM(4, return_sequences=True)  # doctest: +SKIP
+>>> import keras, fusedrnn.keras as fk
+>>> model = keras.Sequential([keras.layers.LSTM(4, name="lstm")])
+>>> print(fk.swap(model))
+lstm: LSTM(4)
 """
 
 from ._backend import check_backend

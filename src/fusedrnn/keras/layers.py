@@ -157,10 +157,10 @@ class LSTM(Fused, keras.layers.LSTM):  # type: ignore[misc]
 
     Source: Hochreiter & Schmidhuber 1997; forget gate: Gers, Schmidhuber & Cummins 2000.
 
-    >>> import fusedrnn.keras as fk  # doctest: +SKIP
-    >>> layer = fk.LSTM(4, return_sequences=True)  # doctest: +SKIP
-    >>> layer(keras.ops.ones((2, 5, 3))).shape  # doctest: +SKIP
-    (2, 5, 4)
+    >>> import keras, fusedrnn.keras as fk
+    >>> layer = fk.LSTM(4, return_sequences=True)
+    >>> layer(keras.ops.ones((2, 5, 3))).shape
+    torch.Size([2, 5, 4])
     """
 
     __signature__ = inspect.signature(keras.layers.LSTM)
@@ -181,9 +181,9 @@ class GRU(Fused, keras.layers.GRU):  # type: ignore[misc]
     n = φ(x_t kernel_h + b_h + (r h') recurrent_kernel_h). Everything else is as for `LSTM`.
     Source: Cho et al. 2014; reset_after: the form of cuDNN.
 
-    >>> import fusedrnn.keras as fk  # doctest: +SKIP
-    >>> fk.GRU(4, reset_after=False)(keras.ops.ones((2, 5, 3))).shape  # doctest: +SKIP
-    (2, 4)
+    >>> import keras, fusedrnn.keras as fk
+    >>> fk.GRU(4, reset_after=False)(keras.ops.ones((2, 5, 3))).shape
+    torch.Size([2, 4])
     """
 
     __signature__ = inspect.signature(keras.layers.GRU)
@@ -199,9 +199,9 @@ class SimpleRNN(Fused, keras.layers.SimpleRNN):  # type: ignore[misc]
 
     Everything else is as for `LSTM`. Source: Elman 1990.
 
-    >>> import fusedrnn.keras as fk  # doctest: +SKIP
-    >>> fk.SimpleRNN(4, activation="relu")(keras.ops.ones((2, 5, 3))).shape  # doctest: +SKIP
-    (2, 4)
+    >>> import keras, fusedrnn.keras as fk
+    >>> fk.SimpleRNN(4, activation="relu")(keras.ops.ones((2, 5, 3))).shape
+    torch.Size([2, 4])
     """
 
     __signature__ = inspect.signature(keras.layers.SimpleRNN)

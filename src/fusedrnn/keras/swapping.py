@@ -52,9 +52,9 @@ def swap(model: Any) -> Swapped:
     ------
     TypeError: model is neither a model nor a layer.
 
-    >>> import keras, fusedrnn.keras as fk  # doctest: +SKIP
+    >>> import keras, fusedrnn.keras as fk
     >>> model = keras.Sequential([keras.layers.GRU(4, name="gru"), keras.layers.Dense(1)])
-    >>> print(fk.swap(model))  # doctest: +SKIP
+    >>> print(fk.swap(model))
     gru: GRU(4)
     """
     return _replace(model, _ours)
@@ -77,9 +77,9 @@ def restore(model: Any) -> Swapped:
     Parameters, returns and errors are those of `swap`. A model saved after `restore` can be
     loaded where this package is not installed.
 
-    >>> import keras, fusedrnn.keras as fk  # doctest: +SKIP
+    >>> import keras, fusedrnn.keras as fk
     >>> model = keras.Sequential([fk.GRU(4, name="gru"), keras.layers.Dense(1)])
-    >>> print(fk.restore(model))  # doctest: +SKIP
+    >>> print(fk.restore(model))
     gru: GRU(4)
     """
     return _replace(model, lambda layer: KERAS.get(type(layer)))
@@ -90,8 +90,11 @@ def load_model(filepath: Any, *args: Any, **kwargs: Any) -> Any:
 
     Parameters and errors are those of `keras.saving.load_model`; the replacement is `swap`'s.
 
-    >>> import fusedrnn.keras as fk  # doctest: +SKIP
-    >>> model = fk.load_model("model.keras")  # doctest: +SKIP
+    >>> import keras, tempfile, fusedrnn.keras as fk
+    >>> path = tempfile.mkdtemp() + "/model.keras"
+    >>> keras.Sequential([keras.Input((5, 3)), keras.layers.GRU(4)]).save(path)
+    >>> type(fk.load_model(path).layers[0]) is fk.GRU
+    True
     """
     model = keras.saving.load_model(filepath, *args, **kwargs)
     swap(model)
@@ -104,8 +107,11 @@ def save_model(model: Any, filepath: Any, *args: Any, **kwargs: Any) -> None:
     The file can be loaded where this package is not installed. Parameters and errors are those
     of `keras.saving.save_model`.
 
-    >>> import fusedrnn.keras as fk  # doctest: +SKIP
-    >>> fk.save_model(model, "model.keras")  # doctest: +SKIP
+    >>> import keras, tempfile, fusedrnn.keras as fk
+    >>> path = tempfile.mkdtemp() + "/model.keras"
+    >>> fk.save_model(keras.Sequential([keras.Input((5, 3)), fk.GRU(4)]), path)
+    >>> type(keras.saving.load_model(path).layers[0]) is keras.layers.GRU
+    True
     """
     restored = restore(model).replaced.values()
     try:
