@@ -30,9 +30,7 @@ class Fused:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        activations_of(
-            self.cell
-        )  # an unknown one is reported here rather than in the first call
+        activations_of(self.cell)  # reports an unknown one here, not in the first call
 
     def inner_loop(
         self, sequences: Any, initial_state: Any, mask: Any, training: bool = False
@@ -64,11 +62,13 @@ class Fused:
         if self.go_backwards:
             x = ops.flip(x, 1)
             mask = None if mask is None else ops.flip(mask, 1)
-        options = _options_of(self.cell) | self._masks(x, mask) | self._dropout(training)
+        options = _options_of(self.cell) | self._dropout_options(training)
+        if mask is not None:
+            options |= self._mask_options(mask, x)
         y, states = _run(self.cell, x, states, options)
         last = states[0]
         if mask is not None:
-            y, last = self._masked(y, last, ops.cast(mask, "bool"))
+            y, last = self._as_masked(y, last, ops.cast(mask, "bool"))
         return last, y, states
 
     def _input_mask(self, x: Any) -> Any:
@@ -76,25 +76,23 @@ class Fused:
         masks = self.cell.get_dropout_mask(x[:, 0])
         return masks[0] if isinstance(masks, list) else masks
 
-    def _masks(self, x: Any, mask: Any) -> dict[str, Any]:
-        """Return the mask as options of a call with x (B, T, I)."""
-        if mask is None:
-            return {}
+    def _mask_options(self, mask: Any, x: Any) -> dict[str, Any]:
+        """Return a mask as options of a call with x (B, T, I)."""
         if mask.shape != x.shape[:2]:
             raise ValueError(
                 f"mask must have shape (B, T) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}"
             )
         return {"mask": mask, "masked_output": "zero" if self.zero_output_for_mask else "last"}
 
-    def _dropout(self, training: bool) -> dict[str, Any]:
+    def _dropout_options(self, training: bool) -> dict[str, Any]:
         """Return recurrent dropout as options of a call, with a seed from Keras' generator."""
         rate = self.cell.recurrent_dropout
         if not training or not 0 < rate < 1:
             return {}
         seed = keras.random.randint((), 0, 2**31 - 1, seed=self.cell.seed_generator)
-        return {"recurrent_dropout": rate, "seed": seed}
+        return {"recurrent_dropout": rate, "seed": int(seed)}
 
-    def _masked(self, y: Any, h_n: Any, mask: Any) -> tuple[Any, Any]:
+    def _as_masked(self, y: Any, h_n: Any, mask: Any) -> tuple[Any, Any]:
         """Return outputs and the last output with Keras' values where a row takes no step."""
         if self.zero_output_for_mask:  # y is 0 there already
             return y, ops.where(mask[:, -1:], h_n, ops.zeros_like(h_n))
@@ -142,11 +140,11 @@ class LSTM(Fused, keras.layers.LSTM):  # type: ignore[misc]
         i, f, o = σ(a_i), σ(a_f), σ(a_o)        g = φ(a_c)
         c = f c' + i g                          h = o φ(c)
 
-    φ is `activation` and σ `recurrent_activation`. Arguments, weights and results are those of
-    `keras.layers.LSTM`, but
+    φ is the activation and σ the recurrent activation. Arguments, weights and results are those
+    of `keras.layers.LSTM`, but
 
     recurrent_dropout: one mask for all gates, drawn by our generator; Keras draws one for each
-        gate. With it, and with implementation=1, `dropout` has one mask for all gates, too.
+        gate. With it, and with implementation=1, the inputs have one mask for all gates, too.
     unroll, implementation: without effect.
     use_cudnn: read by Bidirectional alone, which on a GPU calls cuDNN unless it is False.
 

@@ -32,7 +32,7 @@ def run(
     if "mask" in given:
         given["mask"] = given["mask"].T
     if "seed" in given:
-        given |= {"seed": int(given["seed"]), "training": True}
+        given["training"] = True
     op = getattr(fusedrnn, op_of(cell))
     y, *ends = op(steps, *arrays, *start, **given)
     return y.swapaxes(0, 1), ends

@@ -32,7 +32,7 @@ def run(
             weights[name] = torch.zeros_like(biases[0]) if bias is None else bias
     of_module = {n: value for n, value in options.items() if n not in _OF_CALLS}
     of_call = {n: value for n, value in options.items() if n in _OF_CALLS}
-    module = _module(op_of(cell), R.shape[1], W.shape[1], cell.use_bias, **of_module)
+    module = _kept_module(op_of(cell), R.shape[1], W.shape[1], cell.use_bias, **of_module)
     hx = tuple(state.unsqueeze(0) for state in states)
     layer = module.with_parameters(weights)
     y, ends = layer(x.to(W.dtype), hx if len(hx) > 1 else hx[0], **of_call)
@@ -44,8 +44,11 @@ def _exchange(a: Tensor) -> Tensor:
     return torch.cat((second, first, third), -1)
 
 
-@torch.compiler.disable  # a compiled call would make a module each time
 @functools.lru_cache
 def _module(op: str, units: int, inputs: int, bias: bool, **options: Any) -> Any:
     """Return a module of these sizes and options, whose parameters have no values."""
     return _MODULES[op](inputs, units, bias=bias, batch_first=True, device="meta", **options)
+
+
+# A compiler would ignore the cache and make a module in each call.
+_kept_module: Any = torch.compiler.disable(_module)
