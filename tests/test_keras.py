@@ -199,9 +199,11 @@ def test_bidirectional(kind: str, merge_mode: str | None, return_sequences: bool
 ACTIVATIONS = [
     "elu",
     "hard_sigmoid",
+    "hard_tanh",
     "leaky_relu",
     "linear",
     "relu",
+    "relu6",
     "selu",
     "sigmoid",
     "softplus",

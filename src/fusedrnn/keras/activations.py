@@ -12,18 +12,22 @@ Activation = str | tuple[str, float]
 _SAME_NAME = (
     "elu",
     "hard_sigmoid",
+    "hard_tanh",
+    "linear",
     "relu",
+    "relu6",
     "selu",
     "sigmoid",
     "softplus",
     "softsign",
     "tanh",
 )
-OURS: dict[str, Activation] = {
+_NAMES: dict[str, Activation] = {
     **{name: name for name in _SAME_NAME},
     "leaky_relu": ("leaky_relu", 0.2),
-    "linear": "identity",
 }
+# Older versions of Keras do not have hard_tanh.
+OURS = {name: ours for name, ours in _NAMES.items() if hasattr(keras.activations, name)}
 _BY_FUNCTION = {getattr(keras.activations, name): ours for name, ours in OURS.items()}
 
 
