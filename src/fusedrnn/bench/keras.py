@@ -39,7 +39,7 @@ def race(layer: str, sizes: Sizes, masked: str, threads: int) -> dict[str, list[
     ------
     RuntimeError: the predictions differ.
     """
-    os.environ.setdefault("KERAS_BACKEND", "torch")  # read when keras is imported
+    os.environ["KERAS_BACKEND"] = "torch"  # read when keras is imported
     import keras
     import torch
 
