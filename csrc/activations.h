@@ -8,7 +8,8 @@
 //   threshold  x if x > α, else 0
 //
 // A relu, hard sigmoid and identity are lines. The slope of each follows from its value
-// alone, because the value is what is saved: α >= 0 for elu and leaky. Definitions:
+// alone, because the value is what is saved: α >= 0 for elu, leaky and threshold.
+// Definitions:
 // src/fusedrnn/reference/activations.py.
 #pragma once
 
@@ -67,7 +68,7 @@ FUSEDRNN_DEVICE V slope_of(const Activation& f, V y) {
     case Activation::softplus:
       return zero - exp_minus_1(min(zero, zero - y));
     case Activation::leaky:
-      return if_less(y, zero, alpha, one);
+      return if_less(zero, y, one, alpha);
     default:
       return if_less(y, zero, one, if_less(zero, y, one, zero));
   }
@@ -82,8 +83,9 @@ FUSEDRNN_CALLED V called_slope_of(const Activation& f, V y) {
   return slope_of(f, y);
 }
 
-// Replaced has the activations of a step: those of a call, or the cell's own. Functions
-// that have other options, too, call the former, which take much code and registers.
+// Replaced has the activations of a step: those of a call, or the cell's own. With
+// `calls`, the former are called and not inlined, because they take much code and many
+// registers.
 template <class V, bool calls>
 struct Replaced {
   const Activations& of;

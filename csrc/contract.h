@@ -84,7 +84,7 @@ FUSEDRNN_SHARED constexpr bool zones_out(const Options& o) {
 }
 
 // These bits name the parts of a cell that options change. Functions are compiled for
-// some of them: the gates (clips, peepholes) or the states (zoneout, recurrent dropout, a
+// some of them: the gates (clips, peepholes), the states (zoneout, recurrent dropout, a
 // projection, cells and gates that are returned), the activations.
 namespace changes {
 enum : int { nothing = 0, gates = 1, states = 2, activations = 4, all = 7 };

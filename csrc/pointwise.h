@@ -17,7 +17,7 @@
 namespace fusedrnn::FUSEDRNN_ARCH {
 
 // Computes the highest pre-activation, and the lowest and highest value of the
-// activations of gates and of states between the bounds.
+// activations of gates and of states, which are monotone, between the bounds.
 template <class V>
 FUSEDRNN_DEVICE void clip_bounds(double clip, const Activations& of, V (&to)[5]) {
   using S = typename V::scalar;
@@ -32,7 +32,7 @@ FUSEDRNN_DEVICE void clip_bounds(double clip, const Activations& of, V (&to)[5])
   to[4] = max(states[0], states[1]);
 }
 
-// Returns the activations of options as each backend has them.
+// Returns the activations of a step's options; cuda/units.h overloads it.
 FUSEDRNN_DEVICE const Activations& activations_of(const Options& o) {
   return o.activations;
 }

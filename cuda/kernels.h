@@ -141,7 +141,7 @@ struct TakeSteps {
 void take_steps(const TakeSteps&, int device, Stream);
 
 // MoveRows copies to[t, b, :] = from[at[t, b], b, :] of (T, B, N). Where `at` is -1 the
-// elements are those of `initial` (B, N), of state_element, or 0 if that is null.
+// elements are those of `initial` (B, N), or 0 if that is null.
 struct MoveRows : Conversion {
   const int* at;  // (T, B)
   const void* initial;

@@ -30,9 +30,11 @@ narrow neon_bf16 neon BFLOAT16 -march=armv8.2-a+bf16 &
 wait
 narrow neon_i8mm neon INT8 "-march=armv8.2-a+dotprod+i8mm -DFUSEDRNN_WITH_ROW_PAIRS"
 for source in csrc/cpu/*.cpp tests/{kernels,products}_test.cpp; do
+  while [ "$(jobs -pr | wc -l)" -ge 2 ]; do wait -n; done
   compile -ffp-contract=off -fopenmp -DFUSEDRNN_HAS_NEON -c "$source" \
-    -o "$build/$(basename "$source").o"
+    -o "$build/$(basename "$source").o" &
 done
+wait
 test "$(ls "$build"/*.o | wc -l)" -eq "$((9 + $(ls csrc/cpu/*.cpp | wc -l) + 2))"
 compile -fopenmp "$build"/*.o -o "$build/kernels_test"
 qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu "$build/kernels_test"

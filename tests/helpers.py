@@ -165,17 +165,17 @@ OPTIONS = {
     "bptt": "h",
     "recompute": "h",
     "activation": "a",
-    "recurrent_activation": "n",
+    "recurrent_activation": "a",
 }
 
 
 def options_of(cell: Cell) -> list[str]:
     """The options that a cell knows: c those of an LSTM, n those of cells with gates, a those
-    of cells whose activation is a tanh.
+    that the cell declares.
     """
     kinds = "h" + "c" * ("c" in cell.states) + "n" * (len(cell.gates) > 1)
-    kinds += "a" * (cell.name not in ("rnn_relu", "rnn_identity"))
-    return [name for name, kind in OPTIONS.items() if kind in kinds]
+    declared = cell.reference.activations
+    return [name for name, kind in OPTIONS.items() if kind in kinds or name in declared]
 
 
 def with_options(

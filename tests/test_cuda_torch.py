@@ -74,6 +74,8 @@ def test_torch_tensors_on_the_emulator(dtype: str, monkeypatch: pytest.MonkeyPat
 
 
 TORCH_OPTIONS = [
+    ("lstm", ["mask last", "return_cells", "trace", "peephole", "recompute"]),
+    ("gru", ["mask", "resets", "reverse"]),
     ("lstm", []),
     ("gru", ["lengths", "reverse"]),
     ("rnn_relu", ["resets", "bptt"]),

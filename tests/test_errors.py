@@ -111,7 +111,12 @@ WRONG = [
         ValueError,
         "resets must be bool or numbers that are 0 or 1, got -1",
     ),
-    ("resets", lambda a: "no", TypeError, "resets must be bool, got <U2"),
+    (
+        "resets",
+        lambda a: "no",
+        TypeError,
+        "resets must be bool or numbers that are 0 or 1, got <U2",
+    ),
     ("resets", lambda a: [[True], []], TypeError, "resets must be an array"),
     (
         "resets",

@@ -144,6 +144,20 @@ def test_masks_without_effect(cell: Cell, dtype: np.dtype) -> None:
             np.testing.assert_array_equal(a, b)
 
 
+def test_long_gaps_in_bfloat16() -> None:
+    """The gradients of repeated rows are summed in float32 and rounded once."""
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    weights = [np.full((1, 1), 0.5, bfloat16), np.zeros((1, 1), bfloat16)]
+    x, h0 = np.ones((1200, 2, 1), bfloat16), np.zeros((2, 1), np.float32)
+    mask = np.zeros((1200, 2), bool)
+    mask[400, 1] = True
+    _, pullback = fr.rnn_vjp(x, *weights, h0=h0, mask=mask, masked_output="last")
+    gradients = pullback(np.ones((1200, 2, 1), bfloat16))
+    slope = 0.5 * (1 - np.tanh(0.5) ** 2)
+    np.testing.assert_array_equal(gradients.h0, [[1200], [400]])
+    np.testing.assert_allclose(float(gradients.x[400, 1, 0]), 800 * slope, rtol=1e-2)
+
+
 def test_an_output_of_the_user() -> None:
     """`out` gets y with the steps at their times, whatever its strides."""
     values, _ = with_options(CELLS["gru"], Sizes(7, 4, 3, 6), [])
@@ -199,8 +213,12 @@ def test_a_stream_takes_masks() -> None:
 MASK = np.ones((3, 2), bool)
 WRONG = [
     ({"mask": MASK.T}, ValueError, "mask must have shape (T, B) = (3, 2), got (2, 3)"),
-    ({"mask": "no"}, TypeError, "mask must be bool, got <U2"),
-    ({"mask": MASK * 1j}, TypeError, "mask must be bool, got complex128"),
+    ({"mask": "no"}, TypeError, "mask must be bool or numbers that are 0 or 1, got <U2"),
+    (
+        {"mask": MASK * 1j},
+        TypeError,
+        "mask must be bool or numbers that are 0 or 1, got complex128",
+    ),
     ({"mask": MASK * 2}, ValueError, "mask must be bool or numbers that are 0 or 1, got 2"),
     (
         {"mask": MASK * np.nan},

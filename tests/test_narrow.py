@@ -194,6 +194,10 @@ def test_masks(name: str, precision: Any, isa_with_units: str) -> None:
         alone, _ = layer(x[:n, b], resets=resets[:n, b])
         np.testing.assert_array_equal(y[:n, b], alone)
         assert not y[n:, b].any()
+    taken = np.random.default_rng(1).random((6, 7)) < 0.6
+    y, _ = layer(x, mask=taken)
+    for b, steps in enumerate(taken.T):
+        np.testing.assert_array_equal(y[steps, b], layer(x[steps, b])[0])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

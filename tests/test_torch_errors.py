@@ -100,7 +100,10 @@ WRONG = {
     "resets kind": (ValueError, "resets must be bool or numbers that are 0 or 1, got 0.5"),
     "mask shape": (ValueError, r"mask must have .* \(5, 2\), got \(2, 5\)"),
     "mask value": (ValueError, "mask must be bool or numbers that are 0 or 1, got 2"),
-    "mask kind": (TypeError, "mask must be bool, got torch.complex64"),
+    "mask kind": (
+        TypeError,
+        "mask must be bool or numbers that are 0 or 1, got torch.complex64",
+    ),
     "mask and lengths": (ValueError, "true at step 4 of row 1, whose length is 4"),
     "packed mask": (TypeError, "mask must be None with a PackedSequence"),
     "resets shape": (ValueError, r"resets must have .* \(5, 2\), got \(2, 5\)"),

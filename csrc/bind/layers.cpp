@@ -86,6 +86,7 @@ double as_double(PyObject* number) { return PyFloat_AsDouble(number); }
 // Reads reference.Activation, or None for the cell's own.
 Activation activation_of(PyObject* tuple) {
   if (tuple == Py_None) return {};
+  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 5) refuse("activation");
   const auto at = [&](int n) { return as_double(PyTuple_GET_ITEM(tuple, n)); };
   return {static_cast<int>(at(0)), at(1), at(2), at(3), at(4)};
 }
@@ -140,16 +141,20 @@ bool copy_flags(const py::handle& object, const Sequence& x, bool batch_first,
   to = Memory(static_cast<std::size_t>(x.T * x.B + 1));
   const char* const start = static_cast<const char*>(a.data());
   const index t = a.strides(time), b = x.unbatched ? 0 : a.strides(row);
-  for (index n = 0; n < x.T * x.B; ++n) {
-    to.as<bool>()[n] = start[n / x.B * t + n % x.B * b] != 0;
+  bool* flag = to.as<bool>();
+  for (index n = 0; n < x.T; ++n) {
+    for (index m = 0; m < x.B; ++m) *flag++ = start[n * t + m * b] != 0;
   }
   return true;
 }
 
 // Returns whether no mask is true where lengths say that a row takes no step.
 bool fits_lengths(const StackCall& c) {
-  for (index n = 0; c.mask && c.lengths && n < c.T * c.B; ++n) {
-    if (c.mask[n] && n / c.B >= c.lengths[n % c.B]) return false;
+  if (!c.mask || !c.lengths) return true;
+  for (index t = 0, n = 0; t < c.T; ++t) {
+    for (index b = 0; b < c.B; ++b, ++n) {
+      if (c.mask[n] && t >= c.lengths[b]) return false;
+    }
   }
   return true;
 }

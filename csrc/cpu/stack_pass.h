@@ -91,23 +91,25 @@ void add_elements(const char* from, index n, char* to) {
     reinterpret_cast<E*>(to)[i] += reinterpret_cast<const E*>(from)[i];
   }
 }
-// Adds n values to others. Elements have `item` and `to_item` bytes: both those of the
-// layout's type, or of bfloat16, or bfloat16 is added to float32.
+// Adds n values to others. Elements have `item` and `to_item` bytes; where one type is
+// bfloat16, the other may be float32, and a sum is rounded once.
 inline void add_values(const Layout& l, const char* from, index item, index n, char* to,
                        index to_item) {
   if (item == 8) return add_elements<double>(from, n, to);
-  if (item == 4) return add_elements<float>(from, n, to);
+  if (item == 4 && to_item == 4) return add_elements<float>(from, n, to);
   constexpr index at_once = 256;
-  for (index k = 0; k < n; k += at_once, from += 2 * at_once, to += to_item * at_once) {
+  for (index k = 0; k < n;
+       k += at_once, from += item * at_once, to += to_item * at_once) {
     const index count = std::min(n - k, at_once);
-    char sums[4 * at_once], others[4 * at_once];
-    l.halves->widen(from, count, others);
+    char sums[4 * at_once], widened[4 * at_once];
+    if (item == 2) l.halves->widen(from, count, widened);
+    const char* const terms = item == 2 ? widened : from;
     if (to_item == 4) {
-      add_elements<float>(others, count, to);
+      add_elements<float>(terms, count, to);
       continue;
     }
     l.halves->widen(to, count, sums);
-    add_elements<float>(others, count, sums);
+    add_elements<float>(terms, count, sums);
     l.halves->narrow(sums, count, to);
   }
 }

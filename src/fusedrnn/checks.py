@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from numbers import Real
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from .bfloat16 import is_bfloat16
-from .reference import ACTIVATIONS, Activation, Array
+from .reference import ACTIVATIONS, Activation, Array, activation_of
+from .reference.activations import REQUIRED
 
+_FLOAT = np.finfo(np.float32)
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 NAMES = ("float32", "float64", "bfloat16")  # of the dtypes on the CPU
 
@@ -96,7 +97,10 @@ def number(name: str, value: Any) -> float:
     """Return a real number as a float."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (Real, np.number)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that float64 has, got {value}") from None
 
 
 def probability(name: str, value: Any) -> float:
@@ -135,21 +139,23 @@ def activation(name: str, value: Any) -> Activation:
         raise TypeError(
             f"{name} must be a name or a tuple (name, numbers …), got {type(value).__name__}"
         )
-    key, *given = (value,) if isinstance(value, str) else (*value, None)[: len(value) or 1]
-    if key not in ACTIVATIONS:
+    key, *given = (value,) if isinstance(value, str) or not value else value
+    if not isinstance(key, str) or key not in ACTIVATIONS:
         raise ValueError(f"{name} must be one of {', '.join(ACTIVATIONS)}, got {key!r}")
-    defaults, make = ACTIVATIONS[key]
-    if len(given) > len(defaults):
-        raise ValueError(f"{name} {key} takes {len(defaults)} numbers, got {len(given)}")
-    numbers = [number(f"a number of {name}", n) for n in given]
-    found: Activation = make(*numbers, *defaults[len(numbers) :])
-    if not all(map(math.isfinite, numbers)):
-        raise ValueError(f"{name} {key} must have finite numbers, got {numbers}")
-    if found.is_ambiguous:
+    most = len(ACTIVATIONS[key][0])
+    if len(given) > most:
         raise ValueError(
-            f"{name} {key} must have a slope that follows from its value, got {numbers}"
+            f"{name} {key} takes at most {most} number{'s' * (most != 1)}, got {len(given)}"
         )
-    return found
+    numbers = [number(f"a number of {name} {key}", n) for n in given]
+    for n in numbers:
+        if n != 0 and not _FLOAT.tiny <= abs(n) <= _FLOAT.max:
+            raise ValueError(f"{name} {key} must have numbers that float32 has, got {n}")
+    if numbers and key in REQUIRED:
+        required, holds = REQUIRED[key]
+        if not holds(numbers[0]):
+            raise ValueError(f"{name} {key} must have {required}, got {numbers[0]}")
+    return activation_of(key, *numbers)
 
 
 def seed(value: Any) -> int | None:
@@ -177,7 +183,7 @@ def flags(name: str, value: Any, expected: tuple[int, ...], axes: str) -> Array:
     """Return a copy of resets or a mask as bool; numbers must all be 0 or 1."""
     given = as_array(name, value)
     if given.dtype.kind not in "biuf":
-        raise TypeError(f"{name} must be bool, got {given.dtype}")
+        raise TypeError(f"{name} must be bool or numbers that are 0 or 1, got {given.dtype}")
     shape(name, given, expected, axes)
     copy: Array = given != 0  # a bool view of integers may have bytes other than 0 and 1
     if given.dtype != bool and (given != copy).any():
@@ -198,6 +204,12 @@ def fits(mask: Array, lengths: Array, time_axis: int) -> None:
             f"mask must be false from a row's length on: it is true at step {t}{where}, "
             f"whose length is {length}"
         )
+
+
+def repeats(mask: Any, masked_output: str) -> None:
+    """Check that y is repeated only where there is a mask."""
+    if mask is None and masked_output == "last":
+        raise ValueError('masked_output must be "zero" without a mask, got "last"')
 
 
 def choice(name: str, value: Any, known: tuple[str, ...]) -> str:

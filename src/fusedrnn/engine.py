@@ -117,8 +117,7 @@ def check_masks(
         mask = on.flags("mask", mask, x.shape[:-1], axes)
         if lengths is not None:
             on.check_mask(mask, lengths, int(bool(batch) and spec.batch_first))
-    elif options.repeats:
-        raise ValueError('masked_output must be "zero" without a mask, got "last"')
+    checks.repeats(mask, "last" if options.repeats else "zero")
     return lengths, resets, mask
 
 

@@ -98,7 +98,7 @@ def check_options(
     if not arguments:
         return _TRAINING if training else PLAIN
     known = ["clip", "zoneout", *_NUMBERS, "training", "seed", "trace", "masked_output"]
-    known += OWN_ACTIVATIONS if len(cell.gates) > 1 else ["activation"]
+    known += ["activation", *cell.reference.activations]
     if is_vjp:
         known += ["bptt", "recompute"]
     if "c" in cell.states:
@@ -128,11 +128,10 @@ def _activation(cell: Cell, name: str, value: Any) -> Activation | None:
     found = checks.activation(name, value)
     if found == checks.activation(name, OWN_ACTIVATIONS[name]):
         return None
-    if cell.op == "rnn" and cell.name != "rnn_tanh":
-        nonlinearity = cell.arguments["nonlinearity"]
+    if name not in cell.reference.activations:
         raise ValueError(
-            f'{name} must be "tanh", the default, with nonlinearity="{nonlinearity}", '
-            f"got {value!r}"
+            f'{name} must be "tanh", the default, with '
+            f'nonlinearity="{cell.arguments["nonlinearity"]}", got {value!r}'
         )
     return found
 

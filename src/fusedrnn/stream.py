@@ -167,9 +167,8 @@ class Stream:
             resets = resets[:, None] if batch_first else resets[None]
         sequence = x[:, None] if batch_first else x[None]
         if mask is not None:
-            taken = checks.flags(
-                "mask", mask, x.shape[:1] * (self.batch_size is not None), "(B,)"
-            )
+            rows = () if self.batch_size is None else (self.batch_size,)
+            taken = checks.flags("mask", mask, rows, "(B,)" if rows else "of one flag")
             mask = taken.reshape(-1, 1) if batch_first else taken.reshape(1, -1)
         y, after = layer(sequence, state, None, resets, mask, masked_output=masked_output)[:2]
         self._state, self._reset_rows = after if isinstance(after, tuple) else (after,), None

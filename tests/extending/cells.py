@@ -3,15 +3,18 @@
 
 
 def _gated(x: Array, h_dropped: Array, state: State, p: Parameters, o: Options) -> Step:
+    phi, phi_gate = o.activation or TANH, o.recurrent_activation or SIGMOID
     a_x, pull_x = _input_part(x, slice(None), p)
     a_h, pull_h = _recurrent_part(h_dropped, slice(None), p)
-    bounded, passes = _clipped(a_x + a_h, o.clip)
-    a_i, a_g = blocks(bounded, 2)
-    i, g = sigmoid(a_i), module_of(a_g).tanh(a_g)
+    a_i, a_g = blocks(a_x + a_h, 2)
+    i, passes_i = _activated(phi_gate, a_i, p, o)
+    g, passes_g = _activated(phi, a_g, p, o)
 
     def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
         (dh,) = d
-        da = np.concatenate([dh * g * i * (1 - i), dh * i * (1 - g**2)], -1) * passes
+        da_i = dh * g * phi_gate.slope(i) * passes_i
+        da_g = dh * i * phi.slope(g) * passes_g
+        da = np.concatenate([da_i, da_g], -1)
         return pull_x(da, into), pull_h(da, into), (np.zeros_like(dh),)
 
     return Step((i * g,), {"i": i, "g": g}, pull)
@@ -19,21 +22,22 @@ def _gated(x: Array, h_dropped: Array, state: State, p: Parameters, o: Options) 
 
 def _ligru(x: Array, h_dropped: Array, state: State, p: Parameters, o: Options) -> Step:
     (h_prev,) = state
+    phi_gate = o.recurrent_activation or SIGMOID
     a_x, pull_x = _input_part(x, slice(None), p)
     a_h, pull_h = _recurrent_part(h_dropped, slice(None), p)
-    bounded, passes = _clipped(a_x + a_h, o.clip)
-    a_z, a_n = blocks(bounded, 2)
-    z = sigmoid(a_z)
-    n = module_of(a_n).where(a_n.real <= 0, module_of(a_n).zeros_like(a_n), a_n)
+    a_z, a_n = blocks(a_x + a_h, 2)
+    z, passes_z = _activated(phi_gate, a_z, p, o)
+    n, passes_n = _activated(RELU, a_n, p, o)
 
     def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
         (dh,) = d
-        dz, dn = dh * (h_prev - n), dh * (1 - z)
-        da = np.concatenate([dz * z * (1 - z), dn * (n.real > 0)], -1) * passes
+        da_z = dh * (h_prev - n) * phi_gate.slope(z) * passes_z
+        da_n = dh * (1 - z) * RELU.slope(n) * passes_n
+        da = np.concatenate([da_z, da_n], -1)
         return pull_x(da, into), pull_h(da, into), (dh * z,)
 
     return Step((z * h_prev + (1 - z) * n,), {"z": z, "n": n}, pull)
 
 
 RNN["gated"] = Cell("ig", ("h",), _gated)
-RNN["ligru"] = Cell("zn", ("h",), _ligru, jumps=True)
+RNN["ligru"] = Cell("zn", ("h",), _ligru, ("recurrent_activation",), jumps=True)

@@ -20,18 +20,17 @@ struct Gated {
 
   template <class X>
   FUSEDRNN_DEVICE static State<V> forward(V (&a)[slots], State<V> prev, const X& x) {
-    a[I] = sigmoid(x.bounded(a[I]));
-    a[G] = tanh(x.bounded(a[G]));
+    a[I] = x.gate(x.bounded(a[I]));
+    a[G] = x.state(x.bounded(a[G]));
     return {a[I] * a[G], prev.c};
   }
 
   template <class X>
   FUSEDRNN_DEVICE static State<V> backward(V (&s)[slots], State<V>, V, V dh, V dc,
                                            const X& x) {
-    const V one = V::broadcast(1);
     const V i = s[I], g = s[G];
-    s[I] = x.through_sigmoid(i, dh * g * (i * (one - i)));
-    s[G] = x.through_tanh(g, dh * i * (one - g * g));
+    s[I] = x.through_gate(i, dh * g * x.gate_slope(i));
+    s[G] = x.through_state(g, dh * i * x.state_slope(g));
     return {V::broadcast(0), dc};
   }
 };

@@ -24,7 +24,7 @@ struct LiGru {
 
   template <class X>
   FUSEDRNN_DEVICE static State<V> forward(V (&a)[slots], State<V> prev, const X& x) {
-    a[Z] = sigmoid(x.bounded(a[Z]));
+    a[Z] = x.gate(x.bounded(a[Z]));
     a[N] = max(V::broadcast(0), x.bounded(a[N]));
     return {fma(a[Z], prev.h, (V::broadcast(1) - a[Z]) * a[N]), prev.c};
   }
@@ -34,7 +34,7 @@ struct LiGru {
                                            const X& x) {
     const V zero = V::broadcast(0), one = V::broadcast(1);
     const V z = s[Z], n = s[N];
-    s[Z] = x.through_sigmoid(z, dh * (prev.h - n) * (z * (one - z)));
+    s[Z] = x.through_gate(z, dh * (prev.h - n) * x.gate_slope(z));
     s[N] = x.through_bounds(n, if_less(zero, n, dh * (one - z), zero));
     return {dh * z, dc};
   }

@@ -171,7 +171,7 @@ class Device:
         return self.framework.empty(shape, dtype, self.device, self.stream)
 
     def scratch(self, shape: tuple[int, ...], dtype: str) -> View:
-        """Return the view of new memory, of any dtype that the kernels know."""
+        """Return the view of new memory of int32 or bool."""
         item = 4 if dtype == "int32" else 1
         memory = self._bytes(item * math.prod(shape))
         where = memory.pointer, shape, None, dtype, self.device, memory.owner

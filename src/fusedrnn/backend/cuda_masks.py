@@ -68,19 +68,19 @@ class Steps:
         return to
 
     def spread(self, a: Any) -> Any:
-        """Return a compact sequence with steps at their own times, and 0 at the others."""
-        compact = self.on.see(a)
-        made = self.on.empty(compact.shape, compact.dtype)
-        self.spread_into(compact, self.on.see(made))
-        return made
+        """Return a compact sequence, or gates (T, B, gates, H), with steps at their own times.
 
-    def spread_into(self, a: View, to: View) -> None:
-        """Write a compact sequence, or gates (T, B, gates, H), with steps at their times."""
-        if a.ndim == 3:
-            self._move(a, 1, None, to)
-            return
-        for k in range(a.shape[2]):
-            self._move(a[:, :, k], 1, None, to[:, :, k])
+        At the other times it is 0.
+        """
+        compact = self.on.see(a)
+        result = self.on.empty(compact.shape, compact.dtype)
+        to = self.on.see(result)
+        if compact.ndim == 3:
+            self._move(compact, 1, None, to)
+        else:
+            for k in range(compact.shape[2]):
+                self._move(compact[:, :, k], 1, None, to[:, :, k])
+        return result
 
     def repeat_into(self, a: View, h0: View | None, to: View) -> None:
         """Write y from compact y, with h of the unchanged state where no step is taken.
@@ -92,7 +92,7 @@ class Steps:
             self._move(self._part(a, d), table, start, self._part(to, d))
 
     def gather_gradient(self, dy: View | None, repeats: bool) -> View | None:
-        """Return the compact gradient of y from that of y, which repeats or has zeros."""
+        """Return the gradient of the compact y from that of the user's y."""
         if dy is None or not repeats:
             return self.compact(dy)
         to = self.on.see(self.on.empty(dy.shape, dy.dtype))

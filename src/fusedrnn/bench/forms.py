@@ -30,6 +30,14 @@ def _resets(T: int, B: int) -> dict[str, Any]:
     return {"resets": np.random.default_rng(0).random((T, B)) < 0.05}
 
 
+def _gaps(T: int, B: int) -> dict[str, Any]:
+    return {"mask": np.random.default_rng(0).random((T, B)) < 0.5}
+
+
+def _left_padding(T: int, B: int) -> dict[str, Any]:
+    return {"mask": np.arange(T)[:, None] >= T - drawn_lengths(T, B)}
+
+
 @dataclass(frozen=True)
 class Form:
     """How a case differs from the plain layer.
@@ -60,6 +68,12 @@ STRUCTURES = {
 OPTIONS = {
     "full-lengths": Form(call=lambda T, B: {"lengths": np.full(B, T)}),
     "resets": Form(call=_resets),
+    "mask-gaps": Form(call=_gaps),
+    "mask-left": Form(call=_left_padding),
+    "relu": Form({"activation": "relu"}),
+    "selu": Form({"activation": "selu"}),
+    "softplus": Form({"activation": "softplus"}),
+    "hard-sigmoid": Form({"recurrent_activation": "hard_sigmoid"}, cells=_GATED),
     "zoneout": Form({"zoneout": 0.1}),
     "recurrent-dropout": Form({"recurrent_dropout": 0.2}, modes=_TRAINING),
     "clip": Form({"clip": 3.0}),

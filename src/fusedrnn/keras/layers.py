@@ -57,7 +57,7 @@ class Fused:
         if self.stateful:
             # Keras assigns the new state to these tensors, and backward reads the old one.
             states = [ops.copy(state) for state in states]
-        if training and self.cell.dropout:
+        if training and 0 < self.cell.dropout < 1:
             x = x * ops.expand_dims(self._input_mask(x), 1)
         if self.go_backwards:
             x = ops.flip(x, 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -57,7 +58,7 @@ def swap(model: Any) -> Swapped:
     >>> print(fk.swap(model))
     gru: GRU(4)
     """
-    return _replace(model, _ours)
+    return _renewed(model, _replace(model, _ours)[0])
 
 
 def _ours(layer: Any) -> Any:
@@ -82,7 +83,7 @@ def restore(model: Any) -> Swapped:
     >>> print(fk.restore(model))
     gru: GRU(4)
     """
-    return _replace(model, lambda layer: KERAS.get(type(layer)))
+    return _renewed(model, _replace(model, lambda layer: KERAS.get(type(layer)))[0])
 
 
 def load_model(filepath: Any, *args: Any, **kwargs: Any) -> Any:
@@ -105,7 +106,8 @@ def save_model(model: Any, filepath: Any, *args: Any, **kwargs: Any) -> None:
     """Save a model by `keras.saving.save_model`, with Keras' own recurrent layers in the file.
 
     The file can be loaded where this package is not installed. Parameters and errors are those
-    of `keras.saving.save_model`.
+    of `keras.saving.save_model`. The layers have Keras' classes while the file is written, so
+    no other thread may use the model meanwhile.
 
     >>> import keras, tempfile, fusedrnn.keras as fk
     >>> path = tempfile.mkdtemp() + "/model.keras"
@@ -113,7 +115,7 @@ def save_model(model: Any, filepath: Any, *args: Any, **kwargs: Any) -> None:
     >>> type(keras.saving.load_model(path).layers[0]) is keras.layers.GRU
     True
     """
-    restored = restore(model).replaced.values()
+    _, restored = _replace(model, lambda layer: KERAS.get(type(layer)))
     try:
         keras.saving.save_model(model, filepath, *args, **kwargs)
     finally:
@@ -121,35 +123,53 @@ def save_model(model: Any, filepath: Any, *args: Any, **kwargs: Any) -> None:
             layer.__class__ = _OURS[type(layer)]
 
 
-def _replace(model: Any, kind_of: Callable[[Any], Any]) -> Swapped:
+def _replace(model: Any, kind_of: Callable[[Any], Any]) -> tuple[Swapped, list[Any]]:
     """Give each recurrent layer in a model the class that `kind_of` returns.
 
-    `kind_of` returns None for a layer to leave, or raises ValueError with the reason.
+    `kind_of` returns None for a layer to leave, or raises ValueError with the reason. Returns
+    the names, and the layers that were changed.
     """
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"model must be a Keras model or layer, got {type(model).__name__}")
-    done = Swapped({}, {})
+    done, changed = Swapped({}, {}), []
     for path, layer in _layers_in(model, "", set()):
-        if isinstance(layer, keras.Model):
-            # Functions that Keras compiled from the layers before are made again.
-            layer.train_function = layer.test_function = layer.predict_function = None
-        elif isinstance(layer, keras.layers.RNN):
-            try:
-                kind = kind_of(layer)
-            except ValueError as reason:
-                done.kept[path] = str(reason)
-                continue
-            if kind is not None:
-                layer.__class__ = kind
-                done.replaced[path] = layer
+        if not isinstance(layer, keras.layers.RNN):
+            continue
+        name = _unique(path, {**done.replaced, **done.kept})
+        try:
+            kind = kind_of(layer)
+        except ValueError as reason:
+            done.kept[name] = str(reason)
+            continue
+        if kind is not None:
+            layer.__class__ = kind
+            done.replaced[name] = layer
+            changed.append(layer)
+    return done, changed
+
+
+def _unique(path: str, used: Collection[str]) -> str:
+    """Return a name that is not used: layers within a layer may have equal names."""
+    names = itertools.chain([path], (f"{path} ({n})" for n in itertools.count(2)))
+    return next(name for name in names if name not in used)
+
+
+def _renewed(model: Any, done: Swapped) -> Swapped:
+    """Let Keras make again the functions that it compiled from a model's layers."""
+    for _, layer in _layers_in(model, "", set()) if done.replaced else ():
+        for name in ("train", "test", "predict"):
+            if getattr(layer, f"{name}_function", None) is not None:
+                getattr(layer, f"make_{name}_function")(force=True)
     return done
 
 
-def _layers_in(layer: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+def _layers_in(layer: Any, path: str, visited: set[int]) -> Iterator[tuple[str, Any]]:
     """Iterate over a layer and all layers within it, each once, with their paths."""
-    seen.add(id(layer))
+    visited.add(id(layer))
     yield path or layer.name, layer
     # Keras has no public list of the layers within a layer that is not a model.
     for inner in layer._flatten_layers(include_self=False, recursive=False):
-        if id(inner) not in seen:
-            yield from _layers_in(inner, f"{path}/{inner.name}" if path else inner.name, seen)
+        if id(inner) not in visited:
+            yield from _layers_in(
+                inner, f"{path}/{inner.name}" if path else inner.name, visited
+            )

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .activations import ACTIVATIONS, Activation, sigmoid
+from .activations import ACTIVATIONS, Activation, activation_of, sigmoid
 from .cells import (
     COUPLED_LSTM,
     GRU,
@@ -50,6 +50,7 @@ __all__ = [
     "Options",
     "Parameters",
     "Run",
+    "activation_of",
     "dropout",
     "gru",
     "gru_vjp",
@@ -94,9 +95,7 @@ def op(
     for name in ("activation", "recurrent_activation"):
         value = arguments.pop(name, None)
         if value is not None and not isinstance(value, Activation):
-            key, *numbers = (value,) if isinstance(value, str) else value
-            defaults, make = ACTIVATIONS[key]
-            value = make(*numbers, *defaults[len(numbers) :])
+            value = activation_of(*((value,) if isinstance(value, str) else value))
         given[name] = value
     options = Options(**given, zoneout=pair, where=where, repeats=repeats)
     requested = [arguments.pop(name, False) for name in ("return_cells", "trace")]

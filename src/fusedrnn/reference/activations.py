@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ class Activation(NamedTuple):
         """Return φ(a), of real or complex a."""
         xp, alpha, beta = module_of(a), self.alpha, self.beta
         zero = xp.zeros_like(a)
-        is_negative = a.real < 0
+        is_negative = a.real <= 0
         negative, positive = xp.where(is_negative, a, zero), xp.where(is_negative, zero, a)
         size = positive - negative
         value: Any
@@ -85,17 +86,10 @@ class Activation(NamedTuple):
         elif self.kind == Kind.SOFTPLUS:
             value = -xp.expm1(-y)
         elif self.kind == Kind.LEAKY:
-            value = xp.where(y.real < 0, alpha * one, one)
+            value = xp.where(y.real > 0, one, alpha * one)
         else:
             value = xp.where(y.real == 0, 0 * one, one)
         return value  # type: ignore[no-any-return]
-
-    @property
-    def is_ambiguous(self) -> bool:
-        """Whether the slope does not follow from the value."""
-        if self.kind == Kind.TANH:
-            return self.alpha == 0
-        return self.kind in (Kind.ELU, Kind.LEAKY) and self.alpha < 0
 
     @property
     def jumps(self) -> bool:
@@ -115,7 +109,7 @@ RELU = Activation(Kind.LINE, 1.0, 0.0, 0.0)
 IDENTITY = Activation(Kind.LINE, 1.0, 0.0)
 _SELU = 1.6732632423543772, 1.0507009873554805  # Klambauer et al. 2017
 
-# The activations by name: their parameters, with default values, and the function of these.
+# The activations by name: their numbers, with default values, and the function of these.
 ACTIVATIONS: dict[str, tuple[tuple[float, ...], Any]] = {
     "tanh": ((1.0, 1.0), lambda a, b: Activation(Kind.TANH, a, b)),
     "sigmoid": ((), lambda: SIGMOID),
@@ -133,3 +127,18 @@ ACTIVATIONS: dict[str, tuple[tuple[float, ...], Any]] = {
     "leaky_relu": ((0.01,), lambda a: Activation(Kind.LEAKY, a)),
     "thresholded_relu": ((1.0,), lambda a: Activation(Kind.THRESHOLD, a)),
 }
+# The numbers for which the slope follows from the value, where not all are right.
+REQUIRED: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "tanh": ("alpha ≠ 0", lambda alpha: alpha != 0),
+    **{
+        name: ("alpha ≥ 0", lambda alpha: alpha >= 0)
+        for name in ("elu", "leaky_relu", "thresholded_relu")
+    },
+}
+
+
+def activation_of(name: str, *numbers: float) -> Activation:
+    """Return the activation of a name, with default values for numbers that are left out."""
+    defaults, make = ACTIVATIONS[name]
+    found: Activation = make(*numbers, *defaults[len(numbers) :])
+    return found

@@ -129,6 +129,8 @@ class Cell:
     gates: blocks of H rows in the weights, one letter each.
     states: names of the states that a step hands to the next.
     step: (x, h' as R reads it, after dropout; state, parameters, options) -> Step.
+    activations: the options that replace the cell's activations: activation for tanh,
+        recurrent_activation for σ.
     jumps: whether the derivative of an activation jumps, as relu's does. Near the jump,
         gradients may differ by more than rounding.
     """
@@ -136,6 +138,7 @@ class Cell:
     gates: str
     states: tuple[str, ...]
     step: Callable[[Array, Array, State, Parameters, Options], Step]
+    activations: tuple[str, ...] = ("activation", "recurrent_activation")
     jumps: bool = False
 
 
@@ -265,7 +268,7 @@ COUPLED_LSTM = Cell("igo", ("h", "c"), _lstm(coupled=True))
 GRU = Cell("rzn", ("h",), _gru(reset_after=True))
 GRU_RESET_BEFORE = Cell("rzn", ("h",), _gru(reset_after=False))
 RNN: dict[str, Cell] = {
-    "tanh": Cell("h", ("h",), _rnn(TANH)),
-    "relu": Cell("h", ("h",), _rnn(RELU), jumps=True),
-    "identity": Cell("h", ("h",), _rnn(IDENTITY)),
+    "tanh": Cell("h", ("h",), _rnn(TANH), ("activation",)),
+    "relu": Cell("h", ("h",), _rnn(RELU), (), jumps=True),
+    "identity": Cell("h", ("h",), _rnn(IDENTITY), ()),
 }

@@ -121,9 +121,10 @@ def _readable(a: Maybe) -> Maybe:
     return None if a is None else a.resolve_neg().contiguous()
 
 
-def _prepared(call: Call, given: Inputs) -> _Arguments:
-    """Return the arguments of the kernels from x to the options, checked and readable."""
-    x, h0, c0, parameters, lengths, resets, mask, seed = given
+def checked_masks(
+    x: Tensor, lengths: Maybe, resets: Maybe, mask: Maybe
+) -> tuple[Maybe, Maybe, Maybe]:
+    """Return the masks of x (T, B, I) as the kernels read them on the CPU."""
     T, B, _ = x.shape
 
     def flags(name: str, a: Maybe) -> Maybe:
@@ -138,6 +139,13 @@ def _prepared(call: Call, given: Inputs) -> _Arguments:
     resets, mask = flags("resets", resets), flags("mask", mask)
     if mask is not None and lengths is not None:
         checks.fits(mask.numpy(), lengths.numpy(), 0)
+    return lengths, resets, mask
+
+
+def _prepared(call: Call, given: Inputs) -> _Arguments:
+    """Return the arguments of the kernels from x to the options, checked and readable."""
+    x, h0, c0, parameters, *masks, seed = given
+    lengths, resets, mask = checked_masks(x, *masks)
     weights = list(map(_readable, parameters))
     return (
         _readable(x),

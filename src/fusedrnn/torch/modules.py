@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
+from .. import checks
 from ..cells import CELLS, gru_cell, lstm_cell, rnn_cell
 from ..options import MaskedOutput
 from . import ops
@@ -139,7 +140,8 @@ class _Layers(Recurrent):
         resets: bool, shaped like input without its last axis, true where the state is set to 0
             before the step; not with a PackedSequence.
         mask: bool, shaped like resets, true at the steps that a row takes, with padding and
-            gaps anywhere; not with a PackedSequence.
+            gaps anywhere; not with a PackedSequence. Numbers that are 0 or 1 are taken as bool,
+            here and for resets; others are refused, except on a GPU and under torch.compile.
         masked_output: output at steps that are not taken: "zero", or "last" for h of the
             unchanged state.
         return_cells, trace, bptt, recompute: as for `fusedrnn.lstm_vjp`.
@@ -173,6 +175,7 @@ class _Layers(Recurrent):
             "masked_output": masked_output,
         }
         masks = (lengths, resets, mask)
+        checks.repeats(mask, masked_output)
         if isinstance(input, fx.Proxy):
             named = dict(zip(("lengths", "resets", "mask"), masks, strict=True))
             asked = kept | named | {"seed": seed}
@@ -202,8 +205,6 @@ class _Layers(Recurrent):
         state = self._state(hx, x.shape[1], unbatched, first)
         if lengths is not None:
             lengths = _checked_lengths(lengths, x.shape[1], unbatched)
-        if mask is None and masked_output == "last":
-            raise ValueError('masked_output must be "zero" without a mask, got "last"')
 
         def flags(name: str, value: Any) -> Any:
             if value is None:
@@ -414,7 +415,7 @@ def _checked_lengths(lengths: Any, B: Any, unbatched: bool) -> Tensor:
 def _checked_flags(name: str, value: Any, expected: tuple[Any, ...]) -> Tensor:
     found = torch.as_tensor(value)
     if found.dtype.is_complex:
-        raise TypeError(f"{name} must be bool, got {found.dtype}")
+        raise TypeError(f"{name} must be bool or numbers that are 0 or 1, got {found.dtype}")
     if found.shape != expected:
         raise ValueError(
             f"{name} must have the shape of input without its last axis, {expected}, "

@@ -22,7 +22,7 @@ from ..reference.narrow import DTYPES, NarrowPrecision
 from ..weights import WEIGHTS, check_precision, narrow_weight
 from .base import Recurrent
 from .call import Call, Inputs, Maybe, parse
-from .kernels import follow_threads
+from .kernels import checked_masks, follow_threads
 from .modules import GRU, LSTM, RNN, Masks, _Layers, _Made
 from .steps import GRUCell, LSTMCell, RNNCell, _Step
 from .swapping import OURS, as_ours, kind_of, listed, replace_modules, transfer_hooks
@@ -91,11 +91,11 @@ def _run(
 
     h, c = array(h0), array(c0)
     state = (h, c) if call.has_c and (h is not None or c is not None) else h
-    of_rows = None if lengths is None else lengths.to(torch.int64).numpy()
     x = x.detach()
     if x.stride(-1) != 1:
         x = x.contiguous()
-    masks = (of_rows, array(resets), array(mask))
+    lengths, resets, mask = checked_masks(x, lengths, resets, mask)
+    masks = (array(lengths), array(resets), array(mask))
     results = layers.forward(x.numpy(), state, *masks, call.options, None, False)
     if results is None:
         raise ValueError("tensors must be on the CPU and have the sizes and dtype of x")
