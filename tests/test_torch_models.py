@@ -297,3 +297,45 @@ def test_swap_refuses(model: Any) -> None:
     """swap refuses what is no model with modules in it."""
     with pytest.raises(TypeError, match="model must"):
         ft.swap(model)
+
+
+# TorchRL
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchRL's own
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("name", ["LSTMModule", "GRUModule"])
+def test_modules_of_torchrl(name: str, num_layers: int) -> None:
+    """TorchRL's modules, which pass a mask to what is no nn.LSTM or nn.GRU, give the results of
+    their own after swap, with trajectories that start within the sequences.
+    """
+    rl = pytest.importorskip("torchrl.modules", reason="TorchRL is not installed")
+    from tensordict import TensorDict
+
+    states = ["h", "c"][: 1 + (name == "LSTMModule")]
+    keys = {
+        "in_keys": ["x", *states],
+        "out_keys": ["y", *(("next", s) for s in states)],
+    }
+    made = [getattr(rl, name)(5, 7, num_layers=num_layers, **keys) for _ in range(2)]
+    made[1].load_state_dict(made[0].state_dict())
+    ft.swap(made[1])
+    B, T = 4, 9
+    data = {"x": torch.randn(B, T, 5), "is_init": torch.rand(B, T, 1) < 0.3}
+    data |= {s: torch.randn(B, T, num_layers, 7) for s in states}
+    with rl.set_recurrent_mode(True):
+        expected, found = (m(TensorDict(dict(data), [B, T])) for m in made)
+    for key in keys["out_keys"]:
+        assert_close(found[key], expected[key])
+
+
+def test_a_mask_as_torchrl_passes_it() -> None:
+    """A call with `mask=` (B, T) has the results of the packed rows."""
+    lstm = ft.LSTM(5, 7, batch_first=True)
+    x, lengths = torch.randn(4, 9, 5), torch.tensor([9, 3, 1, 6])
+    mask = torch.arange(9).unsqueeze(0) < lengths.unsqueeze(1)
+    y, states = lstm(x, None, mask=mask)
+    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    expected, of_packed = lstm(packed)
+    assert_close(y, pad_packed_sequence(expected, batch_first=True, total_length=9)[0])
+    assert_close(list(states), list(of_packed))
