@@ -18,12 +18,11 @@ namespace fusedrnn::FUSEDRNN_ARCH {
 
 // Computes the highest pre-activation, and the lowest and highest value of the
 // activations of gates and of states, which are monotone, between the bounds.
-template <class V>
-FUSEDRNN_DEVICE void clip_bounds(double clip, const Activations& of, V (&to)[5]) {
+template <class X, class V>
+FUSEDRNN_DEVICE void clip_bounds(double clip, const X& x, V (&to)[5]) {
   using S = typename V::scalar;
   to[0] = V::broadcast(static_cast<S>(clip));
   const V lowest = V::broadcast(static_cast<S>(-clip));
-  const Replaced<V, true> x{of};
   const V gates[] = {x.gate(lowest), x.gate(to[0])};
   const V states[] = {x.state(lowest), x.state(to[0])};
   to[1] = min(gates[0], gates[1]);

@@ -96,14 +96,14 @@ class Layer {
   static index forward_workspace(const ForwardCall& call) {
     if (call.B == 0) return 0;
     Arena arena(nullptr);
-    ForwardScratch(call, choose(call, call.device, false), arena);
+    ForwardScratch(call, choose_for(call, false), arena);
     return arena.used();
   }
 
   static void forward(const ForwardCall& call) {
     if (call.B == 0) return;
     const OnDevice current(call.device);
-    const Plan plan = choose(call, call.device, false);
+    const Plan plan = choose_for(call, false);
     Arena arena(call.workspace);
     const ForwardScratch scratch(call, plan, arena);
     prepare(call, plan, scratch, static_cast<const A*>(call.h0),
@@ -155,7 +155,7 @@ class Layer {
   static index backward_workspace(const BackwardCall& call) {
     if (call.B == 0) return 0;
     Arena arena(nullptr);
-    BackwardScratch(call, choose(call, call.device, true), arena);
+    BackwardScratch(call, choose_for(call, true), arena);
     return arena.used();
   }
 
@@ -165,7 +165,7 @@ class Layer {
       clear_gradients<Cell, S, A>(call);
       if (call.B == 0) return;
     }
-    const Plan plan = choose(call, call.device, true);
+    const Plan plan = choose_for(call, true);
     Arena arena(call.workspace);
     const BackwardScratch scratch(call, plan, arena);
     A* const dh = static_cast<A*>(call.dh0);
@@ -250,6 +250,21 @@ class Layer {
 
   static Plan choose(const Sizes& p, int device, bool backward) {
     return choose_plan(p, device, work(backward), instances(backward));
+  }
+  // A backward that keeps weights in registers has none for activations that an option
+  // selects: such a call keeps them elsewhere.
+  static Plan choose_for(const Call& call, bool backward) {
+    if (!backward || !replaces(call.options.activations)) {
+      return choose(call, call.device, backward);
+    }
+    static const std::vector<Instance> others = [] {
+      std::vector<Instance> list;
+      for (const Instance& i : instances(true)) {
+        if (!i.resident) list.push_back(i);
+      }
+      return list;
+    }();
+    return choose_plan(call, call.device, work(true), others);
   }
   static std::vector<Candidate> candidates(const Sizes& p, int device, bool backward) {
     return cuda::candidates(p, device, work(backward), instances(backward));

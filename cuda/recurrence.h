@@ -366,8 +366,8 @@ struct BackwardRecurrence : Recurrence<P> {
             load_item(ahead[i / 2][i % 2], bit(resets, i % 2), dh_now[i / 2][i % 2],
                       dc_now[i / 2][i % 2], all, i);
           }
-          step_items_back(units, t, first_row, engine.unit(0), active[0] | active[1] << 1,
-                          mask_bits, all);
+          step_items_back<!resident>(units, t, first_row, engine.unit(0),
+                                     active[0] | active[1] << 1, mask_bits, all);
           own = all;
         }
 #pragma unroll

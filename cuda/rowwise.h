@@ -69,7 +69,7 @@ struct BlockWalk {
   FUSEDRNN_DEVICE static V rounded(V x) { return x; }
   FUSEDRNN_DEVICE A* scratch(int) const { return own_scratch; }
   FUSEDRNN_DEVICE static void bounds(double clip, const Activations& of, V (&to)[5]) {
-    device::clip_bounds(clip, of, to);
+    device::clip_bounds(clip, device::Replaced<V, true>{of}, to);
   }
 
  private:

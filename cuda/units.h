@@ -75,12 +75,13 @@ struct Items {
   V c[count];
 };
 
-// UnitWalk is a walk along one unit.
-template <class A>
+// UnitWalk is a walk along one unit. `replaces` says whether activations may be replaced.
+template <class A, bool replaces>
 struct UnitWalk {
   using S = A;
   using V = device::Vec<A>;
-  static constexpr int parts = changes::all, most_rows = 1, lanes = 1;
+  static constexpr int parts = replaces ? changes::all : changes::gates | changes::states;
+  static constexpr int most_rows = 1, lanes = 1;
   static constexpr bool vectors_are_padded = false;
   static constexpr bool bias_is_in = true;
   FUSEDRNN_DEVICE static constexpr bool norm(const Model&) { return false; }
@@ -116,7 +117,11 @@ struct UnitWalk {
   FUSEDRNN_DEVICE V keep_c(const A*, index) const { return {keeps_c}; }
   FUSEDRNN_DEVICE static A* scratch(int) { return nullptr; }
   FUSEDRNN_DEVICE static void bounds(double clip, const Activations& of, V (&to)[5]) {
-    device::clip_bounds(clip, of, to);
+    if constexpr (replaces) {
+      device::clip_bounds(clip, device::Replaced<V, true>{of}, to);
+    } else {
+      device::clip_bounds(clip, Plain<V>{}, to);
+    }
   }
   FUSEDRNN_DEVICE V rounded(V x) const {
     if constexpr (sizeof(A) == 4) {
@@ -128,10 +133,9 @@ struct UnitWalk {
 
 // Returns the row of a unit. Its arrays have one value, except parameters, whose blocks
 // are H apart.
-template <class Cell, class A>
-FUSEDRNN_DEVICE device::RowWise<Cell, UnitWalk<A>> row_of_unit(const UnitOptions<A>& o,
-                                                               index unit,
-                                                               const UnitWalk<A>& walk) {
+template <class Cell, class A, bool replaces>
+FUSEDRNN_DEVICE device::RowWise<Cell, UnitWalk<A, replaces>> row_of_unit(
+    const UnitOptions<A>& o, index unit, const UnitWalk<A, replaces>& walk) {
   struct {
     typename UnitOptions<A>::Values options;
     Model model;
@@ -147,7 +151,7 @@ template <class Cell, class A>
 FUSEDRNN_DEVICE void step_unit(const UnitOptions<A>& o, index unit, unsigned zoneout_bits,
                                Unit<Cell, device::Vec<A>>& at) {
   constexpr int slots = Cell::slots;
-  const auto rows = row_of_unit<Cell>(o, unit, UnitWalk<A>(o, zoneout_bits, false));
+  const auto rows = row_of_unit<Cell>(o, unit, UnitWalk<A, true>(o, zoneout_bits, false));
   A record[slots + 1], h = 0;
   for (int k = 0; k < slots; ++k) record[k] = at.v[k].value;
   const A h_prev = at.state.h.value, c_prev = record[slots] = at.state.c.value;
@@ -161,13 +165,14 @@ FUSEDRNN_DEVICE void step_unit(const UnitOptions<A>& o, index unit, unsigned zon
 
 // Computes da, and the part of the gradient of the state before that bypasses the
 // product, without cuts, from slots and the gradient of the next state.
-template <class Cell, class A>
+template <bool replaces, class Cell, class A>
 FUSEDRNN_DEVICE void step_unit_back(const UnitOptions<A>& o, index b, index unit,
                                     unsigned zoneout_bits,
                                     const State<device::Vec<A>>& prev, device::Vec<A> c,
                                     Unit<Cell, device::Vec<A>>& at) {
   constexpr int slots = Cell::slots;
-  const auto rows = row_of_unit<Cell>(o, unit, UnitWalk<A>(o, zoneout_bits, true));
+  const auto rows =
+      row_of_unit<Cell>(o, unit, UnitWalk<A, replaces>(o, zoneout_bits, true));
   constexpr GradientRow in(fusedrnn::shape_of<Cell>(0), Model{}, Cell::has_c, 1, 1);
   A record[slots], da[slots + 2];
   for (int k = 0; k < slots; ++k) record[k] = at.v[k].value;
@@ -248,7 +253,7 @@ FUSEDRNN_CALLED void step_items(const UnitOptions<A>& o, index t, index row, ind
     }
   }
 }
-template <class Cell, int count, class A>
+template <bool replaces, class Cell, int count, class A>
 FUSEDRNN_CALLED void step_items_back(const UnitOptions<A>& o, index t, index row,
                                      index unit, unsigned active, unsigned zoneout_bits,
                                      Items<Cell, device::Vec<A>, count>& own) {
@@ -267,8 +272,8 @@ FUSEDRNN_CALLED void step_items_back(const UnitOptions<A>& o, index t, index row
       own.at[i] = {};
       continue;
     }
-    step_unit_back(o, row + i % 2, unit + i / 2 * 8, zoneout_bits >> 2 * i, own.prev[i],
-                   own.c[i], own.at[i]);
+    step_unit_back<replaces>(o, row + i % 2, unit + i / 2 * 8, zoneout_bits >> 2 * i,
+                             own.prev[i], own.c[i], own.at[i]);
   }
 }
 

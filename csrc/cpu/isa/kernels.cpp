@@ -43,7 +43,7 @@ void walk(const Block& block, int rows_at_once) { BlockRun<S>(block).walk(rows_a
 
 void bounds(const Options& options, char* to) {
   V of[5];
-  clip_bounds(options.clip, options.activations, of);
+  clip_bounds(options.clip, Replaced<V, true>{options.activations}, of);
   for (int n = 0; n < 5; ++n) {
     S lanes[V::lanes];
     of[n].store(lanes);
