@@ -16,10 +16,10 @@
 // of q are added in pairs (Estrin 1960), 1 ± 2^n is computed beside them, and both sides
 // of a quotient at once.
 //
-// The error of σ and tanh is at most 2.9 ULP, that of the others at most 4 ULP, as measured in both types
-// (tests/test_math.py); 0 and ±inf are exact, NaN is kept. Results below the smallest
-// normal number are 0 if the machine flushes them, as it does during a call
-// (dispatch.cpp).
+// The error of σ and tanh is at most 2.9 ULP, that of the others at most 4 ULP, as
+// measured in both types (tests/test_math.py); 0 and ±inf are exact, NaN is kept. Results
+// below the smallest normal number are 0 if the machine flushes them, as it does during a
+// call (dispatch.cpp).
 #pragma once
 
 #include "vec.h"

@@ -113,7 +113,7 @@ def lstm(
     activation: the function in place of tanh: "tanh", "sigmoid", "relu", "relu6",
         "hard_sigmoid", "hard_tanh", "identity" (or "linear"), "affine", "softsign", "softplus",
         "elu", "selu", "leaky_relu" or "thresholded_relu", or a tuple of a name and its numbers,
-        as in ("leaky_relu", 0.3) or ("hard_sigmoid", 0.2, 0.5), which are ONNX's alpha and beta.
+        ("leaky_relu", 0.3) or ("hard_sigmoid", 0.2, 0.5), which are ONNX's alpha and beta.
     recurrent_activation: the same in place of σ.
     coupled_gates: f = 1 - i. Weights have three blocks, i g o, and weight_ch two.
     clip: every pre-activation is clipped to [-clip, clip].
