@@ -72,7 +72,7 @@ struct Options {
   std::uint64_t seed;
   std::uint32_t where;
   index bptt;  // 0: gradients pass everywhere
-  Activations activations;
+  Activations activations{};
 };
 // drops() says whether R multiplies another h' than the cell reads, zones_out() whether
 // zoneout changes a state.
