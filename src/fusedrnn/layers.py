@@ -86,9 +86,11 @@ class _Layer(ParameterStore, Generic[StateT]):
         TypeError: a wrong type or dtype. ValueError: a wrong shape or value. Both before
             computing.
         """
-        masks, usual = (lengths, resets, mask), masked_output == "zero"
-        if training is return_cells is trace is False and seed is None and usual:
-            results: tuple[Any, ...] = self._run(x, state, masks, self._options, False)
+        plain = training is return_cells is trace is False and seed is None
+        if plain and masked_output == "zero":
+            results: tuple[Any, ...] = self._run(
+                x, state, lengths, resets, mask, self._options, False
+            )
             return results
         options = self._call_options(
             masked_output=masked_output,
@@ -97,7 +99,7 @@ class _Layer(ParameterStore, Generic[StateT]):
             return_cells=self._none_if_false(return_cells),
             trace=trace,
         )
-        results = self._run(x, state, masks, options, False)
+        results = self._run(x, state, lengths, resets, mask, options, False)
         return self._with_gates(results) if trace else results
 
     def vjp(
@@ -144,7 +146,7 @@ class _Layer(ParameterStore, Generic[StateT]):
                 bptt=bptt,
                 recompute=recompute,
             )
-        results, tape = self._run(x, state, (lengths, resets, mask), options, True)
+        results, tape = self._run(x, state, lengths, resets, mask, options, True)
         on_cpu, names = self.device == "cpu", list(self._parameters)
         made_with = (self.precision, self._spec, self.dtype)  # `to` may change them
 
@@ -206,14 +208,16 @@ class _Layer(ParameterStore, Generic[StateT]):
         self,
         x: Any,
         state: Any,
-        masks: tuple[Any, Any, Any],
+        lengths: Any,
+        resets: Any,
+        mask: Any,
         options: Options,
         saves: bool,
     ) -> Any:
         """Call the layers with unchecked arguments or, if they return None, checked ones."""
         compiled = self._packed.get("layers")
         if compiled is not None:
-            results = compiled.forward(x, state, *masks, options, None, saves)
+            results = compiled.forward(x, state, lengths, resets, mask, options, None, saves)
             if results is not None:
                 return results
         spec, cache = self._spec, self._packed  # before the parameters: see _forget_packed
@@ -225,7 +229,7 @@ class _Layer(ParameterStore, Generic[StateT]):
         _, batch = engine.sizes(spec, x)
         names = [f"{letter}0" for letter in spec.cell.states]
         start = engine.check_state(on, spec, names, states, x.dtype, batch)
-        masks = engine.check_masks(on, spec, x, options, *masks)
+        masks = engine.check_masks(on, spec, x, options, lengths, resets, mask)
         layers = on.layers(spec, self._all_parameters(), cache)
         return layers.forward(x, start, *masks, options, None, saves)
 

@@ -117,16 +117,19 @@ def check_options(
     cells, trace, recompute = (checks.flag(n, get(n, False)) for n in _FLAGS)
     drawn = (zoneout, state_dropout, weight_dropout, training, 0, 0)
     output = checks.choice("masked_output", get("masked_output", "zero"), ("zero", "last"))
-    options = Options(clip, cell_clip, *drawn, bptt, cells, trace, recompute, output == "last")
     phi, phi_gate = (_activation(cell, n, get(n, own)) for n, own in OWN_ACTIVATIONS.items())
-    options = options._replace(activation=phi, recurrent_activation=phi_gate)
+    flags = (cells, trace, recompute, output == "last")
+    options = Options(clip, cell_clip, *drawn, bptt, *flags, phi, phi_gate)
     return with_seed(options, seed) if options.is_random else options
 
 
 def _activation(cell: Cell, name: str, value: Any) -> Activation | None:
     """Return an activation, or None for the cell's own."""
+    own = OWN_ACTIVATIONS[name]
+    if isinstance(value, str) and value == own:
+        return None
     found = checks.activation(name, value)
-    if found == checks.activation(name, OWN_ACTIVATIONS[name]):
+    if found == checks.activation(name, own):
         return None
     if name not in cell.reference.activations:
         raise ValueError(
