@@ -9,10 +9,10 @@
 //
 // A relu, hard sigmoid and identity are lines. The slope of each follows from its value
 // alone, because the value is what is saved: α >= 0 for elu, leaky and threshold.
-// Definitions:
-// src/fusedrnn/reference/activations.py.
+// src/fusedrnn/reference/activations.py has the names and their numbers.
 #pragma once
 
+#include "cells/cell.h"
 #include "contract.h"
 
 namespace fusedrnn::FUSEDRNN_ARCH {
@@ -91,21 +91,20 @@ struct Replaced {
   const Activations& of;
 
   FUSEDRNN_DEVICE V gate(V a) const {
-    return of.gate.kind == Activation::own ? sigmoid(a) : value(of.gate, a);
+    return of.gate.kind == Activation::own ? Own{}.gate(a) : value(of.gate, a);
   }
   FUSEDRNN_DEVICE V state(V a) const {
-    return of.state.kind == Activation::own ? tanh(a) : value(of.state, a);
+    return of.state.kind == Activation::own ? Own{}.state(a) : value(of.state, a);
   }
   FUSEDRNN_DEVICE V gate_slope(V s) const {
-    return of.gate.kind == Activation::own ? s * (V::broadcast(1) - s)
-                                           : slope(of.gate, s);
+    return of.gate.kind == Activation::own ? Own{}.gate_slope(s) : slope(of.gate, s);
   }
   FUSEDRNN_DEVICE V state_slope(V s) const {
-    return of.state.kind == Activation::own ? V::broadcast(1) - s * s
-                                            : slope(of.state, s);
+    return of.state.kind == Activation::own ? Own{}.state_slope(s) : slope(of.state, s);
   }
 
  private:
+  using Own = Plain<V>;
   FUSEDRNN_DEVICE static V value(const Activation& f, V a) {
     return calls ? called_activate(f, a) : activate(f, a);
   }

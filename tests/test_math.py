@@ -7,7 +7,7 @@ import pytest
 
 from fusedrnn import _cpu
 
-# Of negative numbers, and of those from 0 to 1.
+# The first two functions take negative numbers, log_1_plus numbers from 0 to 1.
 OTHERS = {"exp_below_0": np.exp, "exp_minus_1": np.expm1, "log_1_plus": np.log1p}
 
 

@@ -206,9 +206,9 @@ def fits(mask: Array, lengths: Array, time_axis: int) -> None:
         )
 
 
-def repeats(mask: Any, masked_output: str) -> None:
+def repeats(mask: Any, repeated: bool) -> None:
     """Check that y is repeated only where there is a mask."""
-    if mask is None and masked_output == "last":
+    if repeated and mask is None:
         raise ValueError('masked_output must be "zero" without a mask, got "last"')
 
 

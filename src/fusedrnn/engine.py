@@ -117,7 +117,7 @@ def check_masks(
         mask = on.flags("mask", mask, x.shape[:-1], axes)
         if lengths is not None:
             on.check_mask(mask, lengths, int(bool(batch) and spec.batch_first))
-    checks.repeats(mask, "last" if options.repeats else "zero")
+    checks.repeats(mask, options.repeats)
     return lengths, resets, mask
 
 

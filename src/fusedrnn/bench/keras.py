@@ -25,7 +25,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 SHAPES: tuple[Sizes, ...] = ((20, 32, 16, 32), (100, 32, 32, 64), (96, 64, 7, 64))
 MASKS = ("none", "left padding", "gaps")  # of half of the steps
-# In a call: Keras takes some 3 ms for a call, which more batches share in most training.
+# The number of batches of a call, whose own cost most training spreads over more batches.
 BATCHES = {"fit": 8, "predict": 16}
 ROUNDS = 5
 LARGEST_DIFFERENCE = 1e-4  # of a prediction

@@ -72,6 +72,11 @@ def _ours(layer: Any) -> Any:
     return _OURS[type(layer)]
 
 
+def _theirs(layer: Any) -> Any:
+    """Return Keras' class for a layer of ours, or None for any other layer."""
+    return KERAS.get(type(layer))
+
+
 def restore(model: Any) -> Swapped:
     """Replace every layer of ours in a model by the layer of `keras.layers`: the way back.
 
@@ -83,7 +88,7 @@ def restore(model: Any) -> Swapped:
     >>> print(fk.restore(model))
     gru: GRU(4)
     """
-    return _renewed(model, _replace(model, lambda layer: KERAS.get(type(layer)))[0])
+    return _renewed(model, _replace(model, _theirs)[0])
 
 
 def load_model(filepath: Any, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +120,7 @@ def save_model(model: Any, filepath: Any, *args: Any, **kwargs: Any) -> None:
     >>> type(keras.saving.load_model(path).layers[0]) is keras.layers.GRU
     True
     """
-    _, restored = _replace(model, lambda layer: KERAS.get(type(layer)))
+    _, restored = _replace(model, _theirs)
     try:
         keras.saving.save_model(model, filepath, *args, **kwargs)
     finally:

@@ -51,8 +51,8 @@ def run(
     does not change, y, cells and gates are 0, and x, dy and d_cells are ignored; with
     `options.repeats`, y is h of the unchanged state there. The result of a row is that of the
     steps it takes, one after the other: random masks and the chunks of bptt count only these.
-    Where resets is true, the state is set to 0 before the step. x of bfloat16 is computed as
-    `reference.narrow` defines.
+    The state is set to 0 before each step at which resets is true. x of bfloat16 is computed
+    as `reference.narrow` defines.
     """
     if is_bfloat16(x):
         wide = Bfloat16Parameters(*map(widened, parameters))

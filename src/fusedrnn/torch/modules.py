@@ -175,7 +175,7 @@ class _Layers(Recurrent):
             "masked_output": masked_output,
         }
         masks = (lengths, resets, mask)
-        checks.repeats(mask, masked_output)
+        checks.repeats(mask, masked_output == "last")
         if isinstance(input, fx.Proxy):
             named = dict(zip(("lengths", "resets", "mask"), masks, strict=True))
             asked = kept | named | {"seed": seed}
