@@ -28,6 +28,39 @@ def layer(request):
     return LAYERS[request.param](num_layers=2, bidirectional=True)
 
 
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_reverse_layers_are_ops_in_reverse(name: str) -> None:
+    """A reverse layer has the bits of its op with reverse=True, layer after layer, and may be
+    pickled, quantised and combined with lengths.
+    """
+    layer = LAYERS[name](num_layers=2, reverse=True, batch_first=True)
+    lengths, options = np.array([6, 3, 0, 5]), {"nonlinearity": "relu"} if name == "RNN" else {}
+    y = X
+    for n in range(2):
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        weights = [getattr(layer, f"{kind}_l{n}") for kind in names]
+        op = getattr(fr, name.lower())
+        y = op(y, *weights, reverse=True, lengths=lengths, **options)[0]
+    x = X.swapaxes(0, 1)
+    np.testing.assert_array_equal(layer(x, lengths=lengths)[0], y.swapaxes(0, 1))
+    (trained, _), pullback = layer.vjp(x, lengths=lengths)
+    np.testing.assert_array_equal(trained, y.swapaxes(0, 1))
+    assert not pullback(trained).x[1, 3:].any()
+    again = pickle.loads(pickle.dumps(layer))
+    assert "reverse=True" in repr(again)
+    np.testing.assert_array_equal(again(x, lengths=lengths)[0], y.swapaxes(0, 1))
+    narrow = layer.quantize("int8")(x, lengths=lengths)[0]
+    np.testing.assert_allclose(narrow, y.swapaxes(0, 1), atol=0.05)
+
+
+def test_reverse_layers_have_one_direction() -> None:
+    """reverse and bidirectional exclude each other, and a stream runs forward."""
+    with pytest.raises(ValueError, match="reverse must be False in a bidirectional layer"):
+        fr.GRU(3, 4, bidirectional=True, reverse=True)
+    with pytest.raises(ValueError, match="layer must run forward, got a reverse one"):
+        fr.Stream(fr.GRU(3, 4, reverse=True))
+
+
 def test_assigning_a_parameter_repacks(layer) -> None:
     """A parameter that is assigned counts in the next call."""
     before, _ = layer(X)

@@ -115,7 +115,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     layer = LAYERS["lstm"]()
     with refused(TypeError, "layer must be an LSTM, GRU or RNN, got int"):
         fr.Stream(3)
-    with refused(ValueError, "layer must have one direction, got a bidirectional one"):
+    with refused(ValueError, "layer must run forward, got a bidirectional one"):
         fr.Stream(fr.GRU(3, 4, bidirectional=True))
     with refused(ValueError, "batch_size must be from 1"):
         fr.Stream(layer, 0)

@@ -315,6 +315,7 @@ class LSTM(_Layer[tuple[Array, Array]]):
         others scaled by 1 / (1 - dropout); in training only, like the dropouts below.
     bidirectional: each layer also runs from the last step to the first.
     proj_size: R, the units of a projected h; 0 for none.
+    reverse: every layer runs from the last step to the first; y[t] still belongs to x[t].
     peephole, coupled_gates, layer_norm, activation, recurrent_activation, clip, cell_clip,
         zoneout, recurrent_dropout, weight_dropout: as for `fusedrnn.lstm`.
     forget_bias: the initial sum of the forget gate's two biases (Gers, Schmidhuber & Cummins
@@ -356,6 +357,7 @@ class LSTM(_Layer[tuple[Array, Array]]):
         bidirectional: bool = False,
         proj_size: int = 0,
         *,
+        reverse: bool = False,
         peephole: bool = False,
         coupled_gates: bool = False,
         layer_norm: bool = False,
@@ -392,6 +394,7 @@ class LSTM(_Layer[tuple[Array, Array]]):
             batch_first,
             dropout,
             bidirectional,
+            reverse,
             dtype,
             rng,
             Init(forget_bias, checks.flag("orthogonal", orthogonal)),
@@ -428,6 +431,7 @@ class GRU(_Layer[Array]):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
+        reverse: bool = False,
         reset_after: bool = True,
         layer_norm: bool = False,
         activation: ActivationLike = "tanh",
@@ -451,6 +455,7 @@ class GRU(_Layer[Array]):
             batch_first,
             dropout,
             bidirectional,
+            reverse,
             dtype,
             rng,
             Init(orthogonal=checks.flag("orthogonal", orthogonal)),
@@ -489,6 +494,7 @@ class RNN(_Layer[Array]):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
+        reverse: bool = False,
         activation: ActivationLike = "tanh",
         clip: float | None = None,
         zoneout: float = 0.0,
@@ -509,6 +515,7 @@ class RNN(_Layer[Array]):
             batch_first,
             dropout,
             bidirectional,
+            reverse,
             dtype,
             rng,
             Init(orthogonal=checks.flag("orthogonal", orthogonal)),

@@ -23,8 +23,9 @@ from .weights import WEIGHTS, check_precision, narrow_weight, stored
 
 LayerT = TypeVar("LayerT", bound="ParameterStore")
 
-# Attributes that are fixed after construction, and the prefixes of parameters' names.
-_DEFAULTS: dict[str, Any] = {
+# The arguments of layers, with their defaults; attributes that are fixed after construction;
+# the prefixes of parameters' names.
+ARGUMENTS: dict[str, Any] = {
     "num_layers": 1,
     "nonlinearity": "tanh",
     "bias": True,
@@ -32,12 +33,13 @@ _DEFAULTS: dict[str, Any] = {
     "dropout": 0.0,
     "bidirectional": False,
     "proj_size": 0,
+    "reverse": False,
     **DEFAULTS,
     "weights": None,
     "x_bits": None,
 }
 _MOVED = ("dtype", "device", "precision")
-_FIXED = ("input_size", "hidden_size", *_DEFAULTS, *_MOVED)
+_FIXED = ("input_size", "hidden_size", *ARGUMENTS, *_MOVED)
 _KINDS = Parameters._fields
 SCALES = tuple(name.replace("weight", "scale") for name in WEIGHTS)  # of int8 weights
 _PARAMETERS = tuple(f"{kind}_l" for kind in (*_KINDS, *SCALES))
@@ -95,6 +97,7 @@ class ParameterStore:
     proj_size = 0
     peephole = False
     layer_norm = False
+    reverse = False  # in layers pickled by version 0.1.0
     weights: NarrowPrecision | None = None  # None: those of the layer's dtype
     x_bits: int | None = None  # of x in the products of int8 weights
 
@@ -108,6 +111,7 @@ class ParameterStore:
         batch_first: bool,
         dropout: float,
         bidirectional: bool,
+        reverse: bool,
         dtype: npt.DTypeLike,
         rng: np.random.Generator | int | None,
         init: Init,
@@ -127,6 +131,9 @@ class ParameterStore:
                 f"dropout is between layers: it must be 0 with num_layers=1, got {dropout}"
             )
         self.bidirectional = checks.flag("bidirectional", bidirectional)
+        self.reverse = checks.flag("reverse", reverse)
+        if self.reverse and self.bidirectional:
+            raise ValueError("reverse must be False in a bidirectional layer, got True")
         if self.proj_size >= self.hidden_size:
             raise ValueError(
                 f"proj_size must be smaller than hidden_size = {self.hidden_size}, "
@@ -262,6 +269,7 @@ class ParameterStore:
             1 + self.bidirectional,
             self.dropout,
             self.batch_first,
+            reverse=self.reverse,
             precision=self.precision,
         )
 
@@ -407,7 +415,7 @@ class ParameterStore:
 
     def __repr__(self) -> str:
         extra = [f"{self.input_size}, {self.hidden_size}"]
-        for name, default in _DEFAULTS.items():
+        for name, default in ARGUMENTS.items():
             if getattr(self, name, default) != default:
                 extra.append(f"{name}={getattr(self, name)}")
         if self.dtype != "float32":

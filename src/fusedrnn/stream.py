@@ -26,7 +26,7 @@ class Stream:
 
     Parameters
     ----------
-    layer: an `LSTM`, `GRU` or `RNN` in one direction. On a GPU the state stays there; steps
+    layer: an `LSTM`, `GRU` or `RNN` that runs forward. On a GPU the state stays there; steps
         never wait for the GPU, but reading ``state`` or saving it does.
     batch_size: B, or None for one sequence without a batch axis.
 
@@ -36,7 +36,7 @@ class Stream:
 
     Raises
     ------
-    TypeError: layer is not a layer. ValueError: it is bidirectional.
+    TypeError: layer is not a layer. ValueError: it is bidirectional or reverse.
 
     >>> import numpy as np, fusedrnn as fr
     >>> lstm = fr.LSTM(3, 4, rng=0)
@@ -50,10 +50,10 @@ class Stream:
     def __init__(self, layer: Any, batch_size: int | None = 1) -> None:
         if not isinstance(layer, _Layer):
             raise TypeError(f"layer must be an LSTM, GRU or RNN, got {type(layer).__name__}")
-        if layer.bidirectional:
+        if layer.bidirectional or layer.reverse:
+            kind = "bidirectional" if layer.bidirectional else "reverse"
             raise ValueError(
-                "layer must have one direction, got a bidirectional one, which needs the end "
-                "of the sequence"
+                f"layer must run forward, got a {kind} one, which needs the end of the sequence"
             )
         self.layer = layer
         self.batch_size = (

@@ -7,27 +7,12 @@ from typing import Any
 
 import keras
 
+from ..convert.keras import ACTIVATIONS
+
 Activation = str | tuple[str, float]
 
-_SAME_NAME = (
-    "elu",
-    "hard_sigmoid",
-    "hard_tanh",
-    "linear",
-    "relu",
-    "relu6",
-    "selu",
-    "sigmoid",
-    "softplus",
-    "softsign",
-    "tanh",
-)
-_NAMES: dict[str, Activation] = {
-    **{name: name for name in _SAME_NAME},
-    "leaky_relu": ("leaky_relu", 0.2),
-}
 # Older versions of Keras do not have hard_tanh.
-OURS = {name: ours for name, ours in _NAMES.items() if hasattr(keras.activations, name)}
+OURS = {name: ours for name, ours in ACTIVATIONS.items() if hasattr(keras.activations, name)}
 _BY_FUNCTION = {getattr(keras.activations, name): ours for name, ours in OURS.items()}
 
 
@@ -39,7 +24,7 @@ def counterpart(argument: str, function: Callable[..., Any], of: str) -> Activat
     ValueError: the kernels lack the function, which came as `argument` of the Keras layer `of`.
     """
     try:
-        return _BY_FUNCTION[function]
+        return _BY_FUNCTION[function]  # type: ignore[no-any-return]
     except (KeyError, TypeError):  # TypeError: a callable that has no hash
         name = getattr(function, "__name__", repr(function))
         raise ValueError(
