@@ -1,4 +1,4 @@
-"""The command `fusedrnn`: `fusedrnn demo`, `fusedrnn bench` and `fusedrnn info`."""
+"""The command `fusedrnn`: `fusedrnn demo`, `bench`, `convert` and `info`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_demo(commands)
     _add_bench(commands)
+    convert = commands.add_parser(
+        "convert",
+        help="tell which recurrent nodes a model of ONNX has, and which of them run here",
+        description="List the LSTM, GRU and RNN nodes of a model of ONNX, also those within If "
+        "and Loop, each as the layer of fusedrnn that it becomes, or with the reason why it "
+        "cannot be one.",
+    )
+    convert.add_argument("model", type=Path, metavar="model.onnx")
     commands.add_parser(
         "info",
         help="print what a bug report needs: versions, system, kernels, threads, GPUs",
@@ -184,6 +192,11 @@ def _run(chosen: argparse.Namespace) -> int:
 
         demo.run(chosen.airport, chosen.epochs, chosen.hidden_size, chosen.seed, chosen.output)
         return 0
+    if chosen.command == "convert":
+        from .onnx.report import report
+
+        print(report(chosen.model))
+        return 0
     from .bench import command
 
     request = {name: value for name, value in vars(chosen).items() if name != "command"}
@@ -197,7 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(chosen)
     except ModuleNotFoundError as error:
-        needed = f'{error.name}; install it with: pip install "fusedrnn[{chosen.command}]"'
+        extra = {"convert": "onnx"}.get(chosen.command, chosen.command)
+        needed = f'{error.name}; install it with: pip install "fusedrnn[{extra}]"'
         print(f"{name}: needs {needed}", file=sys.stderr)
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
