@@ -5,6 +5,8 @@ The libraries themselves are the oracles. Haste needs a GPU, so its equations ar
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import itertools
 import os
 import re
@@ -542,6 +544,18 @@ def test_haste_layer_norm() -> None:
     (made,) = convert.to_haste(layer)
     for name, a in given.items():
         np.testing.assert_array_equal(made[name], a)
+
+
+@pytest.mark.parametrize(
+    "name", ["cudnn", "flax", "haste", "keras", "mlx", "onednn", "onnx", "torch"]
+)
+def test_examples_in_docstrings(name: str) -> None:
+    """The examples in docstrings run and show what they print."""
+    if name == "torch":
+        pytest.importorskip("torch")
+    results = doctest.testmod(importlib.import_module(f"fusedrnn.convert.{name}"))
+    assert results.failed == 0
+    assert results.attempted > 0
 
 
 # Types

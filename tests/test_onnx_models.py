@@ -4,6 +4,8 @@ oracle.
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import itertools
 import random as random_module
 import warnings
@@ -167,6 +169,17 @@ def test_export_refuses(call: Any, kind: type[Exception], message: str, tmp_path
     with pytest.raises(kind, match=message):
         call(path)
     assert path.read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("name", ["reading", "writing"])
+def test_examples_in_docstrings(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The examples in docstrings run and show what they print."""
+    monkeypatch.chdir(tmp_path)
+    results = doctest.testmod(importlib.import_module(f"fusedrnn.onnx.{name}"))
+    assert results.failed == 0
+    assert results.attempted > 0
 
 
 # Reading

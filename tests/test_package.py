@@ -197,7 +197,8 @@ def test_demo_refuses_what_it_cannot_write(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["demo", "--epochs", "0"], ["demo", "--airport", "ORD"], ["fly"], []]
+    "arguments",
+    [["demo", "--epochs", "0"], ["demo", "--airport", "ORD"], ["convert"], ["fly"], []],
 )
 def test_wrong_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A wrong command ends with one line and status 2."""
@@ -216,6 +217,38 @@ def test_demo_without_its_extra(
     monkeypatch.delattr(fr, "demo", raising=False)
     assert cli.main(["demo"]) == 2
     assert 'pip install "fusedrnn[demo]"' in capsys.readouterr().err
+
+
+def test_convert_without_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without onnx the command names the extra to install, and so does the import."""
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    for name in [name for name in sys.modules if name.startswith("fusedrnn.onnx")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(fr, "onnx", raising=False)
+    assert cli.main(["convert", "model.onnx"]) == 2
+    assert 'pip install "fusedrnn[onnx]"' in capsys.readouterr().err
+    with pytest.raises(ImportError, match="fusedrnn.onnx needs onnx: pip install"):
+        importlib.import_module("fusedrnn.onnx")
+
+
+def test_convert_needs_numpy_alone() -> None:
+    """Conversions import no library that they convert from or to."""
+    found = run_python(
+        "import sys, numpy; from fusedrnn import convert; import fusedrnn as fr;"
+        "convert.to_flax(convert.from_mlx(*convert.to_mlx(fr.GRU(3, 4))));"
+        "libraries = {'torch', 'keras', 'onnx', 'flax', 'mlx', 'jax', 'tensorflow'};"
+        "print(sorted(libraries & set(sys.modules)))"
+    )
+    assert found.stdout == "[]\n", found.stderr
+
+
+def test_the_module_is_the_command() -> None:
+    """`python -m fusedrnn` is the command `fusedrnn`."""
+    command = [sys.executable, "-m", "fusedrnn", "--version"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert found.stdout == f"fusedrnn {fr.__version__}\n"
 
 
 def test_demo_data_are_aligned() -> None:
