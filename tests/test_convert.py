@@ -292,6 +292,7 @@ def test_our_keras_layers() -> None:
         ("GRU", {}),
         ("GRU", {"linear_before_reset": 1}),
         ("RNN", {}),
+        ("RNN", {"activations": ["Tanh"]}),
         ("RNN", {"activations": ["Relu"]}),
         (
             "RNN",

@@ -229,7 +229,7 @@ def test_convert_without_its_extra(
     monkeypatch.delattr(fr, "onnx", raising=False)
     assert cli.main(["convert", "model.onnx"]) == 2
     assert 'pip install "fusedrnn[onnx]"' in capsys.readouterr().err
-    with pytest.raises(ImportError, match="fusedrnn.onnx needs onnx: pip install"):
+    with pytest.raises(ImportError, match=r"fusedrnn\.onnx needs onnx: pip install"):
         importlib.import_module("fusedrnn.onnx")
 
 

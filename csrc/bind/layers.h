@@ -40,6 +40,9 @@ class Layers {
          std::vector<Scales> scales);
   Layers(const Layers&) = delete;
 
+  const Stack& stack() const { return stack_; }
+  bool batch_first() const { return batch_first_; }
+  bool reverse() const { return reverse_; }
   std::string isa() const { return std::string(isa_.name); }
   // Returns how a forward of layer and direction `at` is laid out.
   py::dict plan(index at, index T, index B, const py::object& options) const;
@@ -99,5 +102,6 @@ class Tape {
 };
 
 void bind_layers(py::module_& m);
+void bind_onnxruntime(py::module_& m);  // onnxruntime.cpp
 
 }  // namespace fusedrnn

@@ -75,6 +75,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
 
   bind_layers(m);
   bind_tensors(m);
+  bind_onnxruntime(m);
   m.def("isas", [] {
     py::dict supported;
     for (const auto& entry : compiled_isas()) {

@@ -48,6 +48,7 @@ struct StackCall {
 struct StackForward : StackCall {
   char* y;
   index y_t, y_b;
+  index y_d;  // between directions; 0: side by side, which a call with a mask needs
   char *h_n, *c_n;
   char* cells;  // or null
   index cells_t, cells_b;

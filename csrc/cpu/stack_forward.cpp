@@ -75,7 +75,11 @@ class StackForwardPass : StackPass<Forward> {
   // Sets the rows that no step reaches to zero.
   void clear() const {
     const Layout& l = stack_.layout();
-    clear_rows(c_.y, c_.y_t, c_.y_b, {steps_, call_.T}, call_.B, row_of_y());
+    const index apart = c_.y_d ? D_ : 1;
+    for (index d = 0; d < apart; ++d) {
+      clear_rows(c_.y + d * c_.y_d, c_.y_t, c_.y_b, {steps_, call_.T}, call_.B,
+                 row_of_y() / apart);
+    }
     if (!call_.lengths) return;
     if (c_.cells) {
       clear_rows(c_.cells, c_.cells_t, c_.cells_b, {0, call_.T}, call_.B,
@@ -143,7 +147,7 @@ class StackForwardPass : StackPass<Forward> {
     p.y = is_last ? c_.y : y_of(layer);
     p.y_t = is_last ? c_.y_t : B * row;
     p.y_b = is_last ? c_.y_b : row;
-    p.y += d * l.R * l.item;
+    p.y += d * (is_last && c_.y_d ? c_.y_d : l.R * l.item);
     p.h_n = c_.h_n + at * B * R;
     p.c_n = l.shape.has_c ? c_.c_n + at * B * H : nullptr;
     p.saved = c_.saved ? saved.records[at] : nullptr;

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,6 +144,19 @@ def set_torch(
     """Set the torch module, nn.Parameter, the path of libtorch_cpu, and the observers.
 
     An observer is a function that returns true while a mode, transform or tracer is active.
+    """
+
+def set_onnxruntime_compiler(
+    compile: Callable[
+        [str, str, dict[str, Array | None], dict[str, Any], str], tuple[Layers, Options] | None
+    ],
+    version: str,
+    /,
+) -> None:
+    """Set the function that makes the layers of onnxruntime's nodes, and our version.
+
+    It is called with a node's name, operator, weights and attributes, and the precision, and
+    returns None for a node that stays with onnxruntime. A weight is None if it is not constant.
     """
 
 def set_bfloat16(dtype: np.dtype[Any], /) -> None:

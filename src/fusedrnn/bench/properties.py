@@ -341,6 +341,13 @@ def keras() -> Rows:
     yield from rows()
 
 
+def provider() -> Rows:
+    """Compare sessions of onnxruntime with our provider: its own time over theirs."""
+    from .provider import rows
+
+    yield from rows()
+
+
 PROPERTIES: dict[str, Callable[[], Rows]] = {
     run.__name__: run
     for run in (
@@ -356,6 +363,7 @@ PROPERTIES: dict[str, Callable[[], Rows]] = {
         modules,
         team,
         keras,
+        provider,
     )
 }
 

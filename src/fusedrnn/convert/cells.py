@@ -83,13 +83,6 @@ def check_op(op: str) -> str:
     return known
 
 
-def summed(first: Array | None, second: Array | None) -> Array | None:
-    """Return the sum of two biases, each None for zeros."""
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
-
-
 # Layers from cells
 
 

@@ -252,6 +252,8 @@ def _activations(
     if names is None or not len(names):
         return {}
     letters = _FUNCTIONS_OF[op_type]
+    if op_type == "RNN":
+        names = names[:D]  # the operator's default has two for one direction, too
     if len(names) != D * len(letters):
         raise ValueError(
             f"activations must be {len(letters)} for each of {D} directions, got {list(names)}"

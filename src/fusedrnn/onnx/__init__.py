@@ -9,7 +9,8 @@ except ModuleNotFoundError as missing:
         'fusedrnn.onnx needs onnx: pip install "fusedrnn[onnx]"', name="onnx"
     ) from missing
 
+from .provider import add_provider
 from .reading import Found, layers
 from .writing import export
 
-__all__ = ["Found", "export", "layers"]
+__all__ = ["Found", "add_provider", "export", "layers"]
