@@ -257,3 +257,13 @@ def test_numpy_layers_refuse_masked_arrays() -> None:
         layer(np.ma.masked_array(x, x == 0))
     with pytest.raises(TypeError, match="dy must be an array without a mask"):
         layer.vjp(x)[1](np.ma.masked_array(np.zeros((3, 2, 5), np.float32)))
+
+
+def test_arrays_that_are_read_only() -> None:
+    """lengths, resets and mask may be arrays that are read-only, as Ray's are."""
+    lengths, flags = np.array([3, 1]), np.array([[True, False], [False, True], [True, True]])
+    for a in (lengths, flags):
+        a.flags.writeable = False
+    for given in ({"lengths": lengths, "resets": flags}, {"mask": flags}):
+        y, _ = ft.GRU(4, 5)(torch.zeros(3, 2, 4), **given)
+        assert y.shape == (3, 2, 5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -237,66 +236,6 @@ def test_resets_are_what_masks_mean() -> None:
     expected = losses(reinforcement, lambda model: model)
     found = losses(reinforcement, with_ours, kind=PolicyWithResets)
     assert_close(found, expected, "training")
-
-
-def test_swap_keeps_what_a_module_had() -> None:
-    """swap keeps parameters, their order, hooks and mode, and leaves a user's own class
-    alone.
-    """
-
-    class Own(nn.GRU):
-        pass
-
-    shared = nn.LSTM(3, 4, 2, dropout=0.1)
-    x = torch.ones(5, 2, 3, requires_grad=True)
-    forward_types: list[Any] = []
-    backward_types: list[Any] = []
-    shared.register_forward_hook(lambda module, *_: forward_types.append(type(module)))
-    shared.weight_hh_l0.requires_grad_(False)
-    shared.register_full_backward_hook(lambda module, *_: backward_types.append(type(module)))
-    shared.adapter, shared.tag = nn.Linear(4, 2), "mine"
-    model = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared]), "own": Own(3, 4)}).eval()
-    parameters, state = list(model.parameters()), copy.deepcopy(model.state_dict())
-    y = model["a"](x)[0]
-    y.sum().backward()
-    done = ft.swap(model)
-    assert str(done) == (
-        "a: LSTM(3, 4, num_layers=2, dropout=0.1)\n"
-        "b.0: LSTM(3, 4, num_layers=2, dropout=0.1)\n"
-        "own: kept, Own is a subclass"
-    )
-    assert model["a"] is model["b"][0]
-    assert not model["a"].training
-    assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
-    assert list(model.state_dict()) == list(state)
-    again = model["a"](x)[0]
-    assert_close(again, y)
-    again.sum().backward()
-    assert forward_types == backward_types == [nn.LSTM, ft.LSTM]
-    assert model["a"].tag == "mine"
-    assert str(ft.swap(nn.Sequential(nn.Linear(2, 2)))) == "no recurrent module of torch.nn"
-
-
-def test_swap_moves_parametrizations() -> None:
-    """swap keeps a parametrization and its parameters."""
-    model = nn.Sequential(nn.LSTM(3, 4))
-    nn.utils.parametrizations.weight_norm(model[0], "weight_hh_l0")
-    parameters = dict(model.named_parameters())
-    y = model(torch.ones(5, 2, 3))[0]
-    ft.swap(model)
-    assert {n: id(p) for n, p in model.named_parameters()} == {
-        n: id(p) for n, p in parameters.items()
-    }
-    assert_close(model(torch.ones(5, 2, 3))[0], y)
-
-
-@pytest.mark.parametrize(
-    "model", [None, nn.LSTM, nn.LSTM(2, 2)], ids=["none", "class", "itself"]
-)
-def test_swap_refuses(model: Any) -> None:
-    """swap refuses what is no model with modules in it."""
-    with pytest.raises(TypeError, match="model must"):
-        ft.swap(model)
 
 
 # TorchRL

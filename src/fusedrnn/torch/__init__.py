@@ -9,7 +9,7 @@
 from .modules import GRU, LSTM, RNN
 from .narrow import Quantized, quantize
 from .steps import GRUCell, LSTMCell, RNNCell
-from .swapping import Swapped, swap
+from .swapping import Swapped, restore, swap
 
 __all__ = [
     "GRU",
@@ -21,5 +21,6 @@ __all__ = [
     "RNNCell",
     "Swapped",
     "quantize",
+    "restore",
     "swap",
 ]

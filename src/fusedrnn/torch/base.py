@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import init
+from torch.nn.utils import parametrize
 
 from .. import _cpu, checks
 from ..cells import CELLS
@@ -16,6 +18,7 @@ from ..options import DEFAULTS, OWN_ACTIVATIONS, ActivationLike, check_options
 from . import ops
 from .call import Call, describe, parse
 from .kernels import follow_threads
+from .transfer import CACHES, changed_by_others, converted
 
 
 class RNNOptions(TypedDict, total=False):
@@ -65,6 +68,7 @@ _OF_CALLS = (
     "recurrent_dropout",
     "weight_dropout",
 )
+_OF_INITIAL_VALUES = ("forget_bias", "orthogonal")
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -89,6 +93,8 @@ class Recurrent(nn.Module):
     input_size: int
     hidden_size: int
     bias: bool
+    _theirs: ClassVar[Any]  # the class of torch.nn that it replaces
+    _is_narrow: ClassVar[bool] = False  # whether its weights have 8 or 16 bits
     _shown: ClassVar[dict[str, Any]]  # torch.nn's arguments, with their defaults
     _defaults: ClassVar[dict[str, Any]]  # the cell's options, with their defaults
     _names: list[str]  # the names of all parameters
@@ -241,7 +247,65 @@ class Recurrent(nn.Module):
         return layers.infer(input, hx, weights, axes, call.options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_plain", "_saving")}
+        state = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {k: v for k, v in state.items() if k not in CACHES}
+
+    # Other tools
+
+    def _beyond_torch(self) -> dict[str, Any]:
+        """Return the options that change what a call computes and that torch.nn lacks."""
+        given = {n: self._options[n] for n in self._defaults if n not in _OF_INITIAL_VALUES}
+        more = {name: value for name, value in given.items() if value != self._defaults[name]}
+        if getattr(self, "nonlinearity", None) == "identity":
+            more["nonlinearity"] = "identity"
+        return more
+
+    def _as_torch(self) -> nn.Module | str:
+        """Return torch.nn's module with everything of this one, or why there is none."""
+        more = [f"{name}={value}" for name, value in self._beyond_torch().items()]
+        if more:
+            return f"torch.nn.{self._theirs.__name__} has no {', '.join(more)}"
+        kind = parametrize.type_before_parametrizations(self)
+        if "_theirs" not in vars(kind):
+            return changed_by_others(self) or f"{kind.__name__} is a subclass"
+        return converted(self, self._theirs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return torch.nn's module, which `torch.jit.script` compiles in the place of this."""
+        name, found = self._theirs.__name__, self._as_torch()
+        if isinstance(found, str):
+            raise TypeError(
+                f"torch.jit.script cannot compile a fusedrnn.torch.{name}: {found}; "
+                "torch.jit.trace, torch.export and torch.compile can"
+            )
+        warnings.warn(
+            f"torch.jit.script compiles torch.nn.{name} in the place of fusedrnn.torch.{name}, "
+            "and puts it into the model, too: fusedrnn.torch.swap(model) puts ours back",
+            stacklevel=2,
+        )
+        return found
+
+    @property
+    def qconfig(self) -> Any:
+        """What torch.ao.quantization has set."""
+        if "qconfig" not in self.__dict__:
+            raise AttributeError("qconfig")  # then nn.Module raises its own
+        return self.__dict__["qconfig"]
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        """Warn that torch.ao.quantization, which sets this in every module, leaves ours."""
+        if not self._is_narrow:
+            warnings.warn(
+                f"torch.ao.quantization does not change a fusedrnn.torch."
+                f'{self._theirs.__name__}: fusedrnn.torch.quantize(model, "int8") does',
+                stacklevel=2,
+            )
+        self.__dict__["qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        del self.__dict__["qconfig"]
 
     def _as_leaf(self, proxy: fx.Proxy, *args: Any, **kwargs: Any) -> Any:
         """Return a call of this module as one node of the graph that torch.fx traces."""
@@ -325,6 +389,10 @@ class Recurrent(nn.Module):
         Under autocast on the CPU states stay float32 with `wide_states`, as those of torch.nn's
         cells do.
         """
+        if in_onnx_export():
+            from . import exporting  # which few calls need
+
+            return exporting.as_node(self, layers, asked, *tensors)
         x, h0, c0, weights, *others = tensors
         dtype = _computed_in(x)
         if dtype is None:
@@ -371,6 +439,15 @@ def _is_cast(kind: str) -> bool:
 def is_half(x: Tensor) -> bool:
     """Return whether a tensor has 16 bits, of which the states within a call have more."""
     return x.dtype in _HALVES
+
+
+def _in_onnx_export() -> bool:
+    """Return whether `torch.onnx.export` traces the model."""
+    return torch.onnx.is_in_onnx_export()
+
+
+# The compiler takes torch.onnx's own function as false.
+in_onnx_export: Any = torch.compiler.assume_constant_result(_in_onnx_export)
 
 
 def _computed_in(x: Tensor) -> torch.dtype | None:

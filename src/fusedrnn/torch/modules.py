@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
@@ -401,8 +401,13 @@ class _Layers(Recurrent):
         return self._results(give, made, kept, False)
 
 
+def _as_tensor(a: Any) -> Tensor:
+    """Return a tensor; arrays are copied, because PyTorch warns of those that are read-only."""
+    return a if isinstance(a, Tensor) else torch.tensor(a)
+
+
 def _checked_lengths(lengths: Any, B: Any, unbatched: bool) -> Tensor:
-    found = torch.as_tensor(lengths)
+    found = _as_tensor(lengths)
     if found.dtype.is_floating_point or found.dtype == torch.bool:
         raise TypeError(f"lengths must be integers, got {found.dtype}")
     if unbatched and found.numel() == 1:
@@ -413,7 +418,7 @@ def _checked_lengths(lengths: Any, B: Any, unbatched: bool) -> Tensor:
 
 
 def _checked_flags(name: str, value: Any, expected: tuple[Any, ...]) -> Tensor:
-    found = torch.as_tensor(value)
+    found = _as_tensor(value)
     if found.dtype.is_complex:
         raise TypeError(f"{name} must be bool or numbers that are 0 or 1, got {found.dtype}")
     if found.shape != expected:
@@ -472,6 +477,7 @@ class LSTM(_Layers):
     LSTM(3, 4, num_layers=2, batch_first=True, zoneout=(0.1, 0.2))
     """
 
+    _theirs = nn.LSTM
     _defaults = of_cell(LSTMOptions)
 
     def __init__(
@@ -514,6 +520,7 @@ class GRU(_Layers):
     (torch.Size([7, 5, 8]), torch.Size([2, 5, 4]))
     """
 
+    _theirs = nn.GRU
     _defaults = of_cell(GRUOptions)
 
     def __init__(
@@ -552,6 +559,7 @@ class RNN(_Layers):
     torch.Size([7, 5, 4])
     """
 
+    _theirs = nn.RNN
     _defaults = of_cell(RNNOptions)
 
     def __init__(

@@ -20,12 +20,13 @@ from ..parameters import SCALES
 from ..reference import Narrow, Parameters
 from ..reference.narrow import DTYPES, NarrowPrecision
 from ..weights import WEIGHTS, check_precision, narrow_weight
-from .base import Recurrent
+from .base import Recurrent, in_onnx_export
 from .call import Call, Inputs, Maybe, parse
 from .kernels import checked_masks, follow_threads
 from .modules import GRU, LSTM, RNN, Masks, _Layers, _Made
 from .steps import GRUCell, LSTMCell, RNNCell, _Step
-from .swapping import OURS, as_ours, kind_of, listed, replace_modules, transfer_hooks
+from .swapping import as_ours, check_model, kind_of, listed, replace_modules
+from .transfer import changed_by_others, transfer_hooks, transfer_own
 
 # Calls
 
@@ -145,6 +146,7 @@ class _NarrowModule(Recurrent):
 
     weights: NarrowPrecision
     x_bits: int
+    _is_narrow = True
 
     @classmethod
     def of(cls, module: Recurrent, weights: NarrowPrecision, x_bits: int) -> _NarrowModule:
@@ -154,6 +156,7 @@ class _NarrowModule(Recurrent):
         of_module = ("_plain", "_saving", *new.__dict__)
         new.__dict__.update({k: v for k, v in module.__dict__.items() if k not in of_module})
         new.weights, new.x_bits = weights, x_bits
+        transfer_own(module, new)
         for name in module._names:
             value = module._get(name).detach().cpu()
             if value.dtype in (torch.bfloat16, torch.float16):
@@ -169,7 +172,7 @@ class _NarrowModule(Recurrent):
                 scale = name.replace("weight", "scale")
                 new.register_buffer(scale, torch.from_numpy(narrow.scale))
         new._set_names(module)
-        new.train(module.training)
+        new.training = module.training
         transfer_hooks(module, new)
         return new
 
@@ -201,6 +204,9 @@ class _NarrowModule(Recurrent):
 
     def _describe(self, **more: Any) -> str:
         return super()._describe(weights=self.weights, x_bits=self.x_bits, **more)
+
+    def _beyond_torch(self) -> dict[str, Any]:
+        return super()._beyond_torch() | {"weights": self.weights}
 
     def _layers(self, weights: Sequence[Tensor]) -> _cpu.Layers:
         """Return the packed layers, which are made again when a weight changes."""
@@ -280,6 +286,10 @@ class _NarrowModule(Recurrent):
         self, asked: str, x: Tensor, state: Sequence[Maybe], *masks: Maybe
     ) -> list[Tensor]:
         """Return y, h_n, c_n, cells and trace in the dtype of x."""
+        if in_onnx_export():
+            from ..convert.cells import check_options  # which few calls need
+
+            check_options(self, "ONNX")
         if self._draws:
             raise RuntimeError(
                 f"a module with {self.weights} weights is for inference: call eval() first"
@@ -385,7 +395,6 @@ _NARROW: dict[type[nn.Module], Any] = {
     GRUCell: NarrowGRUCell,
     RNNCell: NarrowRNNCell,
 }
-_REPLACED = _NARROW | {theirs: _NARROW[ours] for theirs, ours in OURS.items()}
 
 
 class Quantized(NamedTuple):
@@ -440,19 +449,22 @@ def quantize(
     encoder: NarrowGRU(3, 4, weights=int8)
     >>> y, h_n = done.model["encoder"](torch.zeros(5, 2, 3))
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a module, got {type(model).__name__}")
+    check_model(model)
     precision, bits = check_precision(weights, x_bits)
 
-    def make(old: nn.Module, kind: Any) -> nn.Module:
-        ours: Any = old if isinstance(old, Recurrent) else as_ours(old, kind_of(old, OURS))
-        return kind.of(ours, precision, bits)  # type: ignore[no-any-return]
+    def make(old: nn.Module) -> nn.Module | str | None:
+        ours: Any = old if isinstance(old, Recurrent) else as_ours(old)
+        if ours is None or isinstance(ours, str):
+            return ours
+        kind = kind_of(ours, _NARROW)
+        if kind is None:
+            return f"{type(old).__name__} is a subclass"
+        why = changed_by_others(ours)
+        new: nn.Module | str = why or kind.of(ours, precision, bits)
+        return new
 
     copy = deepcopy(model)
-    done = Quantized(copy, {}, {})
-    kind = kind_of(copy, _REPLACED)
-    if kind is not None:
-        copy = make(copy, kind)
-        return Quantized(copy, {"": copy}, {})
-    replace_modules(copy, _REPLACED, make, done.replaced, done.kept)
-    return done
+    alone = make(copy)
+    if isinstance(alone, nn.Module):
+        return Quantized(alone, {"": alone}, {})
+    return Quantized(copy, *replace_modules(copy, make))

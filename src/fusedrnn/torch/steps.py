@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..cells import gru_cell, lstm_cell, rnn_cell
 from . import ops
@@ -114,6 +114,7 @@ class LSTMCell(_Step):
     torch.Size([5, 4])
     """
 
+    _theirs = nn.LSTMCell
     _defaults = of_cell(LSTMOptions)
 
     def __init__(
@@ -139,6 +140,7 @@ class GRUCell(_Step):
     torch.Size([5, 4])
     """
 
+    _theirs = nn.GRUCell
     _defaults = of_cell(GRUOptions)
 
     def __init__(
@@ -164,6 +166,7 @@ class RNNCell(_Step):
     torch.Size([5, 4])
     """
 
+    _theirs = nn.RNNCell
     _defaults = of_cell(RNNOptions)
 
     def __init__(

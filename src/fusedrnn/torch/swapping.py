@@ -1,45 +1,33 @@
-"""Replacing the recurrent modules of a model by ours."""
+"""Replacing the recurrent modules of a model by ours, and back."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import fx, jit, nn
 from torch.nn.utils import parametrize
 
+from .base import Recurrent
 from .modules import GRU, LSTM, RNN
 from .steps import GRUCell, LSTMCell, RNNCell
+from .transfer import changed_by_others, converted
 
-OURS: dict[type[nn.Module], Any] = {
-    nn.LSTM: LSTM,
-    nn.GRU: GRU,
-    nn.RNN: RNN,
-    nn.LSTMCell: LSTMCell,
-    nn.GRUCell: GRUCell,
-    nn.RNNCell: RNNCell,
-}
-_ARGUMENTS = (
-    "input_size",
-    "hidden_size",
-    "num_layers",
-    "bias",
-    "batch_first",
-    "dropout",
-    "bidirectional",
-    "proj_size",
-    "nonlinearity",
-)
-_OF_TORCH = ("_flat_weight", "_all_weights")
+_KINDS: tuple[type[Recurrent], ...] = (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)
+OURS: dict[type[nn.Module], Any] = {kind._theirs: kind for kind in _KINDS}
+_SCRIPT = "change the model before torch.jit.script or torch.jit.trace"
+# Calls of recurrent layers in graphs of TorchScript and torch.export.
+_CALLS = re.compile(r"(aten|fusedrnn)(::|\.)(quantized_)?(lstm|gru|rnn_|forward|infer)")
 
 
 class Swapped(NamedTuple):
-    """The result of `swap`; it prints as text.
+    """The result of `swap` and `restore`; it prints as text.
 
     Attributes
     ----------
     replaced: the new modules, by their names in the model.
-    kept: the reasons why recurrent modules of torch.nn were not replaced, by their names.
+    kept: the reasons why other recurrent modules were not, by their names.
 
     >>> import torch, fusedrnn.torch as ft
     >>> done = ft.swap(torch.nn.ModuleList([torch.nn.GRU(3, 4)]))
@@ -51,7 +39,7 @@ class Swapped(NamedTuple):
     kept: dict[str, str]
 
     def __str__(self) -> str:
-        return listed(self.replaced, self.kept) or "no recurrent module of torch.nn"
+        return listed(self.replaced, self.kept) or "no recurrent module to replace"
 
 
 def listed(replaced: dict[str, nn.Module], kept: dict[str, str]) -> str:
@@ -60,7 +48,9 @@ def listed(replaced: dict[str, nn.Module], kept: dict[str, str]) -> str:
         f"{name or 'the model'}: {type(module).__name__}({module.extra_repr()})"
         for name, module in replaced.items()
     ]
-    return "\n".join(lines + [f"{name}: kept, {why}" for name, why in kept.items()])
+    return "\n".join(
+        lines + [f"{name or 'the model'}: kept, {why}" for name, why in kept.items()]
+    )
 
 
 def swap(model: nn.Module) -> Swapped:
@@ -88,79 +78,115 @@ def swap(model: nn.Module) -> Swapped:
     >>> print(ft.swap(model))
     encoder: GRU(3, 4)
     """
+    check_model(model)
+    if kind_of(model, OURS) is not None:
+        raise _itself(model, f"fusedrnn.torch.{kind_of(model, OURS).__name__}")
+    return Swapped(*replace_modules(model, as_ours))
+
+
+def restore(model: nn.Module) -> Swapped:
+    """Replace every module of ours in a model by the module of torch.nn: the way back.
+
+    Everything is shared and transferred as by `swap`. A module whose options change what it
+    computes in a way that torch.nn lacks is kept, as is one with narrow weights. A model saved
+    afterwards can be loaded where this package is not installed.
+
+    Parameters, returns and errors are those of `swap`.
+
+    >>> import torch, fusedrnn.torch as ft
+    >>> from torch import nn
+    >>> model = nn.ModuleDict({"encoder": ft.GRU(3, 4), "decoder": ft.LSTM(4, 5, clip=1.0)})
+    >>> print(ft.restore(model))
+    encoder: GRU(3, 4)
+    decoder: kept, torch.nn.LSTM has no clip=1.0
+    """
+    check_model(model)
+    if isinstance(model, Recurrent):
+        raise _itself(model, f"torch.nn.{model._theirs.__name__}")
+    return Swapped(*replace_modules(model, _as_torch))
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise TypeError for what is not a model whose modules can be replaced."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}")
-    if kind_of(model, OURS) is not None:
-        raise TypeError(
-            f"model must contain the modules to replace, got {model} itself: build "
-            f"fusedrnn.torch.{kind_of(model, OURS).__name__} and load its state_dict"
-        )
-    done = Swapped({}, {})
-    replace_modules(model, OURS, as_ours, done.replaced, done.kept)
-    return done
+    if isinstance(model, jit.ScriptModule):
+        raise TypeError(f"model must not be TorchScript, got {type(model).__name__}: {_SCRIPT}")
+
+
+def _itself(model: nn.Module, name: str) -> TypeError:
+    return TypeError(
+        f"model must contain the modules to replace, got {model} itself: build {name} and load "
+        "its state_dict"
+    )
 
 
 def replace_modules(
-    model: nn.Module,
-    kinds: Mapping[type[nn.Module], Any],
-    make: Callable[[nn.Module, Any], nn.Module],
-    replaced: dict[str, nn.Module],
-    kept: dict[str, str],
-) -> None:
-    """Replace the modules within a model whose class is a key of `kinds`.
+    model: nn.Module, make: Callable[[nn.Module], nn.Module | str | None]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Replace modules within a model; nothing is changed if an error is raised.
 
-    ``make(old, the class of kinds)`` returns the new module. The new modules, and the reasons
-    why others were not replaced, are put into the two dicts by their names.
+    ``make(old)`` returns the new module, the reason why a recurrent module is kept, or None
+    for any other. Returns the new modules and the reasons, by the names of the modules.
     """
-    made: dict[nn.Module, nn.Module] = {}
-    for parent_name, parent in list(model.named_modules()):
-        for name, child in list(parent._modules.items()):
+    made: dict[nn.Module, nn.Module | str | None] = {}
+    replaced: dict[str, nn.Module] = {}
+    kept: dict[str, str] = {}
+    changes = []
+    itself = _in_graph(model) or make(model)
+    if isinstance(itself, str):
+        kept[""] = itself
+    for parent_name, parent in model.named_modules():
+        for name, child in parent._modules.items():
             path = f"{parent_name}.{name}" if parent_name else name
-            kind = None if child is None else kind_of(child, kinds)
-            if child is None or kind is None:
-                if isinstance(child, tuple(kinds)):
-                    kept[path] = f"{type(child).__name__} is a subclass"
+            if child is None or isinstance(parent, jit.ScriptModule):
                 continue
             if child not in made:
-                made[child] = make(child, kind)
-            setattr(parent, name, made[child])
-            replaced[path] = made[child]
+                made[child] = _in_graph(child) or make(child)
+            new = made[child]
+            if isinstance(new, str):
+                kept[path] = new
+            elif new is not None:
+                changes.append((parent, name, new))
+                replaced[path] = new
+    for parent, name, new in changes:
+        setattr(made.get(parent) or parent, name, new)
+    return replaced, kept
 
 
 def kind_of(module: nn.Module, kinds: Mapping[type[nn.Module], Any]) -> Any:
     """Return the class of `kinds` that replaces a module, or None."""
-    kind = type(module)
-    if parametrize.is_parametrized(module):
-        kind = kind.__bases__[0]
-    return kinds.get(kind)
+    return kinds.get(parametrize.type_before_parametrizations(module))
 
 
-def transfer_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Let a module have the hooks of another one."""
-    for name, value in old.__dict__.items():
-        if name.endswith(("_hooks", "_hook")) or "_hooks_" in name:
-            new.__dict__[name] = value
+def _in_graph(module: nn.Module) -> str | None:
+    """Return why a module is kept whose recurrent layers are calls in a graph."""
+    if isinstance(module, jit.ScriptModule):
+        graph, why = getattr(module, "inlined_graph", None), f"it is TorchScript: {_SCRIPT}"
+    elif isinstance(module, fx.GraphModule):
+        graph, why = (
+            module.graph,
+            "its graph has the calls: change the model before torch.export",
+        )
+    else:
+        return None
+    return why if _CALLS.search(str(graph)) else None
 
 
-def as_ours(old: nn.Module, kind: Any) -> nn.Module:
-    """Return one of ours with the parameters of another module."""
-    given = {name: getattr(old, name) for name in _ARGUMENTS if hasattr(old, name)}
-    if kind is not LSTM:
-        given.pop("proj_size", None)
-    dropout = given.pop("dropout", None)  # with one layer, it would warn again
-    new: nn.Module = kind(**given, device="meta")
-    if dropout is not None:
-        new.dropout = dropout
-    new._parameters.clear()
-    new._parameters.update(old._parameters)
-    new._buffers.update(old._buffers)
-    for name, module in old._modules.items():
-        if name != "parametrizations":
-            new._modules[name] = module
-    # Copy weights that are plain attributes, and the user's own, but not torch.nn's caches.
-    own = [n for n in old.__dict__ if n not in new.__dict__]
-    new.__dict__.update({n: old.__dict__[n] for n in own if not n.startswith(_OF_TORCH)})
-    parametrize.transfer_parametrizations_and_params(old, new)
-    new.train(old.training)
-    transfer_hooks(old, new)
-    return new
+def as_ours(old: nn.Module) -> nn.Module | str | None:
+    """Return a module of ours with everything of one of torch.nn, or why there is none."""
+    kind = kind_of(old, OURS)
+    if kind is not None:
+        return converted(old, kind)
+    if isinstance(old, (nn.RNNBase, nn.RNNCellBase)):
+        return changed_by_others(old) or f"{type(old).__name__} is a subclass"
+    if type(old).__module__.startswith("torch.ao.") and type(old).__name__ in _NAMES:
+        return "it is one of torch.ao.quantization: swap before that"
+    return None
+
+
+def _as_torch(old: nn.Module) -> nn.Module | str | None:
+    return old._as_torch() if isinstance(old, Recurrent) else None
+
+
+_NAMES = [kind.__name__ for kind in OURS]
