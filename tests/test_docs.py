@@ -39,7 +39,9 @@ def run_page(page: Path) -> dict[str, Any]:
         if "cuda" in block and not fr.cuda.is_available():
             continue
         for needed in re.findall(
-            r"^(?:import|from) (torch|onnx|matplotlib|keras)\b", block, re.M
+            r"^(?:import|from) (torch|onnx|onnxruntime|matplotlib|keras|fusedrnn\.onnx)\b",
+            block,
+            re.M,
         ):
             pytest.importorskip(needed, reason=f"an example of {page.name} uses {needed}")
         exec(compile(block, name_of(page), "exec"), names)
