@@ -27,7 +27,6 @@ _OPERATORS = (
     "Transpose",
     "Unsqueeze",
 )
-_MOST_ELEMENTS = 2**29  # of float32 in the largest file of ONNX
 
 
 class NotConstantError(Exception):
@@ -40,10 +39,14 @@ class Scope:
     Attributes
     ----------
     opset: the version of ONNX's operators.
+    most: the number of elements that a value may have: the bytes of the model, whose constants
+        are all that a value is made of.
     """
 
-    def __init__(self, graph: onnx.GraphProto, outer: Scope | None, opset: int) -> None:
-        self.opset = opset
+    def __init__(
+        self, graph: onnx.GraphProto, outer: Scope | None, opset: int, most: int
+    ) -> None:
+        self.opset, self.most = opset, most
         self._outer = outer
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
         self._nodes = {name: node for node in graph.node for name in node.output if name}
@@ -77,10 +80,11 @@ class Scope:
         if not is_onnx or node.op_type not in _OPERATORS:
             raise NotConstantError(f"{name} is computed by {node.op_type}")
         inputs = {n: self.value(n) for n in node.input if n}
-        sizes = [inputs[n].size for n in node.input if n]
-        count = math.prod(sizes) if node.op_type == "Gather" else sum(sizes)
-        if count > _MOST_ELEMENTS:
-            raise ValueError(f"{name} would have more than {_MOST_ELEMENTS} elements")
+        count = self._count(node, inputs)
+        if count > self.most:
+            raise ValueError(
+                f"{name} would have {count} elements, more than the model has bytes"
+            )
         try:
             results: Any = ReferenceEvaluator(self._model(node, name, inputs)).run(
                 [name], inputs
@@ -88,6 +92,16 @@ class Scope:
         except Exception as error:
             raise ValueError(f"{name} cannot be computed by {node.op_type}: {error}") from None
         return np.asarray(results[0])
+
+    def _count(self, node: onnx.NodeProto, inputs: dict[str, Array]) -> int:
+        """Return how many elements a node's results have at most."""
+        sizes = [inputs[n].size for n in node.input if n]
+        if node.op_type != "Gather":
+            return sum(sizes)
+        data = inputs[node.input[0]]
+        axis = sum(a.i for a in node.attribute if a.name == "axis")
+        along = data.shape[axis] if -data.ndim <= axis < data.ndim else 1
+        return data.size // max(along, 1) * math.prod(sizes[1:])
 
     def _model(
         self, node: onnx.NodeProto, output: str, inputs: dict[str, Array]

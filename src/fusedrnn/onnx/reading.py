@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 from onnx import inliner
 
 from ..convert import from_onnx
@@ -85,10 +85,15 @@ def layers(model: str | os.PathLike[str] | bytes | onnx.ModelProto) -> Found:
     """
     found = Found({}, {}, {})
     proto = load(model)
-    for name, node, scope in _nodes(proto.graph, None, opset_of(proto), ""):
+    try:
+        most = proto.ByteSize()
+    except EncodeError:  # of more than 2 GB, with weights in other files
+        most = 2**31
+    scope = Scope(proto.graph, None, opset_of(proto), most)
+    for name, node, inner in _nodes(proto.graph, scope, ""):
         name = _unique(name, found)
         try:
-            found.layers[name], state = _layer(node, scope)
+            found.layers[name], state = _layer(node, inner)
         except NotConstantError as why:
             found.refused[name] = f"its weights are not constant: {why}"
         except (ValueError, TypeError) as why:
@@ -146,10 +151,9 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 
 def _nodes(
-    graph: onnx.GraphProto, outer: Scope | None, opset: int, prefix: str
+    graph: onnx.GraphProto, scope: Scope, prefix: str
 ) -> Iterator[tuple[str, onnx.NodeProto, Scope]]:
     """Iterate over the recurrent nodes of a graph and its bodies, with their names."""
-    scope = Scope(graph, outer, opset)
     for at, node in enumerate(graph.node):
         name = prefix + _text(node.name or next(iter(node.output), "") or f"node {at}")
         is_ours = node.op_type in _OPERATORS and node.domain in ("", "ai.onnx")
@@ -158,7 +162,8 @@ def _nodes(
         for attribute in node.attribute:
             bodies = [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
             for body in bodies:
-                yield from _nodes(body, scope, opset, f"{name}/{_text(attribute.name)}/")
+                inner = Scope(body, scope, scope.opset, scope.most)
+                yield from _nodes(body, inner, f"{name}/{_text(attribute.name)}/")
 
 
 def _layer(node: onnx.NodeProto, scope: Scope) -> tuple[Any, Any]:

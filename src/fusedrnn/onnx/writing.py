@@ -71,6 +71,11 @@ def export(
             "layer must be float32, because runtimes of ONNX have no float64: convert it by "
             'to("cpu", "float32")'
         )
+    size = sum(
+        a.nbytes for node in nodes for a in (node.W, node.R, node.B, node.P) if a is not None
+    )
+    if size > _MOST_BYTES:
+        raise ValueError(f"layer must have less than 2 GB of weights, got {size / 1e9:.1f} GB")
     graph = _Graph(
         nodes, layer, stream, checks.flag("lengths", lengths), checks.flag("state", state)
     )
@@ -82,8 +87,6 @@ def export(
         producer_name="fusedrnn",
         producer_version=__version__,
     )
-    if model.ByteSize() > _MOST_BYTES:
-        raise ValueError(f"layer must have less than 2 GB of weights, got {layer!r}")
     with replacing(Path(path)) as temporary:
         onnx.save_model(model, temporary)
 
