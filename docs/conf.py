@@ -89,7 +89,7 @@ def _read(_: Sphinx, name: str, source: list[str]) -> None:
 # Docstrings: `name: text` below an underlined heading becomes a definition
 
 _HEADINGS = ("Parameters", "Attributes", "Returns", "Raises", "Notes")
-_NAMES = r"((?:\w+Error|[a-z_]\w*|[TBIHR]\b)(?:(?:, (?:and )?| … )[\w ]+)*)"
+_NAMES = r"((?:\w+Error|[a-z_]\w*|[TBIHRW]\b)(?:(?:, (?:and )?| … )[\w ]+)*)"
 _ITEM = re.compile(rf"(?:^|(?<=\. )){_NAMES}: (?=\S)")
 
 

@@ -6,7 +6,7 @@ that computes what the other library computes. ``to_torch`` and so on return a l
 in the form that the other library reads; they refuse a layer with an option that it lacks. None
 of the libraries needs to be installed, except PyTorch for `to_torch`.
 
-Weights are arrays of NumPy or of anything that `numpy.asarray` reads; 16-bit floats become
+Weights are arrays of NumPy or of anything that ``numpy.asarray`` reads; 16-bit floats become
 float32. The layers have the dtype of the weights. Further keyword arguments of ``from_…``, as
 batch_first or dtype, are those of our layers.
 """

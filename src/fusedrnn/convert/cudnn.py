@@ -23,7 +23,7 @@ def from_cudnn(
     """Return a layer with the weights of a flat buffer of cuDNN.
 
     cuDNN does not document the layout; instead ``cudnnGetRNNWeightParams`` returns the position
-    of each matrix. This layout is the one that `jax.experimental.rnn` relies on, with two
+    of each matrix. This layout is the one that ``jax.experimental.rnn`` relies on, with two
     biases per gate (CUDNN_RNN_DOUBLE_BIAS) and without a projection. Gates are in our order.
 
     Parameters

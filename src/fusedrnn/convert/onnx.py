@@ -163,8 +163,8 @@ def to_onnx(layer: Any) -> list[Node]:
 
     Returns
     -------
-    A `Node` for each layer, which has both directions. With coupled_gates the weights of f,
-    which ONNX ignores, are 0.
+    A `fusedrnn.convert.onnx.Node` for each layer, which has both directions. With coupled_gates
+    the weights of f, which ONNX ignores, are 0.
 
     Raises
     ------

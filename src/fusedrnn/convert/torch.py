@@ -128,8 +128,8 @@ def _of_module(name: str, module: Any) -> tuple[str, dict[str, Any], dict[str, A
     op = next((op for op in cells.LAYERS if kinds & {op.upper(), f"{op.upper()}Cell"}), None)
     if op is None or not hasattr(module, "state_dict"):
         raise TypeError(
-            f"{name} must be an LSTM, GRU or RNN of fusedrnn, fusedrnn.torch or torch.nn, got "
-            f"{type(module).__name__}"
+            f"{name} must be an LSTM, GRU or RNN of fusedrnn, fusedrnn.torch or torch.nn, or a "
+            f"state_dict, got {type(module).__name__}"
         )
     if hasattr(module, "weights"):
         raise ValueError(
