@@ -98,7 +98,10 @@ def main() -> None:
         # Ray reads blocks of up to 128 MB, and a small data set as one block, for one worker.
         data = ray.data.read_parquet(folder).repartition(target_num_rows_per_block=BATCH)
         alone = collect("one process", by_one_process(data, layer))
-        together = collect(f"{args.workers} workers", by_ray(data, layer, args.workers))
+        together = collect(
+            f"{args.workers} worker" + "s" * (args.workers > 1),
+            by_ray(data, layer, args.workers),
+        )
     ray.shutdown()
     if not np.array_equal(together, alone):
         raise SystemExit("the states differ")

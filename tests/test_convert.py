@@ -584,7 +584,15 @@ def test_to_from_tensors_of_any_kind() -> None:
 
 KERNELS = [random(I, 4 * H), random(H, 4 * H), random(4 * H)]
 PARTS = {"kernel": KERNELS[0], "recurrent_kernel": KERNELS[1], "bias": KERNELS[2]}
+AFTER = [random(H, 3 * H), random(H, 3 * H), random(2, 3 * H)]
+BEFORE = [*AFTER[:2], random(3 * H)]
+GRU_DNN = {"weights_layer": random(1, 1, I, 3, H), "weights_iter": random(1, 1, H, 3, H)}
 DNN = {"weights_layer": random(1, 1, I, 4, H), "weights_iter": random(1, 1, H, 4, H)}
+DNN_WITH_PEEPHOLE = {
+    "weights_layer": random(1, 1, H, 4, H),
+    "weights_iter": random(1, 1, H, 4, H),
+    "weights_peephole": random(1, 1, 3, H),
+}
 
 ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: convert.from_keras(KERNELS), TypeError, 'cell must be "lstm"'),
@@ -641,8 +649,66 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "source must have names that begin with 'lstm.', got none",
     ),
-    (lambda: convert.from_torch(3), TypeError, "source must be an LSTM, GRU or RNN of"),
-    (lambda: convert.to_mlx(3), TypeError, "layer must be an LSTM, GRU or RNN of"),
+    (
+        lambda: convert.from_torch(3),
+        TypeError,
+        "source must be an LSTM, GRU or RNN of torch.nn or fusedrnn.torch, no subclass, or a "
+        "state_dict, got int",
+    ),
+    (lambda: convert.to_mlx(3), TypeError, "no subclass, or fusedrnn, got int"),
+    (
+        lambda: convert.from_torch({"weight_ih": KERNELS[0].T, "weight_ih_l0": KERNELS[0].T}),
+        ValueError,
+        "source must have weight_ih of a layer once, got 'weight_ih_l0', too",
+    ),
+    (
+        lambda: convert.from_keras(KERNELS[:2], cell="gru", reset_after=5),
+        ValueError,
+        "recurrent_kernel must have shape (H, 3*H), got (7, 28)",
+    ),
+    (
+        lambda: convert.from_keras(BEFORE, AFTER, cell="gru"),
+        ValueError,
+        "the biases of a GRU must all have shape (3*H,), or all (2, 3*H)",
+    ),
+    (
+        lambda: convert.from_keras(AFTER, cell="gru", reset_after=False),
+        ValueError,
+        "reset_after must be True, which follows from the weights or attributes, got False",
+    ),
+    (
+        lambda: convert.from_onednn("gru", GRU_DNN, reset_after=True),
+        ValueError,
+        "reset_after must be False, which follows from the weights or attributes, got True",
+    ),
+    (
+        lambda: convert.from_onednn("lstm", DNN, DNN_WITH_PEEPHOLE),
+        ValueError,
+        "weight_ch must be in every layer and direction, or in none",
+    ),
+    (
+        lambda: convert.from_keras(KERNELS, cell="lstm", peephole=True),
+        TypeError,
+        "peephole follows from the weights and must be left out",
+    ),
+    (lambda: convert.from_keras(5, cell="lstm"), TypeError, "layer 0 must be one of Keras or"),
+    (
+        lambda: convert.from_onnx(
+            "GRU", random(1, 21, 3), random(1, 21, 7), direction="reverse", reverse=False
+        ),
+        ValueError,
+        "reverse must be True, which follows from the weights or attributes, got False",
+    ),
+    (
+        lambda: convert.from_onnx("RNN", random(1, 7, 3), random(1, 7, 7), activations=5),
+        TypeError,
+        "activations must be a list, got int",
+    ),
+    (
+        lambda: convert.from_onnx("RNN", random(1, 7, 3), random(1, 7, 7), clip="a"),
+        TypeError,
+        "clip must be a number, got str",
+    ),
     (
         lambda: convert.from_onnx("LSTM", random(1, 27, 3), random(1, 28, 7)),
         ValueError,
@@ -764,7 +830,7 @@ OFFERED = {
     "mlx": [],
     "onednn": ["peephole", "proj_size", "reverse"],
     "cudnn": [],
-    "torch": list(OPTIONS),
+    "torch": [name for name in OPTIONS if name != "reverse"],
 }
 
 
@@ -791,15 +857,67 @@ def test_narrow_weights_are_refused() -> None:
 
 
 def test_keras_layers_that_are_refused() -> None:
-    """Layers of Keras that go backwards or have another activation are refused."""
+    """Layers of Keras that compute something else than one of ours are refused."""
     keras = pytest.importorskip("keras")
-    for options, message in (
-        ({"go_backwards": True}, "layer 0 must not have go_backwards=True"),
-        ({"activation": "gelu"}, "layer 0 must have an activation that we have, got 'gelu'"),
-    ):
-        layer = keras.layers.LSTM(H, **options)
+    LSTM, GRU = keras.layers.LSTM, keras.layers.GRU
+    both = keras.layers.Bidirectional
+    other = LSTM(H, activation="relu", go_backwards=True)
+    refused = [
+        (LSTM(H, go_backwards=True), "layer 0 must not have go_backwards=True"),
+        (
+            LSTM(H, activation="gelu"),
+            "layer 0 must have an activation that we have, got 'gelu'",
+        ),
+        (LSTM(H, activation=lambda a: a), "an activation that we have, got '<lambda>'"),
+        (both(LSTM(H), merge_mode="sum"), 'layer 0 must have merge_mode="concat"'),
+        (both(LSTM(H), backward_layer=other), "layer 0 must have equal options in both"),
+    ]
+    for layer, message in refused:
         layer.build((None, None, I))
         with pytest.raises(ValueError, match=message):
             convert.from_keras(layer)
     with pytest.raises(TypeError, match="layer 0 must be an LSTM, GRU, SimpleRNN"):
         convert.from_keras(keras.layers.Dense(H))
+    layers = [LSTM(H), GRU(H)]
+    for layer in layers:
+        layer.build((None, None, I))
+    with pytest.raises(ValueError, match="layers must have equal cells and options, layer 1"):
+        convert.from_keras(*layers)
+
+
+def test_modules_that_are_refused() -> None:
+    """Modules of PyTorch that may compute something else than their weights say are refused."""
+    torch = pytest.importorskip("torch")
+
+    class Doubled(torch.nn.LSTM):  # type: ignore[misc, name-defined]
+        def forward(self, *arguments: Any) -> Any:
+            y, state = super().forward(*arguments)
+            return 2 * y, state
+
+    with pytest.raises(TypeError, match="no subclass, or a state_dict, got Doubled"):
+        convert.from_torch(Doubled(I, H))
+    module = torch.nn.GRU(I, H)
+    handle = module.register_forward_hook(lambda _, __, results: results)
+    with pytest.raises(ValueError, match="layer must have no forward hooks"):
+        convert.to_keras(module)
+    handle.remove()
+    with pytest.raises(ValueError, match="prefix and cell must be left out with a module"):
+        convert.from_torch(module, cell="gru")
+    assert convert.from_torch(Doubled(I, H).state_dict()).hidden_size == H
+    torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    x = random(T, B, I, dtype=np.float32)
+    expected = module(torch.tensor(x))[0].detach().numpy()
+    assert_close(convert.from_torch(module)(x)[0], expected)
+
+
+def test_tensors_of_16_bits() -> None:
+    """Every conversion reads tensors of PyTorch and arrays of MLX, also of bfloat16."""
+    torch = pytest.importorskip("torch")
+    kernels = [torch.tensor(a).bfloat16().requires_grad_() for a in KERNELS]
+    expected = convert.from_keras([a.detach().float().numpy() for a in kernels], cell="lstm")
+    layer = convert.from_keras(kernels, cell="lstm")
+    np.testing.assert_array_equal(layer.weight_hh_l0, expected.weight_hh_l0)
+    mlx: Any = pytest.importorskip("mlx.nn")
+    module = mlx.GRU(I, H)
+    module.set_dtype(pytest.importorskip("mlx.core").bfloat16)
+    assert convert.from_mlx(module.parameters()).dtype == "float32"

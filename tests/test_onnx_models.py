@@ -141,6 +141,13 @@ def test_export_of_modules(tmp_path: Path) -> None:
     assert_close(session_of(tmp_path / "gru.onnx").run(None, {"x": x}), expected, "onnxruntime")
 
 
+def test_export_of_cells(tmp_path: Path) -> None:
+    """A cell of PyTorch is written as a layer of one step or more."""
+    torch = pytest.importorskip("torch")
+    fo.export(torch.nn.GRUCell(I, H), tmp_path / "cell.onnx")
+    assert str(fo.layers(tmp_path / "cell.onnx")) == f"gru_0: GRU({I}, {H})"
+
+
 REFUSED: list[tuple[Callable[[Path], Any], type[Exception], str]] = [
     (lambda p: fo.export(fr.LSTM(I, H, proj_size=2), p), ValueError, "not have proj_size=2"),
     (lambda p: fo.export(fr.LSTM(I, H, layer_norm=True), p), ValueError, "layer_norm=True"),
@@ -153,6 +160,7 @@ REFUSED: list[tuple[Callable[[Path], Any], type[Exception], str]] = [
     (lambda p: fo.export(fr.GRU(I, H), p, 13), ValueError, "opset must be from 14"),
     (lambda p: fo.export(fr.GRU(I, H), p, 10**6), ValueError, "opset must be from 14"),
     (lambda p: fo.export(fr.GRU(I, H), p, lengths=1), TypeError, "lengths must be a bool"),
+    (lambda p: fo.export(fr.GRU(I, H), p.parent / "no" / "a.onnx"), OSError, "path the file"),
     (
         lambda p: fo.export(fr.Stream(fr.GRU(I, H)), p, lengths=True),
         ValueError,
@@ -243,6 +251,9 @@ def test_weights_in_another_file(tmp_path: Path) -> None:
     assert list(fo.layers(path).layers) == ["lstm"]
     refused = fo.layers(path.read_bytes()).refused["lstm"]
     assert refused == "W is stored in another file: give the model as a path"
+    (tmp_path / "weights").unlink()
+    with pytest.raises(ValueError, match="model must have its external data beside it"):
+        fo.layers(path)
 
 
 def test_bodies() -> None:
@@ -298,6 +309,21 @@ def test_functions_are_inlined() -> None:
     model = model_of([call], weights_of(), functions=[function])
     model.opset_import.append(helper.make_opsetid("mine", 1))
     assert len(fo.layers(model).layers) == 1
+    model.functions[0].opset_import[0].version = 14
+    found = fo.layers(model)
+    assert found.layers or "another version of operators" in found.refused["Encoder"]
+
+
+def test_dequantized_weights() -> None:
+    """Weights of 8 bits that DequantizeLinear makes float32 are computed."""
+    _, R, B = weights_of()
+    values = np.random.default_rng(0).integers(-127, 128, (1, 4 * H, I)).astype(np.int8)
+    scale = np.float32(0.01)
+    constants = {"W8": values, "scale": scale, "zero": np.int8(0)}
+    tensors = [onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in constants.items()]
+    node = helper.make_node("DequantizeLinear", ["W8", "scale", "zero"], ["W"])
+    layer = fo.layers(model_of([node, lstm_node()], [R, B, *tensors], opset=13)).layers["lstm"]
+    np.testing.assert_allclose(layer.weight_ih_l0[:H], values[0, :H] * scale, rtol=1e-6)
 
 
 @pytest.mark.parametrize("layout", [0, 1])
@@ -314,6 +340,11 @@ def test_constant_states(layout: int) -> None:
     assert layer.batch_first is bool(layout)
     for a, e in zip(state, (h0, c0), strict=True):
         np.testing.assert_array_equal(a, e)
+    node.input[6] = ""  # c0 is 0 then
+    found = fo.layers(model_of([node], [*weights_of(), *states]))
+    np.testing.assert_array_equal(found.states["lstm"][0], h0)
+    assert not found.states["lstm"][1].any()
+    node.input[6] = "c"
     zeros = [onnx.numpy_helper.from_array(0 * a, n) for n, a in zip("hc", given, strict=True)]
     assert not fo.layers(model_of([node], [*weights_of(), *zeros])).states
 
@@ -337,8 +368,8 @@ def test_refused_nodes() -> None:
     found = fo.layers(model_of(nodes, weights_of(), inputs=inputs))
     assert list(found.layers) == ["lstm"]
     reasons = {
-        "dynamic": "its weights are not constant: V is an input of the model",
-        "made": "its weights are not constant: U is computed by Relu",
+        "dynamic": "its weights are not constants: V is an input of its graph",
+        "made": "its weights are not constants: U is computed by Relu",
         "int8": "DynamicQuantizeLSTM of com.microsoft is not an operator of ONNX",
         "mixed": "activations must be equal for g and h",
         "new": "LSTM of version 17 has no attribute gates",
@@ -348,7 +379,7 @@ def test_refused_nodes() -> None:
     assert set(found.refused) == set(reasons)
     for name, reason in reasons.items():
         assert reason in found.refused[name]
-    assert "dynamic: refused, its weights are not constant" in str(found)
+    assert "dynamic: refused, its weights are not constants" in str(found)
 
 
 def test_equal_names() -> None:
@@ -477,7 +508,7 @@ def test_hostile_files() -> None:
     first = onnx.numpy_helper.from_array(random(1, 4 * H, I), "W0")
     node = helper.make_node("LSTM", ["x", "W60", "R", "B"], ["Y"], "lstm", hidden_size=H)
     found = fo.layers(model_of([*doubled, node], [first, R, B]))
-    assert "more than the model has bytes" in found.refused["lstm"]
+    assert "elements, more than" in found.refused["lstm"]
     chain = [helper.make_node("Identity", [f"W{n}"], [f"W{n + 1}"]) for n in range(20_000)]
     node = helper.make_node("LSTM", ["x", "W20000", "R", "B"], ["Y"], "lstm", hidden_size=H)
     found = fo.layers(model_of([*chain, node], [first, R, B]))
@@ -502,9 +533,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["convert", str(path)]) == 0
     text = capsys.readouterr().out
     assert "model.onnx: 2 nodes, operators of version 17" in text
-    assert "1 of 2 recurrent nodes run on the kernels of fusedrnn" in text
+    assert "1 of 2 recurrent nodes can be layers and run on the kernels of fusedrnn" in text
     assert f"runs as LSTM({I}, {H})" in text
-    assert "does not run here: its weights are not constant: V is an input" in text
+    assert "cannot be a layer: its weights are not constants: V is an input" in text
 
 
 @pytest.mark.parametrize(("name", "why"), [("no.onnx", "No such file"), ("x.onnx", "ONNX")])

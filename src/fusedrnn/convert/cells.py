@@ -5,6 +5,7 @@ A cell is here one layer in one direction, as `fusedrnn.reference.Parameters`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,16 @@ _OP_OF_GATES = {4: "lstm", 3: "gru", 1: "rnn"}
 # These change nothing in inference, or only the layout of x.
 _HARMLESS = ("bias", "batch_first", "dropout", "recurrent_dropout", "weight_dropout")
 _STRUCTURE = ("num_layers", "bidirectional")
+_FROM_WEIGHTS = (
+    "input_size",
+    "hidden_size",
+    "num_layers",
+    "bias",
+    "bidirectional",
+    "proj_size",
+    "peephole",
+    "layer_norm",
+)
 
 
 # Arrays
@@ -34,10 +45,7 @@ def floats(name: str, value: Any, axes: str, *shape: int | None) -> Array:
     """
     if value is None:
         raise TypeError(f"{name} must be an array of shape {axes}, got None")
-    try:
-        a: Array = widened(np.asarray(value))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be an array that NumPy can read: {error}") from None
+    a = array(name, value)
     if a.dtype == np.float16:
         a = a.astype(np.float32)
     if a.dtype not in (np.float32, np.float64):
@@ -48,6 +56,20 @@ def floats(name: str, value: Any, axes: str, *shape: int | None) -> Array:
     )
     if not fits:
         raise ValueError(f"{name} must have shape {axes}, got {a.shape}")
+    return a
+
+
+def array(name: str, value: Any) -> Array:
+    """Return an array or tensor of any library as an array of NumPy; bfloat16 as float32."""
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+            value = value.float() if "bfloat16" in str(value.dtype) else value
+        elif "mlx.core.bfloat16" in str(getattr(value, "dtype", "")):
+            value = value.astype(sys.modules["mlx.core"].float32)
+        a: Array = widened(np.asarray(value))
+    except Exception as error:
+        raise TypeError(f"{name} must be an array that NumPy can read: {error}") from None
     return a
 
 
@@ -132,7 +154,13 @@ def build(op: str, cells: Sequence[Sequence[Parameters]], **options: Any) -> Any
     directions = {len(of_layer) for of_layer in cells}
     if len(directions) != 1:
         raise ValueError("every layer must have the same number of directions")
+    clash = [name for name in _FROM_WEIGHTS if name in options]
+    if clash:
+        raise TypeError(f"{clash[0]} follows from the weights and must be left out")
     first = every[0]
+    for kind in Parameters._fields[4:]:
+        if len({getattr(cell, kind) is None for cell in every}) > 1:
+            raise ValueError(f"{kind} must be in every layer and direction, or in none")
     H = len(first.weight_hh) // len(gates_of(op, options))
     has_bias = any(cell.bias_ih is not None or cell.bias_hh is not None for cell in every)
     given: dict[str, Any] = {"bias": has_bias, "bidirectional": directions == {2}}
@@ -144,9 +172,6 @@ def build(op: str, cells: Sequence[Sequence[Parameters]], **options: Any) -> Any
         given["layer_norm"] = True
     dtype = np.result_type(*(a for cell in every for a in cell if a is not None))
     options = {"dtype": dtype, **options}
-    clash = [name for name in ("num_layers", *given) if name in options]
-    if clash:
-        raise TypeError(f"{clash[0]} follows from the weights and must be left out")
     layer = LAYERS[op](first.weight_ih.shape[1], H, len(cells), **given, **options)
     state: dict[str, Array] = {}
     for n, of_layer in enumerate(cells):
@@ -157,8 +182,22 @@ def build(op: str, cells: Sequence[Sequence[Parameters]], **options: Any) -> Any
                     parameters[name] = np.zeros(len(cell.weight_hh), dtype)
             end = f"l{n}" + "_reverse" * d
             state |= {f"{k}_{end}": a for k, a in parameters.items() if a is not None}
-    layer.load_state_dict(state)
+    try:
+        layer.load_state_dict(state)
+    except KeyError as error:
+        raise ValueError(f"the weights must be those of a {layer!r}: {error.args[0]}") from None
     return layer
+
+
+def with_implied(options: Mapping[str, Any], **implied: Any) -> dict[str, Any]:
+    """Return options with those that follow from weights or attributes."""
+    for name, value in implied.items():
+        if name in options and options[name] != value:
+            raise ValueError(
+                f"{name} must be {value!r}, which follows from the weights or attributes, got "
+                f"{options[name]!r}"
+            )
+    return {**options, **implied}
 
 
 def gates_of(op: str, options: Mapping[str, Any]) -> str:

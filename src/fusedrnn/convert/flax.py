@@ -24,7 +24,8 @@ def from_flax(*layers: Any, **options: Any) -> Any:
         of a Bidirectional; or a tuple of a forward and a backward cell. In linen they are the
         dict that ``init`` returns, in nnx ``nnx.to_pure_dict(nnx.state(module))``.
     options: arguments of our layer, as activation, where the cells have other activations than
-        the default ones. The layer takes x as flax's RNN does, (B, T, I), unless
+        the default ones. A SimpleCell with residual=True, which its parameters do not tell, is
+        none of ours. The layer takes x as flax's RNN does, (B, T, I), unless
         batch_first=False.
 
     Returns
@@ -99,7 +100,7 @@ def _cell(of: str, parameters: Any) -> tuple[str, Parameters]:
     parameters = _unwrapped(parameters)
     if not isinstance(parameters, Mapping):
         raise TypeError(f"the parameters{of} must be a dict, got {type(parameters).__name__}")
-    given = {k.rstrip("_"): v for k, v in parameters.items() if isinstance(v, Mapping)}
+    given = {str(k).rstrip("_"): v for k, v in parameters.items() if isinstance(v, Mapping)}
     given.pop("rngs", None)
     if set(given) == {"dense_i", "dense_h"}:
         (W, b_ih), (R, b_hh) = (_dense(f"{k}{of}", given[k]) for k in ("dense_i", "dense_h"))

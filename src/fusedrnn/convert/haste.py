@@ -76,12 +76,13 @@ def _cell(of: str, given: Any) -> tuple[str, Parameters]:
     if not isinstance(given, Mapping) or not {"kernel", "recurrent_kernel", "bias"} <= set(
         given
     ):
-        names = ", ".join(given) if isinstance(given, Mapping) else type(given).__name__
+        names = (
+            ", ".join(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
+        )
         raise ValueError(
             f"the parameters{of} must be a dict with kernel, recurrent_kernel and bias, got "
             f"{names}"
         )
-    given = {k: v.detach().cpu() if hasattr(v, "detach") else v for k, v in given.items()}
     recurrent = cells.floats(
         f"recurrent_kernel{of}", given["recurrent_kernel"], "(H, gates*H)", None, None
     )

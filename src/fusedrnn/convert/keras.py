@@ -95,21 +95,30 @@ def from_keras(*layers: Any, cell: str | None = None, **options: Any) -> Any:
     if not layers:
         raise TypeError("layers must be at least one layer of Keras or list of its weights")
     found: list[list[Parameters]] = []
-    of_layers: dict[str, Any] = {}
+    of_layers: list[tuple[str, dict[str, Any]]] = []
     for n, layer in enumerate(layers):
+        weights = layer
         if hasattr(layer, "get_weights"):
-            op, of_layer = _arguments(n, layer)
-            if n and (op != cell or of_layer != of_layers):
-                raise ValueError(f"layers must have equal cells and options, layer {n} differs")
-            cell, of_layers = op, of_layer
-            layer = layer.get_weights()
-        if cell is None:
+            of_layers.append(_arguments(n, layer))
+            weights = layer.get_weights()
+        elif not isinstance(layer, (list, tuple)):
+            kind = type(layer).__name__
+            raise TypeError(f"layer {n} must be one of Keras or a list of weights, got {kind}")
+        if cell is None and not of_layers:
             raise TypeError('cell must be "lstm", "gru" or "rnn" for lists of weights')
-        found.append(_cells(cells.check_op(cell), n, len(layers), layer))
-    op = cells.check_op(str(cell))
-    if op == "gru" and found[0][0].bias_ih is not None:
-        of_layers["reset_after"] = found[0][0].bias_hh is not None
-    return cells.build(op, found, **{"batch_first": True, **of_layers, **options})
+        op = cells.check_op(of_layers[0][0] if cell is None else cell)
+        if any(of_layer != (op, of_layers[0][1]) for of_layer in of_layers):
+            raise ValueError(f"layers must have equal cells and options, layer {n} differs")
+        found.append(_cells(op, n, len(layers), weights))
+    implied = of_layers[0][1] if of_layers else {}
+    biased = [c for of_layer in found for c in of_layer if c.bias_ih is not None]
+    if op == "gru" and biased:
+        rows = {c.bias_hh is not None for c in biased}
+        if len(rows) > 1:
+            raise ValueError("the biases of a GRU must all have shape (3*H,), or all (2, 3*H)")
+        implied = cells.with_implied(implied, reset_after=rows.pop())
+    options = {"batch_first": True, **cells.with_implied(options, **implied)}
+    return cells.build(op, found, **options)
 
 
 def to_keras(layer: Any) -> list[list[Array]]:
@@ -154,11 +163,10 @@ def to_keras(layer: Any) -> list[list[Array]]:
 
 def _cells(op: str, n: int, count: int, weights: Sequence[Any]) -> list[Parameters]:
     """Return the cells of one layer, whose directions follow from the number of arrays."""
-    if not isinstance(weights, (list, tuple)) or len(weights) not in (2, 3, 4, 6):
-        got = len(weights) if isinstance(weights, (list, tuple)) else type(weights).__name__
+    if len(weights) not in (2, 3, 4, 6):
         raise ValueError(
             f"the weights of layer {n} must be [kernel, recurrent_kernel] or [kernel, "
-            f"recurrent_kernel, bias], twice for Bidirectional, got {got}"
+            f"recurrent_kernel, bias], twice for Bidirectional, got {len(weights)}"
         )
     each = 2 if len(weights) in (2, 4) else 3
     return [
@@ -175,7 +183,8 @@ def _cell(op: str, of: str, kernel: Any, recurrent: Any, bias: Any = None) -> Pa
     cells.floats(f"recurrent_kernel{of}", recurrent, f"(H, {axis})", len(recurrent), rows)
     kernel = cells.floats(f"kernel{of}", kernel, f"(I, {axis}) = (I, {rows})", None, rows)
     if bias is not None:
-        shape = (2, rows) if np.ndim(bias) == 2 and op == "gru" else (rows,)
+        bias = cells.array(f"bias{of}", bias)
+        shape = (2, rows) if bias.ndim == 2 and op == "gru" else (rows,)
         axes = f"({axis},) = ({rows},)" + f" or (2, {rows})" * (op == "gru")
         bias = cells.floats(f"bias{of}", bias, axes, *shape)
     return Parameters(*weights_of(op, kernel, recurrent, bias, exchanged))
@@ -183,32 +192,42 @@ def _cell(op: str, of: str, kernel: Any, recurrent: Any, bias: Any = None) -> Pa
 
 def _arguments(n: int, layer: Any) -> tuple[str, dict[str, Any]]:
     """Return the op of a layer of Keras, and its options as arguments of ours."""
-    inner = getattr(layer, "forward_layer", layer)
-    kinds = [kind for kind in type(inner).__mro__ if kind.__name__ in _OPS]
+    if not hasattr(layer, "forward_layer"):
+        return _of_one(n, layer, False)
+    if layer.merge_mode != "concat":
+        raise ValueError(
+            f'layer {n} must have merge_mode="concat", as our layers join directions, got '
+            f"{layer.merge_mode!r}"
+        )
+    forward = _of_one(n, layer.forward_layer, False)
+    if forward != _of_one(n, layer.backward_layer, True):
+        raise ValueError(f"layer {n} must have equal options in both directions")
+    return forward
+
+
+def _of_one(n: int, layer: Any, is_backward: bool) -> tuple[str, dict[str, Any]]:
+    """Return the op and the options of a layer of one direction."""
+    kinds = [kind for kind in type(layer).__mro__ if kind.__name__ in _OPS]
     if not kinds:
         raise TypeError(
             f"layer {n} must be an LSTM, GRU, SimpleRNN or Bidirectional of Keras, got "
-            f"{type(inner).__name__}"
+            f"{type(layer).__name__}"
         )
-    package = sys.modules[kinds[-1].__module__.partition(".")[0]]
-    is_keras_2 = str(getattr(package, "__version__", "3")).startswith(("1.", "2."))
-    config = inner.get_config()
-    if config.get("go_backwards"):
+    if layer.go_backwards != is_backward:
         raise ValueError(
             f"layer {n} must not have go_backwards=True, whose y is in the order of the steps: "
             "give its get_weights() and reverse=True, for y[t] that belongs to x[t]"
         )
+    package = sys.modules[kinds[-1].__module__.partition(".")[0]]
+    is_keras_2 = str(getattr(package, "__version__", "3")).startswith(("1.", "2."))
     known = _OF_KERAS_2 if is_keras_2 else ACTIVATIONS
-    found = {}
+    found: dict[str, Any] = {}
     for name in ("activation", "recurrent_activation"):
-        if name in config:
-            value = config[name]
-            value = value.get("config", value) if isinstance(value, dict) else value
-            if not isinstance(value, str) or value not in known:
-                raise ValueError(
-                    f"layer {n} must have an activation that we have, got {value!r}"
-                )
+        if hasattr(layer, name):
+            value = getattr(getattr(layer, name), "__name__", repr(getattr(layer, name)))
+            if value not in known:
+                raise ValueError(f"layer {n} must have an {name} that we have, got {value!r}")
             found[name] = known[value]
-    if not config.get("reset_after", True):
-        found["reset_after"] = False
+    if hasattr(layer, "reset_after"):
+        found["reset_after"] = bool(layer.reset_after)
     return _OPS[kinds[-1].__name__], found

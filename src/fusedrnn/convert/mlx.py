@@ -71,7 +71,7 @@ def _cell(of: str, given: Any) -> tuple[str, Parameters]:
     matrices = ("Wxh", "Whh") if of_rnn else ("Wx", "Wh")
     known = {*matrices, "bias"} if of_rnn else {*matrices, "bias", "b", "bhn"}
     if not set(matrices) <= set(named) <= known:
-        got = ", ".join(named) or type(given).__name__
+        got = ", ".join(map(str, named)) or type(given).__name__
         raise ValueError(f"the parameters{of} must be a dict of an LSTM, GRU or RNN, got {got}")
     R = cells.floats(f"{matrices[1]}{of}", named[matrices[1]], "(gates*H, H)", None, None)
     rows, H = R.shape

@@ -50,7 +50,7 @@ def from_onednn(kind: str, *primitives: Mapping[str, Any], **options: Any) -> An
         raise TypeError("primitives must be the weights of at least one primitive")
     found = [of_layer for n, p in enumerate(primitives) for of_layer in _layers(kind, n, p)]
     if _OPS[kind] == "gru":
-        options = {**options, "reset_after": kind == "lbr_gru"}
+        options = cells.with_implied(options, reset_after=kind == "lbr_gru")
     return cells.build(_OPS[kind], found, **options)
 
 
@@ -89,7 +89,7 @@ def _layers(kind: str, n: int, given: Any) -> list[list[Parameters]]:
     """Return the cells of a primitive's layers and directions."""
     of, gates = f" of primitive {n}", _GATES[kind]
     if not isinstance(given, Mapping) or not {*_TENSORS[:2]} <= set(given) <= {*_TENSORS}:
-        got = ", ".join(given) if isinstance(given, Mapping) else type(given).__name__
+        got = ", ".join(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
         raise ValueError(f"the weights{of} must be a dict of {', '.join(_TENSORS)}, got {got}")
     G, order = len(gates), (gates, cells.GATES[_OPS[kind]])
     W = cells.floats(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import checks
 from ..reference import ACTIVATIONS, Array, Parameters
 from ..reference.arrays import module_of
 from . import cells
@@ -128,17 +129,13 @@ def from_onnx(
     W, R, B, P = _checked(op_type, D, W, R, B, P)
     if hidden_size is not None and hidden_size != R.shape[2]:
         raise ValueError(f"hidden_size must be {R.shape[2]} as in R, got {hidden_size}")
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {"reverse": direction == "reverse", "batch_first": bool(layout)}
     if op == "gru":
         given["reset_after"] = bool(linear_before_reset)
-    if op == "lstm" and input_forget:
-        given["coupled_gates"] = True
-    if direction == "reverse":
-        given["reverse"] = True
-    if layout:
-        given["batch_first"] = True
+    if op == "lstm":
+        given["coupled_gates"] = bool(input_forget)
     if clip:  # onnxruntime takes 0 for none
-        given["clip"] = float(clip)
+        given["clip"] = checks.number("clip", clip)
     given |= _activations(op_type, D, activations, activation_alpha, activation_beta)
     order = (_GATES[op_type], cells.gates_of(op, given))
     of_c = order[1].replace("g", "")
@@ -148,7 +145,7 @@ def from_onnx(
         peephole = None if P is None else cells.reorder(P[d], "iof", of_c)
         parts = [cells.reorder(a, *order) for a in parts]
         found.append(Parameters(*parts)._replace(weight_ch=peephole))
-    return cells.build(op, [found], **{**given, **options})
+    return cells.build(op, [found], **cells.with_implied(options, **given))
 
 
 def to_onnx(layer: Any) -> list[Node]:
@@ -249,9 +246,13 @@ def _activations(
     betas: Sequence[float] | None,
 ) -> dict[str, Any]:
     """Return a node's activations as arguments of a layer, without the usual ones."""
-    if names is None or not len(names):
+    if not names:
         return {}
     letters = _FUNCTIONS_OF[op_type]
+    lists = {"activations": names, "activation_alpha": alphas, "activation_beta": betas}
+    for name, value in lists.items():
+        if value is not None and not isinstance(value, (list, tuple)):
+            raise TypeError(f"{name} must be a list, got {type(value).__name__}")
     if op_type == "RNN":
         names = names[:D]  # the operator's default has two for one direction, too
     if len(names) != D * len(letters):
@@ -259,7 +260,10 @@ def _activations(
             f"activations must be {len(letters)} for each of {D} directions, got {list(names)}"
         )
     # A function takes the next alpha and beta, if it has such a number at all.
-    left = [list(alphas or ()), list(betas or ())]
+    left = [
+        [checks.number(name, n) for n in lists[name] or ()]
+        for name in ("activation_alpha", "activation_beta")
+    ]
     found: list[Any] = []
     for name in names:
         known = _BY_LOWER_CASE.get(str(name).lower())

@@ -14,6 +14,12 @@ from . import cells
 _KINDS = "|".join(Parameters._fields)
 _NAME = re.compile(rf"({_KINDS})(?:_l(\d+)(_reverse)?)?")
 _ARGUMENTS = ("batch_first", "dropout", "nonlinearity")
+_MODULES = (
+    "torch.nn.modules.rnn",
+    "fusedrnn.torch.modules",
+    "fusedrnn.torch.narrow",
+    "fusedrnn.torch.steps",
+)
 _OF_TRAINING = ("forget_bias", "orthogonal", "precision")  # options that change no result
 
 
@@ -32,9 +38,9 @@ def from_torch(
     source: an nn.LSTM, nn.GRU, nn.RNN, one of their cells, or one of `fusedrnn.torch`, whose
         arguments the layer gets, too; or a mapping from names to tensors or arrays, as a
         state_dict.
-    prefix: the beginning of the names, as "encoder.lstm."; names that begin otherwise are
-        ignored.
-    cell: "lstm", "gru" or "rnn"; None takes it from the module or the shapes.
+    prefix: the beginning of the names of a state_dict, as "encoder.lstm."; names that begin
+        otherwise are ignored.
+    cell: "lstm", "gru" or "rnn" of a state_dict; None takes it from the shapes.
     name: the argument's name in error messages.
     options: further arguments of the layer, as batch_first, or nonlinearity="relu".
 
@@ -44,8 +50,9 @@ def from_torch(
 
     Raises
     ------
-    TypeError, ValueError: source is none of these, or has weights of a wrong shape or names
-        that do not belong to a layer.
+    TypeError, ValueError: source is none of these, or a subclass or a module with forward
+        hooks, which may compute something else; weights of a wrong shape, or names that do not
+        belong to a layer.
 
     >>> import torch
     >>> from fusedrnn import convert
@@ -53,11 +60,14 @@ def from_torch(
     LSTM(3, 4, num_layers=2, batch_first=True)
     """
     if isinstance(source, Mapping):
-        named = {k.removeprefix(prefix): v for k, v in source.items() if k.startswith(prefix)}
+        keys = {str(key): value for key, value in source.items()}
+        named = {k.removeprefix(prefix): v for k, v in keys.items() if k.startswith(prefix)}
         if not named:
             raise ValueError(f"{name} must have names that begin with {prefix!r}, got none")
         given: dict[str, Any] = {}
     else:
+        if prefix or cell is not None:
+            raise ValueError("prefix and cell must be left out with a module")
         cell, named, given = _of_module(name, source)
     found = _parse(name, prefix, named)
     first = found[0][0]
@@ -87,7 +97,7 @@ def to_torch(layer: Any) -> dict[str, Any]:
     """
     import torch
 
-    offered = tuple(name for name in ARGUMENTS if name not in ("weights", "x_bits"))
+    offered = tuple(n for n in ARGUMENTS if n not in ("reverse", "weights", "x_bits"))
     _, _, layer = cells.cells_of(layer, "PyTorch", *offered)
     arrays = {name: widened(on_host(p)) for name, p in layer.state_dict().items()}
     return {name: torch.from_numpy(a.copy()) for name, a in arrays.items()}
@@ -105,12 +115,13 @@ def _parse(name: str, prefix: str, named: Mapping[str, Any]) -> list[list[Parame
                 f"{why}"
             )
         kind, layer, reverse = match.groups()
+        of_cell = found.setdefault((int(layer or 0), bool(reverse)), {})
+        if kind in of_cell:
+            raise ValueError(f"{name} must have {kind} of a layer once, got {key!r}, too")
         is_matrix = kind in ("weight_ih", "weight_hh", "weight_hr")
         axes = "(rows, columns)" if is_matrix else "(rows,)"
-        array = cells.floats(
-            f"{prefix}{key}", _on_host(value), axes, *(None,) * (1 + is_matrix)
-        )
-        found.setdefault((int(layer or 0), bool(reverse)), {})[kind] = array
+        lengths = (None,) * (1 + is_matrix)
+        of_cell[kind] = cells.floats(f"{prefix}{key}", value, axes, *lengths)
     D = 1 + any(direction for _, direction in found)
     expected = [(n, d) for n in range(-(-len(found) // D)) for d in range(D)]
     is_whole = sorted(found) == expected
@@ -124,17 +135,25 @@ def _parse(name: str, prefix: str, named: Mapping[str, Any]) -> list[list[Parame
 
 def _of_module(name: str, module: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Return the cell of a module, its weights by name, and the arguments of our layer."""
-    kinds = {kind.__name__ for kind in type(module).__mro__}
-    op = next((op for op in cells.LAYERS if kinds & {op.upper(), f"{op.upper()}Cell"}), None)
-    if op is None or not hasattr(module, "state_dict"):
+    kind = type(module)
+    if hasattr(module, "parametrizations"):
+        kind = kind.__bases__[0]
+    op = kind.__name__.removeprefix("Narrow").removesuffix("Cell").lower()
+    if kind.__module__ not in _MODULES or op not in cells.LAYERS:
+        also = "fusedrnn" if name == "layer" else "a state_dict"
         raise TypeError(
-            f"{name} must be an LSTM, GRU or RNN of fusedrnn, fusedrnn.torch or torch.nn, or a "
-            f"state_dict, got {type(module).__name__}"
+            f"{name} must be an LSTM, GRU or RNN of torch.nn or fusedrnn.torch, no subclass, "
+            f"or {also}, got {kind.__name__}"
         )
-    if hasattr(module, "weights"):
+    if getattr(module, "weights", None):
         raise ValueError(
             f"{name} must have weights of its dtype, got {module.weights} weights: convert the "
             "module that you quantised"
+        )
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ValueError(
+            f"{name} must have no forward hooks, which may change its results: remove them, or "
+            "give its state_dict()"
         )
     given = {n: getattr(module, n) for n in _ARGUMENTS if hasattr(module, n)}
     if getattr(module, "num_layers", 1) == 1:
@@ -146,11 +165,3 @@ def _of_module(name: str, module: Any) -> tuple[str, dict[str, Any], dict[str, A
         names = [n for n in Parameters._fields[:4] if getattr(module, n, None) is not None]
     named = {n: getattr(module, n) for n in names}
     return op, named, {k: v for k, v in given.items() if k not in own}
-
-
-def _on_host(value: Any) -> Any:
-    """Return a tensor's values as an array, and anything else as it is."""
-    if not hasattr(value, "detach"):
-        return value
-    value = value.detach().cpu()
-    return (value.float() if "16" in str(value.dtype) else value).numpy()

@@ -30,7 +30,7 @@ _OPERATORS = (
 
 
 class NotConstantError(Exception):
-    """A value that depends on the model's inputs; the message says on which operator."""
+    """A value that is not a constant, or made by other operators; the message says which."""
 
 
 class Scope:
@@ -39,8 +39,8 @@ class Scope:
     Attributes
     ----------
     opset: the version of ONNX's operators.
-    most: the number of elements that a value may have: the bytes of the model, whose constants
-        are all that a value is made of.
+    most: the number of elements that a value may have: four for each byte of the model, whose
+        constants are all that a value is made of, and may have 4 bits.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Scope:
         self.opset, self.most = opset, most
         self._outer = outer
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self._sparse = {tensor.values.name for tensor in graph.sparse_initializer}
         self._nodes = {name: node for node in graph.node for name in node.output if name}
         self._inputs = {value.name for value in graph.input}
         self._known: dict[str, Array] = {}
@@ -69,8 +70,10 @@ class Scope:
             return read(self._initializers[name])
         if name in self._nodes:
             return self._evaluate(self._nodes[name], name)
+        if name in self._sparse:
+            raise NotConstantError(f"{name} is a sparse initializer")
         if name in self._inputs:
-            raise NotConstantError(f"{name} is an input of the model")
+            raise NotConstantError(f"{name} is an input of its graph")
         if self._outer is None:
             raise ValueError(f"nothing in the model computes {name}")
         return self._outer.value(name)
@@ -82,9 +85,7 @@ class Scope:
         inputs = {n: self.value(n) for n in node.input if n}
         count = self._count(node, inputs)
         if count > self.most:
-            raise ValueError(
-                f"{name} would have {count} elements, more than the model has bytes"
-            )
+            raise ValueError(f"{name} would have {count} elements, more than {self.most}")
         try:
             results: Any = ReferenceEvaluator(self._model(node, name, inputs)).run(
                 [name], inputs
@@ -113,7 +114,9 @@ class Scope:
             for n, a in inputs.items()
         ]
         graph = helper.make_graph([node], "constant", infos, [onnx.ValueInfoProto(name=output)])
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)])
+        # The evaluator has DequantizeLinear from version 19 on, whose results are the same.
+        opset = max(self.opset, 21) if node.op_type == "DequantizeLinear" else self.opset
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
 
 
 def read(tensor: onnx.TensorProto) -> Array:

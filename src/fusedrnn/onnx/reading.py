@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import inliner
@@ -86,16 +87,16 @@ def layers(model: str | os.PathLike[str] | bytes | onnx.ModelProto) -> Found:
     found = Found({}, {}, {})
     proto = load(model)
     try:
-        most = proto.ByteSize()
+        most = 4 * proto.ByteSize()
     except EncodeError:  # of more than 2 GB, with weights in other files
-        most = 2**31
+        most = 2**32
     scope = Scope(proto.graph, None, opset_of(proto), most)
-    for name, node, inner in _nodes(proto.graph, scope, ""):
+    for name, node, inner in _recurrent(proto.graph, scope, ""):
         name = _unique(name, found)
         try:
             found.layers[name], state = _layer(node, inner)
         except NotConstantError as why:
-            found.refused[name] = f"its weights are not constant: {why}"
+            found.refused[name] = f"its weights are not constants: {why}"
         except (ValueError, TypeError) as why:
             found.refused[name] = str(why)
         except RecursionError:
@@ -103,6 +104,10 @@ def layers(model: str | os.PathLike[str] | bytes | onnx.ModelProto) -> Found:
         else:
             if state is not None:
                 found.states[name] = state
+    for function in proto.functions:  # that could not be inlined
+        if any(is_recurrent(node) for node in nodes_of(function)):
+            name = _unique(_text(function.name), found)
+            found.refused[name] = "it is in a function with another version of operators"
     if not found.layers and not found.refused:
         raise ValueError("model must have an LSTM, GRU or RNN node, got none")
     return found
@@ -114,7 +119,7 @@ def load(model: Any) -> onnx.ModelProto:
         if isinstance(model, (str, os.PathLike)):
             if Path(model).is_dir():
                 raise ValueError(f"model must be a file, got the folder {os.fspath(model)}")
-            proto = onnx.load(model)
+            proto = onnx.load(model, format="protobuf")
         elif isinstance(model, (bytes, bytearray, memoryview)):
             proto = onnx.load_model_from_string(bytes(model))
         elif isinstance(model, onnx.ModelProto):
@@ -123,8 +128,10 @@ def load(model: Any) -> onnx.ModelProto:
             raise TypeError(
                 f"model must be a path, bytes or an onnx.ModelProto, got {type(model).__name__}"
             )
-    except (DecodeError, onnx.checker.ValidationError) as error:
+    except DecodeError as error:
         raise ValueError(f"model must be a model of ONNX: {error}") from None
+    except onnx.checker.ValidationError as error:
+        raise ValueError(f"model must have its external data beside it: {error}") from None
     if not proto.HasField("graph"):
         raise ValueError("model must be a model of ONNX, got one without a graph")
     if proto.functions:
@@ -150,20 +157,38 @@ def opset_of(model: onnx.ModelProto) -> int:
     return int(versions[0])
 
 
-def _nodes(
+def nodes_of(graph: Any) -> Iterator[onnx.NodeProto]:
+    """Iterate over the nodes of a graph or function and of its bodies."""
+    for node in graph.node:
+        yield node
+        for _, body in bodies_of(node):
+            yield from nodes_of(body)
+
+
+def bodies_of(node: onnx.NodeProto) -> Iterator[tuple[str, onnx.GraphProto]]:
+    """Iterate over the graphs within a node, as If has them, with the attributes' names."""
+    for attribute in node.attribute:
+        for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            yield _text(attribute.name), body
+
+
+def is_recurrent(node: onnx.NodeProto) -> bool:
+    """Return whether a node is a recurrent one of ONNX or of onnxruntime."""
+    is_ours = node.op_type in _OPERATORS and node.domain in ("", "ai.onnx")
+    return is_ours or node.op_type in _OF_OTHERS
+
+
+def _recurrent(
     graph: onnx.GraphProto, scope: Scope, prefix: str
 ) -> Iterator[tuple[str, onnx.NodeProto, Scope]]:
     """Iterate over the recurrent nodes of a graph and its bodies, with their names."""
     for at, node in enumerate(graph.node):
         name = prefix + _text(node.name or next(iter(node.output), "") or f"node {at}")
-        is_ours = node.op_type in _OPERATORS and node.domain in ("", "ai.onnx")
-        if is_ours or node.op_type in _OF_OTHERS:
+        if is_recurrent(node):
             yield name, node, scope
-        for attribute in node.attribute:
-            bodies = [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
-            for body in bodies:
-                inner = Scope(body, scope, scope.opset, scope.most)
-                yield from _nodes(body, inner, f"{name}/{_text(attribute.name)}/")
+        for attribute, body in bodies_of(node):
+            inner = Scope(body, scope, scope.opset, scope.most)
+            yield from _recurrent(body, inner, f"{name}/{attribute}/")
 
 
 def _layer(node: onnx.NodeProto, scope: Scope) -> tuple[Any, Any]:
@@ -178,16 +203,16 @@ def _layer(node: onnx.NodeProto, scope: Scope) -> tuple[Any, Any]:
     layer = from_onnx(node.op_type, **weights, **attributes)
     names = ("initial_h", "initial_c")[: len(layer._cell.states)]
     try:
-        states = [scope.value(given[name]) for name in names if name in given]
+        states = [scope.value(given[name]) if name in given else None for name in names]
     except NotConstantError:
         return layer, None
-    if not any(a.any() for a in states):
+    known = [a for a in states if a is not None]
+    if not any(a.any() for a in known):
         return layer, None
-    if len(states) < len(names):
-        raise ValueError("it must have both initial_h and initial_c, or neither")
+    whole = [np.zeros_like(known[0]) if a is None else a for a in states]
     if attributes.get("layout"):
-        states = [a.swapaxes(0, 1) for a in states]
-    return layer, tuple(states) if len(states) > 1 else states[0]
+        whole = [a.swapaxes(0, 1) for a in whole]
+    return layer, tuple(whole) if len(whole) > 1 else whole[0]
 
 
 def _attributes(node: onnx.NodeProto, opset: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from .. import __version__, checks
 from ..convert import to_onnx
 from ..convert.onnx import Node
-from ..files import replacing
+from ..files import UserError, replacing
 from ..stream import Stream
 
 _OLDEST = 14  # in which LSTM, GRU, RNN, Squeeze and Split have the form that is written
@@ -87,8 +87,11 @@ def export(
         producer_name="fusedrnn",
         producer_version=__version__,
     )
-    with replacing(Path(path)) as temporary:
-        onnx.save_model(model, temporary)
+    try:
+        with replacing(Path(path)) as temporary:
+            onnx.save_model(model, temporary)
+    except UserError as error:
+        raise OSError(f"path {error}") from None
 
 
 class _Graph:
@@ -105,7 +108,9 @@ class _Graph:
         self._recurrent = nodes
         self._stream = stream
         self._lengths, self._state = lengths, state
-        self._batch_first = (layer if stream is None else stream.layer).batch_first
+        self._batch_first = getattr(
+            layer if stream is None else stream.layer, "batch_first", False
+        )
         first = nodes[0]
         self._dtype = first.W.dtype
         self._letters = "hc" if first.op_type == "LSTM" else "h"

@@ -276,7 +276,8 @@ class Recurrent(nn.Module):
         if isinstance(found, str):
             raise TypeError(
                 f"torch.jit.script cannot compile a fusedrnn.torch.{name}: {found}; "
-                "torch.jit.trace, torch.export and torch.compile can"
+                "torch.jit.trace, torch.export and torch.compile can. Modules of ours before "
+                "it are torch.nn's now: fusedrnn.torch.swap(model) puts ours back"
             )
         warnings.warn(
             f"torch.jit.script compiles torch.nn.{name} in the place of fusedrnn.torch.{name}, "
@@ -305,7 +306,8 @@ class Recurrent(nn.Module):
 
     @qconfig.deleter
     def qconfig(self) -> None:
-        del self.__dict__["qconfig"]
+        if self.__dict__.pop("qconfig", self) is self:
+            raise AttributeError("qconfig")
 
     def _as_leaf(self, proxy: fx.Proxy, *args: Any, **kwargs: Any) -> Any:
         """Return a call of this module as one node of the graph that torch.fx traces."""

@@ -47,7 +47,7 @@ def as_node(
         "mask": mask is not None,
         "return_cells": call.options.return_cells,
         "trace": call.options.trace,
-        "dropout in training mode": call.options.training,
+        "random masks of training mode": call.options.training,
     }
     for name, is_asked in unknown.items():
         if is_asked:
