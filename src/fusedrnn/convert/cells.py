@@ -220,7 +220,7 @@ def cells_of(layer: Any, to: str, *offered: str) -> tuple[str, list[list[Paramet
     if not isinstance(layer, _Layer):
         from . import torch  # which imports this module
 
-        layer = torch.from_torch(layer, name="layer")
+        layer = torch.read("layer", layer)
     if layer.weights:
         raise ValueError(
             f"layer must have weights of its dtype, got {layer.weights} weights: convert the "

@@ -82,8 +82,9 @@ def from_keras(*layers: Any, cell: str | None = None, **options: Any) -> Any:
 
     Raises
     ------
-    TypeError, ValueError: an argument of a wrong type or shape; a layer of Keras with an
-        activation that we do not have, or that goes backwards.
+    TypeError, ValueError: an argument of a wrong type or shape; options that contradict the
+        weights; a layer of Keras with an activation that we do not have, that goes backwards,
+        or that joins its directions otherwise than merge_mode="concat".
 
     >>> import numpy as np
     >>> from fusedrnn import convert

@@ -24,12 +24,7 @@ _OF_TRAINING = ("forget_bias", "orthogonal", "precision")  # options that change
 
 
 def from_torch(
-    source: Any,
-    *,
-    prefix: str = "",
-    cell: str | None = None,
-    name: str = "source",
-    **options: Any,
+    source: Any, *, prefix: str = "", cell: str | None = None, **options: Any
 ) -> Any:
     """Return a layer with the weights of a PyTorch module or of a state_dict.
 
@@ -41,7 +36,6 @@ def from_torch(
     prefix: the beginning of the names of a state_dict, as "encoder.lstm."; names that begin
         otherwise are ignored.
     cell: "lstm", "gru" or "rnn" of a state_dict; None takes it from the shapes.
-    name: the argument's name in error messages.
     options: further arguments of the layer, as batch_first, or nonlinearity="relu".
 
     Returns
@@ -59,6 +53,13 @@ def from_torch(
     >>> convert.from_torch(torch.nn.LSTM(3, 4, num_layers=2, batch_first=True))
     LSTM(3, 4, num_layers=2, batch_first=True)
     """
+    return read("source", source, prefix, cell, **options)
+
+
+def read(
+    name: str, source: Any, prefix: str = "", cell: str | None = None, **options: Any
+) -> Any:
+    """Return a layer as `from_torch` does; `name` is the argument's in error messages."""
     if isinstance(source, Mapping):
         keys = {str(key): value for key, value in source.items()}
         named = {k.removeprefix(prefix): v for k, v in keys.items() if k.startswith(prefix)}
@@ -88,6 +89,15 @@ def to_torch(layer: Any) -> dict[str, Any]:
     Parameters
     ----------
     layer: an `fusedrnn.LSTM`, `fusedrnn.GRU` or `fusedrnn.RNN`.
+
+    Returns
+    -------
+    A dict of tensors on the CPU, copies of the weights.
+
+    Raises
+    ------
+    TypeError, ValueError: layer is none of these, has narrow weights, or runs in reverse alone,
+        which PyTorch's modules do not.
 
     >>> import torch, fusedrnn as fr
     >>> from fusedrnn import convert

@@ -91,7 +91,7 @@ def export(
         with replacing(Path(path)) as temporary:
             onnx.save_model(model, temporary)
     except UserError as error:
-        raise OSError(f"path {error}") from None
+        raise OSError(str(error)) from None
 
 
 class _Graph:
