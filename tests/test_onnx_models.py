@@ -517,6 +517,9 @@ def test_hostile_files() -> None:
     node = helper.make_node("LSTM", ["x", "W20000", "R", "B"], ["Y"], "lstm", hidden_size=H)
     found = fo.layers(model_of([*chain, node], [first, R, B]))
     assert "lstm" in {**found.layers, **found.refused}
+    node = helper.make_node("Gather", [], ["W"])
+    found = fo.layers(model_of([node, lstm_node()], [R, B]))
+    assert found.refused["lstm"].startswith("W cannot be computed by Gather")
     loop = [
         helper.make_node("Identity", ["V"], ["W"]),
         helper.make_node("Identity", ["W"], ["V"]),

@@ -97,9 +97,9 @@ class Scope:
     def _count(self, node: onnx.NodeProto, inputs: dict[str, Array]) -> int:
         """Return how many elements a node's results have at most."""
         sizes = [inputs[n].size for n in node.input if n]
-        if node.op_type != "Gather":
+        data = inputs.get(next(iter(node.input), ""))
+        if node.op_type != "Gather" or data is None:
             return sum(sizes)
-        data = inputs[node.input[0]]
         axis = sum(a.i for a in node.attribute if a.name == "axis")
         along = data.shape[axis] if -data.ndim <= axis < data.ndim else 1
         return data.size // max(along, 1) * math.prod(sizes[1:])
