@@ -23,7 +23,7 @@ class _Argument(ctypes.Structure):
     _fields_ = [("index", ctypes.c_int), ("memory", ctypes.c_void_p)]
 
 
-def library() -> Any:
+def load() -> Any:
     """Return oneDNN's library of version 3, or None if there is none."""
     names = [str(Path(sys.prefix) / "lib" / "libdnnl.so.3"), ctypes.util.find_library("dnnl")]
     for name in filter(None, names):
@@ -47,7 +47,7 @@ def run(
 
     `weights` has the names that `fusedrnn.convert.from_onednn` takes.
     """
-    dnnl = library()
+    dnnl = load()
     engine, stream = ctypes.c_void_p(), ctypes.c_void_p()
 
     def call(name: str, *arguments: Any) -> None:

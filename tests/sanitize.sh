@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 preset=$1
 case $preset in
-  asan) library=libasan.so tests="tests/test_kernels.py tests/test_exactness.py tests/test_math.py tests/test_options.py tests/test_masks.py tests/test_narrow.py tests/test_bfloat16.py tests/test_onnx_provider.py"; units=ON ;;
+  asan) library=libasan.so tests="tests/test_kernels.py tests/test_exactness.py tests/test_math.py tests/test_options.py tests/test_masks.py tests/test_narrow.py tests/test_bfloat16.py tests/test_onnx_provider.py tests/test_onnx_provider_errors.py"; units=ON ;;
   tsan) library=libtsan.so tests="tests/test_exactness.py tests/test_layers.py tests/test_options.py tests/test_masks.py tests/test_narrow.py tests/test_bfloat16.py"; units=OFF ;;
   *) echo "usage: tests/sanitize.sh asan|tsan" >&2; exit 2 ;;
 esac

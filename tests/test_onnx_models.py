@@ -175,7 +175,7 @@ REFUSED: list[tuple[Callable[[Path], Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("call", "kind", "message"), REFUSED)
 def test_export_refuses(call: Any, kind: type[Exception], message: str, tmp_path: Path) -> None:
-    """What cannot be written is refused by name, and a file that exists stays as it is."""
+    """A layer that cannot be written is refused by name, and an existing file stays."""
     path = tmp_path / "layer.onnx"
     path.write_bytes(b"before")
     with pytest.raises(kind, match=message):
@@ -404,7 +404,7 @@ def test_equal_names() -> None:
     ],
 )
 def test_what_is_no_model(model: Any, kind: type[Exception], message: str) -> None:
-    """What is no model of ONNX is refused with one sentence."""
+    """A source that is no model of ONNX is refused with one sentence."""
     with pytest.raises(kind, match=message):
         fo.layers(model)
 

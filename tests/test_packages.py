@@ -277,7 +277,7 @@ def test_other_policies(change: Callable[[Any], None], message: str) -> None:
 
 
 def test_other_models() -> None:
-    """What has no recurrent policy is refused."""
+    """A model without a recurrent policy is refused."""
     pytest.importorskip("sb3_contrib", reason="policies are sb3-contrib's")
     for function in (fsb.swap, fsb.restore):
         for model in (torch.nn.LSTM(3, 4), None):

@@ -1,4 +1,4 @@
-"""What all conversions share: gates, biases, checks of arrays, layers and their cells.
+"""The parts that all conversions share: gates, biases, checks of arrays, layers and cells.
 
 A cell is here one layer in one direction, as `fusedrnn.reference.Parameters`.
 """
@@ -215,7 +215,8 @@ def cells_of(layer: Any, to: str, *offered: str) -> tuple[str, list[list[Paramet
     ----------
     layer: one of ours, of `fusedrnn.torch` or of torch.nn.
     to: the name of the other library, for error messages.
-    offered: the options that it has, beside layers and directions.
+    offered: the options that it has, beside layers and directions, and "identity" if it has
+        that nonlinearity, too.
     """
     if not isinstance(layer, _Layer):
         from . import torch  # which imports this module
@@ -242,8 +243,18 @@ def check_options(layer: Any, to: str, *offered: str) -> None:
     """Check that a layer or module has no option that another library lacks."""
     for name, default in ARGUMENTS.items():
         value = getattr(layer, name, default)
-        if value != default and name not in (*_HARMLESS, *_STRUCTURE, *offered):
+        is_offered = name in (*_HARMLESS, *_STRUCTURE, *offered)
+        if value == "identity" and name == "nonlinearity":  # many libraries have relu alone
+            is_offered = "identity" in offered
+        if value != default and not is_offered:
             raise ValueError(f"layer must not have {name}={value!r}, which {to} lacks")
+
+
+def biases_of(cell: Parameters) -> tuple[Array, Array]:
+    """Return both biases of a cell, zeros for one that it does not have."""
+    zeros = np.zeros(len(cell.weight_hh), cell.weight_hh.dtype)
+    b_ih, b_hh = (zeros if b is None else b for b in (cell.bias_ih, cell.bias_hh))
+    return b_ih, b_hh
 
 
 def unpaired(directions: list[Any]) -> Any:

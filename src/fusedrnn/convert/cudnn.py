@@ -89,11 +89,8 @@ def to_cudnn(layer: Any) -> Array:
     >>> convert.to_cudnn(fr.GRU(3, 4)).shape
     (108,)
     """
-    _, found, layer = cells.cells_of(layer, "cuDNN", "nonlinearity")
-    if getattr(layer, "nonlinearity", "tanh") == "identity":
-        raise ValueError('layer must not have nonlinearity="identity", which cuDNN lacks')
+    _, found, _ = cells.cells_of(layer, "cuDNN", "nonlinearity")
     every = [cell for of_layer in found for cell in of_layer]
     matrices = [m for cell in every for m in (cell.weight_ih, cell.weight_hh)]
-    zeros = np.zeros(len(every[0].weight_hh), every[0].weight_hh.dtype)
-    biases = [zeros if b is None else b for cell in every for b in (cell.bias_ih, cell.bias_hh)]
+    biases = [b for cell in every for b in cells.biases_of(cell)]
     return np.concatenate([a.ravel() for a in (*matrices, *biases)])

@@ -73,7 +73,7 @@ def to_flax(layer: Any, api: str = "linen") -> list[Any]:
     """
     if api not in _APIS:
         raise ValueError(f"api must be one of {', '.join(_APIS)}, got {api!r}")
-    offered = ("activation", "recurrent_activation", "nonlinearity")
+    offered = ("activation", "recurrent_activation", "nonlinearity", "identity")
     op, found, _ = cells.cells_of(layer, "Flax", *offered)
     return [cells.unpaired([_parameters(op, api, c) for c in of_layer]) for of_layer in found]
 
@@ -151,14 +151,13 @@ def _joined(name: str, dense: list[tuple[Array, Array | None]]) -> tuple[Array, 
 def _parameters(op: str, api: str, cell: Parameters) -> dict[str, Any]:
     """Return one cell's parameters in the form of an API."""
     gates = cells.GATES[op]
-    count, H = len(gates), len(cell.weight_hh) // len(gates)
-    zeros = np.zeros(count * H, cell.weight_hh.dtype)
-    b_ih, b_hh = (zeros if b is None else b for b in (cell.bias_ih, cell.bias_hh))
+    H = len(cell.weight_hh) // len(gates)
+    b_ih, b_hh = cells.biases_of(cell)
     # Flax has one bias per gate, of an LSTM on the side of h, and another one for n.
-    of_h = np.zeros_like(zeros)
+    of_h = np.zeros_like(b_hh)
     if op == "gru":
         of_h[2 * H :] = b_hh[2 * H :]
-    biases = (zeros, b_ih + b_hh) if op == "lstm" else (b_ih + b_hh - of_h, of_h)
+    biases = (of_h, b_ih + b_hh) if op == "lstm" else (b_ih + b_hh - of_h, of_h)
     has_bias = (op != "lstm", op == "lstm")
     sides = list(zip("ih", (cell.weight_ih, cell.weight_hh), biases, has_bias, strict=True))
     is_joined = api == "nnx_optimized" or (api == "nnx" and op != "lstm")

@@ -115,9 +115,7 @@ def _cell(of: str, given: Any) -> tuple[str, Parameters]:
 
 def _parameters(op: str, cell: Parameters) -> dict[str, Any]:
     order = (cells.GATES[op], _GATES[op])
-    rows = len(cell.weight_hh)
-    zeros = np.zeros(rows, cell.weight_hh.dtype)
-    b_ih, b_hh = (zeros if b is None else b for b in (cell.bias_ih, cell.bias_hh))
+    b_ih, b_hh = cells.biases_of(cell)
     found = {
         "kernel": cells.reorder(cell.weight_ih, *order).T.copy(),
         "recurrent_kernel": cells.reorder(cell.weight_hh, *order).T.copy(),

@@ -31,6 +31,14 @@ ACTIVATIONS: dict[str, Any] = {
 }
 _OF_KERAS_2 = ACTIVATIONS | {"hard_sigmoid": ("hard_sigmoid", 0.2, 0.5)}
 _GATES = {"lstm": "ifgo", "gru": "zrn", "rnn": "h"}
+_OFFERED = (
+    "reset_after",
+    "activation",
+    "recurrent_activation",
+    "nonlinearity",
+    "identity",
+    "reverse",
+)
 _OPS = {"LSTM": "lstm", "GRU": "gru", "SimpleRNN": "rnn"}
 
 
@@ -145,8 +153,7 @@ def to_keras(layer: Any) -> list[list[Array]]:
     >>> [a.shape for a in convert.to_keras(fr.GRU(3, 4))[0]]
     [(3, 12), (4, 12), (2, 12)]
     """
-    offered = ("reset_after", "activation", "recurrent_activation", "nonlinearity", "reverse")
-    op, found, layer = cells.cells_of(layer, "Keras", *offered)
+    op, found, layer = cells.cells_of(layer, "Keras", *_OFFERED)
     order = (cells.GATES[op], _GATES[op])
     two_biases = op == "gru" and layer.reset_after
     results: list[list[Array]] = []

@@ -77,8 +77,6 @@ def to_onednn(layer: Any) -> list[dict[str, Array]]:
     """
     offered = ("peephole", "proj_size", "reset_after", "nonlinearity", "reverse")
     op, found, layer = cells.cells_of(layer, "oneDNN", *offered)
-    if op == "rnn" and layer.nonlinearity == "identity":
-        raise ValueError('layer must not have nonlinearity="identity", which oneDNN lacks')
     kind = {"lstm": "lstm", "rnn": "vanilla_rnn"}.get(op) or (
         "lbr_gru" if layer.reset_after else "gru"
     )

@@ -40,6 +40,7 @@ OFFERED = (
     "clip",
     "reset_after",
     "nonlinearity",
+    "identity",
     "reverse",
 )
 _USUAL = {"activation": "tanh", "recurrent_activation": "sigmoid"}

@@ -107,8 +107,8 @@ def to_torch(layer: Any) -> dict[str, Any]:
     """
     import torch
 
-    offered = tuple(n for n in ARGUMENTS if n not in ("reverse", "weights", "x_bits"))
-    _, _, layer = cells.cells_of(layer, "PyTorch", *offered)
+    offered = [n for n in ARGUMENTS if n not in ("reverse", "weights", "x_bits")]
+    _, _, layer = cells.cells_of(layer, "PyTorch", *offered, "identity")
     arrays = {name: widened(on_host(p)) for name, p in layer.state_dict().items()}
     return {name: torch.from_numpy(a.copy()) for name, a in arrays.items()}
 

@@ -10,6 +10,7 @@ from keras import ops
 
 import fusedrnn
 
+from ..convert.keras import exchanged
 from .weights import op_of, weights_of
 
 Array = np.ndarray[Any, Any]
@@ -22,7 +23,7 @@ def run(
 
     `options` are those of our ops.
     """
-    weights = weights_of(cell, ops.convert_to_tensor, _exchange)
+    weights = weights_of(cell, ops.convert_to_tensor, exchanged)
     dtype = _computed_in(weights[0].dtype)
     of_states = np.float32 if dtype.name == "bfloat16" else dtype
     arrays = [a if a is None else a.astype(dtype, copy=False) for a in weights]
@@ -41,8 +42,3 @@ def run(
 def _computed_in(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the type in which the kernels compute: float16 is computed in float32."""
     return np.dtype(np.float32) if dtype == np.float16 else dtype
-
-
-def _exchange(a: Array) -> Array:
-    first, second, third = np.split(a, 3, -1)
-    return np.concatenate((second, first, third), -1)

@@ -1,4 +1,4 @@
-"""What a file of ONNX has for us, as text: the command `fusedrnn convert`."""
+"""The command `fusedrnn convert`: a text about the recurrent nodes of a file of ONNX."""
 
 from __future__ import annotations
 

@@ -288,7 +288,7 @@ class Recurrent(nn.Module):
 
     @property
     def qconfig(self) -> Any:
-        """What torch.ao.quantization has set."""
+        """The configuration that torch.ao.quantization has set."""
         if "qconfig" not in self.__dict__:
             raise AttributeError("qconfig")  # then nn.Module raises its own
         return self.__dict__["qconfig"]
