@@ -485,6 +485,14 @@ class Twins(keras.layers.Layer):
         super().__init__(name="twins")
         self.one, self.two = (keras.layers.GRU(3, name="gru") for _ in range(2))
 
+    # Without these two, Keras calls the layer with uninitialised arrays, which may overflow.
+    def build(self, shape: Any) -> None:
+        self.one.build(shape)
+        self.two.build(shape)
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        return (shape[0], 3)
+
     def call(self, x: Any) -> Any:
         return self.one(x) + self.two(x)
 
