@@ -48,14 +48,19 @@ def make() -> tuple[Model, Any, Any, Any]:
     return model, tokens[:-1], tokens[1:], lengths
 
 
-def train(model: Any, tokens: Any, targets: Any, lengths: Any) -> list[float]:
-    """The loss at each step."""
+def train(
+    model: Any, tokens: Any, targets: Any, lengths: Any, autocast: bool = False
+) -> list[float]:
+    """The loss at each step.
+
+    Each step has its own autocast, because autocast keeps its copies of weights to its end.
+    """
     step = torch.optim.AdamW(model.parameters(), lr=0.05)
     losses = []
     for _ in range(STEPS):
-        loss = nn.functional.cross_entropy(
-            model(tokens, lengths).flatten(0, 1), targets.flatten()
-        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(tokens, lengths).flatten(0, 1)
+            loss = nn.functional.cross_entropy(logits, targets.flatten())
         step.zero_grad()
         loss.backward()
         step.step()
@@ -88,9 +93,8 @@ def process(rank: int, folder: str) -> None:
         losses[way] = train(module, tokens[:, mine], targets[:, mine], lengths[mine])
     model, tokens, targets, lengths = make()
     module = DistributedDataParallel(model.float())
-    with torch.autocast("cpu", torch.bfloat16):
-        part = (tokens[:, mine], targets[:, mine], lengths[mine])
-        losses["autocast"] = train(module, *part)
+    part = (tokens[:, mine], targets[:, mine], lengths[mine])
+    losses["autocast"] = train(module, *part, autocast=True)
     Path(folder, f"{rank}.json").write_text(json.dumps(losses))
     distributed.monitored_barrier()  # see examples/characters.py
     distributed.destroy_process_group()
@@ -105,8 +109,7 @@ def test_processes_agree_with_one_on_the_joined_batch(tmp_path: Path) -> None:
         mean = [sum(of_step) / WORLD for of_step in zip(*(f[way] for f in found), strict=True)]
         assert_close(mean, expected, "training", way)
     model, *batch = make()
-    with torch.autocast("cpu", torch.bfloat16):
-        alone = train(model.float(), *batch)
+    alone = train(model.float(), *batch, autocast=True)
     losses = [sum(f["autocast"][n] for f in found) / WORLD for n in range(STEPS)]
     assert_close(losses, alone, "bfloat16", "DDP under autocast", factor=2)
     assert expected[-1] < expected[0]
