@@ -28,5 +28,6 @@ cp -r src/fusedrnn/. "$build/site/fusedrnn/"
 rm -f "$build"/site/fusedrnn/_cuda*.so
 cp "$build"/_cuda*.so "$build/site/fusedrnn/"
 export PYTHONPATH="$build/site" OPENBLAS_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
-LD_PRELOAD="${preload:-}" python -m pytest -q -n auto -m gpu -p no:cacheprovider --capture=sys \
-  tests/test_cuda*.py "$@"
+# The rehearsals mostly wait, so they come first, and there is one process more than cores.
+LD_PRELOAD="${preload:-}" python -m pytest -q -n "$(($(nproc) + 1))" -m gpu -p no:cacheprovider \
+  --capture=sys tests/test_cuda_script.py tests/test_cuda*.py "$@"
