@@ -1,21 +1,19 @@
-"""Layers of fusedrnn.keras against Keras' own: results, gradients, files, whole models.
+"""Layers of fusedrnn.keras against Keras' own: results, gradients, training.
 
 The backend of Keras is fixed for a process: conftest.py chooses torch, and
-`test_numpy_backend` runs the tests of this file on NumPy in another process.
+`test_numpy_backend` runs the tests of this file and of test_keras_models.py on NumPy in another
+process.
 """
 
 from __future__ import annotations
 
-import copy
 import doctest
 import importlib
 import importlib.util
 import itertools
 import os
-import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,12 +26,21 @@ keras = pytest.importorskip("keras", reason="Keras is not installed")
 pytest.importorskip("fusedrnn.keras", reason="Keras has a backend without our kernels")
 
 from keras import ops  # noqa: E402
+from keras_inputs import (  # noqa: E402
+    ACTIVATIONS,
+    HAS_GRADIENTS,
+    ON_TORCH,
+    B,
+    H,
+    I,
+    T,
+    drawn,
+    in_float64,  # noqa: F401
+)
 
 import fusedrnn.keras as fk  # noqa: E402
 from fusedrnn.bench import keras as race_of_keras  # noqa: E402
 
-HAS_GRADIENTS = keras.backend.backend() == "torch"
-ON_TORCH = pytest.mark.skipif(not HAS_GRADIENTS, reason="Keras trains on torch alone here")
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "LSTM": ("LSTM", {}),
     "GRU": ("GRU", {}),
@@ -41,7 +48,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "SimpleRNN": ("SimpleRNN", {}),
 }
 KERAS = TOLERANCE["Keras in float64"]
-B, T, I, H = 6, 7, 3, 5
 # All steps; right padding; left padding; gaps; no step at all; the first step alone.
 MASK = np.array(
     [
@@ -59,21 +65,6 @@ MASK = np.array(
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _in_float64() -> Iterator[None]:
-    """Let arrays, layers and models have float64 unless a test says otherwise."""
-    keras.utils.set_random_seed(1)
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
-
-
-def drawn(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 def layer_of(source: Any, kind: str, dtype: Any = None, **options: Any) -> Any:
@@ -196,22 +187,6 @@ def test_bidirectional(kind: str, merge_mode: str | None, return_sequences: bool
         assert_equal(found, expected)
 
 
-ACTIVATIONS = [
-    "elu",
-    "hard_sigmoid",
-    "hard_tanh",
-    "leaky_relu",
-    "linear",
-    "relu",
-    "relu6",
-    "selu",
-    "sigmoid",
-    "softplus",
-    "softsign",
-    "tanh",
-]
-
-
 def test_activations(kind: str) -> None:
     """Every activation that the error names gives Keras' results, by name or as a function."""
     with pytest.raises(ValueError, match=", ".join(ACTIVATIONS)):
@@ -297,215 +272,6 @@ def test_same_configuration(kind: str) -> None:
     again = type(ours).from_config(ours.get_config())
     assert again.get_config() == ours.get_config()
     assert [w.path for w in ours.weights] == [w.path for w in theirs.weights]
-
-
-def model_of(source: Any) -> Any:
-    """A model with every kind of layer, some of them within others."""
-    inputs = keras.Input((None, I))
-    inner = keras.Sequential([keras.Input((None, H)), source.GRU(H, return_sequences=True)])
-    a = keras.layers.Bidirectional(source.LSTM(H, return_sequences=True), "sum")(inputs)
-    b = inner(a)
-    c = keras.layers.TimeDistributed(source.SimpleRNN(2))(keras.layers.Reshape((-1, H, 1))(b))
-    d = source.GRU(H, reset_after=False)(keras.layers.Concatenate()([b, c]))
-    model = keras.Model(inputs, keras.layers.Dense(1)(d))
-    model.compile("adam", keras.losses.MeanSquaredError())
-    return model
-
-
-def classes_in(model: Any) -> set[str]:
-    """The modules of the recurrent layers' classes."""
-    return {
-        type(layer).__module__.partition(".")[0]
-        for layer in model._flatten_layers()
-        if isinstance(layer, keras.layers.RNN)
-    }
-
-
-X, TARGET = drawn(8, T, I).astype("float32"), drawn(8, 1, seed=1).astype("float32")
-
-
-def assert_predicts(model: Any, expected: np.ndarray) -> None:
-    assert np.allclose(model.predict(X, verbose=0), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore")  # Keras' own, of HDF5 files
-@pytest.mark.parametrize("file", ["model.keras", "model.h5"])
-def test_files_of_models(file: str, tmp_path: Path) -> None:
-    """A file of ours or of Keras' can be loaded as ours or as Keras'."""
-    if file.endswith("h5"):
-        pytest.importorskip("h5py")
-    path = str(tmp_path / file)
-    model = model_of(fk)
-    expected = model.predict(X, verbose=0)
-    model.save(path)
-    for load in (keras.saving.load_model, fk.load_model):
-        loaded = load(path)
-        assert classes_in(loaded) == {"fusedrnn"}
-        assert_predicts(loaded, expected)
-    fk.save_model(model, path)
-    assert classes_in(model) == {"fusedrnn"}
-    for load, source in ((keras.saving.load_model, "keras"), (fk.load_model, "fusedrnn")):
-        loaded = load(path)
-        assert classes_in(loaded) == {source}
-        assert_predicts(loaded, expected)
-
-
-def test_a_file_needs_no_fusedrnn(tmp_path: Path) -> None:
-    """A file of save_model is loaded where this package is missing; one of model.save is not,
-    and the error names it.
-    """
-    model = model_of(fk)
-    fk.save_model(model, tmp_path / "keras.keras")
-    model.save(tmp_path / "ours.keras")
-    code = f"""
-import sys
-sys.modules["fusedrnn"] = None
-import keras
-keras.saving.load_model({str(tmp_path / "keras.keras")!r})
-try:
-    keras.saving.load_model({str(tmp_path / "ours.keras")!r})
-except TypeError as error:
-    assert "fusedrnn" in str(error)
-else:
-    raise AssertionError("loaded")
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-def test_files_of_weights(tmp_path: Path) -> None:
-    """Weights are saved and loaded in both directions."""
-    pytest.importorskip("h5py")
-    theirs, ours = model_of(keras.layers), model_of(fk)
-    for source, target in ((theirs, ours), (ours, theirs)):
-        source.set_weights([drawn(*w.shape, seed=len(w.shape)) for w in source.get_weights()])
-        source.save_weights(tmp_path / "model.weights.h5")
-        target.load_weights(tmp_path / "model.weights.h5")
-        assert_predicts(target, source.predict(X, verbose=0))
-
-
-@pytest.mark.filterwarnings("ignore")  # Keras' own, of an optimizer that has not trained yet
-@pytest.mark.parametrize("copied", ["clone", "deepcopy", "pickle"])
-def test_copies(copied: str) -> None:
-    """clone_model, deepcopy and pickle copy our layers."""
-    model = model_of(fk)
-    model.predict(X, verbose=0)
-    if copied == "clone":
-        new = keras.models.clone_model(model)
-        new.set_weights(model.get_weights())
-    else:
-        new = (
-            copy.deepcopy(model) if copied == "deepcopy" else pickle.loads(pickle.dumps(model))
-        )
-    assert classes_in(new) == {"fusedrnn"}
-    assert_predicts(new, model.predict(X, verbose=0))
-
-
-# Replacing
-
-
-class Own(keras.layers.LSTM):
-    """A user's layer."""
-
-
-def test_swap_and_restore() -> None:
-    """swap replaces every layer in place, says what it leaves alone, and restore undoes it."""
-    model = model_of(keras.layers)
-    expected = model.predict(X, verbose=0)
-    layers = model._flatten_layers()
-    done = fk.swap(model)
-    kinds = [str(done).splitlines()[n].rpartition(": ")[2] for n in range(5)]
-    assert sorted(kinds) == ["GRU(5)", "GRU(5)", "LSTM(5)", "LSTM(5)", "SimpleRNN(2)"]
-    assert "bidirectional" in str(done).partition("/forward_lstm")[0]
-    assert not done.kept
-    assert classes_in(model) == {"fusedrnn"}
-    assert all(a is b for a, b in zip(layers, model._flatten_layers(), strict=True))
-    assert_predicts(model, expected)
-    assert str(fk.swap(model)) == "no recurrent layer to replace"
-    assert str(fk.swap(keras.layers.LSTM(3, name="alone"))) == "alone: LSTM(3)"
-    assert list(fk.restore(model).replaced) == list(done.replaced)
-    assert classes_in(model) == {"keras"}
-    assert_predicts(model, expected)
-
-
-def test_swap_says_what_it_keeps() -> None:
-    """swap keeps subclasses, other cells and unknown activations, with the reason."""
-    model = keras.Sequential(
-        [
-            keras.layers.GRU(3, activation="gelu", return_sequences=True, name="a"),
-            Own(3, return_sequences=True, name="b"),
-            keras.layers.RNN(keras.layers.GRUCell(3), name="c"),
-        ]
-    )
-    assert str(fk.swap(model)) == (
-        f"a: kept, activation must be one of {', '.join(ACTIVATIONS)}, got gelu: "
-        "use keras.layers.GRU for it\n"
-        "b: kept, Own is not one of keras.layers.LSTM, GRU and SimpleRNN\n"
-        "c: kept, RNN is not one of keras.layers.LSTM, GRU and SimpleRNN"
-    )
-
-
-@ON_TORCH
-def test_swap_in_the_middle_of_training() -> None:
-    """The optimizer's state stays valid when the layers are replaced."""
-    histories = []
-    for swaps in (False, True):
-        keras.utils.set_random_seed(2)
-        model = model_of(keras.layers)
-        losses = model.fit(X, TARGET, epochs=2, verbose=0, shuffle=False).history["loss"]
-        if swaps:
-            fk.swap(model)
-        losses += model.fit(X, TARGET, epochs=3, verbose=0, shuffle=False).history["loss"]
-        histories.append(losses)
-    assert np.allclose(*histories, rtol=1e-4)
-
-
-def test_saving_within_training(tmp_path: Path) -> None:
-    """save_model in a callback leaves the training and the layers as they are."""
-
-    class Save(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-            fk.save_model(self.model, tmp_path / "model.keras")
-
-        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            (fk.restore if epoch else fk.swap)(self.model)
-
-    model = model_of(fk)
-    if HAS_GRADIENTS:
-        model.fit(X, TARGET, epochs=2, verbose=0, callbacks=[Save()])
-        assert classes_in(model) == {"keras"}
-    fk.swap(model)
-    fk.save_model(model, tmp_path / "model.keras")
-    assert classes_in(model) == {"fusedrnn"}
-
-
-class Twins(keras.layers.Layer):
-    """A layer with two layers of one name."""
-
-    def __init__(self) -> None:
-        super().__init__(name="twins")
-        self.one, self.two = (keras.layers.GRU(3, name="gru") for _ in range(2))
-
-    # Without these two, Keras calls the layer with uninitialised arrays, which may overflow.
-    def build(self, shape: Any) -> None:
-        self.one.build(shape)
-        self.two.build(shape)
-
-    def compute_output_shape(self, shape: Any) -> Any:
-        return (shape[0], 3)
-
-    def call(self, x: Any) -> Any:
-        return self.one(x) + self.two(x)
-
-
-def test_layers_of_one_name(tmp_path: Path) -> None:
-    """swap names both, and save_model leaves both as they were."""
-    model = keras.Sequential([keras.Input((4, 2)), Twins()])
-    assert list(fk.swap(model).replaced) == ["twins/gru", "twins/gru (2)"]
-    fk.save_model(model, tmp_path / "model.keras")
-    assert type(model.layers[0].one) is type(model.layers[0].two) is fk.GRU
-
-
-# Training
 
 
 def reviews(source: Any) -> Any:
@@ -681,9 +447,10 @@ def require_numpy_backend() -> None:
 
 @ON_TORCH
 def test_numpy_backend() -> None:
-    """The tests of this file that need no gradients hold on Keras' NumPy backend."""
+    """The tests of both files that need no gradients hold on Keras' NumPy backend."""
     require_numpy_backend()
-    run_pytest(__file__, "-k", "not keras_s_own", KERAS_BACKEND="numpy")
+    models = Path(__file__).with_name("test_keras_models.py")
+    run_pytest(__file__, str(models), "-k", "not keras_s_own", KERAS_BACKEND="numpy")
 
 
 KERAS_TESTS = [

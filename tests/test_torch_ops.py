@@ -90,16 +90,7 @@ def test_second_and_forward_derivatives(name: str, options: list[str]) -> None:
     assert_close(values, results)
 
 
-# A check takes half a second, and an option is the same argument for every cell: the LSTM has
-# each, the other cells none and all together.
-CHECKED = [
-    (name, options)
-    for name, options in CASES
-    if name == "lstm" or options == ["plain"] or len(options) > 5
-]
-
-
-@pytest.mark.parametrize(("name", "options"), CHECKED, ids=str)
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_opcheck(name: str, options: list[str], clean: None) -> None:
     """PyTorch's own check of an operator passes: schema, shapes of fakes, autograd's
     registration, tracing with sizes that vary.

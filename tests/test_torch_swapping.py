@@ -312,7 +312,7 @@ CHANGES = [ft.swap, ft.restore, lambda model: ft.quantize(model, "int8")]
 @pytest.mark.parametrize("change", CHANGES, ids=["swap", "restore", "quantize"])
 @pytest.mark.parametrize("model", [None, nn.LSTM, "lstm"], ids=["none", "class", "text"])
 def test_what_is_no_model(change: Any, model: Any) -> None:
-    """What is no module is refused."""
+    """An argument that is not a module is refused."""
     with pytest.raises(TypeError, match="model must be a module, got"):
         change(model)
 
