@@ -24,9 +24,11 @@ def from_flax(*layers: Any, **options: Any) -> Any:
         of a Bidirectional; or a tuple of a forward and a backward cell. In linen they are the
         dict that ``init`` returns, in nnx ``nnx.to_pure_dict(nnx.state(module))``.
     options: arguments of our layer, as activation, where the cells have other activations than
-        the default ones. A SimpleCell with residual=True, which its parameters do not tell, is
-        none of ours. The layer takes x as flax's RNN does, (B, T, I), unless
+        the default ones. The layer takes x as flax's RNN does, (B, T, I), unless
         batch_first=False.
+
+    No layer of ours computes a SimpleCell with residual=True, and the parameters of such a cell
+    look like any other's: do not convert it.
 
     Returns
     -------

@@ -107,7 +107,7 @@ def restore(model: nn.Module) -> Swapped:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise TypeError for what is not a model whose modules can be replaced."""
+    """Raise TypeError for an argument that is not a module, or is TorchScript."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}")
     if isinstance(model, jit.ScriptModule):
