@@ -176,12 +176,12 @@ class RowWise : public NormalisedRows<Cell, E> {
   // is zero if it is not stored.
   FUSEDRNN_DEVICE V zoneout_backward(const BackRow& row, index u, V dh,
                                      bool stores = true) const {
-    const V zero = V::broadcast(0), one = V::broadcast(1);
+    const V zero = V::broadcast(0);
     V direct = zero;
     if (zones_out()) {
       const V keeps = e.keep_h(row.keep_h, u);
-      direct = dh * keeps;
-      dh = dh * (one - keeps);
+      direct = part(keeps, dh);
+      dh = part(V::broadcast(1) - keeps, dh);
     }
     if (stores) e.store(row.is_cut ? zero : direct, row.direct, u);
     return dh;
@@ -333,8 +333,14 @@ class RowWise : public NormalisedRows<Cell, E> {
     }
   }
 
+  // Returns keeps·d, and 0 where keeps is 0, because d may be infinite or NaN.
+  FUSEDRNN_DEVICE static V part(V keeps, V d) {
+    const V zero = V::broadcast(0);
+    return if_less(zero, keeps, keeps * d, zero);
+  }
+  // Returns keeps·old + (1 - keeps)·fresh, and the one that 0 or 1 selects.
   FUSEDRNN_DEVICE static V mix(V keeps, V old, V fresh) {
-    return fma(keeps, old, (V::broadcast(1) - keeps) * fresh);
+    return part(keeps, old) + part(V::broadcast(1) - keeps, fresh);
   }
   FUSEDRNN_DEVICE void put_h(const Row& row, index u, V h) const {
     if (projects()) {
@@ -410,8 +416,8 @@ class RowWise : public NormalisedRows<Cell, E> {
     if (is_returned(row.dcells)) dc = dc + e.upto(row.dcells, u, H);
     if (zones_out()) {
       const V keeps = e.keep_c(row.keep_c, u);
-      direct = dc * keeps;
-      dc = dc * (V::broadcast(1) - keeps);
+      direct = part(keeps, dc);
+      dc = part(V::broadcast(1) - keeps, dc);
     }
     return dc;
   }

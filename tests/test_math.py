@@ -1,4 +1,7 @@
-"""σ, tanh and the parts of other activations: at most 4 ULP off, limits and NaN right."""
+"""σ, tanh and the parts of other activations: errors, limits, NaN, monotone.
+
+all_floats.py proves at every float32 what is sampled here.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import pytest
 
 from fusedrnn import _cpu
 
-# The first two functions take negative numbers, log_1_plus numbers from 0 to 1.
+# The largest error in ULP.
+ALLOWED = {"sigmoid": 3, "tanh": 3, "exp_below_0": 4, "exp_minus_1": 4, "log_1_plus": 4}
+# The first two of these take negative numbers, log_1_plus numbers from 0 to 1.
 OTHERS = {"exp_below_0": np.exp, "exp_minus_1": np.expm1, "log_1_plus": np.log1p}
 
 
@@ -33,9 +38,9 @@ def samples(dtype: np.dtype) -> np.ndarray:
     return x.astype(dtype)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "tanh", *OTHERS])
-def test_within_four_ulp(name: str, dtype: np.dtype, isa: str) -> None:
-    """The functions are at most 4 ULP off, and never beyond 1."""
+@pytest.mark.parametrize("name", ALLOWED)
+def test_errors(name: str, dtype: np.dtype, isa: str) -> None:
+    """σ and tanh are at most 3 ULP off, the others 4, and none is ever beyond 1."""
     x = samples(dtype)
     if name in OTHERS:
         x = -np.abs(x)
@@ -50,10 +55,9 @@ def test_within_four_ulp(name: str, dtype: np.dtype, isa: str) -> None:
         ulp = np.maximum(ulp, tiny)
     error = np.abs(y[normal] - expected[normal]) / ulp
     worst = np.argmax(error)
-    assert error[worst] <= 4, f"{error[worst]:.2f} ULP at {x[normal][worst]!r}"
+    assert error[worst] <= ALLOWED[name], f"{error[worst]:.2f} ULP at {x[normal][worst]!r}"
     assert (np.abs(y[~normal]) <= tiny).all()  # denormal results may be 0
-    limit = 1
-    assert (np.abs(y) <= limit).all()
+    assert (np.abs(y) <= 1).all()
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "tanh"])
@@ -68,12 +72,12 @@ def test_limits(name: str, dtype: np.dtype, isa: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "tanh"])
-def test_nearly_monotone(name: str, dtype: np.dtype, isa: str) -> None:
-    """Neighbouring arguments never go back by more than the error allows."""
+def test_monotone(name: str, dtype: np.dtype, isa: str) -> None:
+    """No argument's result is above that of a greater one, nor of the next number."""
     x = np.sort(samples(dtype))
     y = _cpu.elementwise(name, x)
-    step = np.diff(y)
-    assert (step >= -4 * np.spacing(np.abs(y[:-1]))).all()
+    assert (np.diff(y) >= 0).all()
+    assert (_cpu.elementwise(name, np.nextafter(x, dtype.type(np.inf))) >= y).all()
 
 
 def test_every_length(dtype: np.dtype, isa: str) -> None:

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <initializer_list>
 #include <optional>
@@ -40,7 +41,7 @@ inline bool has_elements(const py::handle& object, int type) {
 // it once the package is imported; before, there are no such arrays.
 struct Bfloat16 {
   py::object dtype;  // never destroyed, because Python may have ended before
-  int type = -1;
+  std::atomic<int> type = -1;
 };
 inline Bfloat16& bfloat16() {
   static Bfloat16& found = *new Bfloat16;

@@ -4,6 +4,8 @@
 
 #include <cstring>
 
+#include "gil.h"
+
 namespace fusedrnn {
 
 namespace {
@@ -139,6 +141,7 @@ bool copy_flags(const py::handle& object, const Sequence& x, bool batch_first,
                         : a.ndim() == 2 && a.shape(time) == x.T && a.shape(row) == x.B;
   if (!fits) return false;
   to = Memory(static_cast<std::size_t>(x.T * x.B + 1));
+  if (x.B == 0) return true;
   const char* const start = static_cast<const char*>(a.data());
   const index t = a.strides(time), b = x.unbatched ? 0 : a.strides(row);
   bool* flag = to.as<bool>();
@@ -150,7 +153,7 @@ bool copy_flags(const py::handle& object, const Sequence& x, bool batch_first,
 
 // Returns whether no mask is true where lengths say that a row takes no step.
 bool fits_lengths(const StackCall& c) {
-  if (!c.mask || !c.lengths) return true;
+  if (!c.mask || !c.lengths || c.B == 0) return true;
   for (index t = 0, n = 0; t < c.T; ++t) {
     for (index b = 0; b < c.B; ++b, ++n) {
       if (c.mask[n] && t >= c.lengths[b]) return false;
@@ -269,11 +272,10 @@ Axes Layers::sequence_axes(const Sequence& x, index width) const {
 
 Array Layers::make(const Axes& axes, index item) const {
   if (item == 0) item = layout().size;
-  index bytes = item;
-  for (index n = 0; n < axes.count; ++n) bytes *= axes.lengths[n];
   const py::dtype dtype = element_dtype(item);
   const std::vector<index> shape(axes.lengths, axes.lengths + axes.count);
-  return bytes >= large_array ? allocate(shape, dtype) : Array(dtype, shape);
+  const bool is_large = bytes_of(shape, item) >= std::size_t{large_array};
+  return is_large ? allocate(shape, dtype) : Array(dtype, shape);
 }
 
 // Reads a state, None for zeros, or a pair that may have None in it.
@@ -352,15 +354,14 @@ py::object Layers::forward(const py::object& x, const py::object& state,
   const bool trains = saves || o.values.training;
   if (trains && stack_.weights[0]->is_narrow() && !l.halves) refuse("options");
   Memory saved;
-  {
-    const py::gil_scoped_release release;
+  without_gil([&] {
     if (saves) {
-      const index bytes = input.T * input.B * fusedrnn::saved_bytes(stack_, c);
-      saved = Memory(static_cast<std::size_t>(bytes));
+      const index rows[] = {input.T, input.B};
+      saved = Memory(bytes_of(rows, fusedrnn::saved_bytes(stack_, c)));
       c.saved = saved.as<char>();
     }
     fusedrnn::forward(stack_, c);
-  }
+  });
   py::tuple results(2 + o.return_cells + o.trace);
   results[0] = y;
   results[1] = state_of(h_n, c_n);
@@ -444,16 +445,16 @@ py::object Tape::backward(const py::object& dy, const py::object& d_state,
   }
   c.gradients = addresses.data();
   c.gradient_item = l.size;
-  {
-    const py::gil_scoped_release release;
-    fusedrnn::backward(stack, c);
-  }
+  without_gil([&] { fusedrnn::backward(stack, c); });
   return py::make_tuple(dx, of.state_of(dh0, dc0), gradients);
 }
 
 void bind_layers(py::module_& m) {
-  m.def("set_bfloat16",
-        [](const py::dtype& dtype) { bfloat16() = {dtype, dtype.num()}; });
+  m.def("set_bfloat16", [](const py::dtype& dtype) {
+    if (bfloat16().type >= 0) return;
+    bfloat16().dtype = dtype;
+    bfloat16().type = dtype.num();  // last, because other threads may read
+  });
   py::class_<Layers>(m, "Layers")
       .def(py::init<const std::string&, std::vector<Arrays>, int, double, bool, bool,
                     bool, std::vector<Scales>>(),

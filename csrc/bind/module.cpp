@@ -1,19 +1,47 @@
 // This is the module fusedrnn._cpu.
+#include <omp.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+#include "../cpu/machine.h"
 #include "../cpu/team.h"
+#include "gil.h"
 #include "tensors.h"
 
 namespace fusedrnn {
 
 Array allocate(const std::vector<index>& shape, const py::dtype& dtype) {
-  std::size_t bytes = static_cast<std::size_t>(dtype.itemsize());
-  for (const index n : shape) bytes *= static_cast<std::size_t>(n);
-  auto memory = std::make_unique<Memory>(bytes);
+  auto memory = std::make_unique<Memory>(bytes_of(shape, dtype.itemsize()));
   void* const start = memory->as<void>();
-  const py::capsule owner(memory.release(),
-                          [](void* p) { delete static_cast<Memory*>(p); });
+  const py::capsule owner(memory.get(), [](void* p) { delete static_cast<Memory*>(p); });
+  static_cast<void>(memory.release());
   return Array(dtype, shape, start, owner);
+}
+
+namespace {
+
+// A forked child has one thread, which becomes the main one.
+std::atomic<unsigned long> main_thread{0};
+
+void find_main_thread() {
+  const py::object thread = py::module_::import("threading").attr("main_thread")();
+  main_thread = py::cast<unsigned long>(thread.attr("ident"));
+#if defined(__unix__) || defined(__APPLE__)
+  pthread_atfork(nullptr, nullptr, [] { main_thread = PyThread_get_thread_ident(); });
+#endif
+}
+
+}  // namespace
+
+bool handle_signals() {
+  if (PyThread_get_thread_ident() != main_thread) return false;
+  const py::gil_scoped_acquire acquire;
+  return PyErr_CheckSignals() != 0;
 }
 
 namespace {
@@ -37,14 +65,14 @@ Array elementwise(const std::string& name, const Array& x) {
 // Returns how many floating-point operations `rounds` rounds of the probe did, on the
 // active ISA.
 double probe_multiply_add(index rounds, bool single) {
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   const Probes& probes = active_isa().base->probes;
   return (single ? probes.multiply_add_f32 : probes.multiply_add_f64)(rounds);
 }
 
 // Does the same for the product of weights of a precision, a value of Precision.
 double probe_product(index rounds, int precision) {
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   const Isa& isa = active_isa();
   const auto probe = product_of(isa, 4, static_cast<Precision>(precision)).probe;
   return (probe ? probe : isa.base->probes.multiply_add_f32)(rounds);
@@ -52,15 +80,15 @@ double probe_product(index rounds, int precision) {
 
 // Makes `threads` threads meet `rounds` times.
 void probe_meetings(index rounds, int threads) {
-  const py::gil_scoped_release release;
-  run_on_team(threads, false, [&](const Team& team) {
+  const Unlocked unlocked;
+  run_on_team(threads, false, nullptr, [&](const Team& team) {
     for (index round = 0; round < rounds; ++round) team.meet();
   });
 }
 
 float probe_read(const Array& a, index rounds) {
   const float* const p = static_cast<const float*>(a.data());
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   return active_isa().base->probes.read(p, a.size(), rounds);
 }
 
@@ -73,6 +101,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   using namespace fusedrnn;
   m.doc() = "Kernels of fusedrnn for the CPU. Private: use fusedrnn's own functions.";
 
+  find_main_thread();
   bind_layers(m);
   bind_tensors(m);
   bind_onnxruntime(m);
@@ -94,6 +123,10 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("get_num_threads", &get_num_threads);
   m.def("set_num_threads", &set_num_threads);
   m.def("follow_threads", &follow_threads);
+  m.def("get_threads_asked_for", &get_threads_asked_for);
+  m.def("get_thread_limit", &omp_get_thread_limit);
+  m.def("set_quota", &set_quota);
+  m.def("usable_cores", &usable_cores);
   m.def("set_few_rows", [](fusedrnn::index rows) { few_rows = rows; });
   m.def("share_team", &share_team);
   m.def("allocate", &allocate);

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "../cpu/memory.h"
 #include "arrays.h"
 
 namespace fusedrnn {
@@ -107,13 +108,18 @@ class NewTensors {
   explicit NewTensors(index element) : element_(element) {}
   NewTensors(const NewTensors&) = delete;
   ~NewTensors() {
-    for (Shim::Handle handle : handles_) torch().shim.delete_tensor_object(handle);
+    for (Shim::Handle handle : handles_) {
+      if (handle) torch().shim.delete_tensor_object(handle);
+    }
   }
 
   // Creates the next tensor, of elements of `item` bytes (0: of the element type), and
   // returns its memory.
   char* add(const Axes& axes, index item = 0) {
     const Shim& shim = torch().shim;
+    if (item == 0) item = element_;
+    const std::size_t bytes =
+        bytes_of({axes.lengths, static_cast<std::size_t>(axes.count)}, item);
     std::int64_t sizes[5], strides[5], apart = 1;
     for (index n = axes.count - 1; n >= 0; --n) {
       sizes[n] = axes.lengths[n];
@@ -121,11 +127,11 @@ class NewTensors {
       apart *= sizes[n] > 0 ? sizes[n] : 1;
     }
     Shim::Handle handle = nullptr;
-    const auto dtype = shim.dtype(item ? item : element_);
-    const int failed =
-        shim.empty_strided(axes.count, sizes, strides, dtype, shim.cpu, 0, &handle);
-    if (failed) throw std::bad_alloc();
-    handles_.push_back(handle);
+    handles_.push_back(nullptr);
+    const int failed = shim.empty_strided(axes.count, sizes, strides, shim.dtype(item),
+                                          shim.cpu, 0, &handle);
+    if (failed) throw OutOfMemory(bytes);
+    handles_.back() = handle;
     void* start = nullptr;
     shim.get_data_ptr(handle, &start);
     return static_cast<char*>(start);
@@ -136,7 +142,7 @@ class NewTensors {
     for (Shim::Handle handle : handles_) {
       capsules.append(py::capsule(handle, static_cast<const char*>(nullptr)));
     }
-    handles_.clear();
+    handles_.clear();  // from_handles takes them over
     return capsules.empty() ? capsules : py::list(torch().from_handles(capsules));
   }
 
@@ -208,6 +214,7 @@ class TensorReader {
   void open(bool in_halves) {
     if (!ok) return;
     const Shim& shim = torch().shim;
+    views_.reserve(tensors_.size());  // each handle of the list becomes a view's
     const py::list handles(torch().to_handles(tensors_));
     for (std::size_t n = 0; n < handles.size(); ++n) {
       View& v = views_.emplace_back();

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "../cpu/workforce.h"
+#include "gil.h"
 #include "pytorch.h"
 
 namespace fusedrnn {
@@ -43,12 +44,13 @@ class RoundedOutputs {
   void round() const {
     constexpr index values_per_thread = 1 << 16;
     for (const Output& of : outputs_) {
-      with_team(
-          threads_for(of.values, values_per_thread), true, 0, [&](const Team& team) {
-            const Range own = team.share(of.values, 64);
-            halves_of_torch().narrow(of.wide.as<const char>() + 4 * own.begin,
-                                     own.end - own.begin, of.to + half_item * own.begin);
-          });
+      with_team(threads_for(of.values, values_per_thread), true, 0, nullptr,
+                [&](const Team& team) {
+                  const Range own = team.share(of.values, 64);
+                  halves_of_torch().narrow(of.wide.as<const char>() + 4 * own.begin,
+                                           own.end - own.begin,
+                                           of.to + half_item * own.begin);
+                });
     }
   }
 };
@@ -260,11 +262,10 @@ py::object TensorLayers::infer(const py::handle& x, const py::handle& hx,
   c.y_b = (batch_first ? c.T : 1) * width * size;
   const Stack layers =
       stack(reader.element, reader.halves, reader.parameter_item, addresses);
-  {
-    const py::gil_scoped_release release;
+  without_gil([&] {
     fusedrnn::forward(layers, c);
     rounded.round();
-  }
+  });
   const py::list all = outputs.take();
   py::object last = all[0];
   if (has_c_) last = py::make_tuple(all[0], all[1]);
@@ -317,20 +318,19 @@ py::object TensorLayers::forward(const py::handle& x, const py::handle& h0,
   c.trace = add(o.trace, {n, c.T, c.B, gates_, H_}, item);
   const index values = saves ? saved_bytes(layers, c) / item : 0;
   const Axes saved_axes{c.T, c.B, values};
-  const index bytes = c.T * c.B * values * item;
+  const auto bytes = bytes_of({saved_axes.lengths, 3}, item);
   py::object large;
-  if (bytes >= large_array) {
+  if (bytes >= std::size_t{large_array}) {
     large = new_large(saved_axes, item, c.saved);
   } else {
     c.saved = outputs.add(values > 0 ? saved_axes : Axes{0}, item);
   }
   if (values == 0) c.saved = nullptr;
   if (clears_saved && values > 0) std::memset(c.saved, 0, bytes);
-  {
-    const py::gil_scoped_release release;
+  without_gil([&] {
     fusedrnn::forward(layers, c);
     rounded.round();
-  }
+  });
   py::list all = outputs.take();
   if (large) all.append(large);
   return py::tuple(all);
@@ -411,11 +411,10 @@ py::object TensorLayers::backward(const py::sequence& wanted, const py::sequence
   }
   c.gradients = gradients.data();
   c.gradient_item = reader.parameter_item;
-  {
-    const py::gil_scoped_release release;
+  without_gil([&] {
     fusedrnn::backward(layers, c);
     rounded.round();
-  }
+  });
   return outputs.take();
 }
 

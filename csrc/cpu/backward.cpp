@@ -75,11 +75,12 @@ class BackwardPass {
     for (index end = p_.T; end > 0; end -= time_block_) {
       const index begin = end > time_block_ ? end - time_block_ : 0;
       const index last = begin > 0 ? begin : -1;
-      if (p_.input) p_.input->await(p_.T - begin);
+      if (p_.input) p_.input->await(p_.T - begin, team_);
       if (p_.has_options) prepare(begin, end);
       for (index s = end - 1; s >= last; --s) {
         run_step(s);
         if (!own_.alone) team_.meet();
+        team_.end_step();
       }
       if (own_.alone) team_.meet();
       weights_.add(all_, team_, begin, end);

@@ -4,20 +4,17 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <stdexcept>
 
 #include "machine.h"
 #include "workforce.h"
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <unistd.h>
-#endif
 #if defined(FUSEDRNN_HAS_AVX2) || defined(FUSEDRNN_HAS_AVX512)
 #include <cpuid.h>
 #endif
 #ifdef __linux__
 #include <sys/syscall.h>
+#include <unistd.h>
 #endif
 #if defined(FUSEDRNN_HAS_NEON) && defined(__linux__)
 #include <sys/auxv.h>
@@ -150,26 +147,7 @@ bool may_use_amx() {
 #endif
 #endif
 
-// Returns the size of a cache: from an environment variable, which tests set so that
-// small shapes reach each order of tiles, else from the system, else `otherwise`.
-index cache_size(const char* variable, int name, index otherwise) {
-  if (const char* bytes = std::getenv(variable)) {
-    if (const index size = std::atoll(bytes); size > 0) return size;
-  }
-  const index found = name < 0 ? 0 : sysconf(name);
-  return found > 0 ? found : otherwise;
-}
-
-#ifdef _SC_LEVEL2_CACHE_SIZE
-constexpr int level_one = _SC_LEVEL1_DCACHE_SIZE, level_two = _SC_LEVEL2_CACHE_SIZE;
-#else
-constexpr int level_one = -1, level_two = -1;
-#endif
-
 }  // namespace
-
-const index first_level_cache = cache_size("FUSEDRNN_L1_BYTES", level_one, 32 << 10);
-const index second_level_cache = cache_size("FUSEDRNN_L2_BYTES", level_two, 1 << 20);
 
 #if defined(FUSEDRNN_HAS_AVX2) || defined(FUSEDRNN_HAS_AVX512)
 #define HAS(feature) (__builtin_cpu_supports(feature) != 0)
@@ -231,7 +209,8 @@ const Product& product_of(const Isa& isa, index element, Precision precision) {
 }
 
 const std::vector<CompiledIsa>& compiled_isas() {
-  static const std::vector<CompiledIsa> isas = make_isas();
+  // They are never destroyed, because threads may compute until the process ends.
+  static const auto& isas = *new std::vector<CompiledIsa>(make_isas());
   return isas;
 }
 
@@ -275,11 +254,15 @@ void set_isa(const std::string& name) {
 void set_num_threads(int n) { chosen_threads.store(n); }
 void follow_threads(int n) { followed_threads.store(n); }
 
+int get_threads_asked_for() {
+  const int followed = followed_threads.load(std::memory_order_relaxed);
+  return followed > 0 ? followed : omp_get_max_threads();
+}
+
 int get_num_threads() {
   const int chosen = chosen_threads.load(std::memory_order_relaxed);
   if (chosen > 0) return chosen;
-  const int followed = followed_threads.load(std::memory_order_relaxed);
-  return followed > 0 ? followed : omp_get_max_threads();
+  return std::min({get_threads_asked_for(), omp_get_thread_limit(), usable_cores()});
 }
 
 template <class S>

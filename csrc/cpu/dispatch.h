@@ -31,10 +31,13 @@ const Isa& active_isa();
 // empty name chooses the best.
 void set_isa(const std::string& name);
 
-// Sets the number of threads. 0 follows OpenMP (OMP_NUM_THREADS, omp_set_num_threads).
+// Sets the number of threads, also beyond the usable cores. 0 stands for as many as are
+// asked for, but not more than OpenMP allows (OMP_THREAD_LIMIT) and cores are usable.
 void set_num_threads(int n);
-// Sets the number of threads that 0 stands for in set_num_threads(); 0 is OpenMP's again.
+// Sets the number of threads that are asked for, as by PyTorch. 0 follows OpenMP
+// (OMP_NUM_THREADS, omp_set_num_threads).
 void follow_threads(int n);
+int get_threads_asked_for();
 int get_num_threads();
 
 // Runs a MathEntry's function in the floating-point mode of a call.

@@ -78,7 +78,7 @@ class ForwardPass {
     for (index begin = 0; begin < p_.T; begin += time_block_) {
       if (!saves_ || in_halves_) begin_ = begin;
       const index end = begin + time_block_ < p_.T ? begin + time_block_ : p_.T;
-      if (p_.input) p_.input->await(end);
+      if (p_.input) p_.input->await(end, team_);
       if (!fused_) multiply_inputs(begin, end);
       for (index s = begin; s < end; ++s) {
         run_step(s, (team_.step + s) % 2 != 0);
@@ -90,6 +90,7 @@ class ForwardPass {
         }
         if (!own_.alone && !met) team_.meet();
         if (p_.progress && team_.rank == 0) p_.progress->reach(s + 1);
+        team_.end_step();
       }
     }
   }

@@ -332,7 +332,7 @@ struct Kernels {
   void (*draw_recurrent)(const Options&, index b, index R, char* to);
   void (*multiply_rows)(const char* a, const char* b, index n, char* to);
   void (*fill)(double value, index n, char* to);
-  void (*drop_out)(const Dropout<char>&, Range rows);
+  void (*drop_out)(const Dropout<char>&, Range rows, index first);
 
   void (*pack_bias)(const Shape&, const Parameters<char>&, index P, char* to);
 

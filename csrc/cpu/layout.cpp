@@ -1,7 +1,7 @@
 #include "layout.h"
 
+#include <algorithm>
 #include <cstring>
-#include <vector>
 
 namespace fusedrnn {
 
@@ -127,17 +127,23 @@ void load_record(const Layout& l, const char* saved, Range units, char* record) 
 }
 
 void drop_rows(const Layout& l, const Dropout<char>& of, index item, Range rows) {
-  if (item == l.size) return l.k.drop_out(of, rows);
-  std::vector<float> wide(of.N);
-  char* const values = reinterpret_cast<char*>(wide.data());
-  Dropout<char> one = of;  // of one row
-  one.from = one.to = values;
-  one.from_t = one.from_b = one.to_t = one.to_b = 0;
+  if (item == l.size) return l.k.drop_out(of, rows, 0);
+  // Rows are widened in parts, because a thread of a team must not allocate.
+  constexpr index at_once = 512;
+  alignas(64) char values[4 * at_once];
+  Dropout<char> part = of;
+  part.from = part.to = values;
+  part.from_t = part.from_b = part.to_t = part.to_b = 0;
   for (index n = rows.begin; n < rows.end; ++n) {
     const index i = n / of.B, j = n % of.B;
-    l.halves->widen(of.from + i * of.from_t + j * of.from_b, of.N, values);
-    l.k.drop_out(one, {n, n + 1});
-    l.halves->narrow(values, of.N, of.to + i * of.to_t + j * of.to_b);
+    const char* const from = of.from + i * of.from_t + j * of.from_b;
+    char* const to = of.to + i * of.to_t + j * of.to_b;
+    for (index first = 0; first < of.N; first += at_once) {
+      part.N = std::min(of.N - first, at_once);
+      l.halves->widen(from + first * item, part.N, values);
+      l.k.drop_out(part, {n, n + 1}, first);
+      l.halves->narrow(values, part.N, to + first * item);
+    }
   }
 }
 

@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <cstdio>
+#include <limits>
 #include <mutex>
-#include <new>
 #include <thread>
 #include <vector>
 
@@ -24,6 +25,7 @@ constexpr std::size_t least_kept = std::size_t{1}
 constexpr std::size_t always_kept = std::size_t{80} << 20;
 constexpr std::size_t most_kept = std::size_t{256} << 20;
 constexpr std::uint64_t most_idle = 32;  // requests
+constexpr std::size_t most_blocks = 1024;
 constexpr std::size_t most_scratch = std::size_t{1} << 20;
 
 // Sanitizers check malloc's blocks only.
@@ -46,7 +48,7 @@ void* map([[maybe_unused]] std::size_t bytes) {
   const auto reserve = [](std::size_t size) {
     void* const start =
         mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (start == MAP_FAILED) throw std::bad_alloc();
+    if (start == MAP_FAILED) throw OutOfMemory(size);
     return static_cast<char*>(start);
   };
   // The last page is a huge one if at least three quarters of it are used.
@@ -70,7 +72,9 @@ void* map([[maybe_unused]] std::size_t bytes) {
 
 void* allocate(std::size_t bytes) {
   if (maps && bytes >= least_kept) return map(bytes);
-  return ::operator new(bytes, std::align_val_t{line});
+  void* const start = ::operator new(bytes, std::align_val_t{line}, std::nothrow);
+  if (!start) throw OutOfMemory(bytes);
+  return start;
 }
 
 void release(void* start, std::size_t bytes) {
@@ -93,6 +97,9 @@ class FreeBlocks {
     std::size_t bytes;
     std::uint64_t freed;  // the number of requests at that time
   };
+
+  // Destructors free blocks, so put() must not allocate.
+  FreeBlocks() { blocks_.reserve(most_blocks); }
 
   // Returns the smallest block that fits and is at most half as large again, or an empty
   // one.
@@ -119,6 +126,7 @@ class FreeBlocks {
   void put(void* start, std::size_t bytes) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock || bytes > most_kept) return release(start, bytes);
+    if (blocks_.size() == most_blocks) drop();
     blocks_.push_back({start, bytes, requests_});
     total_ += bytes;
     const std::size_t most = bound();
@@ -158,8 +166,29 @@ FreeBlocks& free_blocks() {
 }
 
 thread_local Memory scratch;
+thread_local bool uses_scratch = false;
 
 }  // namespace
+
+OutOfMemory::OutOfMemory(std::size_t bytes) {
+  if (bytes == 0) {
+    std::snprintf(message_, sizeof message_, "more memory than can be addressed");
+  } else {
+    std::snprintf(message_, sizeof message_, "%zu bytes of memory cannot be allocated",
+                  bytes);
+  }
+}
+
+std::size_t bytes_of(std::span<const index> shape, index item) {
+  constexpr std::size_t most = std::numeric_limits<index>::max();
+  auto bytes = static_cast<std::size_t>(item);
+  for (const index n : shape) {
+    const auto size = static_cast<std::size_t>(n);
+    if (size > 0 && bytes > most / size) throw OutOfMemory(0);
+    bytes *= size;
+  }
+  return bytes;
+}
 
 Memory::Memory(std::size_t bytes) : bytes_(bytes), block_(block_size(bytes)) {
   if (bytes >= least_kept) {
@@ -182,7 +211,7 @@ Memory::~Memory() {
 }
 
 Workspace::Workspace(std::size_t bytes) {
-  if (bytes > most_scratch) {
+  if (bytes > most_scratch || uses_scratch) {
     own_ = Memory(bytes);
     start_ = own_.as<char>();
     return;
@@ -192,10 +221,15 @@ Workspace::Workspace(std::size_t bytes) {
     scratch = Memory(bytes);
   }
   start_ = scratch.as<char>();
+  uses_scratch = shares_ = true;
+}
+
+Workspace::~Workspace() {
+  if (shares_) uses_scratch = false;
 }
 
 void release_memory() {
-  scratch = {};
+  if (!uses_scratch) scratch = {};
   free_blocks().clear();
 }
 

@@ -11,14 +11,32 @@
 #pragma once
 
 #include <cstddef>
+#include <new>
+#include <span>
 #include <utility>
 
+#include "../contract.h"
+
 namespace fusedrnn {
+
+// OutOfMemory says how many bytes there are not; 0: more than can be addressed.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(std::size_t bytes);
+  const char* what() const noexcept override { return message_; }
+
+ private:
+  char message_[64];
+};
+
+// Returns the bytes of an array of elements of `item` bytes. Throws OutOfMemory if their
+// number overflows.
+std::size_t bytes_of(std::span<const index> shape, index item);
 
 class Memory {
  public:
   Memory() = default;
-  // Throws std::bad_alloc.
+  // Throws OutOfMemory.
   explicit Memory(std::size_t bytes);
   Memory(Memory&& other) noexcept
       : start_(std::exchange(other.start_, nullptr)),
@@ -45,14 +63,17 @@ class Memory {
 
 // A Workspace is the scratch memory of a call. A thread keeps up to 1 MB from call to
 // call until it ends, so that a short call allocates none; a larger workspace is
-// allocated for the call.
+// allocated for the call, as is that of a call within a call, by a signal's handler.
 class Workspace {
  public:
   explicit Workspace(std::size_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
   char* start() const { return start_; }
 
  private:
   Memory own_;
+  bool shares_ = false;  // uses the thread's
   char* start_;
 };
 

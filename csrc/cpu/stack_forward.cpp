@@ -171,7 +171,7 @@ index saved_bytes(const Stack& stack, const StackCall& call) {
 }
 
 void forward(const Stack& stack, const StackForward& call) {
-  if (call.mask) return forward_masked(stack, call);
+  if (call.mask && call.B > 0) return forward_masked(stack, call);
   StackForwardPass(stack, call).run();
 }
 

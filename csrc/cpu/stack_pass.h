@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <optional>
 
 #include "../random.h"
 #include "scratch.h"
@@ -21,6 +22,8 @@ constexpr double work_per_thread = 2.5e5;
 constexpr double step_work_per_thread = 3e4;
 // One thread does less than this in 0.1 to 0.2 ms; waking a thread takes about 50 µs.
 constexpr double brief_work = 2e7;
+// A thread does this in some 10 µs; reading the clock takes 0.02 µs.
+constexpr double work_between_looks = 1e6;
 // Above this many operations per step, splitting each step between all threads costs less
 // than a layer that waits for the first steps of the layer below.
 constexpr double most_overlap_step_work = 1e5;
@@ -70,6 +73,7 @@ inline DroppedWeights dropped_at(const StackCall& c, index at) {
 
 // Sets rows of `bytes` bytes to zero, at times [times.begin, times.end).
 inline void clear_rows(char* start, index t, index b, Range times, index B, index bytes) {
+  if (B == 0) return;  // times may be many
   for (index time = times.begin; time < times.end; ++time) {
     for (index row = 0; row < B; ++row) std::memset(start + time * t + row * b, 0, bytes);
   }
@@ -232,16 +236,17 @@ class StackPass {
 
   // Decides how many threads are useful, and which passes run side by side.
   void plan() {
-    const int limit = get_num_threads();
     const auto useful_threads = [&](const Pass<Problem>& pass, double count) {
       const double most =
           std::min(count * pass.work / work_per_thread,
                    count * std::max(pass.step_work / step_work_per_thread, 1.0));
-      return most >= limit ? limit : most > 1 ? static_cast<int>(most) : 1;
+      if (most < 2) return 1;
+      const int limit = get_num_threads();
+      return most >= limit ? limit : static_cast<int>(most);
     };
     for (index first = 0; first < std::ssize(passes_);) {
       const Pass<Problem>& pass = passes_[first];
-      const bool may_pair = D_ == 2 || can_overlap(first, limit);
+      const bool may_pair = D_ == 2 || can_overlap(first);
       const int threads_each = may_pair ? useful_threads(pass, 2) / 2 : 0;
       // Layers that overlap wait for each other, so each needs a thread.
       const bool overlaps = D_ == 1 && threads_each > 0, is_pair = D_ == 2 || overlaps;
@@ -257,8 +262,8 @@ class StackPass {
 
   // Returns whether a layer of one direction and the next run at the same time, the
   // second following the steps of the first.
-  bool can_overlap(index first, int limit) const {
-    if (first + 1 >= std::ssize(passes_) || limit < 2) return false;
+  bool can_overlap(index first) const {
+    if (first + 1 >= std::ssize(passes_)) return false;
     const Pass<Problem>& pass = passes_[first];
     return pass.step_work < most_overlap_step_work && steps_ >= overlap_parts &&
            !drops_between(stack_, call_) && can_follow(passes_[first + 1]);
@@ -318,32 +323,39 @@ class StackPass {
   void run(char* const (&scratch)[2], const Before& before, const After& after) {
     double work = 0;
     for (const Pass<Problem>& pass : passes_) work += pass.work;
+    std::optional<Watch> watch;
+    if (asks_to_end && work > brief_work) {
+      const double steps = static_cast<double>(steps_ * std::ssize(passes_));
+      watch.emplace(static_cast<index>(1 + work_between_looks * steps / work));
+    }
     Barrier sides[2];
-    with_team(threads_, work < brief_work, steps_, [&](const Team& team) {
-      for (const Group& group : groups_) {
-        if (before(group, team)) team.meet();
-        if (group.count == 2 && team.count > 1) {
-          const int half = team.count / 2, side = team.rank / half;
-          const int rank = team.rank % half, count = std::min(half, group.threads);
-          if (side < 2 && rank < count) {
-            run_pass(passes_[group.first + side], scratch[side],
-                     {rank, count, &sides[side], team.step});
+    with_team(
+        threads_, work < brief_work, steps_, watch ? &*watch : nullptr,
+        [&](const Team& team) {
+          for (const Group& group : groups_) {
+            if (before(group, team)) team.meet();
+            if (group.count == 2 && team.count > 1) {
+              const int half = team.count / 2, side = team.rank / half;
+              const int rank = team.rank % half, count = std::min(half, group.threads);
+              if (side < 2 && rank < count) {
+                run_pass(passes_[group.first + side], scratch[side],
+                         team.part(rank, count, &sides[side]));
+              }
+            } else {
+              for (int n = 0; n < group.count; ++n) {
+                const int count = std::min(team.count, group.threads);
+                if (n > 0) team.meet();
+                if (team.rank >= count) continue;
+                Barrier* const barrier = count == team.count ? team.barrier : &sides[0];
+                run_pass(passes_[group.first + n], scratch[0],
+                         team.part(team.rank, count, barrier));
+              }
+            }
+            const bool is_last = group.first + group.count == std::ssize(passes_);
+            if (!is_last) team.meet();
+            if (after(group, team)) team.meet();
           }
-        } else {
-          for (int n = 0; n < group.count; ++n) {
-            const int count = std::min(team.count, group.threads);
-            if (n > 0) team.meet();
-            if (team.rank >= count) continue;
-            run_pass(passes_[group.first + n], scratch[0],
-                     {team.rank, count, count == team.count ? team.barrier : &sides[0],
-                      team.step});
-          }
-        }
-        const bool is_last = group.first + group.count == std::ssize(passes_);
-        if (!is_last) team.meet();
-        if (after(group, team)) team.meet();
-      }
-    });
+        });
   }
 };
 

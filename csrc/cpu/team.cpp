@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <chrono>
 #include <memory>
+#include <system_error>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -20,7 +22,11 @@
 #include <immintrin.h>
 #endif
 
+#include "machine.h"
+
 namespace fusedrnn {
+
+constinit thread_local Question asks_to_end = nullptr;
 
 namespace {
 
@@ -32,21 +38,38 @@ void pause() {
 #endif
 }
 
-constexpr int spins_before_yield = 1000;  // about 15 µs
-constexpr int yields_before_sleep = 200;  // with the spins in between, about 0.3 ms
+// After a yield to a process that computes without pause a thread waits for the end of
+// that process's time slice, 4 ms. So a thread that soon has work again does not yield at
+// once, and a worker without a job sleeps without having yielded.
+constexpr int spins_before_yield = 3000;   // about 45 µs
+constexpr int spins_before_sleep = 10000;  // about 0.15 ms
 constexpr std::chrono::microseconds recent{300};
 using Clock = std::chrono::steady_clock;
 
-// Waits until done() without sleeping; calls slow() once when it takes long.
+// Waits until done() without sleeping; calls slow() when it takes long, and before each
+// yield.
 template <class F, class G>
-void spin_until(const F& done, const G& slow) {
+void spin_until(int spins, const F& done, const G& slow) {
   for (int spin = 0; !done(); ++spin) {
-    if (spin < spins_before_yield) {
+    if (spin < spins) {
       pause();
     } else {
-      if (spin == spins_before_yield) slow();
+      slow(spin == spins);
       std::this_thread::yield();
     }
+  }
+}
+
+// Returns how often a thread of a team looks for what it waits for before it yields.
+// Where threads share cores, what it waits for needs its core.
+int spins_of(int threads) { return threads > usable_cores() ? 0 : spins_before_yield; }
+
+// Runs a job's part; another thread of the team learns from its watch that the call
+// ended.
+void run_unless_ended(const Job& job, const Team& team) {
+  try {
+    job.work(job.argument, team);
+  } catch (const Interrupted&) {
   }
 }
 
@@ -69,7 +92,9 @@ class Worker {
     post(busy);
   }
   void await() const {
-    spin_until([this] { return state_.load(std::memory_order_acquire) != busy; }, [] {});
+    spin_until(
+        team_.spins, [this] { return state_.load(std::memory_order_acquire) != busy; },
+        [](bool) {});
   }
 
  private:
@@ -98,10 +123,7 @@ class Worker {
 
   void serve() {
     for (;;) {
-      for (int yields = 0; yields < yields_before_sleep && is_idle(); ++yields) {
-        for (int spin = 0; spin < spins_before_yield / 10 && is_idle(); ++spin) pause();
-        std::this_thread::yield();
-      }
+      for (int spin = 0; spin < spins_before_sleep && is_idle(); ++spin) pause();
       int state = idle;
       if (state_.compare_exchange_strong(state, asleep)) state_.wait(asleep);
       if (state_.load(std::memory_order_acquire) == stop) return;
@@ -110,7 +132,7 @@ class Worker {
       bound_ = false;
 #endif
       team_.barrier->keep_apart(team_.rank, team_.count);
-      job_.work(job_.argument, team_);
+      run_unless_ended(job_, team_);
       state_.store(idle, std::memory_order_release);
     }
   }
@@ -142,27 +164,44 @@ class Pool {
  public:
   ~Pool() { forget_if_forked(); }
 
-  void run(int threads, bool brief, const Job& job) {
+  bool is_running() const { return is_running_; }
+
+  void run(int threads, bool brief, Watch* watch, const Job& job) {
     forget_if_forked();
     if (brief && !are_awake(threads - 1)) {
       const bool alone = Clock::now() - last_brief_ > recent;
-      if (alone) job.work(job.argument, {0, 1, nullptr});
+      if (alone) job.work(job.argument, Team::single(watch));
       last_brief_ = Clock::now();
       if (alone) return;
     }
-    while (static_cast<int>(workers_.size()) < threads - 1) {
-      workers_.push_back(std::make_unique<Worker>());
-    }
+    threads = 1 + provide(threads - 1);
     Barrier barrier;
     barrier.keep_apart(0, threads);
+    const Team team{0, threads, &barrier, 0, watch, true, spins_of(threads)};
+    is_running_ = true;
     for (int rank = 1; rank < threads; ++rank) {
-      workers_[rank - 1]->start(job, {rank, threads, &barrier});
+      workers_[rank - 1]->start(job, team.worker(rank));
     }
-    job.work(job.argument, {0, threads, &barrier});
+    run_unless_ended(job, team);
     for (int rank = 1; rank < threads; ++rank) workers_[rank - 1]->await();
+    is_running_ = false;
+    if (watch) watch->throw_if_ended();
   }
 
  private:
+  // Returns how many workers there are for a job that could use `count`. The system may
+  // refuse further threads; no result depends on their number.
+  int provide(int count) {
+    workers_.reserve(count);
+    try {
+      while (static_cast<int>(workers_.size()) < count) {
+        workers_.push_back(std::make_unique<Worker>());
+      }
+    } catch (const std::system_error&) {
+    }
+    return std::min(count, static_cast<int>(workers_.size()));
+  }
+
   bool are_awake(int count) const {
     const auto none_asleep = [](const auto& worker) { return !worker->is_asleep(); };
     return count <= static_cast<int>(workers_.size()) &&
@@ -177,6 +216,7 @@ class Pool {
   }
 
   int forks_ = forks();
+  bool is_running_ = false;
   Clock::time_point last_brief_;  // the last brief job that found workers asleep
   std::vector<std::unique_ptr<Worker>> workers_;
 };
@@ -193,33 +233,38 @@ std::atomic<const OpenMP*> shared_openmp{nullptr};
 
 // Runs a job on the first `threads` threads of an OpenMP library. All of its threads
 // enter, so that the library need not end some.
-void run_on(const OpenMP& omp, int threads, bool brief, const Job& job) {
+void run_on(const OpenMP& omp, int threads, bool brief, Watch* watch, const Job& job) {
   thread_local Clock::time_point last;
   if (brief) {
     const auto now = Clock::now();
     const bool alone = now - last > recent;
     last = now;
-    if (alone) return job.work(job.argument, {0, 1, nullptr});
+    if (alone) return job.work(job.argument, Team::single(watch));
   }
   struct Region {
     const OpenMP& omp;
     int threads;
+    Watch* watch;
     const Job& job;
     Barrier barrier;
-  } region{omp, threads, job, {}};
+  } region{omp, threads, watch, job, {}};
   const auto work = [](void* argument) {
     auto& of = *static_cast<Region*>(argument);
     const int rank = of.omp.thread_num();
     const int count = std::min(of.threads, of.omp.num_threads());
     if (rank >= count) return;
     of.barrier.keep_apart(rank, count);
-    const Team team{rank, count, &of.barrier};
-    of.job.work(of.job.argument, team);
-    team.meet();  // our barrier yields to a thread that has not begun
+    const auto meeting = [&](const Team& team) {
+      of.job.work(of.job.argument, team);
+      team.meet();  // our barrier yields to a thread that has not begun
+    };
+    const Team caller{0, count, &of.barrier, 0, of.watch, true, spins_of(count)};
+    run_unless_ended(job_of(meeting), rank == 0 ? caller : caller.worker(rank));
   };
   omp.parallel(work, &region, static_cast<unsigned>(std::max(threads, omp.max_threads())),
                0);
   last = Clock::now();
+  if (watch) watch->throw_if_ended();
 }
 
 }  // namespace
@@ -249,19 +294,25 @@ bool share_team(const char* library) {
 #endif
 }
 
-void Barrier::wait(int rank, int count) {
+void Barrier::wait(const Team& team) {
   const int phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == team.count - 1) {
     arrived_.store(0, std::memory_order_relaxed);
     phase_.store(phase + 1, std::memory_order_release);
     return;
   }
-  spin_until([&] { return phase_.load(std::memory_order_acquire) != phase; },
-             [&] { keep_apart(rank, count); });
+  spin_until(
+      team.spins, [&] { return phase_.load(std::memory_order_acquire) != phase; },
+      [&](bool first) {
+        if (first) keep_apart(team.rank, team.count);
+        team.look();
+      });
 }
 
-void Progress::await(index steps) const {
-  spin_until([&] { return steps_.load(std::memory_order_acquire) >= steps; }, [] {});
+void Progress::await(index steps, const Team& team) const {
+  spin_until(
+      team.spins, [&] { return steps_.load(std::memory_order_acquire) >= steps; },
+      [&](bool) { team.look(); });
 }
 
 void Barrier::keep_apart([[maybe_unused]] int rank, [[maybe_unused]] int count) {
@@ -289,12 +340,14 @@ void Barrier::keep_apart([[maybe_unused]] int rank, [[maybe_unused]] int count) 
 #endif
 }
 
-void run_on_team(int threads, bool brief, Job job) {
-  if (threads == 1) return job.work(job.argument, {0, 1, nullptr});
+void run_on_team(int threads, bool brief, Watch* watch, Job job) {
+  if (threads == 1) return job.work(job.argument, Team::single(watch));
   const OpenMP* const omp = shared_openmp.load(std::memory_order_acquire);
-  if (omp && omp->forks == forks()) return run_on(*omp, threads, brief, job);
+  if (omp && omp->forks == forks()) return run_on(*omp, threads, brief, watch, job);
   thread_local Pool pool;
-  pool.run(threads, brief, job);
+  // A call within a call, by a signal's handler, has no workers.
+  if (pool.is_running()) return job.work(job.argument, Team::single(watch));
+  pool.run(threads, brief, watch, job);
 }
 
 }  // namespace fusedrnn

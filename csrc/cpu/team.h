@@ -13,8 +13,11 @@
 #include <atomic>
 
 #include "../contract.h"
+#include "watch.h"
 
 namespace fusedrnn {
+
+struct Team;
 
 // A Barrier spins, because a step lasts microseconds, and soon yields, because a thread
 // that has not arrived may have lost its core.
@@ -25,7 +28,8 @@ namespace fusedrnn {
 // CPU moves.
 class Barrier {
  public:
-  void wait(int rank, int count);
+  // Throws Interrupted if the call ends meanwhile.
+  void wait(const Team& team);
   // Each thread calls this before its work.
   void keep_apart(int rank, int count);
 
@@ -41,7 +45,8 @@ class Barrier {
 class Progress {
  public:
   void reach(index steps) { steps_.store(steps, std::memory_order_release); }
-  void await(index steps) const;
+  // Throws Interrupted if the call of the waiting thread ends meanwhile.
+  void await(index steps, const Team& team) const;
 
  private:
   alignas(64) std::atomic<index> steps_{0};
@@ -51,12 +56,37 @@ struct Team {
   int rank, count;
   Barrier* barrier;
   index step = 0;  // a count of steps that goes on from call to call
+  Watch* watch = nullptr;
+  bool is_caller = false;  // whether this is the thread that made the call
+  int spins = 0;           // how often it looks for another thread before it yields
 
   void meet() const {
-    if (count > 1) barrier->wait(rank, count);
+    if (count > 1) barrier->wait(*this);
+  }
+  // Each thread calls this after each step. Throws Interrupted if the call ends.
+  void end_step() const {
+    if (watch) watch->end_step(is_caller);
+  }
+  // A thread that waits long calls this. Throws Interrupted if the call ends.
+  void look() const {
+    if (!watch) return;
+    if (is_caller) watch->ask();
+    watch->throw_if_ended();
+  }
+  // Returns the place of another thread in the team of its caller.
+  Team worker(int its_rank) const {
+    Team team = part(its_rank, count, barrier);
+    team.is_caller = false;
+    return team;
+  }
+  // Returns this thread's place among some of the threads.
+  Team part(int its_rank, int its_count, Barrier* its_barrier) const {
+    Team team = *this;
+    team.rank = its_rank, team.count = its_count, team.barrier = its_barrier;
+    return team;
   }
   // Returns a team of one thread.
-  static Team single() { return {0, 1, nullptr}; }
+  static Team single(Watch* watch = nullptr) { return {0, 1, nullptr, 0, watch, true}; }
   // Returns this thread's part of n items, in whole multiples of `grain`.
   Range share(index n, index grain = 1) const {
     const index grains = (n + grain - 1) / grain;
@@ -78,19 +108,24 @@ struct Job {
 bool share_team(const char* library);
 
 // Runs the job on `threads` threads, the calling one and workers that it keeps for later
-// calls, and returns when all are done. If the workers sleep, a brief job runs on the
-// calling thread alone, because waking them takes as long as the job, unless another
-// brief job came just before.
-void run_on_team(int threads, bool brief, Job job);
+// calls, and returns when all are done. If the system has no more threads, there are
+// fewer. If the workers sleep, a brief job runs on the calling thread alone, because
+// waking them takes as long as the job, unless another brief job came just before.
+void run_on_team(int threads, bool brief, Watch* watch, Job job);
+
+// Returns the job of calling f(team).
+template <class F>
+Job job_of(const F& f) {
+  return {[](const void* argument, const Team& team) {
+            (*static_cast<const F*>(argument))(team);
+          },
+          &f};
+}
 
 // Calls f(team) on each thread.
 template <class F>
-void run_on_team(int threads, bool brief, const F& f) {
-  run_on_team(threads, brief,
-              Job{[](const void* argument, const Team& team) {
-                    (*static_cast<const F*>(argument))(team);
-                  },
-                  &f});
+void run_on_team(int threads, bool brief, Watch* watch, const F& f) {
+  run_on_team(threads, brief, watch, job_of(f));
 }
 
 }  // namespace fusedrnn

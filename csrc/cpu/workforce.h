@@ -5,45 +5,18 @@
 #include <algorithm>
 
 #include "dispatch.h"
-
-#if defined(__x86_64__) || defined(_M_X64)
-#define FUSEDRNN_X86 1
-#include <immintrin.h>
-#endif
+#include "float_mode.h"
+#include "team.h"
 
 namespace fusedrnn {
 
-// FlushDenormals makes a call treat denormal numbers as zero, and restores the caller's
-// mode. A state that decays towards zero passes through denormals, which cost some
-// hundred cycles each on many machines.
-class FlushDenormals {
-#ifdef FUSEDRNN_X86
- public:
-  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
-  ~FlushDenormals() { _mm_setcsr(before_); }
-
- private:
-  unsigned before_;
-#elif defined(__aarch64__)
- public:
-  FlushDenormals() {
-    asm volatile("mrs %0, fpcr" : "=r"(before_));
-    asm volatile("msr fpcr, %0" ::"r"(before_ | (1ull << 24)));
-  }
-  ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
-
- private:
-  unsigned long long before_;
-#endif
-};
-
 // Calls f(team) on so many threads. `steps` is the number of steps of the call, which are
-// counted from call to call.
+// counted from call to call; `watch`, or null, can end it.
 template <class F>
-void with_team(int threads, bool brief, index steps, const F& f) {
+void with_team(int threads, bool brief, index steps, Watch* watch, const F& f) {
   thread_local index step = 0;
   const index first_step = step;
-  run_on_team(threads, brief, [&](Team team) {
+  run_on_team(threads, brief, watch, [&](Team team) {
     const FlushDenormals mode;
     team.step = first_step;
     f(team);

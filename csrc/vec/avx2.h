@@ -35,6 +35,9 @@ struct Vec<float> {
   friend Vec quotient(Vec a, Vec b) { return a / b; }
   friend Vec root(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  friend Vec fma_of_negative(Vec a, Vec b, Vec c) {
+    return {_mm256_fnmadd_ps(a.v, b.v, c.v)};
+  }
   friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   friend Vec in_register(Vec x) {
@@ -85,6 +88,9 @@ struct Vec<double> {
   friend Vec quotient(Vec a, Vec b) { return a / b; }
   friend Vec root(Vec a) { return {_mm256_sqrt_pd(a.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+  friend Vec fma_of_negative(Vec a, Vec b, Vec c) {
+    return {_mm256_fnmadd_pd(a.v, b.v, c.v)};
+  }
   friend Vec min(Vec a, Vec b) { return {_mm256_min_pd(a.v, b.v)}; }
   friend Vec max(Vec a, Vec b) { return {_mm256_max_pd(a.v, b.v)}; }
   friend Vec in_register(Vec x) {

@@ -40,6 +40,9 @@ struct Vec<float> {
     return fma({_mm512_fnmadd_ps(b.v, first.v, a.v)}, inverse, first);
   }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  friend Vec fma_of_negative(Vec a, Vec b, Vec c) {
+    return {_mm512_fnmadd_ps(a.v, b.v, c.v)};
+  }
   friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
   friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   friend Vec in_register(Vec x) {
@@ -91,6 +94,9 @@ struct Vec<double> {
     return fma({_mm512_fnmadd_pd(b.v, first.v, a.v)}, inverse, first);
   }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+  friend Vec fma_of_negative(Vec a, Vec b, Vec c) {
+    return {_mm512_fnmadd_pd(a.v, b.v, c.v)};
+  }
   friend Vec min(Vec a, Vec b) { return {_mm512_min_pd(a.v, b.v)}; }
   friend Vec max(Vec a, Vec b) { return {_mm512_max_pd(a.v, b.v)}; }
   friend Vec in_register(Vec x) {

@@ -39,6 +39,7 @@ struct Vec<float> {
   friend Vec quotient(Vec a, Vec b) { return a / b; }
   friend Vec root(Vec a) { return {vsqrtq_f32(a.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+  friend Vec fma_of_negative(Vec a, Vec b, Vec c) { return {vfmsq_f32(c.v, a.v, b.v)}; }
   friend Vec min(Vec a, Vec b) { return {vminq_f32(a.v, b.v)}; }
   friend Vec max(Vec a, Vec b) { return {vmaxq_f32(a.v, b.v)}; }
   friend Vec in_register(Vec x) {
@@ -84,6 +85,7 @@ struct Vec<double> {
   friend Vec quotient(Vec a, Vec b) { return a / b; }
   friend Vec root(Vec a) { return {vsqrtq_f64(a.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
+  friend Vec fma_of_negative(Vec a, Vec b, Vec c) { return {vfmsq_f64(c.v, a.v, b.v)}; }
   friend Vec min(Vec a, Vec b) { return {vminq_f64(a.v, b.v)}; }
   friend Vec max(Vec a, Vec b) { return {vmaxq_f64(a.v, b.v)}; }
   friend Vec in_register(Vec x) {

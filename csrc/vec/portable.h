@@ -59,6 +59,7 @@ struct Vec {
   // The result is rounded twice, because std::fma is a slow library call on machines
   // without the instruction.
   friend Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  friend Vec fma_of_negative(Vec a, Vec b, Vec c) { return c - a * b; }
   friend Vec min(Vec a, Vec b) {
     return each([&](int l) { return a.lane[l] < b.lane[l] ? a.lane[l] : b.lane[l]; });
   }

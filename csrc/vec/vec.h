@@ -10,6 +10,7 @@
 //   broadcast(s)                  s in every lane
 //   + - * /, root(x)              elementwise, and √x
 //   fma(a, b, c)                  a·b + c, rounded once where the machine can
+//   fma_of_negative(a, b, c)      c - a·b, likewise
 //   quotient(a, b)                a / b within 0.7 ULP for 1 <= b, 0 <= a <= b, as in
 //                                 math.h; 0 where 1/b is denormal
 //   in_register(x)                x, which the compiler may not read from memory again

@@ -1,10 +1,15 @@
 """Fused LSTM, GRU and RNN kernels, forward and backward, for NumPy."""
 
-from . import cuda, reference
+from . import (
+    _interpreter,  # noqa: F401  (first: it refuses subinterpreters)
+    cuda,
+    reference,
+)
 from ._version import __version__
 from .config import (
     get_isa,
     get_num_threads,
+    limit_threads,
     release_memory,
     select_isa_from_environment,
     set_isa,
@@ -40,3 +45,4 @@ __all__ = [
 ]
 
 select_isa_from_environment()
+limit_threads()

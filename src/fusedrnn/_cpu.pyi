@@ -182,7 +182,17 @@ def set_isa(name: str, /) -> None: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: int, /) -> None: ...
 def follow_threads(n: int, /) -> None:
-    """Set the number of threads of calls if the user sets none; 0 follows OpenMP."""
+    """Set the number of threads that are asked for if the user sets none; 0 follows OpenMP."""
+
+def get_threads_asked_for() -> int: ...
+def get_thread_limit() -> int:
+    """Return how many threads OpenMP allows, which OMP_THREAD_LIMIT sets."""
+
+def set_quota(cores: int, /) -> None:
+    """Set how many processors this process may use at the same time; 0 for no quota."""
+
+def usable_cores() -> int:
+    """Return how many processors this process may use, by its affinity mask and quota."""
 
 def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], /) -> Array:
     """Return an uninitialised array; a large one reuses freed memory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from typing import Any, Literal, overload
@@ -18,8 +19,11 @@ def set_num_threads(n: int) -> None:
     Parameters
     ----------
     n: a positive number, or 0, the default, for as many as OpenMP uses (OMP_NUM_THREADS, or
-       one thread per core), or PyTorch once `fusedrnn.torch` was called. A call that is too
-       small to gain from more threads uses fewer.
+       one thread per core), or PyTorch once `fusedrnn.torch` was called; these are at most as
+       many as the process may use at the same time, by its affinity mask, its control group's
+       quota and OMP_THREAD_LIMIT. A number that is set here may be larger, which is slow. A
+       call that is too small to gain from more threads uses fewer, and so does one for which
+       the system has no more threads.
 
     Raises
     ------
@@ -36,6 +40,23 @@ def set_num_threads(n: int) -> None:
 def get_num_threads() -> int:
     """Return how many threads a call may use; results never depend on it."""
     return _cpu.get_num_threads()
+
+
+def limit_threads() -> None:
+    """Let calls use no more threads than the quota of this process allows."""
+    _cpu.set_quota(math.ceil(machine.quota() or 0))
+
+
+def _thread_limits() -> list[str]:
+    """Return what the number of threads comes from if the user sets none, in words."""
+    limits = [f"{_cpu.get_threads_asked_for()} asked for by OpenMP or PyTorch"]
+    if hasattr(os, "sched_getaffinity"):
+        limits.append(f"{len(os.sched_getaffinity(0))} processors in the affinity mask")
+    if quota := machine.quota():
+        limits.append(f"{quota:g} processors in the control group's quota")
+    if "OMP_THREAD_LIMIT" in os.environ:
+        limits.append(f"{_cpu.get_thread_limit()} by OMP_THREAD_LIMIT")
+    return limits
 
 
 def release_memory() -> None:
@@ -95,8 +116,8 @@ def show_config(mode: str = "print") -> dict[str, Any] | None:
     """Print what a bug report needs, or return it as a dict.
 
     It contains the versions of this package, Python, NumPy and the installed frameworks, the
-    system and processor, compiler, instruction sets, threads, GPUs, and the environment
-    variables that affect them.
+    system and processor, compiler, instruction sets, threads and their limits, GPUs, and the
+    environment variables that affect them.
 
     Parameters
     ----------
@@ -123,6 +144,7 @@ def show_config(mode: str = "print") -> dict[str, Any] | None:
         "isas available": [name for name, here in supported.items() if here],
         "isas compiled": list(supported),
         "threads": get_num_threads(),
+        "thread limits": _thread_limits(),
         "cuda": cuda.status(),
         "environment": machine.environment(),
     }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import sys
 import sysconfig
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
 from . import _cpu
 
@@ -25,10 +27,41 @@ def cpu_name() -> str:
 
 
 def cores() -> int:
-    """Return how many processors this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return how many processors this process may use at the same time.
+
+    They are those of its affinity mask, but no more than its quota.
+    """
+    return _cpu.usable_cores()
+
+
+def quota(root: Path = Path("/")) -> float | None:
+    """Return how many processors the control groups of this process allow it, None for all.
+
+    A group is allowed no more than the groups that it is in. A container may see its own group
+    as the root of all. Both versions of Linux' control groups count.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text("utf-8").splitlines()
+    except OSError:
+        return None
+    mounted, allowed = root / "sys/fs/cgroup", []
+    for line in lines:
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if controllers == "":
+            tops, files = (mounted, mounted / "unified"), ("cpu.max",)
+        elif "cpu" in controllers.split(","):
+            tops = (mounted / "cpu", mounted / controllers)
+            files = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        else:
+            continue
+        group = PurePosixPath(path.lstrip("/"))
+        for top, part in itertools.product(tops, (group, *group.parents)):
+            with suppress(OSError, ValueError):
+                texts = [(top / part / name).read_text("utf-8") for name in files]
+                microseconds, period = map(float, " ".join(texts).split())
+                if microseconds > 0:
+                    allowed.append(microseconds / period)
+    return min(allowed, default=None)
 
 
 def summary() -> str:

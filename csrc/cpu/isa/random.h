@@ -31,15 +31,16 @@ struct BlockOfWords {
   }
 };
 
-// Calls f(first element, factors, count) for one block of row (i, j) after the other. A
+// Calls f(element, factors, count) for one block of row (i, j) after the other, of the n
+// elements from number `from` on, a multiple of 4 blocks; f counts elements from there. A
 // factor is 0 for an element that is dropped, else 1 / (1 - p).
 template <class S, class F>
-void draw_dropout(const Generator& generator, double p, index i, index j, index n,
-                  const F& f) {
+void draw_dropout(const Generator& generator, double p, index i, index j, index from,
+                  index n, const F& f) {
   constexpr index block = Generator::block;
   const std::uint32_t threshold = Generator::threshold(p);
   for (index first = 0; first < n; first += 4 * block) {
-    const BlockOfWords words(generator, first / 4, i, j);
+    const BlockOfWords words(generator, (from + first) / 4, i, j);
     for (int k = 0; k < 4 && first + k * block < n; ++k) {
       const index at = first + k * block, left = n - at;
       S factors[block];
@@ -49,16 +50,17 @@ void draw_dropout(const Generator& generator, double p, index i, index j, index 
   }
 }
 
-// Applies dropout to some rows of an array.
+// Applies dropout to some rows of an array, whose elements have the numbers from `first`
+// on (draw_dropout).
 template <class S>
-void drop_out(const Dropout<char>& d, Range rows) {
+void drop_out(const Dropout<char>& d, Range rows, index first) {
   const Generator generator(d.seed, d.draw, d.where);
   for (index row = rows.begin; row < rows.end; ++row) {
     const index i = row / d.B, j = row % d.B;
     const S* const from =
         reinterpret_cast<const S*>(d.from + i * d.from_t + j * d.from_b);
     S* const to = reinterpret_cast<S*>(d.to + i * d.to_t + j * d.to_b);
-    draw_dropout<S>(generator, d.p, i, j, d.N,
+    draw_dropout<S>(generator, d.p, i, j, first, d.N,
                     [&](index at, const S* factors, index count) {
                       for (index e = 0; e < count; ++e)
                         to[at + e] = from[at + e] * factors[e];
@@ -72,7 +74,7 @@ void draw_recurrent(const Options& options, index b, index R, char* to) {
   const Generator generator(options.seed, static_cast<std::uint32_t>(Draw::recurrent),
                             options.where);
   S* const all = reinterpret_cast<S*>(to);
-  draw_dropout<S>(generator, options.recurrent_dropout, 0, b, R,
+  draw_dropout<S>(generator, options.recurrent_dropout, 0, b, 0, R,
                   [&](index at, const S* factors, index count) {
                     for (index e = 0; e < count; ++e) all[at + e] = factors[e];
                   });
