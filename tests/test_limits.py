@@ -139,10 +139,17 @@ except RuntimeError:
 
 
 @LINUX
-@pytest.mark.parametrize("threads", [2, 5])
-def test_no_thread_to_be_had(threads: int) -> None:
-    """A call computes alone, with the same bits, where the system makes no more threads."""
-    command = [sys.executable, "-c", NO_THREADS, str(threads)]
+@pytest.mark.parametrize(("library", "threads"), [("numpy", 2), ("numpy", 5), ("torch", 2)])
+def test_no_thread_to_be_had(library: str, threads: int) -> None:
+    """A call computes alone, with the same bits, where the system makes no more threads.
+
+    PyTorch's OpenMP would end the process.
+    """
+    code = NO_THREADS
+    if library == "torch":
+        pytest.importorskip("torch")
+        code = code.replace("as fr\n", "as fr, fusedrnn.torch\n")
+    command = [sys.executable, "-c", code, str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     if "makes threads" in done.stdout:
         pytest.skip("RLIMIT_NPROC does not bind here")

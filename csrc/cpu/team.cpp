@@ -231,6 +231,34 @@ struct OpenMP {
 };
 std::atomic<const OpenMP*> shared_openmp{nullptr};
 
+// Returns whether the system makes `count` threads beside those that there are.
+bool can_make(int count) {
+  std::vector<std::thread> made;
+  std::atomic<bool> is_over{false};
+  try {
+    made.reserve(count);
+    while (static_cast<int>(made.size()) < count) {
+      made.emplace_back([&] { is_over.wait(false); });
+    }
+  } catch (const std::system_error&) {
+  }
+  const bool has_made_all = static_cast<int>(made.size()) == count;
+  is_over.store(true);
+  is_over.notify_all();
+  for (std::thread& thread : made) thread.join();
+  return has_made_all;
+}
+
+// Returns whether an OpenMP library has `threads` threads for this one, or can make them:
+// it would end the process if it could not.
+bool has_threads(const OpenMP& omp, int threads) {
+  thread_local int made = 1;
+  const int all = std::max(threads, omp.max_threads());
+  if (all > made && !can_make(all - 1)) return false;
+  made = all;
+  return true;
+}
+
 // Runs a job on the first `threads` threads of an OpenMP library. All of its threads
 // enter, so that the library need not end some.
 void run_on(const OpenMP& omp, int threads, bool brief, Watch* watch, const Job& job) {
@@ -343,7 +371,9 @@ void Barrier::keep_apart([[maybe_unused]] int rank, [[maybe_unused]] int count) 
 void run_on_team(int threads, bool brief, Watch* watch, Job job) {
   if (threads == 1) return job.work(job.argument, Team::single(watch));
   const OpenMP* const omp = shared_openmp.load(std::memory_order_acquire);
-  if (omp && omp->forks == forks()) return run_on(*omp, threads, brief, watch, job);
+  if (omp && omp->forks == forks() && has_threads(*omp, threads)) {
+    return run_on(*omp, threads, brief, watch, job);
+  }
   thread_local Pool pool;
   // A call within a call, by a signal's handler, has no workers.
   if (pool.is_running()) return job.work(job.argument, Team::single(watch));

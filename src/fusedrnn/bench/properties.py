@@ -5,6 +5,9 @@ growth     time against T and B: what doubling costs
 float64    speed against float32
 denormals  a state that decays through denormal numbers against one that does not
 load       two threads while another process keeps one of two cores busy
+processes  two processes side by side, with two threads each, against one after the other
+threads    more threads than there are cores
+interrupt  how long a call goes on after Ctrl-C
 memory     peak memory of a training step in a process of its own, against torch's
 soak       memory of a process that trains on ever changing shapes
 gemm       what W·x, dx and dW add to a call, against OpenBLAS's sgemm of the same shapes
@@ -18,8 +21,11 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -130,14 +136,22 @@ def denormals() -> Rows:
         yield name, mode, f"{last[0]:.0e}", *ms, f"{times[0] / times[1]:.2f}"
 
 
+# Two threads: T, B, I, H of a call
+CONTENDED = ((100, 1, 256, 256), (100, 8, 128, 256), (50, 64, 512, 512), (20, 4, 64, 128))
+
+
 def load() -> Rows:
-    """Measure two threads while another process keeps one of two cores busy, LSTM."""
-    yield "T, B, I, H", "quiet ms", "loaded ms", "ratio", "slowest loaded call ms"
+    """Measure two threads while another process keeps one of two cores busy, mean of calls.
+
+    A core that is shared fairly runs half as fast, so 2 is the least ratio of threads that
+    divide their work evenly.
+    """
+    yield "cell", "mode", "T, B, I, H", "quiet ms", "loaded ms", "ratio", "slowest loaded ms"
     fr.set_num_threads(2)
-    for sizes in ((100, 1, 256, 256), (100, 8, 128, 256), (50, 64, 512, 512)):
-        run = _run("LSTM", "inference", sizes)
-        calls = max(10, int(0.7 / _least(run, 0.1)))
-        quiet = np.median([seconds_of(run, 1) for _ in range(calls)])
+    for cell, mode, sizes in itertools.product(("LSTM", "GRU"), BOTH, CONTENDED):
+        run = _run(cell, mode, sizes)
+        calls = max(20, int(1 / _least(run, 0.1)))
+        quiet = np.mean([seconds_of(run, 1) for _ in range(calls)])
         burner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
         try:
             time.sleep(0.3)
@@ -145,9 +159,103 @@ def load() -> Rows:
         finally:
             burner.kill()
             burner.wait()
-        loaded = np.median(times)
+        loaded = np.mean(times)
         ms = [f"{t * 1e3:.2f}" for t in (quiet, loaded)]
-        yield _text(sizes), *ms, f"{loaded / quiet:.2f}", f"{max(times) * 1e3:.2f}"
+        slowest = f"{max(times) * 1e3:.2f}"
+        yield cell, mode, _text(sizes), *ms, f"{loaded / quiet:.2f}", slowest
+
+
+def processes() -> Rows:
+    """Compare two processes side by side, with two threads each, with one after the other."""
+    yield "cell", "mode", "T, B, I, H", "ms of a call", "side by side / in turn (quartiles)"
+    for cell, mode, sizes in itertools.product(("LSTM", "GRU"), BOTH, CONTENDED):
+        code = f"from fusedrnn.bench import properties; properties.serve{cell, mode, sizes}"
+        command = [sys.executable, "-c", code]
+        pair = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        try:
+            _seconds_of_processes(pair, 3)
+            one = _seconds_of_processes(pair[:1], 20) / 20
+            calls = max(5, int(0.3 / one))
+            ratios = []
+            for _ in range(7):
+                in_turn = sum(_seconds_of_processes([process], calls) for process in pair)
+                ratios.append(_seconds_of_processes(pair, calls) / in_turn)
+        finally:
+            for process in pair:
+                process.kill()
+                process.wait()
+        yield cell, mode, _text(sizes), f"{one * 1e3:.2f}", with_spread(quartiles(ratios))
+
+
+def serve(cell: str, mode: str, sizes: tuple[int, ...]) -> None:
+    """Run a case as often as each line of standard input says, and answer with a line."""
+    fr.set_num_threads(2)
+    run = _run(cell, mode, sizes)
+    for line in sys.stdin:
+        seconds_of(run, int(line))
+        print(flush=True)
+
+
+def _seconds_of_processes(processes: list[subprocess.Popen[str]], calls: int) -> float:
+    """Return how long processes that `serve` take for so many calls each."""
+    begin = time.perf_counter()
+    for process in processes:
+        print(calls, file=process.stdin, flush=True)
+    for process in processes:
+        assert process.stdout
+        process.stdout.readline()
+    return time.perf_counter() - begin
+
+
+def threads() -> Rows:
+    """Measure more threads than there are cores, set by set_num_threads, mean of calls."""
+    counts = (1, 2, 4, 16, 64)
+    yield "cell", "T, B, I, H", *(f"{n} threads, ms" for n in counts)
+    for cell, sizes in itertools.product(("LSTM", "GRU"), CONTENDED):
+        run, times = _run(cell, "inference", sizes), []
+        for count in counts:
+            fr.set_num_threads(count)
+            calls = max(3, int(0.3 / _least(run, 0.05)))
+            times.append(f"{seconds_of(run, calls) * 1e3:.2f}")
+        yield cell, _text(sizes), *times
+
+
+def interrupt() -> Rows:
+    """Measure how long a call of some seconds goes on after SIGINT, as Ctrl-C sends it."""
+    yield "cell", "direction", "threads", "B", "ms of a step", "went on for ms (longest of 5)"
+    for cell, count, B in itertools.product(CELLS, (1, 2), (1, 64)):
+        T, I, H = 200_000 // B, 64, 512
+        fr.set_num_threads(count)
+        layer = getattr(fr, cell)(I, H, rng=0)
+        x = np.broadcast_to(np.float32(0.5), (T, B, I))
+        begin = time.perf_counter()
+        (y, _), pullback = layer.vjp(x[: T // 8])
+        of_step = (time.perf_counter() - begin) / (T // 8)
+        runs = {"forward": partial(layer, x), "backward": partial(pullback, y)}
+        for direction, run in runs.items():
+            late = [_late(run) for _ in range(5)]
+            ms = (f"{of_step * 1e3:.3f}", f"{max(late) * 1e3:.0f}")
+            yield cell, direction, count, B, *ms
+
+
+def _late(run: Callable[[], Any]) -> float:
+    """Return the seconds between SIGINT, which comes during a run, and its end."""
+    sent: list[float] = []
+
+    def send() -> None:
+        sent.append(time.perf_counter())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Timer(0.05, send)
+    timer.start()
+    try:
+        while True:
+            run()
+    except KeyboardInterrupt:
+        return time.perf_counter() - sent[0]
 
 
 def _in_process(*arguments: str) -> Iterator[str]:
@@ -356,6 +464,9 @@ PROPERTIES: dict[str, Callable[[], Rows]] = {
         float64,
         denormals,
         load,
+        processes,
+        threads,
+        interrupt,
         memory,
         soak,
         gemm,
