@@ -353,41 +353,42 @@ py::object Layers::forward(const py::object& x, const py::object& state,
   c.trace = write_to(trace);
   const bool trains = saves || o.values.training;
   if (trains && stack_.weights[0]->is_narrow() && !l.halves) refuse("options");
-  Memory saved;
-  without_gil([&] {
-    if (saves) {
-      const index rows[] = {input.T, input.B};
-      saved = Memory(bytes_of(rows, fusedrnn::saved_bytes(stack_, c)));
-      c.saved = saved.as<char>();
-    }
-    fusedrnn::forward(stack_, c);
-  });
+  // What Python keeps is made before anything is computed, so that nothing after it
+  // fails.
   py::tuple results(2 + o.return_cells + o.trace);
   results[0] = y;
   results[1] = state_of(h_n, c_n);
   if (cells) results[2] = *cells;
   if (trace) results[2 + o.return_cells] = *trace;
-  if (!saves) return results;
+  if (!saves) {
+    without_gil([&] { fusedrnn::forward(stack_, c); });
+    return results;
+  }
 
-  Tape tape;
+  // pybind11 does not destroy an object that it cannot register: it is empty at first.
+  const py::tuple pair = py::make_tuple(results, Tape());
+  Tape& tape = pair[1].cast<Tape&>();
   tape.owner_ = py::cast(this);
   tape.layers_ = this;
   tape.x_ = input;
   tape.y_ = of_y;
   tape.cells_ = of_cells;
   tape.kept_ = {x, y};
-  freeze(y);
-  if (cells) {
-    tape.kept_.push_back(*cells);
-    freeze(*cells);
-  }
-  tape.saved_ = std::move(saved);
+  if (cells) tape.kept_.push_back(*cells);
   tape.lengths_ = std::move(lengths_copy);
   tape.resets_ = std::move(resets_copy);
   tape.mask_ = std::move(mask_copy);
   tape.call_ = c;
   tape.keep_state();
-  return py::make_tuple(results, std::move(tape));
+  without_gil([&] {
+    const index rows[] = {input.T, input.B};
+    tape.saved_ = Memory(bytes_of(rows, fusedrnn::saved_bytes(stack_, c)));
+    c.saved = tape.saved_.as<char>();
+    fusedrnn::forward(stack_, c);
+  });
+  freeze(y);
+  if (cells) freeze(*cells);
+  return pair;
 }
 
 void Tape::keep_state() {

@@ -48,10 +48,10 @@ def quota(root: Path = Path("/")) -> float | None:
     for line in lines:
         controllers, _, path = line.partition(":")[2].partition(":")
         if controllers == "":
-            tops, files = (mounted, mounted / "unified"), ("cpu.max",)
+            tops, files = (mounted, mounted / "unified"), ["cpu.max"]
         elif "cpu" in controllers.split(","):
             tops = (mounted / "cpu", mounted / controllers)
-            files = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            files = ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         else:
             continue
         group = PurePosixPath(path.lstrip("/"))

@@ -20,6 +20,7 @@ keras      fit and predict of a Keras model on our layers against Keras' own
 from __future__ import annotations
 
 import ctypes
+import inspect
 import itertools
 import os
 import signal
@@ -178,9 +179,9 @@ def processes() -> Rows:
         try:
             _seconds_of_processes(pair, 3)
             one = _seconds_of_processes(pair[:1], 20) / 20
-            calls = max(5, int(0.3 / one))
+            calls = max(5, int(0.15 / one))
             ratios = []
-            for _ in range(7):
+            for _ in range(5):
                 in_turn = sum(_seconds_of_processes([process], calls) for process in pair)
                 ratios.append(_seconds_of_processes(pair, calls) / in_turn)
         finally:
@@ -484,7 +485,7 @@ def measure(name: str, seconds: float | None = None) -> Table:
     rows = soak(seconds) if name == "soak" and seconds else PROPERTIES[name]()
     try:
         columns = [str(cell) for cell in next(rows)]
-        text = (PROPERTIES[name].__doc__ or "").strip()
+        text = inspect.getdoc(PROPERTIES[name]) or ""
         return Table(name, columns, [[str(cell) for cell in row] for row in rows], [text])
     finally:
         fr.set_num_threads(0)
