@@ -1,12 +1,13 @@
 """Does an installed wheel work? Needs NumPy alone: python tests/smoke.py
 
 Each cell forward and backward on each instruction set that this processor has, against the
-reference; threads; a layer with options; the commands.
+reference; threads; a layer with options; the commands; no page that is writable and executable.
 """
 
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import numpy as np
 
@@ -54,6 +55,12 @@ def check_threads(rng: np.random.Generator) -> None:
     assert all((y == expected).all() for y in found)
 
 
+def check_pages() -> None:
+    maps = Path("/proc/self/maps")  # of Linux
+    pages = maps.read_text().splitlines() if maps.exists() else []
+    assert not [page for page in pages if "wx" in page.split()[1]]
+
+
 if __name__ == "__main__":
     isas = fr.show_config("dict")["isas available"]
     for isa in isas:
@@ -62,4 +69,5 @@ if __name__ == "__main__":
         check_threads(np.random.default_rng(1))
     fr.set_isa(None)
     assert cli.main(["info"]) == 0
+    check_pages()
     print(f"fusedrnn works on {', '.join(isas)}")
