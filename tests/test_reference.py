@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import numpy as np
 import pytest
 from helpers import (
@@ -33,23 +36,35 @@ TOGETHER = [
 ]
 
 
-def check_derivatives(cell: Cell, names: list[str], reverse: bool) -> None:
-    """Im f(v + iεu)/ε is the derivative along u without cancellation (Squire & Trapp 1998)."""
-    values, options = with_options(cell, SIZES, names)
-    options["reverse"] = reverse
+def check_derivatives(
+    cell: Cell,
+    names: list[str],
+    reverse: bool,
+    sizes: Sizes = SIZES,
+    at_once: bool = False,
+    **more: Any,
+) -> None:
+    """Im f(v + iεu)/ε is the derivative along u without cancellation (Squire & Trapp 1998).
+
+    v is each argument in turn, or all of them `at_once`.
+    """
+    values, options = with_options(cell, sizes, names)
+    options |= {"reverse": reverse, **more}
     results, pullback = op(cell, "_vjp", reference)(**values, **options)
     weights = cotangents(results)
     gradients = pulled(cell, pullback, weights)
     assert set(gradients) == set(values)
     rng = np.random.default_rng(2)
-    for name, value in values.items():
-        along = rng.normal(size=value.shape)
-        moved = values | {name: value + 1e-30j * along}
+    along = {name: rng.normal(size=value.shape) for name, value in values.items()}
+    for group in [[*values]] if at_once else [[name] for name in values]:
+        moved = values | {name: values[name] + 1e-30j * along[name] for name in group}
         outputs = op(cell, "", reference)(**double_complex(moved), **options)
         expected = sum(
             (w * r.imag).sum() / 1e-30 for w, r in zip(weights, outputs, strict=False)
         )
-        assert_close((gradients[name] * along).sum(), expected, "float64", name, gradient=True)
+        actual = sum((gradients[name] * along[name]).sum() for name in group)
+        what = f"{cell.name} {names} {more} {group}"
+        assert_close(actual, expected, "float64", what, gradient=True)
 
 
 def double_complex(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -69,8 +84,32 @@ def test_gradients_with_options_are_complex_step_derivatives(cell: Cell) -> None
     """Gradients with each option, and with many together, are the derivatives."""
     known = [*options_of(cell), *MASKS]
     for names in [*([name] for name in options_of(cell)), *TOGETHER]:
-        if "bptt" not in names:  # it is not the derivative of anything
-            check_derivatives(cell, [n for n in names if n in known], reverse=len(names) > 1)
+        check_derivatives(cell, [n for n in names if n in known], reverse=len(names) > 1)
+
+
+# Two names of one argument.
+EXCLUSIVE = [{"zoneout", "zoneout in inference"}, {"mask", "mask last"}]
+
+
+def test_gradients_with_every_pair_of_options(cell: Cell) -> None:
+    """Gradients with every two options, masks and directions are the derivatives; with bptt
+    those that take the states between chunks for constants.
+    """
+    known = [*options_of(cell), *(m for m in MASKS if m != "both"), "reverse"]
+    for pair in itertools.combinations(known, 2):
+        if {*pair} not in EXCLUSIVE:
+            names = [n for n in pair if n != "reverse"]
+            check_derivatives(cell, names, "reverse" in pair, Sizes(6, 2, 2, 3), at_once=True)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru_before"])
+def test_gradients_with_every_pair_of_activations(name: str) -> None:
+    """So are those with every two activations of gates and states, also those with jumps."""
+    for state, gate in itertools.product(reference.ACTIVATIONS, repeat=2):
+        activations = {"activation": state, "recurrent_activation": gate}
+        check_derivatives(
+            CELLS[name], ["clip"], False, Sizes(2, 2, 2, 3), at_once=True, **activations
+        )
 
 
 @pytest.mark.parametrize("reverse", [False, True])

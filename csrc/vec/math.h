@@ -9,8 +9,8 @@
 // 2, weighted with |r|, from Remez's exchange: the relative error of p is below 2^-26 in
 // float (degree 4) and 2^-68 in double (degree 11). n comes from adding a number so large
 // that the sum has no fraction bits; the number is chosen so that n's biased exponent is
-// in the lowest bits of the sum. a = -1 and -2 are powers of two but for the sign, so they
-// are folded into the constants.
+// in the lowest bits of the sum. a = -1 and -2 are powers of two but for the sign, so
+// they are folded into the constants.
 //
 // A cell's time is that of its chains of dependent operations, so these are short: terms
 // of q are added in pairs (Estrin 1960), 1 ± 2^n is computed beside them, and both sides
@@ -19,11 +19,11 @@
 // With growing |x| the numerator of tanh grows and its denominator falls, so no rounding
 // makes the quotient go back; exp(2|x|) in both would let it, by up to 3 ULP.
 //
-// In float σ is at most 2.45 ULP off and tanh 2.04 ULP, and neither ever goes back between
-// neighbours, as tests/all_floats.py proves at every argument. In double, and for the
-// others, the error is at most 3 and 4 ULP, as measured (tests/test_math.py). 0 and ±inf
-// are exact, NaN is kept. Results below the smallest normal number are 0 if the machine
-// flushes them, as it does during a call (dispatch.cpp).
+// In float σ is at most 2.45 ULP off and tanh 2.04 ULP, and neither ever goes back
+// between neighbours, as tests/all_floats.py proves at every argument. In double, and for
+// the others, the error is at most 3 and 4 ULP, as measured (tests/test_math.py). 0 and
+// ±inf are exact, NaN is kept. Results below the smallest normal number are 0 if the
+// machine flushes them, as it does during a call (dispatch.cpp).
 #pragma once
 
 #include "vec.h"

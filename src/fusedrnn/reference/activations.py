@@ -6,6 +6,8 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .arrays import module_of
 from .types import Array
 
@@ -77,7 +79,11 @@ class Activation(NamedTuple):
         elif self.kind == Kind.SIGMOID:
             value = y * (1 - y)
         elif self.kind == Kind.LINE:
-            inside = (self.low < y.real) & (y.real < self.high)
+            inside = one.real > 0  # an infinite bound is never reached
+            if self.low > -np.inf:
+                inside = inside & (self.low < y.real)
+            if self.high < np.inf:
+                inside = inside & (y.real < self.high)
             value = alpha * xp.where(inside, one, 0 * one)
         elif self.kind == Kind.ELU:
             value = xp.where(y.real > 0, beta * one, y + alpha)

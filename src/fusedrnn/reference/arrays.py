@@ -25,6 +25,11 @@ def zeros(a: Any, *shape: int) -> Any:
     return np.zeros(shape, a.dtype) if module_of(a) is np else a.new_zeros(shape)
 
 
+def constant(a: Any) -> Any:
+    """Return a as a number that nothing is derived from, by autograd or by a complex step."""
+    return a.real if module_of(a) is np else a.detach()
+
+
 def blocks(a: Any, count: int) -> list[Any]:
     """Split the last axis into equal parts."""
     n = a.shape[-1] // count

@@ -34,6 +34,11 @@ def _activated(value: Activation, a: Array, p: Parameters, o: Options) -> tuple[
     return found, p.passes(inside, found, (bounds[0], bounds[1]))
 
 
+def _passed(passes: Any, d: Array) -> Array:
+    """Return d where the gradient passes, else 0, also where d is not finite."""
+    return d if passes is True else np.where(passes, d, 0)
+
+
 def mixed(keep: Any, old: Any, new: Any) -> Any:
     """Return keep·old + (1 - keep)·new for a number, else old where the mask is true.
 
@@ -184,15 +189,18 @@ def _lstm(coupled: bool) -> Callable[[Array, Array, State, Parameters, Options],
                 into["gamma_c"] += _sum(dc_of_h * n)
                 into["beta_c"] += _sum(dc_of_h)
                 dc_of_h = unnormalise(p.gamma_c * dc_of_h)
-            da = {"o": dh * tanh_c * of_gate.slope(out) * passes["o"]}
-            dc = (dc + dc_of_h + da["o"] * peephole.get("o", 0)) * c_passes
+            da = {"o": _passed(passes["o"], dh * tanh_c * of_gate.slope(out))}
+            dc = dc + dc_of_h
+            if peephole:
+                dc = dc + da["o"] * peephole["o"]
+            dc = _passed(c_passes, dc)
             di, df = dc * g, dc * c_prev
             if coupled:
                 di = di - df
             else:
-                da["f"] = df * of_gate.slope(f) * passes["f"]
-            da["i"] = di * of_gate.slope(i) * passes["i"]
-            da["g"] = dc * i * of_state.slope(g) * passes["g"]
+                da["f"] = _passed(passes["f"], df * of_gate.slope(f))
+            da["i"] = _passed(passes["i"], di * of_gate.slope(i))
+            da["g"] = _passed(passes["g"], dc * i * of_state.slope(g))
             dc_prev = dc * f
             for letter in peephole:
                 if letter != "o":
@@ -230,7 +238,7 @@ def _gru(reset_after: bool) -> Callable[[Array, Array, State, Parameters, Option
         def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
             (dh,) = d
             r_, z_, n_, h_n_ = map(p.rounded, (r, z, n, h_n))
-            da_n = dh * (1 - z_) * of_state.slope(n_) * passes_n
+            da_n = _passed(passes_n, dh * (1 - z_) * of_state.slope(n_))
             if reset_after:
                 dh_dropped, dr = pull_h_n(da_n * r_, into), da_n * h_n_
             else:
@@ -238,7 +246,7 @@ def _gru(reset_after: bool) -> Callable[[Array, Array, State, Parameters, Option
                 dh_dropped, dr = d_reset * r_, d_reset * p.rounded(h_dropped)
             dz = dh * (p.rounded(h_prev) - n_)
             slopes = of_gate.slope(np.concatenate([r_, z_], -1))
-            da_rz = np.concatenate([dr, dz], -1) * slopes * passes_rz
+            da_rz = _passed(passes_rz, np.concatenate([dr, dz], -1) * slopes)
             dx = pull_x_rz(da_rz, into) + pull_x_n(da_n, into)
             return dx, dh_dropped + pull_h_rz(da_rz, into), (dh * z_,)
 
@@ -255,7 +263,9 @@ def _rnn(own: Activation) -> Callable[[Array, Array, State, Parameters, Options]
         h, passes = _activated(phi, a_x + a_h, p, o)
 
         def pull(d: State, into: Gradients) -> tuple[Array, Array, State]:
-            da = d[0] * phi.slope(p.rounded(h)) * passes
+            slope = phi.slope(p.rounded(h))
+            passes_relu = slope != 0 if own is RELU else True
+            da = _passed(passes, _passed(passes_relu, d[0] * slope))
             return pull_x(da, into), pull_h(da, into), (np.zeros_like(h),)
 
         return Step((h,), {"h": h}, pull)

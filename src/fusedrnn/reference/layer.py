@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import like, module_of, zeros
+from .arrays import constant, like, module_of, zeros
 from .cells import Cell, Step, mixed
 from .narrow import Bfloat16Parameters, is_bfloat16, widened
 from .random import RECURRENT, WEIGHTS, ZONEOUT, drawn, dropped
@@ -119,9 +119,10 @@ def run(
     steps: list[tuple[State, Step]] = []
     outputs: dict[str, list[Any]] = {}
     for t in times:
-        old = tuple(where(reset[t], zero, s) for s in current)
-        if o.bptt and not isinstance(x, np.ndarray):  # stops the gradients of autograd
-            old = tuple(where(cut[t], s.detach(), s) for s in old)
+        # The results of rows that take no step are dropped; zeros keep NaN out of gradients.
+        old = tuple(where(taken[t] & ~reset[t], s, zero) for s in current)
+        if o.bptt:
+            old = tuple(where(cut[t], constant(s), s) for s in old)
         step = cell.step(x[t], old[0] * h_mask, old, p, o)
         (h, *c), keeps = step.state, keep(t)
         if p.weight_hr is not None:
@@ -171,7 +172,8 @@ def run(
                 m, dh = p.rounded(step.state[0]), p.rounded(dh)
                 into["weight_hr"] += np.atleast_2d(dh).T @ np.atleast_2d(m)
                 dh = dh @ p.weight_hr
-            dx[t], dh_dropped, direct = step.pull((dh, *dc), into)
+            d_x, dh_dropped, direct = step.pull((dh, *dc), into)
+            dx[t] = np.where(taken[t], d_x, zero)
             dh_direct = np.zeros_like(old[0]) if p.weight_hr is not None else direct[0]
             d_old = (dh_direct + dh_dropped * h_mask, *direct[1:])
             d_old = tuple(
