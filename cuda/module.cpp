@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "../csrc/bind/gil.h"
 #include "../csrc/random.h"
 #include "dlpack.h"
 #include "kernels.h"
@@ -187,7 +188,7 @@ void copy_to_host(py::array to, const View& from, std::uintptr_t stream) {
   if (!fits) refuse("copy");
   void* const data = to.mutable_data();
   const index bytes = to.nbytes();
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   const OnDevice current(from.device);
   copy(data, reinterpret_cast<const void*>(from.pointer), bytes,
        reinterpret_cast<Stream>(stream));
@@ -275,7 +276,7 @@ class Kernel {
     call.bias_ih = whole(bias_ih, "bias_ih", {cell_.gates * H});
     call.bias_hh = whole(bias_hh, "bias_hh", {cell_.gates * H});
     call.packed = bytes(packed, "packed", kernels_.packed_bytes(H, backward));
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     kernels_.pack(call);
   }
 
@@ -440,7 +441,7 @@ class Kernel {
               C& call) const {
     const auto workspace = allocate(needed).template cast<View>();
     call.workspace = bytes(workspace, "workspace", needed);
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     run(call);
   }
 
@@ -576,7 +577,7 @@ void drop_as(const View& from, double p, std::uint64_t seed, std::uint32_t draw,
                            seed,
                            draw,
                            where};
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   const OnDevice current(to.device);
   drop_out(problem, to.device, stream);
 }
@@ -626,7 +627,7 @@ void convert_view(const View& from, const View& to, std::uintptr_t stream) {
                            b.N,
                            in,
                            out};
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   const OnDevice current(to.device);
   convert(problem, to.device, reinterpret_cast<Stream>(stream));
 }
@@ -657,7 +658,7 @@ void take_steps_of(const View& mask, const std::optional<View>& lengths,
                           pointer_of<bool>(resets_of_steps),
                           T,
                           B};
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   const OnDevice current(mask.device);
   take_steps(problem, mask.device, reinterpret_cast<Stream>(stream));
 }
@@ -685,7 +686,7 @@ void move_rows_of(const View& from, const View& at, const std::optional<View>& i
   const MoveRows problem{
       conversion_of(from, to), reinterpret_cast<const int*>(at.pointer),
       pointer_of<const void>(initial), initial ? element_of(*initial) : Element::float32};
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   const OnDevice current(from.device);
   move_rows(problem, from.device, reinterpret_cast<Stream>(stream));
 }
@@ -696,7 +697,7 @@ void sum_repeated_of(const View& from, const View& at, bool reverse,
                             reinterpret_cast<const int*>(at.pointer),
                             pointer_of<void>(initial),
                             initial ? element_of(*initial) : Element::float32, reverse};
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   const OnDevice current(from.device);
   sum_repeated(problem, from.device, reinterpret_cast<Stream>(stream));
 }

@@ -278,8 +278,25 @@ def test_a_budget_leaves_cases_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Left out 3 cases: the time was over." in capsys.readouterr().out
 
 
+RESULT = {"case": "GRU", "sizes": [1], "seconds": {"ours": [1, 1, 1]}, "ratios": {}}
+
+
 @pytest.mark.parametrize(
-    "text", ["{}", "[1]", "{", '{"format": 0}', '{"format": 1, "cases": 3}']
+    "text",
+    [
+        "{}",
+        "[1]",
+        "{",
+        '{"format": 0}',
+        '{"format": 1, "cases": 3}',
+        "[" * 100_000,
+        *(
+            json.dumps({"format": 1, "cases": [RESULT | {"seconds": {"ours": times}}]})
+            for times in ([], [1, 2], [0, 0, 0], [-1, 1, 1], [10**400] * 3, ["1"] * 3, 5)
+        ),
+        json.dumps({"format": 1, "cases": [RESULT | {"ratios": {"torch": [1, 1]}}]}),
+    ],
+    ids=lambda text: text[:60],
 )
 def test_what_is_no_earlier_run_is_refused(
     text: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]

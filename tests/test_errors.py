@@ -14,6 +14,9 @@ from fusedrnn.cells import CELLS, Cell
 
 SIZES = Sizes(T=3, B=2, I=4, H=5)
 
+# NumPy before 1.24 makes arrays of objects of ragged lists, which are refused for their dtype.
+RAGGED = "an array" if np.lib.NumpyVersion(np.__version__) >= "1.24.0" else ""
+
 
 def refused(error: type[Exception], message: str) -> Any:
     return pytest.raises(error, match=re.escape(message))
@@ -39,7 +42,7 @@ WRONG = [
         TypeError,
         "x must be float32, float64 or bfloat16, got complex128",
     ),
-    ("x", lambda a: [[1.0], [2.0, 3.0]], TypeError, "x must be an array"),
+    ("x", lambda a: [[1.0], [2.0, 3.0]], TypeError, f"x must be {RAGGED}"),
     ("x", lambda a: a[0, 0], ValueError, "x must have shape (T, B, I) or (T, I), got (4,)"),
     (
         "x",
@@ -95,7 +98,7 @@ WRONG = [
     ("c0", lambda a: "zeros", TypeError, "c0 must be float64 like x, got <U5"),
     ("lengths", lambda a: [1.0, 2.0], TypeError, "lengths must be integers, got float64"),
     ("lengths", lambda a: [True, False], TypeError, "lengths must be integers, got bool"),
-    ("lengths", lambda a: [[1], [2, 3]], TypeError, "lengths must be an array"),
+    ("lengths", lambda a: [[1], [2, 3]], TypeError, f"lengths must be {RAGGED}"),
     (
         "lengths",
         lambda a: [1, 2, 3],
@@ -117,7 +120,7 @@ WRONG = [
         TypeError,
         "resets must be bool or numbers that are 0 or 1, got <U2",
     ),
-    ("resets", lambda a: [[True], []], TypeError, "resets must be an array"),
+    ("resets", lambda a: [[True], []], TypeError, f"resets must be {RAGGED}"),
     (
         "resets",
         lambda a: np.zeros((2, 3), bool),
@@ -190,6 +193,21 @@ def test_out_may_not_overlap_an_input() -> None:
         fr.gru(**values, out=values["x"])
 
 
+def test_arrays_of_jax_need_values() -> None:
+    """Under jax.jit arrays have no values, which a sentence says."""
+    tracer = type("DynamicJaxprTracer", (), {"__module__": "jax._src.interpreters"})()
+    with refused(TypeError, "arrays of JAX must have values, got a DynamicJaxprTracer"):
+        fr.GRU(3, 4)(tracer)
+
+
+def test_out_may_not_be_masked() -> None:
+    """y would be written below the mask."""
+    x, W, R = (np.zeros(s, np.float32) for s in ((3, 2, 4), (15, 4), (15, 5)))
+    out = np.ma.masked_array(np.zeros((3, 2, 5), np.float32))
+    with refused(TypeError, "out must be an array without a mask"):
+        fr.gru(x, W, R, None, None, None, out=out)
+
+
 def test_nothing_is_written_when_refused() -> None:
     out = np.full((3, 2, 5), 7.0)
     values = arguments(CELLS["lstm"], SIZES) | {"reverse": None}
@@ -241,7 +259,7 @@ def test_y_of_a_vjp_is_read_only() -> None:
         ((3, float("nan")), TypeError, "hidden_size must be an integer, got float"),
         ((float("inf"), 4), TypeError, "input_size must be an integer, got float"),
         ((True, 4), TypeError, "input_size must be an integer, got bool"),
-        ((3, 4, 0), ValueError, "num_layers must be from 1 to 2**31, got 0"),
+        ((3, 4, 0), ValueError, "num_layers must be from 1 to 2**16, got 0"),
         ((3, 4, 1, 1), TypeError, "bias must be a bool, got int"),
         ((3, 4, 1, True, None), TypeError, "batch_first must be a bool, got NoneType"),
     ],
@@ -252,9 +270,20 @@ def test_wrong_size_of_a_layer(arguments_: tuple, error: type, message: str) -> 
         fr.LSTM(*arguments_)
 
 
-def test_wrong_dtype_of_a_layer() -> None:
-    with refused(TypeError, "dtype must be float32, float64 or bfloat16, got float16"):
-        fr.GRU(3, 4, dtype=np.float16)
+@pytest.mark.parametrize(
+    ("dtype", "shown"), [(np.float16, "float16"), ("x", "x"), (5, "5"), (len, "<built-in")]
+)
+def test_wrong_dtype_of_a_layer(dtype: Any, shown: str) -> None:
+    """A dtype that no layer has, or NumPy does not know, is named."""
+    with refused(TypeError, f"dtype must be float32, float64 or bfloat16, got {shown}"):
+        fr.GRU(3, 4, dtype=dtype)
+
+
+@pytest.mark.parametrize(("rng", "error"), [(-1, ValueError), ("x", TypeError)])
+def test_wrong_rng_of_a_layer(rng: Any, error: type) -> None:
+    """What NumPy cannot make a generator of is named."""
+    with refused(error, f"rng must be a generator of NumPy, a seed or None, got {rng!r}"):
+        fr.GRU(3, 4, rng=rng)
 
 
 def test_wrong_call_of_a_layer() -> None:
@@ -300,6 +329,8 @@ def test_wrong_state_dict_changes_nothing() -> None:
     layer = fr.GRU(3, 4, rng=0)
     before = {k: v.copy() for k, v in layer.state_dict().items()}
     good = {k: v + 1 for k, v in before.items()}
+    with refused(TypeError, "state_dict must be a dict, got NoneType"):
+        layer.load_state_dict(None)
     with refused(KeyError, "missing ['bias_hh_l0'], unknown ['bias']"):
         layer.load_state_dict(
             {("bias" if k == "bias_hh_l0" else k): v for k, v in good.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +161,49 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
         stream.load(tmp_path / "nowhere")
     for a, b in zip(stream.state, before, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def npz(method: int = zipfile.ZIP_STORED, **arrays: np.ndarray) -> bytes:
+    """An .npz whose members are compressed by a method."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.save(member, array)
+            archive.writestr(f"{name}.npy", member.getvalue())
+    return file.getvalue()
+
+
+def test_damaged_and_hostile_files_are_refused() -> None:
+    """Whatever a file holds is a ValueError, and no memory is taken for what it claims."""
+    stream = fr.Stream(LAYERS["gru"](), 2)
+    state = stream.state
+    methods = (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+    for whole in (npz(method, h=state + 1) for method in methods):
+        stream.load(io.BytesIO(whole))
+        assert (stream.state == 1).all()
+        at = whole.index(b"h.npy") + 5  # the compressed data
+        wrong = whole[:at] + bytes(255 - b for b in whole[at : at + 12]) + whole[at + 12 :]
+        with refused(ValueError, "file must be one that Stream.save wrote"):
+            stream.load(io.BytesIO(wrong))
+    plain = npz(h=state)
+    entry = plain.index(b"PK\x01\x02")
+    for offset, value in ((8, 1), (8, 64), (10, 99)):  # encrypted, strongly, unknown method
+        wrong = plain[: entry + offset] + bytes([value]) + plain[entry + offset + 1 :]
+        with refused(ValueError, "file must be one that Stream.save wrote"):
+            stream.load(io.BytesIO(wrong))
+    tracemalloc.start()
+    bomb = npz(zipfile.ZIP_DEFLATED, h=np.zeros((1, 2, 2_000_000), np.float32))
+    tracemalloc.reset_peak()
+    with refused(ValueError, "h in file must have shape (layers, B, H) = (1, 2, 18)"):
+        stream.load(io.BytesIO(bomb))
+    header, claim = io.BytesIO(), io.BytesIO()
+    shape = {"descr": "<f4", "fortran_order": False, "shape": (1, 2, 10**9)}
+    np.lib.format.write_array_header_1_0(header, shape)
+    with zipfile.ZipFile(claim, "w") as archive:
+        archive.writestr("h.npy", header.getvalue())
+    with refused(ValueError, "h in file must have shape (layers, B, H) = (1, 2, 18)"):
+        stream.load(claim)
+    assert tracemalloc.get_traced_memory()[1] < len(bomb) + 2_000_000
+    tracemalloc.stop()
+    assert (stream.state == 1).all()

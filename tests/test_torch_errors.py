@@ -41,6 +41,7 @@ def wrong(what: str) -> tuple[Any, ...]:
     packed = pack_padded_sequence(x.double(), [5, 2])
     return {
         "no tensor": (lstm, [[1.0]]),
+        "None": (lstm, None),
         "dtype": (lstm, x.double()),
         "integers": (lstm, x.int()),
         "rank": (lstm, x[None]),
@@ -61,9 +62,12 @@ def wrong(what: str) -> tuple[Any, ...]:
         "packed features": (lstm, pack_padded_sequence(x[..., :2], [5, 2])),
         "packed lengths": (lstm, pack_padded_sequence(x, [5, 2]), None, [5, 2]),
         "lengths kind": (lstm, x, None, [1.0, 2.0]),
+        "lengths complex": (lstm, x, None, torch.full((2,), 1j)),
+        "lengths text": (lstm, x, None, "all"),
         "lengths shape": (lstm, x, None, [1]),
         "lengths value": (lstm, x, None, [1, 6]),
         "resets kind": (lstm, x, None, None, torch.full((5, 2), 0.5)),
+        "mask text": (lstm, x, None, None, None, "all"),
         "mask shape": (lstm, x, None, None, None, torch.ones(2, 5)),
         "mask value": (lstm, x, None, None, None, torch.full((5, 2), 2)),
         "mask kind": (lstm, x, None, None, None, torch.full((5, 2), 1j)),
@@ -75,6 +79,7 @@ def wrong(what: str) -> tuple[Any, ...]:
 
 WRONG = {
     "no tensor": (TypeError, "input must be a tensor, got list"),
+    "None": (TypeError, "input must be a tensor, got NoneType"),
     "dtype": (ValueError, r"input must have the dtype .*float32, got torch.float64.*\.to\("),
     "integers": (ValueError, r"input must have the dtype .*float32, got torch.int32"),
     "rank": (ValueError, r"input must have 2 or 3 dimensions, got shape \(1, 5, 2, 3\)"),
@@ -95,9 +100,12 @@ WRONG = {
     "packed features": (RuntimeError, r"input_size = 3, got 2"),
     "packed lengths": (TypeError, "lengths must be None with a PackedSequence"),
     "lengths kind": (TypeError, "lengths must be integers, got torch.float32"),
+    "lengths complex": (TypeError, "lengths must be integers, got torch.complex64"),
+    "lengths text": (TypeError, "lengths must be a tensor, got str"),
     "lengths shape": (ValueError, r"lengths must have shape \(B,\) = \(2,\), got \(1,\)"),
     "lengths value": (ValueError, "lengths must be from 0 to T = 5, got 6"),
     "resets kind": (ValueError, "resets must be bool or numbers that are 0 or 1, got 0.5"),
+    "mask text": (TypeError, "mask must be a tensor, got str"),
     "mask shape": (ValueError, r"mask must have .* \(5, 2\), got \(2, 5\)"),
     "mask value": (ValueError, "mask must be bool or numbers that are 0 or 1, got 2"),
     "mask kind": (
@@ -248,6 +256,40 @@ def test_numpy_layers_name_a_bfloat16_argument() -> None:
         layer(torch.zeros(3, 2, 4, dtype=torch.bfloat16))
     with pytest.raises(TypeError, match=r"h0 must be an array .*a Tensor of torch\.bfloat16"):
         layer(x, (state, state))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("what", ["gradients", "sparse", "nested", "conjugate", "quantized"])
+def test_unusual_tensors_are_refused_by_name(what: str) -> None:
+    """Tensors that NumPy cannot read, or that have no strides, are named by both APIs."""
+    plain = torch.ones(3, 2, 4)
+    x = {
+        "gradients": lambda: plain.requires_grad_(),
+        "sparse": plain.to_sparse,
+        "nested": lambda: torch.nested.nested_tensor([plain[0], plain[1, :1]]),
+        "conjugate": lambda: plain.to(torch.complex64).conj(),
+        "quantized": lambda: torch.quantize_per_tensor(plain, 1.0, 0, torch.qint8),
+    }[what]()
+    layer = fr.GRU(4, 5)
+    with pytest.raises(TypeError, match="x must be an array that NumPy can read"):
+        layer(x)
+    with pytest.raises(TypeError, match="weight_ih_l0 must be an array that NumPy can read"):
+        layer.load_state_dict(layer.state_dict() | {"weight_ih_l0": x})
+    if what == "gradients":
+        return
+    for module in (ft.GRU(4, 5), ft.GRUCell(4, 5)):
+        with pytest.raises((TypeError, ValueError), match=r"^input must"):
+            module(x)
+
+
+def test_masks_may_not_be_masked_arrays() -> None:
+    """Modules refuse a masked array as lengths, resets or mask, and lists of them."""
+    x, flags = torch.zeros(3, 2, 4), np.ma.masked_array(np.ones((3, 2), bool))
+    for given in ({"mask": flags}, {"resets": flags}, {"lengths": [np.ma.masked_array(3)] * 2}):
+        with pytest.raises(TypeError, match=f"{next(iter(given))} must be an array without"):
+            ft.GRU(4, 5)(x, **given)
+    with pytest.raises(TypeError, match="x must be an array without a mask"):
+        fr.GRU(4, 5)([np.ma.masked_array(np.zeros((2, 4), np.float32))] * 3)
 
 
 def test_numpy_layers_refuse_masked_arrays() -> None:

@@ -108,7 +108,8 @@ def test_saved_programs_need_the_import(tmp_path: Path) -> None:
         import fusedrnn.torch
         assert torch.equal({load}(x)[0], y)
         """
-        assert in_new_process(code, tmp_path) == "RuntimeError"
+        raised = in_new_process(code, tmp_path)
+        assert raised in ("RuntimeError", "SerializeError")  # the latter of PyTorch 2.6
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="AOTInductor needs a C++ compiler")

@@ -33,7 +33,7 @@ class TakenSteps {
 
  public:
   explicit TakenSteps(const StackCall& call)
-      : T_(call.T), B_(call.B), lengths_(B_), times_(T_ * B_), steps_(T_ * B_) {
+      : T_(checked(call.T)), B_(call.B), lengths_(B_), times_(T_ * B_), steps_(T_ * B_) {
     for (index t = 0, n = 0; t < T_; ++t) {
       for (index b = 0; b < B_; ++b, ++n) {
         const bool taken = call.mask[n];
@@ -51,6 +51,12 @@ class TakenSteps {
   bool moves() const { return moves_; }
   bool is_taken(index t, index b) const { return steps_[t * B_ + b] >= 0; }
   bool exists(index t) const { return t >= 0 && t < T_; }
+
+  static index checked(index T) {
+    if (T <= std::numeric_limits<int>::max()) return T;
+    throw std::length_error("mask must have fewer than 2^31 steps, got " +
+                            std::to_string(T));
+  }
 
   // Copies the rows of taken steps to the first times; `to` may be `from`.
   void compact(const Steps& from, index bytes, const Steps& to) const {

@@ -17,16 +17,23 @@ DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 NAMES = ("float32", "float64", "bfloat16")  # of the dtypes on the CPU
 
 
+def unmasked(name: str, value: Any) -> None:
+    """Refuse a masked array, or a list of some."""
+    for part in (value, *(value if isinstance(value, (list, tuple)) else ())):
+        if isinstance(part, np.ma.MaskedArray):
+            raise TypeError(
+                f"{name} must be an array without a mask, got a masked array: fill it, and use "
+                "lengths, resets or mask instead"
+            )
+
+
 def as_array(name: str, value: Any) -> Array:
     """Return `value` as `numpy.asarray` converts it."""
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} must be an array without a mask, got a masked array: fill it, and use "
-            "lengths, resets or mask instead"
-        )
+    unmasked(name, value)
     try:
         converted: Array = np.asarray(value)
-    except (TypeError, ValueError) as error:  # types that NumPy lacks, ragged lists
+    except (TypeError, ValueError, RuntimeError) as error:
+        # Types that NumPy lacks, ragged lists, tensors that have gradients.
         kind = f"{type(value).__name__} of {value.dtype}" if hasattr(value, "dtype") else ""
         expected = f"{name} must be an array" + (
             f" that NumPy can read, got a {kind}" * bool(kind)
@@ -224,6 +231,7 @@ def output(out: Any, expected: tuple[int, ...], meaning: str, x: Array) -> Array
     """Check `out`, which y is written into: contiguous rows, no two elements in one place."""
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be an array, got {type(out).__name__}")
+    unmasked("out", out)
     if out.dtype != x.dtype:
         raise TypeError(f"out must be {x.dtype} like x, got {out.dtype}")
     shape("out", out, expected, meaning)

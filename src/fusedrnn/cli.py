@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         extra = {"convert": "onnx"}.get(chosen.command, chosen.command)
         needed = f'{error.name}; install it with: pip install "fusedrnn[{extra}]"'
         print(f"{name}: needs {needed}", file=sys.stderr)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

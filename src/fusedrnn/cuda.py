@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable
 from functools import cache
@@ -404,15 +405,20 @@ class Framework(Protocol):
         """Keep an array's memory until another stream than its own is done with it."""
 
 
-# Events, and the arrays that must live until they are done.
+# Events, and the arrays that must live until they are done; one thread at a time drops some.
 _held: deque[tuple[Any, Any]] = deque()
+_dropping = threading.Lock()
 
 
 def _hold(owner: Any, device: int, stream: int) -> None:
     """Keep an array alive until the work that is queued on a stream is done."""
     _held.append((_module().Event(device, stream), owner))
-    while _held and _held[0][0].is_done:
-        _held.popleft()
+    if _dropping.acquire(blocking=False):
+        try:
+            while _held and _held[0][0].is_done:
+                _held.popleft()
+        finally:
+            _dropping.release()
 
 
 class _Own:
@@ -545,6 +551,11 @@ def framework_of(a: Any) -> Framework | None:
     if root == "cupy":
         return _CuPy(sys.modules["cupy"])
     if root in ("jaxlib", "jax"):
+        if not hasattr(a, "__dlpack_device__"):
+            raise TypeError(
+                f"arrays of JAX must have values, got a {type(a).__name__}: call fusedrnn "
+                "outside of jax.jit, jax.grad and jax.vmap"
+            )
         if a.__dlpack_device__()[0] != 2:
             return None
         return _Exchange(sys.modules["jax"].dlpack.from_dlpack)

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import GRU, LSTM, config, reference
-from .files import UserError, check_output, replacing
+from .files import UserError, check_output, writing
 from .reference import Array
 
 AIRPORTS = ("EWR", "JFK", "LGA")
@@ -444,7 +444,7 @@ def save(figure: Any, output: Path, dpi: int) -> None:
     """Write a picture completely or not at all, and close it."""
     import matplotlib.pyplot as plt
 
-    with replacing(output) as temporary:
+    with writing(output) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi)
     plt.close(figure)
 

@@ -63,6 +63,25 @@ def _read_only(array: Array) -> Array:
     return array
 
 
+def _layer_dtype(dtype: Any) -> np.dtype[Any]:
+    """Return NumPy's dtype for a layer on the CPU."""
+    try:
+        found = host_dtype(dtype)
+    except TypeError:  # not a dtype
+        found = dtype
+    if str(found) not in checks.NAMES:
+        raise TypeError(f"dtype must be float32, float64 or bfloat16, got {found}")
+    return found
+
+
+def _generator(rng: Any) -> np.random.Generator:
+    try:
+        return np.random.default_rng(rng)
+    except (TypeError, ValueError) as error:
+        expected = "rng must be a generator of NumPy, a seed or None"
+        raise type(error)(f"{expected}, got {rng!r}") from None
+
+
 def _orthonormal(generator: np.random.Generator, rows: int, columns: int) -> Array:
     """Draw a matrix with orthonormal columns, or rows if these are fewer, uniformly."""
     tall = generator.normal(size=(max(rows, columns), min(rows, columns)))
@@ -122,7 +141,7 @@ class ParameterStore:
         self._forget_packed()
         self.input_size = checks.positive("input_size", input_size)
         self.hidden_size = checks.positive("hidden_size", hidden_size)
-        self.num_layers = checks.positive("num_layers", num_layers)
+        self.num_layers = checks.integer("num_layers", num_layers, 1, 2**16, "from 1 to 2**16")
         self.bias = checks.flag("bias", bias)
         self.batch_first = checks.flag("batch_first", batch_first)
         self.dropout = checks.probability("dropout", dropout)
@@ -139,16 +158,14 @@ class ParameterStore:
                 f"proj_size must be smaller than hidden_size = {self.hidden_size}, "
                 f"got {self.proj_size}"
             )
-        self.dtype = host_dtype(dtype)
-        if str(self.dtype) not in checks.NAMES:
-            raise TypeError(f"dtype must be float32, float64 or bfloat16, got {self.dtype}")
+        self.dtype = _layer_dtype(dtype)
         self.device = "cpu"
         self.precision: Precision = "exact"
         self._options = check_options(cell, options)
         for name, value in options.items():
             object.__setattr__(self, name, value)
         self._set_spec()
-        self._draw_parameters(np.random.default_rng(rng), init)
+        self._draw_parameters(_generator(rng), init)
 
     # Parameters
 
@@ -289,6 +306,8 @@ class ParameterStore:
         ------
         KeyError: names are missing or unknown. TypeError, ValueError: a wrong dtype or shape.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         missing = [name for name in self._parameters if name not in state_dict]
         unknown = [name for name in state_dict if name not in self._parameters]
         if missing or unknown:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
-from typing import Any
-from zipfile import BadZipFile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from zipfile import ZipFile
 
 import numpy as np
 import numpy.typing as npt
 
 from . import checks, cuda
 from .engine import split_state
+from .files import replacing
 from .layers import _Layer
 from .options import MaskedOutput
 from .parameters import placed
@@ -208,12 +212,19 @@ class Stream:
 
         Parameters
         ----------
-        file: a path, or a file open for writing bytes.
+        file: a path, or a file open for writing bytes. The file of a path is replaced as a
+            whole, or not at all.
+
+        Raises
+        ------
+        OSError: the file cannot be written.
         """
         names: dict[str, Any] = dict(zip(self.layer._cell.states, self._on_host(), strict=True))
         if isinstance(file, (str, os.PathLike)):
-            with open(file, "wb") as opened:  # savez would add a suffix to the name
-                np.savez(opened, **names)
+            written = io.BytesIO()
+            np.savez(written, **names)
+            with replacing(file) as temporary:
+                temporary.write_bytes(written.getbuffer())
         else:
             np.savez(file, **names)
 
@@ -225,23 +236,58 @@ class Stream:
         ValueError: the state is that of another layer or batch size, or `save` did not write
             the file. The state does not change then.
         """
-        try:
-            with np.load(file, allow_pickle=False) as saved:
-                states = {name: saved[name] for name in saved.files}
-        except FileNotFoundError:
-            raise
-        except (ValueError, OSError, EOFError, TypeError, AttributeError, BadZipFile) as error:
-            raise ValueError(f"file must be one that Stream.save wrote: {error}") from None
-        letters = self.layer._cell.states
-        if set(states) != set(letters):
+        letters, count = self.layer._cell.states, len(self.layer._cell.states)
+        with _opened(file) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            headers = [_header(archive, name) for name in names[: count + 1]]
+        if sorted(names) != sorted(letters):
             raise ValueError(
-                f"file must hold {', '.join(letters)}, got {', '.join(states) or 'nothing'}"
+                f"file must hold {', '.join(letters)}, "
+                f"got {', '.join(names[: count + 1]) or 'nothing'}"
             )
-        for letter, shape in zip(letters, self._shapes(), strict=True):
-            checks.shape(f"{letter} in file", states[letter], shape, "(layers, B, H)")
-            if states[letter].dtype != self._dtype:
-                raise ValueError(
-                    f"{letter} in file must be {self._dtype}, got {states[letter].dtype}"
-                )
+        saved = dict(zip(names, headers, strict=True))
+        for letter, expected in zip(letters, self._shapes(), strict=True):
+            checks.shape(f"{letter} in file", saved[letter], expected, "(layers, B, H)")
+            dtype = saved[letter].dtype
+            if dtype != self._dtype:
+                raise ValueError(f"{letter} in file must be {self._dtype}, got {dtype}")
+        with _opened(file) as archive:
+            states = [_array(archive, letter) for letter in letters]
         where = (str(self._dtype), self.layer.device)
-        self._continue_from(tuple([placed(states[letter], *where) for letter in letters]))
+        self._continue_from(tuple([placed(state, *where) for state in states]))
+
+
+class _Header(NamedTuple):
+    """What the first bytes of an array in a file say, before its values are read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+@contextmanager
+def _opened(file: Any) -> Iterator[ZipFile]:
+    """Open an .npz; whatever is wrong with it is a ValueError."""
+    try:
+        with ZipFile(file) as archive:
+            yield archive
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of zipfile, its decompressors and NumPy
+        raise ValueError(f"file must be one that Stream.save wrote: {error}") from None
+
+
+def _header(archive: ZipFile, name: str) -> _Header:
+    with archive.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        if version != (1, 0):
+            raise ValueError(f"version {version} of .npy")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+    if dtype.hasobject:
+        raise ValueError(f"{name} is an array of objects")
+    return _Header(shape, dtype)
+
+
+def _array(archive: ZipFile, name: str) -> Array:
+    with archive.open(f"{name}.npy") as member:
+        array: Array = np.lib.format.read_array(member, allow_pickle=False)
+    return array

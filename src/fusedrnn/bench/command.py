@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -30,7 +31,7 @@ from rich.table import Table as RichTable
 import fusedrnn as fr
 
 from .. import floor, machine
-from ..files import UserError, check_output, replacing
+from ..files import UserError, check_output, writing
 from . import narrow, race
 from .cases import DTYPES, GPU_SUITES, MODES, NAMED, SUITES, WEIGHTS, Case, Suite, cases_of
 from .contenders import CONTENDERS, PEERS, missing
@@ -402,14 +403,25 @@ def _earlier(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"--compare must be a file of format {FORMAT}, got {measured['format']}: {path}"
             )
+        for result in measured["cases"]:
+            _check_result(result)
         comparison(measured["cases"], measured["cases"])
     except OSError as error:
         raise UserError(f"--compare cannot be read, {error.strerror}: {path}") from None
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+    except UserError:
+        raise
+    except Exception:  # JSON of any other form
         raise UserError(
             f"--compare must be a file that --json of this command wrote, got {path}"
         ) from None
     return dict(measured)
+
+
+def _check_result(result: dict[str, Any]) -> None:
+    """Raise an error unless the times of a result can be compared."""
+    for quartiles in (*result["seconds"].values(), *result["ratios"].values()):
+        if len(quartiles) != 3 or not all(0 < float(n) < math.inf for n in quartiles):
+            raise ValueError(f"quartiles must be three positive numbers, got {quartiles}")
 
 
 def _measure(
@@ -519,7 +531,7 @@ def _short(cell: str) -> str:
 
 
 def _write_json(measured: dict[str, Any], path: Path) -> None:
-    with replacing(path) as temporary:
+    with writing(path) as temporary:
         temporary.write_text(json.dumps(measured, indent=1) + "\n", "utf-8")
 
 
@@ -541,7 +553,7 @@ def _keep(
         compared = comparison(earlier["cases"], measured["cases"]) if earlier else None
         texts[request.html] = page(measured, compared)
     for path, text in texts.items():
-        with replacing(path) as temporary:
+        with writing(path) as temporary:
             temporary.write_text(text, "utf-8")
     for written in filter(None, (request.json, *texts)):
         console.print(f"Written: {written}", highlight=False, soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from onnx import helper, numpy_helper
 from .. import __version__, checks
 from ..convert import to_onnx
 from ..convert.onnx import Node
-from ..files import UserError, replacing
+from ..files import replacing
 from ..stream import Stream
 
 _OLDEST = 14  # in which LSTM, GRU, RNN, Squeeze and Split have the form that is written
@@ -87,11 +86,8 @@ def export(
         producer_name="fusedrnn",
         producer_version=__version__,
     )
-    try:
-        with replacing(Path(path)) as temporary:
-            onnx.save_model(model, temporary)
-    except UserError as error:
-        raise OSError(str(error)) from None
+    with replacing(path) as temporary:
+        onnx.save_model(model, temporary)
 
 
 class _Graph:

@@ -87,6 +87,13 @@ def check_kind(name: str, value: Any, kind: type) -> None:
         )
 
 
+def check_dense(name: str, a: Any) -> None:
+    """Refuse a tensor whose elements have no strides: a sparse or nested one."""
+    if isinstance(a, Tensor) and (a.is_nested or a.layout != torch.strided):
+        kind = "nested" if a.is_nested else str(a.layout)
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
+
+
 class Recurrent(nn.Module):
     """The base of layers and single steps: a cell's parameters and options."""
 
@@ -317,6 +324,7 @@ class Recurrent(nn.Module):
     def _check_like_weights(self, name: str, a: Any, like: Tensor, error: type) -> None:
         if not isinstance(a, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(a).__name__}")
+        check_dense(name, a)
         if a.device != like.device:
             raise RuntimeError(
                 f"{name} must be on {like.device} like the parameters, got {a.device}"

@@ -34,7 +34,6 @@ def share_team() -> bool:
 
 
 share_team()
-_followed = 0
 _C: Any = torch._C
 # With these functions compiled code finds out whether something other than autograd observes a
 # call: modes, transforms, tracers.
@@ -54,11 +53,7 @@ _cpu.set_torch(
 
 def follow_threads() -> None:
     """Use as many threads as PyTorch does, unless the user has set the number."""
-    global _followed
-    threads = torch.get_num_threads()
-    if threads != _followed:
-        _cpu.follow_threads(threads)
-        _followed = threads
+    _cpu.follow_threads(torch.get_num_threads())
 
 
 # On the CPU

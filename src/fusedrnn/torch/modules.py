@@ -20,7 +20,16 @@ from .. import checks
 from ..cells import CELLS, gru_cell, lstm_cell, rnn_cell
 from ..options import MaskedOutput
 from . import ops
-from .base import GRUOptions, LSTMOptions, Recurrent, RNNOptions, check_kind, is_half, of_cell
+from .base import (
+    GRUOptions,
+    LSTMOptions,
+    Recurrent,
+    RNNOptions,
+    check_dense,
+    check_kind,
+    is_half,
+    of_cell,
+)
 from .kernels import NeedsChecksError
 from .packed import Layout
 
@@ -233,8 +242,10 @@ class _Layers(Recurrent):
         if torch.compiler.is_compiling():
             return None
         results: Any = self._infer(input, hx, int(self.batch_first))
-        if results is not False or input.dim() not in (2, 3) or is_half(input):
+        if results is not False or input is None:
             return results or None
+        if input.is_nested or input.dim() not in (2, 3) or is_half(input):
+            return None
         unbatched = input.dim() == 2
         h0, c0 = hx if self._is_pair and hx else (hx, None)
         x = input.unsqueeze(1) if unbatched else input
@@ -401,15 +412,24 @@ class _Layers(Recurrent):
         return self._results(give, made, kept, False)
 
 
-def _as_tensor(a: Any) -> Tensor:
+def _as_tensor(name: str, a: Any) -> Tensor:
     """Return a tensor; arrays are copied, because PyTorch warns of those that are read-only."""
-    return a if isinstance(a, Tensor) else torch.tensor(a)
+    if isinstance(a, Tensor):
+        check_dense(name, a)
+        return a
+    checks.unmasked(name, a)
+    try:
+        return torch.tensor(a)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(a).__name__
+        raise TypeError(f"{name} must be a tensor, got {kind}: {error}") from None
 
 
 def _checked_lengths(lengths: Any, B: Any, unbatched: bool) -> Tensor:
-    found = _as_tensor(lengths)
-    if found.dtype.is_floating_point or found.dtype == torch.bool:
-        raise TypeError(f"lengths must be integers, got {found.dtype}")
+    found = _as_tensor("lengths", lengths)
+    dtype = found.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise TypeError(f"lengths must be integers, got {dtype}")
     if unbatched and found.numel() == 1:
         found = found.reshape(1)
     if found.shape != (B,):
@@ -418,7 +438,7 @@ def _checked_lengths(lengths: Any, B: Any, unbatched: bool) -> Tensor:
 
 
 def _checked_flags(name: str, value: Any, expected: tuple[Any, ...]) -> Tensor:
-    found = _as_tensor(value)
+    found = _as_tensor(name, value)
     if found.dtype.is_complex:
         raise TypeError(f"{name} must be bool or numbers that are 0 or 1, got {found.dtype}")
     if found.shape != expected:

@@ -20,7 +20,7 @@ from ..parameters import SCALES
 from ..reference import Narrow, Parameters
 from ..reference.narrow import DTYPES, NarrowPrecision
 from ..weights import WEIGHTS, check_precision, narrow_weight
-from .base import Recurrent, in_onnx_export
+from .base import Recurrent, check_dense, in_onnx_export
 from .call import Call, Inputs, Maybe, parse
 from .kernels import checked_masks, follow_threads
 from .modules import GRU, LSTM, RNN, Masks, _Layers, _Made
@@ -275,6 +275,7 @@ class _NarrowModule(Recurrent):
     def _check_like_weights(self, name: str, a: Any, like: Tensor, error: type) -> None:
         if not isinstance(a, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(a).__name__}")
+        check_dense(name, a)
         if a.device.type != "cpu":
             raise RuntimeError(f"{name} must be on the CPU like the weights, got {a.device}")
         if a.dtype not in (torch.float32, torch.bfloat16, torch.float16):

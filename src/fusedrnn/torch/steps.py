@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from ..cells import gru_cell, lstm_cell, rnn_cell
 from . import ops
-from .base import GRUOptions, LSTMOptions, Recurrent, RNNOptions, of_cell
+from .base import GRUOptions, LSTMOptions, Recurrent, RNNOptions, check_dense, of_cell
 from .kernels import NeedsChecksError
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class _Step(Recurrent):
         first = weights[0]
         given = {"input": input, **self._split(hx)}
         for name, a in given.items():
+            check_dense(name, a)
             if isinstance(a, Tensor) and a.dim() not in (1, 2):
                 raise ValueError(
                     f"{name} must have 1 or 2 dimensions, got shape {tuple(a.shape)}"
