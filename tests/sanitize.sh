@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the kernels with sanitizers and runs the tests of their results:
 #   tests/sanitize.sh asan     AddressSanitizer and UndefinedBehaviorSanitizer, with the tiles
-#                              of AMX computed without the unit
+#                              of AMX computed without the unit; then random calls for 20 s
 #   tests/sanitize.sh tsan     ThreadSanitizer, on the tests that use threads
 # on portable kernels and, to save time, one more instruction set each, AVX-512 and AVX2.
 # Run it in an environment where the dev extra is installed (pip install ".[dev]").
@@ -48,3 +48,6 @@ if [ "$preset" = tsan ]; then
 fi
 left_out+=" or ((lstm_coupled or gru_before) and not test_options)"
 python -m pytest -q -n auto --capture=sys -p no:cacheprovider -k "not ($left_out)" $tests "${@:2}"
+if [ "$preset" = asan ]; then  # PyTorch does not run under the sanitizer
+  python tests/fuzz.py --seconds 20 --limit 600 --kinds op layer stream narrow wrong
+fi

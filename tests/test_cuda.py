@@ -16,6 +16,7 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
+from cases import CASE_IDS, CASES
 from gpu import (
     EMULATED,
     EXCHANGES,
@@ -30,8 +31,6 @@ from gpu import (
     put,
 )
 from helpers import (
-    CASE_IDS,
-    CASES,
     MASKS,
     Sizes,
     arguments,

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import CASE_IDS, CASES
 from helpers import (
-    CASE_IDS,
-    CASES,
     PARAMETERS,
     Sizes,
     assert_close,
