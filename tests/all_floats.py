@@ -34,7 +34,7 @@ LIMITS = {"sigmoid": [0.5, 0.5, 1.0, 0.0], "tanh": [0.0, -0.0, 1.0, -1.0]}
 
 
 def exact(name: str, x: np.ndarray) -> np.ndarray:
-    """In float64, σ without cancellation on either side."""
+    """Return the exact value in float64; σ without cancellation on either side."""
     if name == "tanh":
         return np.tanh(x)
     e = np.exp(-np.abs(x))
@@ -54,7 +54,7 @@ def errors(y: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 def check(name: str) -> list[str]:
-    """What is wrong with a function on the active instruction set; prints the largest error."""
+    """Return what is wrong with a function on the active ISA; print the largest error."""
     began = time.process_time()
     worst, worst_at = 0.0, 0.0
     steps_back, furthest, furthest_at = 0, 0, 0.0

@@ -1,4 +1,4 @@
-"""What stacked layers have to compute, put together from runs of the reference."""
+"""The results of stacked layers, put together from runs of the reference."""
 
 from __future__ import annotations
 

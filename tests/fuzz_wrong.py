@@ -107,7 +107,7 @@ def wrong_shape(draw: Draw, a: np.ndarray, axes: Iterable[int]) -> Any:
 
 
 def no_array(draw: Draw) -> Any:
-    """What is not an array of numbers."""
+    """Draw an object that is not an array of numbers."""
     masked = np.ma.masked_array(np.ones((2, 2), "float32"), [[0, 1], [0, 0]])
     return draw.choice(
         [*STRANGE[:2], *STRANGE[5:], [[1.0], [2.0, 3.0]], [None], masked, {1, 2}]

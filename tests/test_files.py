@@ -122,7 +122,7 @@ def test_the_file_that_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full is Linux's")
 def test_devices_are_written_directly() -> None:
-    """What is no file is not replaced: /dev/null takes everything, /dev/full nothing."""
+    """Devices are not replaced: /dev/null takes everything, /dev/full nothing."""
     stream().save("/dev/null")
     with pytest.raises(OSError, match="No space left on device"):
         stream().save("/dev/full")

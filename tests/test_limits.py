@@ -183,7 +183,7 @@ def alarm() -> Iterator[Callable[[Callable[[], object], float, float], None]]:
 
 
 class Alarm(Exception):
-    """What the handler of Ctrl-C does, a handler of a signal may do too."""
+    """The exception of a handler; that of Ctrl-C would end the tests."""
 
 
 def interrupt() -> None:

@@ -116,7 +116,7 @@ def test_gradients_do_not_drift(name: str, asked: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_long_sequence_in_parts(name: str) -> None:
-    """In chunks by their states and in a stream it has the bits of one call."""
+    """Chunks by their states, and a stream, have the bits of one call."""
     layer, _ = layers_of(name, "float32")
     x = input_of(T)
     whole, end = layer(x)

@@ -106,8 +106,9 @@ def rows_beside(a: Any, row: int) -> np.ndarray:
 def test_rows_beside_have_the_bits_of_a_call_without(
     cell: Cell, dtype: np.dtype, isa_on_threads: None
 ) -> None:
-    """In rows beside no bit of y, the states, the gates, dx and the states' gradients changes,
-    in tiles of any number of rows and with any option.
+    """No bit of other rows' y, states, gates, dx and gradients of states changes.
+
+    Tiles have any number of rows, and each option is tried.
     """
     each = [[name] for name in [*options_of(cell), *MASKS]]
     for number, names in enumerate([[], [], [], [], *each]):
@@ -131,9 +132,7 @@ def test_rows_beside_have_the_bits_of_a_call_without(
 def test_units_beside_have_the_bits_of_a_call_without(
     cell: Cell, dtype: np.dtype, isa: str
 ) -> None:
-    """In the first step a parameter of a unit reaches this unit alone, and dy of a unit its
-    own weights alone.
-    """
+    """A unit's parameter reaches this unit alone at first; its dy, its own weights alone."""
     if cell.resets_before:
         pytest.skip("its new gate reads every reset gate")
     for H in (7, 17, 33):

@@ -310,7 +310,7 @@ def test_python_ends_while_threads_compute() -> None:
 
 @pytest.mark.skipif(sys.implementation.name != "cpython", reason="no subinterpreters here")
 def test_a_subinterpreter_is_refused() -> None:
-    """In a subinterpreter an import says what to use instead, and does not hang."""
+    """An import in a subinterpreter says what to use instead, and does not hang."""
     assert "must be imported in the main interpreter" in run_alone("import_in_a_subinterpreter")
 
 

@@ -46,8 +46,8 @@ constexpr int spins_before_sleep = 10000;  // about 0.15 ms
 constexpr std::chrono::microseconds recent{300};
 using Clock = std::chrono::steady_clock;
 
-// Waits until done() without sleeping; calls slow() when it takes long, and before each
-// yield.
+// Waits until done() without sleeping. Once it takes long, it calls slow() before each
+// yield, with true the first time.
 template <class F, class G>
 void spin_until(int spins, const F& done, const G& slow) {
   for (int spin = 0; !done(); ++spin) {
