@@ -330,9 +330,11 @@ class Recurrent(nn.Module):
                 f"{name} must be on {like.device} like the parameters, got {a.device}"
             )
         if a.dtype != like.dtype and not _is_cast(like.device.type):
+            way = "dequantize()" if a.is_quantized else f"to({like.dtype})"
+            other = f", or the module by .to({a.dtype})" * a.is_floating_point()
             raise error(
                 f"{name} must have the dtype of the parameters, {like.dtype}, got {a.dtype}: "
-                f"convert it by .to({like.dtype}), or the module by .to({a.dtype})"
+                f"convert it by .{way}{other}"
             )
 
     def _weights(self, names: Sequence[str]) -> list[Tensor]:
