@@ -268,7 +268,7 @@ def test_unusual_tensors_are_refused_by_name(what: str) -> None:
         "sparse": plain.to_sparse,
         "nested": lambda: torch.nested.nested_tensor([plain[0], plain[1, :1]]),
         "conjugate": lambda: plain.to(torch.complex64).conj(),
-        "quantized": lambda: torch.quantize_per_tensor(plain, 1.0, 0, torch.qint8),
+        "quantized": lambda: torch.quantize_per_tensor(plain[0], 1.0, 0, torch.qint8),
     }[what]()
     layer = fr.GRU(4, 5)
     with pytest.raises(TypeError, match="x must be an array that NumPy can read"):
