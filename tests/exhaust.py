@@ -33,8 +33,8 @@ import numpy as np
 
 import fusedrnn as fr
 
-# What a failure may raise. PyTorch's allocator raises a RuntimeError, and NumPy's reductions
-# forget to raise anything, which Python notices.
+# Errors that a failure may raise. PyTorch's allocator raises a RuntimeError, and NumPy's
+# reductions forget to raise anything, which Python notices.
 ALLOWED = r"^MemoryError|^RuntimeError: .*(alloc|memory)|^SystemError: .* of numpy\.ufunc"
 OF_OTHERS = r"op$|torch"  # kinds that also make such requests of others
 REPEATS = 4  # of each failure: a block more each time is a leak

@@ -62,7 +62,7 @@ class Draw(random.Random):
         return function(*args, **kwargs)
 
 
-# What is drawn
+# Drawing
 
 
 def draw_sizes(draw: Draw, isa: str, dtype: str, empty: bool = True) -> Sizes:
@@ -190,9 +190,9 @@ def compare(
 ) -> None:
     """Compare results or gradients by name with the reference.
 
-    Where a value or a slope jumps, as relu's does, one that rounding moves across the jump is
-    another: an error may be twice what the errors of rounding in `again` make of it. Values
-    that explode, as under some activations, are not compared.
+    Rounding may move an argument across a jump of a value or a slope, as of relu's: an error
+    may be twice what the errors of rounding in `again` make of it. Values that explode, as
+    under some activations, are not compared.
     """
     assert set(actual) == set(expected), f"{[*actual]}, not {[*expected]}"
     others: list[dict[str, Any]] = []

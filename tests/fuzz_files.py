@@ -118,7 +118,7 @@ def replace(rng: random.Random, message: Any, field: Any, value: Any) -> None:
         values[at] = value
 
 
-# What reads a file: good files, and a function that fails if damage is not refused.
+# Readers: good files, and a function that fails if damage is not refused.
 
 
 @functools.cache

@@ -226,7 +226,7 @@ class LayerCall:
 
         return self.named(results), pull
 
-    # What has to come
+    # Expected results
 
     def expected(self, x: Any, state: Any, parameters: Any) -> Any:
         """Results of the reference and its pullback."""
@@ -414,15 +414,7 @@ def stream_scene(draw: Draw) -> None:
 class NarrowCall(LayerCall):
     """A layer of narrow weights, whose steps follow the definition from its own states."""
 
-    KNOWN: tuple[str, ...] = (
-        "projection",
-        "peephole",
-        "clip",
-        "cell_clip",
-        "layer_norm",
-        "zoneout",
-    )
-    KNOWN += ("activation", "recurrent_activation")
+    KNOWN = tuple(name for name in OF_LAYERS if not name.endswith("dropout"))  # in inference
     may_be_empty = False
 
     def build(self) -> Any:

@@ -81,7 +81,7 @@ double probe_product(index rounds, int precision) {
 // Makes `threads` threads meet `rounds` times.
 void probe_meetings(index rounds, int threads) {
   const Unlocked unlocked;
-  run_on_team(threads, false, nullptr, [&](const Team& team) {
+  run_on_team(threads, false, [&](const Team& team) {
     for (index round = 0; round < rounds; ++round) team.meet();
   });
 }

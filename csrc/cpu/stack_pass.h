@@ -329,33 +329,32 @@ class StackPass {
       watch.emplace(static_cast<index>(1 + work_between_looks * steps / work));
     }
     Barrier sides[2];
-    with_team(
-        threads_, work < brief_work, steps_, watch ? &*watch : nullptr,
-        [&](const Team& team) {
-          for (const Group& group : groups_) {
-            if (before(group, team)) team.meet();
-            if (group.count == 2 && team.count > 1) {
-              const int half = team.count / 2, side = team.rank / half;
-              const int rank = team.rank % half, count = std::min(half, group.threads);
-              if (side < 2 && rank < count) {
-                run_pass(passes_[group.first + side], scratch[side],
-                         team.part(rank, count, &sides[side]));
-              }
-            } else {
-              for (int n = 0; n < group.count; ++n) {
-                const int count = std::min(team.count, group.threads);
-                if (n > 0) team.meet();
-                if (team.rank >= count) continue;
-                Barrier* const barrier = count == team.count ? team.barrier : &sides[0];
-                run_pass(passes_[group.first + n], scratch[0],
-                         team.part(team.rank, count, barrier));
-              }
-            }
-            const bool is_last = group.first + group.count == std::ssize(passes_);
-            if (!is_last) team.meet();
-            if (after(group, team)) team.meet();
+    const auto run_groups = [&](const Team& team) {
+      for (const Group& group : groups_) {
+        if (before(group, team)) team.meet();
+        if (group.count == 2 && team.count > 1) {
+          const int half = team.count / 2, side = team.rank / half;
+          const int rank = team.rank % half, count = std::min(half, group.threads);
+          if (side < 2 && rank < count) {
+            run_pass(passes_[group.first + side], scratch[side],
+                     team.part(rank, count, &sides[side]));
           }
-        });
+        } else {
+          for (int n = 0; n < group.count; ++n) {
+            const int count = std::min(team.count, group.threads);
+            if (n > 0) team.meet();
+            if (team.rank >= count) continue;
+            Barrier* const barrier = count == team.count ? team.barrier : &sides[0];
+            run_pass(passes_[group.first + n], scratch[0],
+                     team.part(team.rank, count, barrier));
+          }
+        }
+        const bool is_last = group.first + group.count == std::ssize(passes_);
+        if (!is_last) team.meet();
+        if (after(group, team)) team.meet();
+      }
+    };
+    with_team(threads_, work < brief_work, steps_, run_groups, watch ? &*watch : nullptr);
   }
 };
 

@@ -6,7 +6,6 @@
 #include <system_error>
 #include <thread>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -60,8 +59,8 @@ void spin_until(int spins, const F& done, const G& slow) {
   }
 }
 
-// Returns how often a thread of a team looks for what it waits for before it yields.
-// Where threads share cores, what it waits for needs its core.
+// Returns how often a thread of a team looks for what it waits for before it yields. It
+// yields at once if threads share cores, because another one needs its core.
 int spins_of(int threads) { return threads > usable_cores() ? 0 : spins_before_yield; }
 
 // Runs a job's part; another thread of the team learns from its watch that the call
@@ -368,7 +367,7 @@ void Barrier::keep_apart([[maybe_unused]] int rank, [[maybe_unused]] int count) 
 #endif
 }
 
-void run_on_team(int threads, bool brief, Watch* watch, Job job) {
+void run_on_team(int threads, bool brief, Job job, Watch* watch) {
   if (threads == 1) return job.work(job.argument, Team::single(watch));
   const OpenMP* const omp = shared_openmp.load(std::memory_order_acquire);
   if (omp && omp->forks == forks() && has_threads(*omp, threads)) {

@@ -111,7 +111,7 @@ bool share_team(const char* library);
 // calls, and returns when all are done. If the system has no more threads, there are
 // fewer. If the workers sleep, a brief job runs on the calling thread alone, because
 // waking them takes as long as the job, unless another brief job came just before.
-void run_on_team(int threads, bool brief, Watch* watch, Job job);
+void run_on_team(int threads, bool brief, Job job, Watch* watch);
 
 // Returns the job of calling f(team).
 template <class F>
@@ -124,8 +124,8 @@ Job job_of(const F& f) {
 
 // Calls f(team) on each thread.
 template <class F>
-void run_on_team(int threads, bool brief, Watch* watch, const F& f) {
-  run_on_team(threads, brief, watch, job_of(f));
+void run_on_team(int threads, bool brief, const F& f, Watch* watch = nullptr) {
+  run_on_team(threads, brief, job_of(f), watch);
 }
 
 }  // namespace fusedrnn

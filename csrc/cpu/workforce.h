@@ -13,14 +13,15 @@ namespace fusedrnn {
 // Calls f(team) on so many threads. `steps` is the number of steps of the call, which are
 // counted from call to call; `watch`, or null, can end it.
 template <class F>
-void with_team(int threads, bool brief, index steps, Watch* watch, const F& f) {
+void with_team(int threads, bool brief, index steps, const F& f, Watch* watch = nullptr) {
   thread_local index step = 0;
   const index first_step = step;
-  run_on_team(threads, brief, watch, [&](Team team) {
+  const auto work = [&](Team team) {
     const FlushDenormals mode;
     team.step = first_step;
     f(team);
-  });
+  };
+  run_on_team(threads, brief, work, watch);
   step += steps;
 }
 

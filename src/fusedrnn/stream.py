@@ -258,7 +258,7 @@ class Stream:
 
 
 class _Header(NamedTuple):
-    """What the first bytes of an array in a file say, before its values are read."""
+    """The shape and dtype of an array in a file, known before its values are read."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]

@@ -25,12 +25,12 @@ from .base import (
     LSTMOptions,
     Recurrent,
     RNNOptions,
-    check_dense,
     check_kind,
     is_half,
     of_cell,
 )
 from .kernels import NeedsChecksError
+from .masks import checked_flags, checked_lengths
 from .packed import Layout
 
 if TYPE_CHECKING:
@@ -213,12 +213,12 @@ class _Layers(Recurrent):
             )
         state = self._state(hx, x.shape[1], unbatched, first)
         if lengths is not None:
-            lengths = _checked_lengths(lengths, x.shape[1], unbatched)
+            lengths = checked_lengths(lengths, x.shape[1], unbatched)
 
         def flags(name: str, value: Any) -> Any:
             if value is None:
                 return None
-            found = _checked_flags(name, value, tuple(input.shape[:-1]))
+            found = checked_flags(name, value, tuple(input.shape[:-1]))
             if unbatched:
                 return found.unsqueeze(1)
             return found.transpose(0, 1) if self.batch_first else found
@@ -410,54 +410,6 @@ class _Layers(Recurrent):
             return PackedSequence(layout.pack(a), *packed[1:])
 
         return self._results(give, made, kept, False)
-
-
-def _as_tensor(name: str, a: Any) -> Tensor:
-    """Return a tensor; arrays are copied, because PyTorch warns of those that are read-only."""
-    if isinstance(a, Tensor):
-        check_dense(name, a)
-        return a
-    checks.unmasked(name, a)
-    try:
-        return torch.tensor(a)
-    except (TypeError, ValueError, RuntimeError) as error:
-        kind = type(a).__name__
-        raise TypeError(f"{name} must be a tensor, got {kind}: {error}") from None
-
-
-def _checked_lengths(lengths: Any, B: Any, unbatched: bool) -> Tensor:
-    found = _as_tensor("lengths", lengths)
-    dtype = found.dtype
-    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-        raise TypeError(f"lengths must be integers, got {dtype}")
-    if unbatched and found.numel() == 1:
-        found = found.reshape(1)
-    if found.shape != (B,):
-        raise ValueError(f"lengths must have shape (B,) = ({B},), got {tuple(found.shape)}")
-    return found if found.dtype == torch.int32 else found.to(torch.int64)
-
-
-def _checked_flags(name: str, value: Any, expected: tuple[Any, ...]) -> Tensor:
-    found = _as_tensor(name, value)
-    if found.dtype.is_complex:
-        raise TypeError(f"{name} must be bool or numbers that are 0 or 1, got {found.dtype}")
-    if found.shape != expected:
-        raise ValueError(
-            f"{name} must have the shape of input without its last axis, {expected}, "
-            f"got {tuple(found.shape)}"
-        )
-    if found.dtype == torch.bool:
-        return found
-    flags = found != 0
-    if _can_check(found) and bool((found != flags).any()):
-        wrong = found[found != flags][0]
-        raise ValueError(f"{name} must be bool or numbers that are 0 or 1, got {wrong}")
-    return flags
-
-
-def _can_check(a: Tensor) -> bool:
-    """Return whether a tensor's values can be read, without waiting for a GPU."""
-    return a.is_cpu and not torch.compiler.is_compiling() and not ops.is_transformed()
 
 
 class LSTM(_Layers):
