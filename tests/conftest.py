@@ -14,6 +14,9 @@ from collections.abc import Iterator
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
+# Of those that are, none is left out because another test uses its core.
+os.environ.setdefault("FUSEDRNN_FIXED_THREADS", "1")
+
 # Keras reads its backend when it is imported, which a page of the documentation may do first.
 os.environ.setdefault("KERAS_BACKEND", "torch")
 

@@ -47,10 +47,11 @@ CACHES = (None, 4096, 65536)  # with small ones, small shapes reach every order 
 
 def environment(seed: int, number: int) -> dict[str, str]:
     """The environment of the process for a number."""
+    rng = random.Random(f"{seed}:{number // IN_A_PROCESS}")
     made = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-    l2 = random.Random(f"{seed}:{number // IN_A_PROCESS}").choice(CACHES)
-    if l2:
+    if l2 := rng.choice(CACHES):
         made |= {"FUSEDRNN_L1_BYTES": str(l2 // 4), "FUSEDRNN_L2_BYTES": str(l2)}
+    made["FUSEDRNN_FIXED_THREADS"] = rng.choice("011")
     return made
 
 

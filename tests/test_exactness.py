@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from helpers import MASKS, Sizes, arguments, cotangents, masks, op, present
@@ -40,6 +44,40 @@ def test_any_number_of_threads(
         everything.append([*results, *present(pullback(*cotangents(results)))])
     for other in everything[1:]:
         assert_identical(other, everything[0])
+
+
+BESIDE_EACH_OTHER = """
+import os
+import numpy as np
+import fusedrnn as fr
+
+layer = fr.LSTM(32, 64, 2, rng=0)
+x = np.random.default_rng(1).normal(size=(40, 16, 32)).astype(np.float32)
+
+def train():
+    (y, (h, c)), pullback = layer.vjp(x)
+    dx, _, gradients = pullback(np.cos(y))
+    return np.concatenate([np.ravel(a) for a in (y, h, c, dx, *gradients.values())])
+
+fr.set_num_threads(1)
+expected = train()
+fr.set_num_threads(3)
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+print(all(np.array_equal(train(), expected) for _ in range(40)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity masks here")
+def test_threads_that_are_left_out_change_nothing() -> None:
+    """Threads that must share a core, which some calls leave out and others try again."""
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE_EACH_OTHER],
+        env=os.environ | {"FUSEDRNN_FIXED_THREADS": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["True"], done.stderr
 
 
 @with_masks([*SHAPES[1:], LARGE])

@@ -230,6 +230,12 @@ struct OpenMP {
 };
 std::atomic<const OpenMP*> shared_openmp{nullptr};
 
+// Returns the library on whose threads this process computes, or null.
+const OpenMP* team_of_openmp() {
+  const OpenMP* const omp = shared_openmp.load(std::memory_order_acquire);
+  return omp && omp->forks == forks() ? omp : nullptr;
+}
+
 // Returns whether the system makes `count` threads beside those that there are.
 bool can_make(int count) {
   std::vector<std::thread> made;
@@ -321,6 +327,8 @@ bool share_team(const char* library) {
 #endif
 }
 
+bool shares_team() { return team_of_openmp() != nullptr; }
+
 void Barrier::wait(const Team& team) {
   const int phase = phase_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == team.count - 1) {
@@ -369,8 +377,8 @@ void Barrier::keep_apart([[maybe_unused]] int rank, [[maybe_unused]] int count) 
 
 void run_on_team(int threads, bool brief, Job job, Watch* watch) {
   if (threads == 1) return job.work(job.argument, Team::single(watch));
-  const OpenMP* const omp = shared_openmp.load(std::memory_order_acquire);
-  if (omp && omp->forks == forks() && has_threads(*omp, threads)) {
+  const OpenMP* const omp = team_of_openmp();
+  if (omp && has_threads(*omp, threads)) {
     return run_on(*omp, threads, brief, watch, job);
   }
   thread_local Pool pool;

@@ -106,6 +106,8 @@ struct Job {
 // forked children. Returns whether a library of that name with gcc's interface is loaded.
 // The empty name stops sharing.
 bool share_team(const char* library);
+// Returns whether this process's calls do.
+bool shares_team();
 
 // Runs the job on `threads` threads, the calling one and workers that it keeps for later
 // calls, and returns when all are done. If the system has no more threads, there are

@@ -4,9 +4,9 @@
 
 #include <algorithm>
 
+#include "contention.h"
 #include "dispatch.h"
 #include "float_mode.h"
-#include "team.h"
 
 namespace fusedrnn {
 
@@ -21,7 +21,7 @@ void with_team(int threads, bool brief, index steps, const F& f, Watch* watch = 
     team.step = first_step;
     f(team);
   };
-  run_on_team(threads, brief, work, watch);
+  run_on_free_cores(threads, brief, job_of(work), watch);
   step += steps;
 }
 
