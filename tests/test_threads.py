@@ -175,7 +175,8 @@ def test_signals_arrive_during_calls() -> None:
     finally:
         sys.setprofile(profiler)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        # ThreadSanitizer may deliver the last signal after this: the default would end Python.
+        signal.signal(signal.SIGALRM, before or signal.SIG_IGN)
     assert handled
     assert all(handled)
 
