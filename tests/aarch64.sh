@@ -29,12 +29,12 @@ narrow neon_dotprod neon INT8 -march=armv8.2-a+dotprod &
 narrow neon_bf16 neon BFLOAT16 -march=armv8.2-a+bf16 &
 wait
 narrow neon_i8mm neon INT8 "-march=armv8.2-a+dotprod+i8mm -DFUSEDRNN_WITH_ROW_PAIRS"
-for source in csrc/cpu/*.cpp tests/{kernels,products}_test.cpp; do
+for source in csrc/cpu/*.cpp tests/{contention,kernels,products}_test.cpp; do
   while [ "$(jobs -pr | wc -l)" -ge 2 ]; do wait -n; done
   compile -ffp-contract=off -fopenmp -DFUSEDRNN_HAS_NEON -c "$source" \
     -o "$build/$(basename "$source").o" &
 done
 wait
-test "$(ls "$build"/*.o | wc -l)" -eq "$((9 + $(ls csrc/cpu/*.cpp | wc -l) + 2))"
+test "$(ls "$build"/*.o | wc -l)" -eq "$((9 + $(ls csrc/cpu/*.cpp | wc -l) + 3))"
 compile -fopenmp "$build"/*.o -o "$build/kernels_test"
 FUSEDRNN_FIXED_THREADS=1 qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu "$build/kernels_test"

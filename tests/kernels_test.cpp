@@ -5,7 +5,6 @@
 // any cut of the sequence.
 #include <algorithm>
 #include <bit>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -16,10 +15,10 @@
 #include <utility>
 #include <vector>
 
-#include "../csrc/cpu/contention.h"
 #include "../csrc/cpu/memory.h"
 #include "../csrc/cpu/stack.h"
 #include "../csrc/cpu/workforce.h"
+#include "contention_test.h"
 #include "products_test.h"
 
 using namespace fusedrnn;
@@ -540,26 +539,8 @@ void test_products() {
 
 }  // namespace
 
-// Of four threads those that lost their cores are left out for a while.
-void test_contention() {
-  const auto at = [](int ms) {
-    return Contention::Time(std::chrono::milliseconds(1000 + ms));
-  };
-  Contention some;
-  const auto is = [&](int ms, int threads, const std::string& what) {
-    check(some.limit(4, at(ms)) == threads, "contention: " + what);
-  };
-  is(0, 4, "nothing found"), some.found(1, 4, at(0), at(2)), is(6, 3, "one lost");
-  some.found(3, 3, at(3), at(5)), is(6, 1, "all lost"), is(7, 4, "a try after 5 ms");
-  some.found(1, 4, at(8), at(10)), is(19, 3, "lost again"), is(20, 4, "after 10 ms");
-  some.found(2, 4, at(80), at(82)), is(86, 2, "half lost"), is(87, 4, "after 5 ms");
-  some.found(1, 4, at(500), at(600)), is(699, 3, "a long job"), is(700, 4, "after it");
-  some.found(2, 4, at(800), at(850)), is(851, 4, "half lost in a long job");
-  some.found(1, 4, at(860), at(862)), is(863, 4, "a short job beside it");
-}
-
 int main() {
-  test_contention();
+  check(test::failures_of_contention() == 0, "contention");
   test_products();
   constexpr index shapes[][4] = {{1, 1, 1, 1},   {5, 3, 4, 7},    {7, 1, 9, 33},
                                  {6, 20, 7, 50}, {40, 13, 3, 16}, {3, 70, 20, 17},

@@ -48,6 +48,7 @@ def test_any_number_of_threads(
 
 BESIDE_EACH_OTHER = """
 import os
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
 import numpy as np
 import fusedrnn as fr
 
@@ -62,7 +63,6 @@ def train():
 fr.set_num_threads(1)
 expected = train()
 fr.set_num_threads(3)
-os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
 print(all(np.array_equal(train(), expected) for _ in range(40)))
 """
 

@@ -10,6 +10,8 @@
 #include <time.h>
 #endif
 
+#include "machine.h"
+
 namespace fusedrnn {
 
 namespace {
@@ -67,6 +69,8 @@ int Contention::limit(int threads, Time now) const {
 }
 
 void Contention::found(int lost, int threads, Time begin, Time end) {
+  // If all lost their cores at once, the process used up the quota of its control group.
+  if (lost == threads && threads <= usable_cores()) return;
   const Duration job = end - begin;
   if (job > long_job && 2 * lost >= threads) in_long_jobs_until_ = end + most_jobs * job;
   if (end < in_long_jobs_until_) return;
