@@ -26,6 +26,7 @@ import pytest
 
 import fusedrnn as fr
 from fusedrnn import _cpu, cuda
+from fusedrnn.backend import cpu
 
 ROUNDS = int(os.environ.get("FUSEDRNN_ROUNDS", "1"))
 SECONDS = 120 * ROUNDS  # after so many a process hangs
@@ -124,6 +125,22 @@ def test_threads_share_layers_and_settings() -> None:
                 each.result()
     finally:
         fr.set_isa(before)
+
+
+def test_threads_that_pack_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They use the same packed weights, which keep their instruction set."""
+    layer, made = fr.LSTM(I, H, rng=0), cpu.Layers
+    kept = []
+
+    def pack(*arguments: Any) -> Any:
+        monkeypatch.setattr(cpu, "Layers", made)
+        layer(X)  # as another thread does meanwhile
+        kept.append(layer._packed["layers"])
+        return made(*arguments)
+
+    monkeypatch.setattr(cpu, "Layers", pack)
+    layer(X)
+    assert layer._packed["layers"] is kept[0]
 
 
 class Event:

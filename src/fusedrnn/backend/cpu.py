@@ -94,9 +94,11 @@ class Host:
         if isinstance(parameters[0].weight_ih, Narrow):
             parameters, scales = zip(*map(_stored, parameters), strict=True)
         layers = Layers(s.cell.name, parameters, s.directions, s.dropout, *axes, scales)
-        if cache is not None:
-            cache["layers"] = layers
-        return layers
+        if cache is None:
+            return layers
+        # If threads pack at the same time, all use what the first one kept, as later calls do.
+        cached = cache.setdefault("layers", layers)
+        return cached
 
     def now(self) -> Host:
         """Return the backend for a later call."""
