@@ -66,6 +66,8 @@ def damaged_model(rng: random.Random, data: bytes) -> bytes:
     for _ in range(rng.choice([1, 1, 2, 4, 8])):
         fields: list[tuple[Any, Any]] = []
         collect(model, fields)
+        if not fields:
+            break
         message, field = rng.choice(fields)
         with contextlib.suppress(ValueError, TypeError, IndexError):  # no such value
             change(rng, message, field)
