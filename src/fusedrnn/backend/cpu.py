@@ -97,8 +97,8 @@ class Host:
         if cache is None:
             return layers
         # If threads pack at the same time, all use what the first one kept, as later calls do.
-        cached = cache.setdefault("layers", layers)
-        return cached
+        kept: Layers = cache.setdefault("layers", layers)
+        return kept
 
     def now(self) -> Host:
         """Return the backend for a later call."""
