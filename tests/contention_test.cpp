@@ -2,12 +2,10 @@
 // it makes up.
 #include "contention_test.h"
 
-#include <algorithm>
 #include <chrono>
 #include <cstdio>
 
 #include "../csrc/cpu/contention.h"
-#include "../csrc/cpu/machine.h"
 
 namespace fusedrnn::test {
 
@@ -17,9 +15,12 @@ Contention::Time at(int ms) {
   return Contention::Time(std::chrono::seconds(1) + std::chrono::milliseconds(ms));
 }
 
-// Of the threads of a job some lost their cores; the times are milliseconds.
+// Other work took up to `most` of the time of `slow` of a job's threads; the times are
+// milliseconds.
 struct Found {
-  int lost, threads, begin, end;
+  int slow;
+  double most;
+  int threads, begin, end;
 };
 
 }  // namespace
@@ -27,30 +28,35 @@ struct Found {
 int failures_of_contention() {
   Contention contention;
   int failures = 0;
-  // After a job a call of four threads at a later time has so many.
-  const auto check = [&](const Found& job, int later, int expected, const char* what) {
-    if (job.lost) contention.found(job.lost, job.threads, at(job.begin), at(job.end));
-    const int got = contention.limit(4, at(later));
+  // After a job a call at a later time has so many of its threads.
+  const auto check = [&](const Found& job, int later, int expected, const char* what,
+                         int threads = 4, Length length = Length::usual) {
+    if (job.slow) {
+      contention.found(job.slow, job.most, job.threads, at(job.begin), at(job.end));
+    }
+    const int got = contention.limit(threads, length, at(later));
     if (got == expected) return;
     std::printf("FAIL contention: %s: %d threads, expected %d\n", what, got, expected);
     ++failures;
   };
   const Found none{};
-  const int cores = usable_cores();
-  check({cores, cores, -40, -38}, -36, 4,
-        "all lose their cores, as at the end of a quota");
-  check({cores + 1, cores + 1, -40, -38}, -36, std::max(3 - cores, 1), "more than cores");
-  check({1, 4, 10, 12}, 16, 3, "one loses its core");
-  check({2, 3, 13, 15}, 16, 1, "two of the others do");
-  check(none, 17, 4, "after 5 ms");
-  check({1, 4, 18, 20}, 29, 3, "again");
-  check(none, 30, 4, "after 10 ms");
-  check({2, 4, 80, 82}, 86, 2, "not again, but later");
-  check(none, 87, 4, "after 5 ms");
-  check({1, 4, 500, 600}, 699, 3, "a long job");
-  check(none, 700, 4, "after as long as it took");
-  check({2, 4, 800, 850}, 851, 4, "half of the threads of a long job");
-  check({1, 4, 860, 862}, 863, 4, "a short job beside it");
+  check({1, 0.2, 4, -9, 0}, 1, 4, "less is lost than a thread is worth");
+  check({2, 0.3, 4, -9, 0}, 1, 4, "nor are two worth leaving out");
+  check({4, 0.7, 4, -9, 0}, 1, 4, "all are slow, as at the end of a quota");
+  check({1, 0.5, 4, -9, 0}, 19, 3, "one is slow");
+  check({2, 0.8, 3, 10, 15}, 19, 1, "two of the others are");
+  check(none, 20, 4, "after 20 ms");
+  check({1, 0.5, 4, 50, 60}, 99, 3, "again, as soon as it is known");
+  check(none, 100, 4, "after 40 ms");
+  check({1, 0.5, 4, 150, 160}, 229, 3, "again, 10 ms later than that");
+  check(none, 230, 4, "after 70 ms");
+  check({2, 0.7, 4, 490, 500}, 519, 2, "long after that");
+  check(none, 519, 2, "a smaller team", 2);
+  check(none, 519, 4, "half of the threads of a lasting job", 4, Length::lasting);
+  check(none, 519, 6, "a quarter of the threads of a lasting job", 8, Length::lasting);
+  check(none, 520, 4, "after 20 ms");
+  check({1, 0.5, 4, 900, 1000}, 1099, 3, "a long job");
+  check(none, 1100, 4, "after as long as it took");
   return failures;
 }
 

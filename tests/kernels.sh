@@ -10,4 +10,4 @@ cmake --preset release -B "$build" -G Ninja -DFUSEDRNN_CUDA=OFF \
   -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" \
   -DPython_EXECUTABLE="$(command -v python)" >"$build/configure.log"
 cmake --build "$build" --target kernels_test
-FUSEDRNN_FIXED_THREADS=1 "$build/kernels_test"  # no thread is left out
+FUSEDRNN_FIXED_THREADS=1 "$build/kernels_test"

@@ -117,14 +117,14 @@ void run(const Layout& layout, const Forward& p) {
   const int threads = get_num_threads();
   const Workspace scratch(
       static_cast<std::size_t>(forward_workspace(layout, p, threads)));
-  with_team(threads, false, p.T,
+  with_team(threads, Length::usual, p.T,
             [&](const Team& team) { forward(layout, p, scratch.start(), team); });
 }
 void run(const Layout& layout, const Backward& p) {
   const int threads = get_num_threads();
   const Workspace scratch(
       static_cast<std::size_t>(backward_workspace(layout, p, threads)));
-  with_team(threads, false, p.T,
+  with_team(threads, Length::usual, p.T,
             [&](const Team& team) { backward(layout, p, scratch.start(), team); });
 }
 

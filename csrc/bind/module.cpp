@@ -9,7 +9,7 @@
 #endif
 
 #include "../cpu/machine.h"
-#include "../cpu/team.h"
+#include "../cpu/workforce.h"
 #include "gil.h"
 #include "tensors.h"
 
@@ -86,6 +86,18 @@ void probe_meetings(index rounds, int threads) {
   });
 }
 
+// Makes the threads of a call meet `rounds` times and returns how many there are if it
+// may use `threads`.
+int probe_team(index rounds, int threads) {
+  const Unlocked unlocked;
+  int count = 0;
+  with_team(threads, Length::usual, 0, [&](const Team& team) {
+    for (index round = 0; round < rounds; ++round) team.meet();
+    if (team.is_caller) count = team.count;
+  });
+  return count;
+}
+
 float probe_read(const Array& a, index rounds) {
   const float* const p = static_cast<const float*>(a.data());
   const Unlocked unlocked;
@@ -137,5 +149,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("probe_product", &probe_product);
   m.def("probe_read", &probe_read);
   m.def("probe_meetings", &probe_meetings);
+  m.def("probe_team", &probe_team);
   m.attr("compiler") = FUSEDRNN_COMPILER;
 }

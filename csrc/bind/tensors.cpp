@@ -44,12 +44,13 @@ class RoundedOutputs {
   void round() const {
     constexpr index values_per_thread = 1 << 16;
     for (const Output& of : outputs_) {
-      with_team(
-          threads_for(of.values, values_per_thread), true, 0, [&](const Team& team) {
-            const Range own = team.share(of.values, 64);
-            halves_of_torch().narrow(of.wide.as<const char>() + 4 * own.begin,
-                                     own.end - own.begin, of.to + half_item * own.begin);
-          });
+      with_team(threads_for(of.values, values_per_thread), Length::brief, 0,
+                [&](const Team& team) {
+                  const Range own = team.share(of.values, 64);
+                  halves_of_torch().narrow(of.wide.as<const char>() + 4 * own.begin,
+                                           own.end - own.begin,
+                                           of.to + half_item * own.begin);
+                });
     }
   }
 };

@@ -4,37 +4,39 @@
 #include <atomic>
 #include <cstdlib>
 #include <string_view>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/resource.h>
 #include <time.h>
 #endif
 
-#include "machine.h"
-
 namespace fusedrnn {
 
 namespace {
 
+using std::chrono::microseconds;
 using std::chrono::milliseconds;
-constexpr milliseconds window{2};        // a time slice is about 4 ms
-constexpr milliseconds most_window{10};  // before it the thread may have had no job
-// A pause is at least as long as the job that lost a core, and doubles up to eight jobs.
-constexpr milliseconds first_pause{5}, most_pause{160}, soon{20};
+
+constexpr milliseconds look{2}, window{20};  // a time slice is about 4 ms
+constexpr microseconds gap{100};             // in it a worker may have slept
+// A pause is at least as long as the job before it, and at most as eight such jobs.
+constexpr milliseconds first_pause{20}, most_pause{320}, longest_pause{1000};
 constexpr int most_jobs = 8;
-// In a long job a thread on a shared core computes half of the time, so without half of
-// its threads the job would not be faster. Nor may a short job before it take them away.
-constexpr milliseconds long_job{20};
+// A thread that loses this part of what it adds is left out, and its core left to others.
+constexpr double worth = 0.8;
 
 // FUSEDRNN_FIXED_THREADS=1 leaves no thread out.
-const char* const fixed_threads = std::getenv("FUSEDRNN_FIXED_THREADS");
-const bool are_fixed = fixed_threads && std::string_view(fixed_threads) == "1";
+const bool are_fixed = [] {
+  const char* const value = std::getenv("FUSEDRNN_FIXED_THREADS");
+  return value && std::string_view(value) == "1";
+}();
 
 }  // namespace
 
 std::optional<CoreShare::Usage> CoreShare::usage() {
 #if defined(__linux__)
-  // The times of getrusage are those of the last tick, 4 ms ago.
+  // The times of getrusage are up to a tick old, 4 ms.
   rusage found;
   timespec time;
   if (getrusage(RUSAGE_THREAD, &found) == 0 &&
@@ -47,63 +49,80 @@ std::optional<CoreShare::Usage> CoreShare::usage() {
   return std::nullopt;
 }
 
-void CoreShare::look(Clock::time_point now) { looked_at_ = now, used_ = usage(); }
-
-void CoreShare::begin_job() {
-  const auto now = Clock::now();
-  if (now - looked_at_ > most_window) look(now);
+void CoreShare::begin_job(Clock::time_point posted) {
+  if (posted - ended_at_ < gap) return;
+  looked_at_ = posted, used_ = usage();
+  is_after_gap_ = true;
 }
 
-bool CoreShare::has_lost_core() {
-  const auto now = Clock::now();
-  const auto passed = now - looked_at_;
-  if (passed < window) return false;
-  const auto before = used_;
-  look(now);
-  return before && used_ && used_->sleeps == before->sleeps &&
-         (used_->computed - before->computed) * 2 < passed;
+double CoreShare::end_job() {
+  ended_at_ = Clock::now();
+  // After a gap another one may follow, in which the thread sleeps.
+  if (!is_after_gap_ && ended_at_ - looked_at_ < look) return 0;
+  is_after_gap_ = false;
+  const auto passed = ended_at_ - std::exchange(looked_at_, ended_at_);
+  const auto before = std::exchange(used_, usage());
+  if (!before || !used_ || used_->sleeps != before->sleeps) return 0;
+  passed_ += passed, computed_ += used_->computed - before->computed;
+  if (passed_ < window) return 0;
+  const std::chrono::duration<double> all = passed_, computed = computed_;
+  passed_ = computed_ = {};
+  return 1 - computed / all;
 }
 
-int Contention::limit(int threads, Time now) const {
-  return now < until_ ? std::max(threads - left_out_, 1) : threads;
+int Contention::limit(int threads, Length length, Time now) const {
+  if (now >= until_) return threads;
+  // Smaller teams than the one that lost cores may do without these, too.
+  const int some =
+      threads < threads_ ? std::min(threads, threads_ - left_out_) : threads - left_out_;
+  // In a lasting job a thread on a shared core computes half of the time, so without half
+  // of its threads it would be no faster.
+  if (length == Length::lasting && 2 * some <= threads) return threads;
+  return std::max(some, 1);
 }
 
-void Contention::found(int lost, int threads, Time begin, Time end) {
-  // If all lost their cores at once, the process used up the quota of its control group.
-  if (lost == threads && threads <= usable_cores()) return;
-  const Duration job = end - begin;
-  if (job > long_job && 2 * lost >= threads) in_long_jobs_until_ = end + most_jobs * job;
-  if (end < in_long_jobs_until_) return;
+void Contention::found(int slow, double most, int threads, Time begin, Time end) {
+  if (most * threads <= worth * slow) return;
   if (begin < until_) {
-    left_out_ += lost;
+    left_out_ += slow;
     return;
   }
-  const bool is_again = end - until_ < std::max<Duration>(soon, 2 * job);
-  pause_ = is_again
-               ? std::min(2 * pause_, std::max<Duration>(most_pause, most_jobs * job))
-               : std::max<Duration>(first_pause, job);
-  left_out_ = lost;
+  const Duration job = end - begin, quiet = begin - until_ - 2 * window;
+  const Duration first = std::clamp<Duration>(job, first_pause, longest_pause);
+  const Duration last = std::clamp<Duration>(most_jobs * job, most_pause, longest_pause);
+  pause_ = std::clamp(2 * pause_ - std::max(quiet, Duration{}), first, last);
+  left_out_ = slow, threads_ = threads;
   until_ = end + pause_;
 }
 
-void run_on_free_cores(int threads, bool brief, const Job& job, Watch* watch) {
+void run_on_free_cores(int threads, Length length, const Job& job, Watch* watch) {
   using Clock = Contention::Clock;
   thread_local Contention contention;
+  const bool is_brief = length == Length::brief;
   // Another library waits for its threads in its own calls, whatever ours do.
-  if (are_fixed || shares_team()) return run_on_team(threads, brief, job, watch);
-  if (threads == 1) return job.work(job.argument, Team::single(watch));
+  if (threads == 1 || are_fixed || shares_team()) {
+    return run_on_team(threads, is_brief, job, watch);
+  }
   const auto begin = Clock::now();
-  threads = contention.limit(threads, begin);
-  if (threads == 1) return job.work(job.argument, Team::single(watch));
-  std::atomic<int> lost{0};
+  threads = contention.limit(threads, length, begin);
+  if (threads == 1) return run_on_team(1, is_brief, job, watch);
+  std::atomic<int> slow{0};
+  std::atomic<double> most{0};
+  int count = 1;  // fewer than asked for, where the system has no more
   const auto part = [&](const Team& team) {
     thread_local CoreShare core;
-    core.begin_job();
+    core.begin_job(begin);
     job.work(job.argument, team);
-    if (core.has_lost_core()) lost.fetch_add(1, std::memory_order_relaxed);
+    if (const double taken = core.end_job(); taken * team.count > worth) {
+      ++slow;
+      for (double seen = most;
+           taken > seen && !most.compare_exchange_weak(seen, taken);) {
+      }
+    }
+    if (team.is_caller) count = team.count;
   };
-  run_on_team(threads, brief, part, watch);
-  if (lost > 0) contention.found(lost, threads, begin, Clock::now());
+  run_on_team(threads, is_brief, part, watch);
+  if (slow > 0) contention.found(slow, most, count, begin, Clock::now());
 }
 
 }  // namespace fusedrnn

@@ -1,8 +1,9 @@
-// This header leaves out cores that other work uses, too.
+// This header leaves threads out of a team while other work uses their cores.
 //
 // The threads of a team meet after every step, so a team with one thread on a shared core
 // waits, for milliseconds each time, whenever the system gives that core to the other
-// work. With one thread fewer the rest run without waiting. No result depends on it.
+// work. With one thread fewer it runs on: the last worker sleeps, and the system moves
+// the other work, or a thread, to the core that this frees. No result depends on it.
 #pragma once
 
 #include <chrono>
@@ -12,26 +13,31 @@
 
 namespace fusedrnn {
 
-// A CoreShare finds whether its thread lost its core for long.
+// How long a job takes: about as long as waking a thread (brief), or longer than several
+// time slices of the system (lasting).
+enum class Length { brief, usual, lasting };
+
+// A CoreShare measures how much of its thread's time other work takes.
 class CoreShare {
  public:
+  using Clock = std::chrono::steady_clock;
   // The thread calls these before and after its part of a job.
-  void begin_job();
-  // Returns whether the thread had less than half of the time since the last look, which
-  // was at least 2 ms ago.
-  bool has_lost_core();
+  void begin_job(Clock::time_point posted);
+  // Once in 20 ms of jobs this returns the part of them, since they were posted, in which
+  // the thread did not compute, otherwise 0.
+  double end_job();
 
  private:
-  using Clock = std::chrono::steady_clock;
   struct Usage {
     std::chrono::nanoseconds computed;
     long sleeps;
   };
   static std::optional<Usage> usage();
-  void look(Clock::time_point now);
 
-  Clock::time_point looked_at_{};
+  Clock::time_point looked_at_{}, ended_at_{};
   std::optional<Usage> used_;
+  bool is_after_gap_ = true;
+  std::chrono::nanoseconds passed_{}, computed_{};  // of the jobs that were looked at
 };
 
 // A Contention says how many threads the calls of one thread should use.
@@ -40,19 +46,20 @@ class Contention {
   using Clock = std::chrono::steady_clock;
   using Time = Clock::time_point;
 
-  int limit(int threads, Time now) const;
-  // Takes note that `lost` of the threads of a job lost their cores. So many are left out
-  // for a while, which is longer if it happened soon after the last while.
-  void found(int lost, int threads, Time begin, Time end);
+  int limit(int threads, Length length, Time now) const;
+  // Takes note that other work took up to `most` of the time of `slow` of a job's
+  // threads. If the job is faster without these, they are left out for a pause, which
+  // doubles if they are slow again at once, and is shorter the later that is.
+  void found(int slow, double most, int threads, Time begin, Time end);
 
  private:
   using Duration = Time::duration;
-  int left_out_ = 0;
+  int left_out_ = 0, threads_ = 0;
   Duration pause_{};
-  Time until_{}, in_long_jobs_until_{};
+  Time until_{};
 };
 
-// Runs the job on a team of `threads` threads, without those whose cores other work uses.
-void run_on_free_cores(int threads, bool brief, const Job& job, Watch* watch);
+// Runs the job on a team of `threads` threads, or fewer while other work uses cores.
+void run_on_free_cores(int threads, Length length, const Job& job, Watch* watch);
 
 }  // namespace fusedrnn

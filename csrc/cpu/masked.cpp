@@ -99,7 +99,7 @@ class TakenSteps {
   template <class F>
   void share_rows(index bytes, const F& f) const {
     constexpr index bytes_per_thread = 1 << 20;
-    with_team(threads_for(T_ * B_ * bytes, bytes_per_thread), true, 0,
+    with_team(threads_for(T_ * B_ * bytes, bytes_per_thread), Length::brief, 0,
               [&](const Team& team) { f(team.share(B_)); });
   }
 };

@@ -243,11 +243,12 @@ class StackBackwardPass : StackPass<Backward> {
   void round(const char* from, index values, char* to) const {
     constexpr index values_per_thread = 1 << 16, line = 64;
     const Layout& l = stack_.layout();
-    with_team(threads_for(values, values_per_thread), true, 0, [&](const Team& team) {
-      const Range own = team.share(values, line);
-      l.halves->narrow(from + l.bytes(own.begin), own.end - own.begin,
-                       to + own.begin * l.item);
-    });
+    with_team(threads_for(values, values_per_thread), Length::brief, 0,
+              [&](const Team& team) {
+                const Range own = team.share(values, line);
+                l.halves->narrow(from + l.bytes(own.begin), own.end - own.begin,
+                                 to + own.begin * l.item);
+              });
   }
 };
 

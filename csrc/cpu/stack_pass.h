@@ -22,6 +22,8 @@ constexpr double work_per_thread = 2.5e5;
 constexpr double step_work_per_thread = 3e4;
 // One thread does less than this in 0.1 to 0.2 ms; waking a thread takes about 50 µs.
 constexpr double brief_work = 2e7;
+// Two threads take at least 20 ms for this.
+constexpr double lasting_work = 4e9;
 // A thread does this in some 10 µs; reading the clock takes 0.02 µs.
 constexpr double work_between_looks = 1e6;
 // Above this many operations per step, splitting each step between all threads costs less
@@ -354,7 +356,10 @@ class StackPass {
         if (after(group, team)) team.meet();
       }
     };
-    with_team(threads_, work < brief_work, steps_, run_groups, watch ? &*watch : nullptr);
+    const Length length = work < brief_work     ? Length::brief
+                          : work < lasting_work ? Length::usual
+                                                : Length::lasting;
+    with_team(threads_, length, steps_, run_groups, watch ? &*watch : nullptr);
   }
 };
 

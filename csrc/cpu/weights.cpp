@@ -31,7 +31,7 @@ void drop_weights(const Weights& weights, const DroppedWeights& dropped, index i
   const auto draw = static_cast<std::uint32_t>(Draw::weights);
   const Dropout<char> problem{1, rows, l.R,       from,         0,    row,          to,
                               0, row,  dropped.p, dropped.seed, draw, dropped.where};
-  with_team(threads_for(rows * l.R, values_per_thread), true, 0,
+  with_team(threads_for(rows * l.R, values_per_thread), Length::brief, 0,
             [&](const Team& team) { drop_rows(l, problem, item, team.share(rows)); });
 }
 
@@ -122,7 +122,7 @@ const char* Weights::find(Slot& slot, Packing packing) const {
   constexpr index values_per_thread = 1 << 18;
   const index bytes = fusedrnn::packed_bytes(layout_, packing);
   auto packed = std::make_unique<const Memory>(static_cast<std::size_t>(bytes));
-  with_team(threads_for(bytes / layout_.size, values_per_thread), false, 0,
+  with_team(threads_for(bytes / layout_.size, values_per_thread), Length::usual, 0,
             [&](const Team& team) {
               pack(layout_, parameters_, packing, packed->as<char>(), team);
             });

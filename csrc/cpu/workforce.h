@@ -13,7 +13,8 @@ namespace fusedrnn {
 // Calls f(team) on so many threads. `steps` is the number of steps of the call, which are
 // counted from call to call; `watch`, or null, can end it.
 template <class F>
-void with_team(int threads, bool brief, index steps, const F& f, Watch* watch = nullptr) {
+void with_team(int threads, Length length, index steps, const F& f,
+               Watch* watch = nullptr) {
   thread_local index step = 0;
   const index first_step = step;
   const auto work = [&](Team team) {
@@ -21,7 +22,7 @@ void with_team(int threads, bool brief, index steps, const F& f, Watch* watch = 
     team.step = first_step;
     f(team);
   };
-  run_on_free_cores(threads, brief, job_of(work), watch);
+  run_on_free_cores(threads, length, job_of(work), watch);
   step += steps;
 }
 

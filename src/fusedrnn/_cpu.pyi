@@ -210,3 +210,6 @@ def probe_read(a: Array, rounds: int, /) -> float:
 
 def probe_meetings(rounds: int, threads: int, /) -> None:
     """Let threads pass the barrier of a step `rounds` times."""
+
+def probe_team(rounds: int, threads: int, /) -> int:
+    """Do the same as a call does; return how many of the threads it used."""
