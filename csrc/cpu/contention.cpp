@@ -23,8 +23,9 @@ constexpr microseconds gap{100};             // in it a worker may have slept
 // A pause is at least as long as the job before it, and at most as eight such jobs.
 constexpr milliseconds first_pause{20}, most_pause{320}, longest_pause{1000};
 constexpr int most_jobs = 8;
-// A thread that loses this part of what it adds is left out, and its core left to others.
-constexpr double worth = 0.8;
+// A thread is slow if other work takes this part of its time, and left out if the team
+// loses this part of what the thread adds, even if the team is not faster without it.
+constexpr double slow_share = 0.4, worth = 0.8;
 
 // FUSEDRNN_FIXED_THREADS=1 leaves no thread out.
 const bool are_fixed = [] {
@@ -113,7 +114,7 @@ void run_on_free_cores(int threads, Length length, const Job& job, Watch* watch)
     thread_local CoreShare core;
     core.begin_job(begin);
     job.work(job.argument, team);
-    if (const double taken = core.end_job(); taken * team.count > worth) {
+    if (const double taken = core.end_job(); taken > slow_share) {
       ++slow;
       for (double seen = most;
            taken > seen && !most.compare_exchange_weak(seen, taken);) {
