@@ -29,8 +29,8 @@ case $mode in
     export PYTHONPATH="$work/build"
     # NumPy's wheel is not instrumented, so that its own accesses are not seen.
     export TSAN_OPTIONS="halt_on_error=1 suppressions=$PWD/tests/tsan.txt"
-    # It ends children of processes with threads, and CPython 3.13 has a race at its end
-    # (PyThreadState_Clear, drop_gil) if daemon threads run.
+    # ThreadSanitizer ends forked children that start threads, and CPython 3.13 has a race
+    # of its own at its end beside daemon threads (PyThreadState_Clear, drop_gil).
     tests+=(-k "not (fork or python_ends)")
     ;;
   *) echo "usage: tests/free_threaded.sh PYTHON [tsan]" >&2; exit 2 ;;

@@ -13,8 +13,8 @@
 
 namespace fusedrnn {
 
-// How long a job takes: about as long as waking a thread (brief), or longer than several
-// time slices of the system (lasting).
+// A Length says how long a job takes: about as long as waking a thread (brief), or longer
+// than several time slices of the system (lasting).
 enum class Length { brief, usual, lasting };
 
 // A CoreShare measures how much of its thread's time other work takes.
@@ -48,7 +48,7 @@ class Contention {
 
   int limit(int threads, Length length, Time now) const;
   // Takes note that other work took up to `most` of the time of `slow` of a job's
-  // threads. If the job is faster without these, they are left out for a pause, which
+  // threads. If the team loses most of what these add, they are left out for a pause. It
   // doubles if they are slow again at once, and is shorter the later that is.
   void found(int slow, double most, int threads, Time begin, Time end);
 

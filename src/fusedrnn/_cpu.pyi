@@ -212,4 +212,4 @@ def probe_meetings(rounds: int, threads: int, /) -> None:
     """Let threads pass the barrier of a step `rounds` times."""
 
 def probe_team(rounds: int, threads: int, /) -> int:
-    """Do the same as a call does; return how many of the threads it used."""
+    """Do the same with the threads that a call takes; return how many these are."""
