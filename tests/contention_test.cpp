@@ -43,20 +43,20 @@ int failures_of_contention() {
   check({1, 0.2, 4, -9, 0}, 1, 4, "less is lost than a thread is worth");
   check({2, 0.3, 4, -9, 0}, 1, 4, "nor are two worth leaving out");
   check({4, 0.7, 4, -9, 0}, 1, 4, "all are slow, as at the end of a quota");
-  check({1, 0.5, 4, -9, 0}, 19, 3, "one is slow");
-  check({2, 0.8, 3, 10, 15}, 19, 1, "two of the others are");
-  check(none, 20, 4, "after 20 ms");
-  check({1, 0.5, 4, 50, 60}, 99, 3, "again, as soon as it is known");
-  check(none, 100, 4, "after 40 ms");
-  check({1, 0.5, 4, 150, 160}, 229, 3, "again, 10 ms later than that");
-  check(none, 230, 4, "after 70 ms");
-  check({2, 0.7, 4, 490, 500}, 519, 2, "long after that");
-  check(none, 519, 2, "a smaller team", 2);
-  check(none, 519, 4, "half of the threads of a lasting job", 4, Length::lasting);
-  check(none, 519, 6, "a quarter of the threads of a lasting job", 8, Length::lasting);
-  check(none, 520, 4, "after 20 ms");
-  check({1, 0.5, 4, 900, 1000}, 1099, 3, "a long job");
-  check(none, 1100, 4, "after as long as it took");
+  check({1, 0.5, 4, -9, 0}, 59, 3, "one is slow");
+  check({2, 0.8, 3, 10, 15}, 59, 1, "two of the others are");
+  check(none, 60, 4, "after 60 ms");
+  check({1, 0.5, 4, 90, 100}, 219, 3, "again, as soon as it is known");
+  check(none, 220, 4, "after 120 ms");
+  check({1, 0.5, 4, 270, 280}, 509, 3, "again, 10 ms later than that");
+  check(none, 510, 4, "after 230 ms");
+  check({2, 0.7, 4, 990, 1000}, 1059, 2, "long after that");
+  check(none, 1059, 2, "a smaller team", 2);
+  check(none, 1059, 4, "half of the threads of a lasting job", 4, Length::lasting);
+  check(none, 1059, 6, "a quarter of the threads of a lasting job", 8, Length::lasting);
+  check(none, 1060, 4, "after 60 ms");
+  check({1, 0.5, 4, 1900, 2000}, 2099, 3, "a long job");
+  check(none, 2100, 4, "after as long as it took");
   return failures;
 }
 

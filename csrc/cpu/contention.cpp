@@ -21,7 +21,7 @@ using std::chrono::milliseconds;
 constexpr milliseconds look{2}, window{20};  // a time slice is about 4 ms
 constexpr microseconds gap{100};             // in it a worker may have slept
 // A pause is at least as long as the job before it, and at most as eight such jobs.
-constexpr milliseconds first_pause{20}, most_pause{320}, longest_pause{1000};
+constexpr milliseconds first_pause{60}, most_pause{480}, longest_pause{1000};
 constexpr int most_jobs = 8;
 // A thread is slow if other work takes this part of its time, and left out if the team
 // loses this part of what the thread adds, even if the team is not faster without it.
