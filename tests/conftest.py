@@ -14,7 +14,7 @@ from collections.abc import Iterator
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
-# Of those that are, none is left out because another test uses its core.
+# Calls keep all their threads, also those whose cores another test uses.
 os.environ.setdefault("FUSEDRNN_FIXED_THREADS", "1")
 
 # Keras reads its backend when it is imported, which a page of the documentation may do first.

@@ -66,7 +66,7 @@ expected = train()
 fr.set_num_threads(8)
 counts, same = [], True
 while len(counts) < 40 or (set(counts) == {8} and len(counts) < 200):
-    counts.append(_cpu.probe_team(1000, 8))
+    counts.append(_cpu.probe_meetings(1000, 8, True))
     same &= np.array_equal(train(), expected)
 print(same, 8 in counts, set(counts) == {8})
 """

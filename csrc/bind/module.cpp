@@ -78,23 +78,20 @@ double probe_product(index rounds, int precision) {
   return (probe ? probe : isa.base->probes.multiply_add_f32)(rounds);
 }
 
-// Makes `threads` threads meet `rounds` times.
-void probe_meetings(index rounds, int threads) {
-  const Unlocked unlocked;
-  run_on_team(threads, false, [&](const Team& team) {
-    for (index round = 0; round < rounds; ++round) team.meet();
-  });
-}
-
-// Makes the threads of a call meet `rounds` times and returns how many there are if it
-// may use `threads`.
-int probe_team(index rounds, int threads) {
+// Makes threads meet `rounds` times and returns how many there are: `threads`, or as many
+// of these as a call takes.
+int probe_meetings(index rounds, int threads, bool as_call) {
   const Unlocked unlocked;
   int count = 0;
-  with_team(threads, Length::usual, 0, [&](const Team& team) {
+  const auto meet = [&](const Team& team) {
     for (index round = 0; round < rounds; ++round) team.meet();
     if (team.is_caller) count = team.count;
-  });
+  };
+  if (as_call) {
+    with_team(threads, Length::usual, 0, meet);
+  } else {
+    run_on_team(threads, false, meet);
+  }
   return count;
 }
 
@@ -149,6 +146,5 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("probe_product", &probe_product);
   m.def("probe_read", &probe_read);
   m.def("probe_meetings", &probe_meetings);
-  m.def("probe_team", &probe_team);
   m.attr("compiler") = FUSEDRNN_COMPILER;
 }

@@ -19,7 +19,7 @@ using std::chrono::microseconds;
 using std::chrono::milliseconds;
 
 constexpr milliseconds look{2}, window{20};  // a time slice is about 4 ms
-constexpr microseconds gap{100};             // in it a worker may have slept
+constexpr microseconds gap{100};             // workers sleep in longer ones
 // A pause is at least as long as the job before it, and at most as eight such jobs.
 constexpr milliseconds first_pause{60}, most_pause{480}, longest_pause{1000};
 constexpr int most_jobs = 8;

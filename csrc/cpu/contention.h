@@ -21,7 +21,7 @@ enum class Length { brief, usual, lasting };
 class CoreShare {
  public:
   using Clock = std::chrono::steady_clock;
-  // The thread calls these before and after its part of a job.
+  // The thread calls these before and after its part of a job that a caller posted then.
   void begin_job(Clock::time_point posted);
   // Once in 20 ms of jobs this returns the part of them, since they were posted, in which
   // the thread did not compute, otherwise 0.

@@ -208,8 +208,7 @@ def probe_product(rounds: int, precision: int) -> float: ...
 def probe_read(a: Array, rounds: int, /) -> float:
     """Read a float32 array `rounds` times as fast as a core can; return the sum."""
 
-def probe_meetings(rounds: int, threads: int, /) -> None:
-    """Let threads pass the barrier of a step `rounds` times."""
-
-def probe_team(rounds: int, threads: int, /) -> int:
-    """Do the same with the threads that a call takes; return how many these are."""
+def probe_meetings(rounds: int, threads: int, as_call: bool, /) -> int:
+    """Let threads pass the barrier of a step `rounds` times; return how many there are:
+    `threads`, or as many of these as a call takes.
+    """

@@ -23,8 +23,8 @@ def set_num_threads(n: int) -> None:
        many as the process may use at the same time, by its affinity mask, its control group's
        quota and OMP_THREAD_LIMIT. A number that is set here may be larger, which is slow. A
        call that is too small to gain from more threads uses fewer, and so does one for which
-       the system has no more threads, or whose cores other work uses (on Linux, unless
-       FUSEDRNN_FIXED_THREADS=1).
+       the system has no more threads. On Linux calls also leave out threads while other work
+       uses their cores, unless FUSEDRNN_FIXED_THREADS=1, or once `fusedrnn.torch` was called.
 
     Raises
     ------

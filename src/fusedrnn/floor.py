@@ -74,7 +74,7 @@ def meeting(threads: int) -> float:
     """Return the seconds that a barrier of so many threads takes."""
 
     def run(rounds: int) -> float:
-        _cpu.probe_meetings(rounds, threads)
+        _cpu.probe_meetings(rounds, threads, False)
         return rounds
 
     return 1 / _rate(run) if threads > 1 else 0.0

@@ -4,7 +4,7 @@ scaling    two threads against one, alternating without rests
 growth     time against T and B: what doubling costs
 float64    speed against float32
 denormals  a state that decays through denormal numbers against one that does not
-load       two threads while another process keeps one of two cores busy
+load       two threads while another process uses one of two cores, or a part of it
 processes  two processes side by side, with two threads each, against one after the other
 threads    more threads than there are cores
 interrupt  how long a call goes on after Ctrl-C
@@ -139,31 +139,43 @@ def denormals() -> Rows:
 
 # Two threads: T, B, I, H of a call
 CONTENDED = ((100, 1, 256, 256), (100, 8, 128, 256), (50, 64, 512, 512), (20, 4, 64, 128))
+PAUSE = 1.0  # seconds after which no call leaves out threads any more
+# A process that computes for so many of 20 ms
+BURNER = """
+import time
+while True:
+    end = time.perf_counter() + {0} / 1000
+    while time.perf_counter() < end: pass
+    if {0} < 20: time.sleep(0.02 - {0} / 1000)
+"""
 
 
 def load() -> Rows:
-    """Measure two threads while another process keeps one of two cores busy, mean of calls.
+    """Measure two threads while another process needs 2, 10 or 20 of 20 ms of one of two cores.
 
-    A core that is shared fairly runs half as fast, so 2 is the least ratio of threads that
-    divide their work evenly.
+    The ratios are of means of calls. A core that is shared fairly runs half as fast, so 2 is
+    the least ratio of threads that divide their work evenly.
     """
-    yield "cell", "mode", "T, B, I, H", "quiet ms", "loaded ms", "ratio", "slowest loaded ms"
+    parts = ("2 of 20 ms", "10", "20")
+    yield "cell", "mode", "T, B, I, H", "quiet ms", *parts, "loaded ms", "slowest loaded ms"
     fr.set_num_threads(2)
     for cell, mode, sizes in itertools.product(("LSTM", "GRU"), BOTH, CONTENDED):
         run = _run(cell, mode, sizes)
         calls = max(20, int(1 / _least(run, 0.1)))
+        time.sleep(PAUSE)
         quiet = np.mean([seconds_of(run, 1) for _ in range(calls)])
-        burner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-        try:
-            time.sleep(0.3)
-            times = [seconds_of(run, 1) for _ in range(calls)]
-        finally:
-            burner.kill()
-            burner.wait()
-        loaded = np.mean(times)
-        ms = [f"{t * 1e3:.2f}" for t in (quiet, loaded)]
-        slowest = f"{max(times) * 1e3:.2f}"
-        yield cell, mode, _text(sizes), *ms, f"{loaded / quiet:.2f}", slowest
+        ratios = []
+        for part in (2, 10, 20):
+            burner = subprocess.Popen([sys.executable, "-c", BURNER.format(part)])
+            try:
+                time.sleep(0.3)
+                times = [seconds_of(run, 1) for _ in range(calls)]
+            finally:
+                burner.kill()
+                burner.wait()
+            ratios.append(f"{np.mean(times) / quiet:.2f}")
+        ms = [f"{t * 1e3:.2f}" for t in (quiet, np.mean(times), max(times))]
+        yield cell, mode, _text(sizes), ms[0], *ratios, *ms[1:]
 
 
 def processes() -> Rows:
@@ -179,9 +191,10 @@ def processes() -> Rows:
         try:
             _seconds_of_processes(pair, 3)
             one = _seconds_of_processes(pair[:1], 20) / 20
-            calls = max(5, int(0.15 / one))
+            calls = max(5, int(0.3 / one))
             ratios = []
             for _ in range(5):
+                time.sleep(PAUSE)
                 in_turn = sum(_seconds_of_processes([process], calls) for process in pair)
                 ratios.append(_seconds_of_processes(pair, calls) / in_turn)
         finally:
@@ -219,6 +232,7 @@ def threads() -> Rows:
         run, times = _run(cell, "inference", sizes), []
         for count in counts:
             fr.set_num_threads(count)
+            time.sleep(PAUSE)
             calls = max(3, int(0.3 / _least(run, 0.05)))
             times.append(f"{seconds_of(run, calls) * 1e3:.2f}")
         yield cell, _text(sizes), *times
