@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import re
+import subprocess
 import sys
 import time
 from typing import Any
@@ -306,6 +307,30 @@ def test_what_is_no_earlier_run_is_refused(
     assert cli.main(["bench", "--compare", str(path), "--json", str(path)]) == 2
     assert re.fullmatch(r"fusedrnn bench: --compare .*\n", capsys.readouterr().err)
     assert path.read_text("utf-8") == text
+
+
+SIGNAL_AFTER_OPENVINO = """
+import signal
+from fusedrnn.bench import cases, contenders
+
+def make():
+    case = cases.Case("LSTM", "", (2, 1, 8, 8), "inference")
+    return contenders.openvino(case, contenders.Inputs.of(case))
+
+runs = [make(), make()]
+del runs[0], runs[0]
+signal.signal(signal.SIGINT, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_signals_arrive_after_openvino_ran() -> None:
+    """OpenVINO's models, freed in the order in which they were made, leave signals alone."""
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnx")
+    command = [sys.executable, "-c", SIGNAL_AFTER_OPENVINO]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_a_peer_that_is_not_installed_is_named(

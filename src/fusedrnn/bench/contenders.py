@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -423,13 +424,23 @@ def openvino(case: Case, inputs: Inputs) -> Run | None:
     return openvino_of(case, inputs, "f32")
 
 
+@cache
+def openvino_core() -> Any:
+    """Return the one core of this process.
+
+    Two of them, freed in the order in which they were made, leave the signals' stack of the
+    first one set: the next signal that has a handler, such as that of Ctrl-C, ends the process.
+    """
+    import openvino as ov
+
+    return ov.Core()
+
+
 def openvino_of(case: Case, inputs: Inputs, precision: str) -> Run | None:
     """Run OpenVINO with a hint for the precision."""
     if not runs_models(case):
         return None
-    import openvino as ov
-
-    core = ov.Core()
+    core = openvino_core()
     model = core.compile_model(
         core.read_model(onnx_model(case, inputs)),
         "CPU",
