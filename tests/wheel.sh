@@ -8,12 +8,12 @@ out=$(realpath -m "${1:-build/wheels}")
 most_bytes=4000000
 most_seconds=10
 work=$(mktemp -d)
-trap 'rm -rf "$work" "$out/sdist"' EXIT
+trap 'rm -rf "$work" "$out/sdist" "$out/tools"' EXIT
 rm -rf "$out"
 
-python -m venv "$work/build"
-"$work/build/bin/pip" install -q --require-hashes -r requirements/build.txt
-export PATH="$work/build/bin:$PATH"
+python -m venv "$out/tools"
+"$out/tools/bin/pip" install -q --require-hashes -r requirements/build.txt
+export PATH="$out/tools/bin:$PATH"
 
 # The sdist must hold the files of this tree unchanged.
 python -m build -q --no-isolation --sdist --outdir "$out" .
