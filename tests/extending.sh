@@ -4,10 +4,11 @@
 # the two cells of tests/extending/, to a copy of the tree, and runs the tests of those cells,
 # on the CPU and on the CUDA backend compiled for the host (cuda/emulator/). Run it in an
 # environment where the test extra is installed; no installed fusedrnn is used.
-#   tests/extending.sh [DIR]   DIR is made for the copy and removed; by default, a new one
+#   tests/extending.sh [DIR]   DIR, which must not exist, holds the copy and is removed
 set -euo pipefail
 cd "$(dirname "$0")/.."
-work=$(realpath -m "${1:-$(mktemp -d)}")
+work=$(realpath -m "${1:-$(mktemp -du)}")
+mkdir "$work"
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/tree" "$work/site"
 git ls-files -z | tar -c --null -T - | tar -x -C "$work/tree"

@@ -68,7 +68,7 @@ counts, same = [], True
 while len(counts) < 40 or (set(counts) == {8} and len(counts) < 200):
     counts.append(_cpu.probe_meetings(1000, 8, True))
     same &= np.array_equal(train(), expected)
-print(same, 8 in counts, min(counts) < 8)
+print(same, 8 in counts, set(counts) == {8})
 """
 
 
@@ -82,10 +82,7 @@ def test_threads_that_are_left_out_change_nothing() -> None:
         text=True,
         check=False,
     )
-    same, tried, left_out = done.stdout.split() or [done.stderr] * 3
-    assert (same, tried) == ("True", "True")
-    if left_out == "False":
-        pytest.skip("no thread was left out here in 200 calls")
+    assert done.stdout.split() == ["True", "True", "False"], done.stdout + done.stderr
 
 
 @with_masks([*SHAPES[1:], LARGE])

@@ -428,8 +428,8 @@ def openvino(case: Case, inputs: Inputs) -> Run | None:
 def openvino_core() -> Any:
     """Return the one core of this process.
 
-    Two of them, freed in the order in which they were made, leave the signals' stack of the
-    first one set: the next signal that has a handler, such as that of Ctrl-C, ends the process.
+    Each sets a stack for signals. Two that are freed in the order in which they were made leave
+    a freed one set, and the next signal that has a handler ends the process.
     """
     import openvino as ov
 
